@@ -1,0 +1,1 @@
+"""The baselines that the documented techniques are compared with, one file each."""

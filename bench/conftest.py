@@ -1,0 +1,87 @@
+"""`pytest bench`: suites as test items, cells of one base network on one worker, a report at the end."""
+
+from __future__ import annotations
+
+import os
+
+# before torch is imported: two busy workers with one thread each beat two that fight over all of them
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if WORKER and (visible := [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]):
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(WORKER.removeprefix("gw")) % len(visible)]
+
+from pathlib import Path
+
+import pytest
+
+from widthbench import suites
+from widthbench.errors import UsageError
+
+SUITES = pytest.StashKey[list[suites.Suite]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("widthbench")
+    group.addoption(
+        "--suite",
+        action="append",
+        metavar="NAME",
+        help="suite name or TOML path, repeatable, or 'all' (default: digits)",
+    )
+    group.addoption("--results", metavar="DIR", help="where results go (default: results/ beside bench/)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): items that one worker runs")
+    names = config.getoption("--suite") or ["digits"]
+    try:
+        chosen = [suites.load(n) for n in (suites.names() if "all" in names else dict.fromkeys(names))]
+        if not WORKER:
+            _check(chosen)
+    except UsageError as error:
+        pytest.exit(str(error), returncode=2)
+    config.stash[SUITES] = chosen
+
+
+def _check(chosen: list[suites.Suite]) -> None:
+    """Unknown techniques, models and data sets are named before anything runs."""
+    from widthbench import engines
+
+    for suite in chosen:
+        engines.check(suite)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" not in metafunc.fixturenames:
+        return
+    seen = {}
+    for suite in metafunc.config.stash[SUITES]:
+        for cell in suite.cells():
+            name = cell.id if len(metafunc.config.stash[SUITES]) == 1 else f"{suite.name}-{cell.id}"
+            seen[name] = pytest.param(cell, id=name, marks=pytest.mark.xdist_group(cell.group))
+    metafunc.parametrize("cell", list(seen.values()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    ran = any(terminalreporter.stats.get(k) for k in ("passed", "failed", "skipped"))
+    if WORKER or config.option.collectonly or not ran:
+        return
+    from widthbench.records import Store
+    from widthbench.report.build import build
+
+    here = Path(__file__).resolve().parent
+    results = Path(config.getoption("--results") or here.parent / "results")
+    for suite in config.stash[SUITES]:
+        report = build(suite, results, Store())
+        terminalreporter.section(f"leaderboard: {suite.name}")
+        terminalreporter.write_line(report.text)
+        terminalreporter.write_line("")
+        for file in report.files:
+            shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+            terminalreporter.write_line(f"wrote {shown}")

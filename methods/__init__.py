@@ -1,0 +1,1 @@
+"""The techniques of the source documents, one file each."""

@@ -1,0 +1,144 @@
+"""The library's front door: one call to resize a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widthbench import registry
+from widthbench.budget import Budget
+from widthbench.errors import UsageError
+from widthbench.task import Samples, Task
+from widthbench.technique import Technique, same_output_shape
+from widthbench.training import fit
+from widthbench.width.certify import find_groups
+from widthbench.width.cost import CostModel, count_macs
+from widthbench.width.groups import Scope
+
+
+class Batches:
+    """Samples from what users have: a pair of tensors ``(x [N, ...], y [N])``, or a DataLoader of such pairs.
+
+    Args:
+        source: The tensors or the loader.
+        device: Where batches go.
+    """
+
+    def __init__(self, source: Any, device: torch.device) -> None:
+        self._source, self._device = source, device
+        pair = isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(t, Tensor) for t in source)
+        self._pair: tuple[Tensor, Tensor] | None = (source[0], source[1]) if pair else None
+        if self._pair is not None and len(self._pair[0]) != len(self._pair[1]):
+            raise UsageError(f"data: {len(self._pair[0])} inputs do not match {len(self._pair[1])} labels")
+        if self._pair is None and not isinstance(source, Iterable):
+            raise UsageError(f"data must be a pair of tensors (x, y) or a DataLoader, not {type(source).__name__}")
+
+    def __len__(self) -> int:
+        if self._pair is not None:
+            return len(self._pair[1])
+        return len(getattr(self._source, "dataset", self._source))
+
+    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(x, y)``; a DataLoader keeps its own batch size and order."""
+        if self._pair is None:
+            for x, y in self._source:
+                yield x.to(self._device), y.to(self._device)
+            return
+        x, y = self._pair
+        order = torch.arange(len(y)) if generator is None else torch.randperm(len(y), generator=generator)
+        for index in order.split(size):
+            yield x[index].to(self._device), y[index].to(self._device)
+
+
+def apply(
+    technique: str | Technique,
+    model: nn.Module,
+    *,
+    budget: str | Budget,
+    example_input: Tensor,
+    data: Any = None,
+    scope: Scope = "inner",
+    include: str | Sequence[str] | None = None,
+    seed: int = 0,
+    **params: Any,
+) -> nn.Module:
+    """Resize a network with a registered technique.
+
+    Args:
+        technique: Its id, or an instance.
+        model: The network; it is left as it was.
+        budget: What is kept: ``"channels:0.5"``, ``"macs:0.5"``, ``"params:0.25"``, or a ``Budget``.
+        example_input: ``[B, C, H, W]``, on the network's device.
+        data: For techniques that look at data: ``(x, y)`` tensors or a DataLoader (used for training and choices alike), or
+            anything with ``train`` and ``val``, each of which is either.
+        scope: "inner" leaves residual streams alone; "all" resizes every certified group.
+        include: Pattern(s) on group names (``widthbench doctor`` shows them); None means all in the scope.
+        seed: Seeds everything random in the decision.
+        **params: The technique's parameters.
+
+    Returns:
+        A resized copy in eval mode.
+
+    Raises:
+        UsageError: On bad input, naming the thing and the remedy.
+
+    Example:
+        >>> import timm, torch, widthbench
+        >>> net = timm.create_model("test_resnet")
+        >>> x = torch.randn(1, 3, 160, 160)
+        >>> small = widthbench.apply("l1-norm", net, budget="channels:0.5", example_input=x)
+        >>> small(x).shape
+        torch.Size([1, 1000])
+    """
+    if isinstance(technique, Technique) and params:
+        raise UsageError(f"parameters {sorted(params)} go into the instance: {type(technique).__name__}(...)")
+    chosen = technique if isinstance(technique, Technique) else registry.create(technique, params)
+    parsed = Budget.parse(budget, grows=chosen.grows)
+    if data is None and chosen.access != "none":
+        raise UsageError(
+            f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y) or a DataLoader"
+        )
+    groups = find_groups(model, example_input)
+    cost = CostModel(model, groups, example_input)
+    device = example_input.device
+    train, val = (_samples(data, which, device) for which in ("train", "val"))
+
+    def training(network: nn.Module, samples: Samples, recipe: Any, *, seed: int = seed, desc: str = "fit") -> Any:
+        return fit(network, samples, recipe, macs=count_macs(network, example_input), seed=seed, desc=desc)
+
+    task = Task(
+        model=model,
+        groups=groups.select(scope, include),
+        example_input=example_input,
+        budget=parsed,
+        cost=cost,
+        reference=cost.original,
+        train=train,
+        val=val,
+        seed=seed,
+        device=device,
+        fit=training,
+        regroup=lambda grown: find_groups(grown, example_input, cache=False),
+    )
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        resized = chosen.apply(task).resized
+        assert resized is not None  # apply() always fills it in
+        resized.eval()
+        if not same_output_shape(model, resized, example_input):
+            raise UsageError(f"technique '{chosen.id}' changed the output's shape or made it non-finite")
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    return resized
+
+
+def _samples(data: Any, which: str, device: torch.device) -> Samples:
+    if data is None:
+        return Batches((torch.empty(0, 1), torch.empty(0, dtype=torch.long)), device)
+    part = getattr(data, which, data)
+    return part if hasattr(part, "batches") else Batches(part, device)

@@ -1,0 +1,228 @@
+"""The command line. Exit codes: 0 done, 1 a check fell short, 2 bad input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from widthbench import __version__
+from widthbench.errors import UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; those of the process if None.
+
+    Returns:
+        The exit code.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except UsageError as error:
+        print(f"widthbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("widthbench: interrupted; finished cells are kept, run again for the rest", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="widthbench",
+        description="Compare techniques that decide how wide each layer of a neural network should be.",
+        epilog="exit codes: 0 done, 1 a check fell short, 2 bad input",
+    )
+    parser.add_argument("--version", action="version", version=f"widthbench {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    verb = verbs.add_parser("list", help="techniques, suites and data sets that are installed")
+    verb.add_argument("what", nargs="?", choices=["techniques", "suites", "datasets"], help="only these (default: all)")
+    _json(verb)
+    verb.set_defaults(run=_list)
+
+    verb = verbs.add_parser("run", help="run the cells of a suite that have no result yet, then write its report")
+    _suites(verb)
+    verb.add_argument("--jobs", type=_positive, default=1, metavar="N", help="worker processes (default: 1)")
+    verb.add_argument("--engine", choices=["local"], default="local", help="where cells run (default: local)")
+    _results(verb)
+    _json(verb)
+    verb.set_defaults(run=_run)
+
+    verb = verbs.add_parser("report", help="write a suite's leaderboard and figures from finished cells")
+    _suites(verb)
+    _results(verb)
+    _json(verb)
+    verb.set_defaults(run=_report)
+
+    verb = verbs.add_parser(
+        "doctor", help="channel groups of networks and their grades",
+        description="Discover and certify the channel groups of networks: exact groups may be resized, coupled ones only with "
+        "scope='all', frozen ones never. Exit code 1 if a network has no exact group.",
+    )  # fmt: skip
+    verb.add_argument("models", nargs="+", metavar="MODEL", help="any timm model name, or lenet_300_100, lenet5, mlp_sigmoid")
+    verb.add_argument("--size", type=_positive, metavar="PX", help="input height and width (default: as published)")
+    verb.add_argument("--groups", action="store_true", help="list every group, not only the counts")
+    verb.add_argument("--verify", action="store_true", help="certify anew, and show the errors of resizing all groups at once")
+    _json(verb)
+    verb.set_defaults(run=_doctor)
+    return parser
+
+
+def _suites(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("suite", nargs="+", metavar="SUITE", help="name of a suite (`widthbench list suites`), or a TOML file")
+
+
+def _results(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="where results go (default: ./results)"
+    )
+
+
+def _json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
+    return value
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    if title:
+        print(f"{title}\n")
+    print(tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True) if rows else "none")
+    print()
+
+
+def _list(args: argparse.Namespace) -> int:
+    from widthbench import data, registry, suites
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    bad: dict[str, str] = {}
+    if args.what in (None, "techniques"):
+        good, bad = registry.load_all()
+        found["techniques"] = [
+            {
+                "technique": n,
+                "data access": c.access,
+                "from": registry.owner(n),
+                "what it does": (c.__doc__ or "").strip().split("\n")[0],
+            }
+            for n, c in good.items()
+        ]
+    if args.what in (None, "suites"):
+        found["suites"] = []
+        for name in suites.names():
+            s = suites.load(name)
+            found["suites"].append({"suite": name, "cells": len(s.cells()), "seeds": len(s.seeds), "title": s.title})
+    if args.what in (None, "datasets"):
+        found["datasets"] = [{"dataset": n} for n in data.names()]
+    if args.json:
+        print(json.dumps({**found, **({"broken": bad} if "techniques" in found else {})}, indent=1))
+    else:
+        for rows in found.values():
+            _show(rows, False)
+    for reason in bad.values():
+        print(f"widthbench: {reason}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from widthbench import engines, suites
+    from widthbench.engines import local
+
+    chosen = [suites.load(name) for name in args.suite]
+    for suite in chosen:
+        engines.check(suite)
+    cells = (
+        list({c.id: c for s in chosen for c in s.cells()}.values())
+        if len(chosen) == 1
+        else [c for s in chosen for c in s.cells()]
+    )
+    counted: Counter[str] = Counter()
+
+    def done(record: Any) -> None:
+        counted[record.status] += 1
+        note = f"  {record.reason}" if record.status != "done" else ""
+        print(f"[{sum(counted.values())}/{len(cells)}] {record.cell.id}: {record.status}{note}", file=sys.stderr)
+
+    local.run(cells, jobs=args.jobs, done=done)
+    return _report(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from widthbench import engines, suites
+    from widthbench.records import Store
+    from widthbench.report.build import build
+
+    failed = 0
+    for name in args.suite:
+        suite = suites.load(name)
+        engines.check(suite)
+        report = build(suite, args.results, Store())
+        failed += sum(r.status == "failed" for r in report.records)
+        if args.json:
+            print(json.dumps([r.model_dump(mode="json") for r in report.records]))
+        else:
+            print(f"\n{report.text}\n")
+            for file in report.files:
+                print(f"wrote {file}")
+    return 1 if failed else 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import torch
+
+    from widthbench import models
+    from widthbench.width.certify import find_groups
+    from widthbench.width.doctor import diagnose
+
+    for name in args.models:
+        models.require(name)
+    rows: list[dict[str, Any]] = []
+    sound = True
+    for name in args.models:
+        channels, height, width = models.native_input(name)
+        if args.size:
+            height = width = args.size
+        model = models.create(name, classes=10, channels=channels, size=height)
+        x = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+        found = find_groups(model, x, cache=not args.verify)
+        if args.groups:
+            rows += [
+                {
+                    "model": name, "group": g.name, "channels": g.channels, "blocks": g.blocks, "inner": "yes" if g.inner else "no",
+                    "grade": g.grade, "consumers": len(g.consumers), "reason": g.reason,
+                }
+                for g in found.values()
+            ]  # fmt: skip
+        else:
+            rows.append(
+                {
+                    "model": name,
+                    "input": f"{channels} x {height} x {width}",
+                    **diagnose(model, found, x, verify=args.verify),
+                }
+            )
+        sound = sound and any(g.grade == "exact" for g in found.values())
+    _show(rows, args.json)
+    return 0 if sound else 1

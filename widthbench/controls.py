@@ -1,0 +1,134 @@
+"""Controls: rows that ask what the training alone would have given. Protocol rows, not techniques."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from widthbench import models
+from widthbench.budget import Budget, check, uniform_widths, used
+from widthbench.errors import InfeasibleBudgetError, UsageError
+from widthbench.protocol import (
+    Base,
+    NotApplicableError,
+    example_input,
+    fresh_model,
+    load_data,
+    obtain_base,
+    run_cell,
+    score,
+)
+from widthbench.recipe import Recipe, Spent
+from widthbench.records import Cell, Record, Store
+from widthbench.task import Progress
+from widthbench.training import fit
+from widthbench.width.certify import find_groups
+from widthbench.width.cost import Cost, CostModel
+from widthbench.width.groups import Groups
+from widthbench.width.resize import keep, resize
+
+FRESH = 1_000_003  # keeps the seed of a control's fresh weights apart from its base network's
+
+
+def run_control(cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]) -> Record:
+    """The record of a control cell."""
+    if cell.technique == "base":
+        return _base(cell, key, obtain_base(cell, progress=progress), where)
+    if cell.technique == "uniform-width":
+        return _uniform(cell, key, progress, where)
+    return _scratch(cell, key, store, progress, where)
+
+
+def _base(cell: Cell, key: str, base: Base, where: dict[str, Any]) -> Record:
+    cost = base.cost.original
+    return Record(
+        key=key, cell=cell, status="done", rows=base.rows, access="training", macs=cost.macs, params=cost.params,
+        base_macs=cost.macs, base_params=cost.params, kept=1.0, spent={"base": base.spent},
+        widths={n: g.channels for n, g in base.groups.items()},
+        base_widths={n: g.channels for n, g in base.groups.items()},
+        provenance={**where, "base_digest": base.digest, "val_seen": False},
+    )  # fmt: skip
+
+
+def fresh_at(cell: Cell, widths: dict[str, int], seed: int) -> tuple[nn.Module, Groups, CostModel]:
+    """The cell's network at the given widths with newly drawn weights, its full-width groups, and their cost."""
+    model, x = fresh_model(cell, seed), example_input(cell)
+    groups = find_groups(model, x)
+    cost = CostModel(model, groups, x)
+    plan = {n: keep(first_channels(groups[n].channels, groups[n].blocks, w)) for n, w in widths.items()}
+    model = resize(model, groups, {n: r for n, r in plan.items() if len(r.rows) != groups[n].channels})
+    models.reinitialise(model, seed)
+    return model, groups, cost
+
+
+def first_channels(channels: int, blocks: int, width: int) -> torch.Tensor:
+    """The first channels of each block; repeats where the width is larger than there are. ``[width]``."""
+    size, new = channels // blocks, width // blocks
+    inside = torch.arange(new) % size
+    return (torch.arange(blocks)[:, None] * size + inside.sort().values).flatten()
+
+
+def _uniform(cell: Cell, key: str, progress: Progress, where: dict[str, Any]) -> Record:
+    """The base network scaled uniformly to the budget and trained by the base's own recipe."""
+    model, x = fresh_model(cell, cell.seed), example_input(cell)
+    everything = find_groups(model, x)
+    groups = everything.select(cell.scope, cell.include or None)
+    cost = CostModel(model, everything, x)
+    budget = Budget.parse(str(cell.budget), grows=True)
+    try:
+        widths = uniform_widths(groups, budget, cost, cost.original)
+    except InfeasibleBudgetError as error:
+        raise NotApplicableError(str(error)) from error
+    return _train(cell, key, widths, groups, cell.base, progress, where, None)
+
+
+def _scratch(cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]) -> Record:
+    """The shape that a technique found, trained from fresh weights: for as many epochs, or for as many MACs, as it took."""
+    source = run_cell(source_of(cell), store, progress=progress)
+    if source.status != "done":
+        raise NotApplicableError(f"its source {source.cell.id} is {source.status}: {source.reason}")
+    spent = [source.spent[phase] for phase in ("base", "decision", "adaptation")]
+    if cell.technique == "scratch":
+        epochs = sum(s.epochs for s in spent)
+    else:
+        total = sum(s.forward_macs + s.backward_macs for s in spent)
+        if source.macs is None:
+            raise UsageError(f"record {source.key} has no MACs")
+        epochs = total / (3 * source.macs * len(load_data(cell).train))
+    recipe = cell.base.model_copy(update={"epochs": epochs})
+    model = fresh_model(cell, cell.seed)
+    groups = find_groups(model, example_input(cell)).select(cell.scope, cell.include or None)
+    return _train(cell, key, source.widths, groups, recipe, progress, where, source.key)
+
+
+def source_of(cell: Cell) -> Cell:
+    """The technique's cell whose shape a scratch control trains."""
+    return cell.model_copy(update={"technique": cell.of, "of": None})
+
+
+def _train(
+    cell: Cell,
+    key: str,
+    widths: dict[str, int],
+    groups: Groups,
+    recipe: Recipe,
+    progress: Progress,
+    where: dict[str, Any],
+    source: str | None,
+) -> Record:
+    model, _, model_cost = fresh_at(cell, widths, cell.seed + FRESH)
+    cost, full = Cost(model_cost(widths).macs, sum(p.numel() for p in model.parameters())), model_cost.original
+    budget = Budget.parse(str(cell.budget), grows=True)
+    split = load_data(cell)
+    spent = fit(model, split.train, recipe, macs=cost.macs, seed=cell.seed, progress=progress, desc=cell.id)
+    kept = used(budget, widths, groups, cost, full)
+    return Record(
+        key=key, cell=cell, status="done", rows=(score(model, split, "trained"),), access="training",
+        macs=cost.macs, params=cost.params, base_macs=full.macs, base_params=full.params, kept=kept,
+        met=check(budget, kept, groups), coupled=any(groups[n].grade == "coupled" for n in widths if n in groups),
+        widths=widths, base_widths={n: g.channels for n, g in groups.items()},
+        spent={"base": Spent(), "decision": Spent(), "adaptation": spent}, source=source,
+        provenance={**where, "val_seen": False},
+    )  # fmt: skip

@@ -1,0 +1,42 @@
+"""Errors that name the thing, what was wrong with it, and the remedy; the command line exits with 2 on each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """Bad input: something that the caller can put right. One line, exit code 2."""
+
+
+class BudgetError(UsageError):
+    """A budget that cannot be parsed, is out of range, or that no plan can meet."""
+
+
+class InfeasibleBudgetError(BudgetError):
+    """A budget below what one channel per block of each group costs."""
+
+
+class PlanError(UsageError):
+    """A plan that does not fit the network it is applied to."""
+
+
+class NoGroupsError(UsageError):
+    """A network in which no channel group could be certified, so nothing in it may be resized."""
+
+
+class AccessError(UsageError):
+    """A technique that touched data it did not declare it needs."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known name, else the list of known names (at most 20)."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    if not names:
+        return "; none is known"
+    shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
+    return f"; known: {shown}"

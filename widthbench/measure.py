@@ -1,0 +1,184 @@
+"""Measurements: accuracy, loss, latency, peak memory. None of them decides anything."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What a network scores on a set of samples.
+
+    Attributes:
+        top1: Share of samples whose highest logit is the label, in %.
+        top5: Share whose label is among the five highest, in %; None below 100 classes.
+        loss: Mean cross-entropy, in nats.
+        samples: Number of samples; each counts once.
+    """
+
+    top1: float
+    top5: float | None
+    loss: float
+    samples: int
+
+
+def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accuracy:
+    """Score a network in eval mode; its mode is left as it was.
+
+    Args:
+        model: Gives logits ``[B, K]``.
+        samples: Anything with ``batches(size)``.
+        batch_size: Samples per forward pass; partial batches are weighted by their size.
+    """
+    training = model.training
+    model.eval()
+    right = right5 = total = classes = 0
+    loss = 0.0
+    with torch.no_grad():
+        for x, y in samples.batches(batch_size):
+            logits = model(x).float()
+            classes = logits.shape[1]
+            right += int((logits.argmax(1) == y).sum())
+            if classes >= 100:
+                right5 += int((logits.topk(5, dim=1).indices == y[:, None]).any(1).sum())
+            loss += float(F.cross_entropy(logits.double(), y, reduction="sum"))
+            total += len(y)
+    model.train(training)
+    top5 = 100 * right5 / total if classes >= 100 else None
+    return Accuracy(100 * right / total, top5, loss / total, total)
+
+
+def latency_ms(model: nn.Module, x: Tensor, *, rounds: int = 30, warm_up: int = 5, limit_s: float = 3.0) -> float:
+    """Median time of one forward pass of a batch, in ms.
+
+    Args:
+        model: In eval mode.
+        x: ``[B, ...]``.
+        rounds: Timed passes, at least 5.
+        warm_up: Passes before the clock starts.
+        limit_s: Stop timing after this many seconds, once five passes are in.
+    """
+    times: list[float] = []
+    cuda = x.device.type == "cuda"
+    with torch.no_grad():
+        for _ in range(warm_up):
+            model(x)
+        begin = time.perf_counter()
+        while len(times) < rounds and (len(times) < 5 or time.perf_counter() - begin < limit_s):
+            if cuda:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                model(x)
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end))
+            else:
+                at = time.perf_counter()
+                model(x)
+                times.append(1000 * (time.perf_counter() - at))
+    return statistics.median(times)
+
+
+def peak_memory_mib(model: nn.Module, x: Tensor) -> float:
+    """Peak memory of one forward pass without gradients, weights and input included, in MiB.
+
+    On CUDA what the allocator reports; elsewhere the largest sum of live tensor storage seen between operations, which leaves
+    out scratch space inside an operation and is the same on every machine.
+
+    Args:
+        model: In eval mode.
+        x: ``[B, ...]``.
+    """
+    if x.device.type == "cuda":
+        with torch.no_grad():
+            model(x)
+            torch.cuda.reset_peak_memory_stats(x.device)
+            model(x)
+        return torch.cuda.max_memory_allocated(x.device) / MIB
+    with torch.no_grad(), _LiveStorage() as live:
+        for t in (*model.parameters(), *model.buffers(), x):
+            live.see(t)
+        model(x)
+    return live.peak / MIB
+
+
+class Meter:
+    """Counts the MACs that pass through a network and its copies, forward and backward, and the seconds, in a ``with`` block.
+
+    Whole passes of the network count, at the cost of its original shape; a backward pass counts as two forward passes.
+
+    Args:
+        model: The network.
+        macs: Its MACs per sample.
+    """
+
+    def __init__(self, model: nn.Module, macs: int) -> None:
+        self.model, self.macs = model, macs
+        self.forward_macs = self.backward_macs = 0
+        self.seconds = 0.0
+
+    def __enter__(self) -> Meter:
+        self._handle = self.model.register_forward_hook(self._count)
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._begin
+        self.leave(self.model)
+
+    def leave(self, model: nn.Module) -> None:
+        """Take the counting hook off the network, or off a copy of it that was made inside the block."""
+        model._forward_hooks.pop(self._handle.id, None)
+
+    def __deepcopy__(self, memo: Any) -> Meter:
+        return self
+
+    def _count(self, module: nn.Module, args: Any, output: Any) -> None:
+        done = self.macs * args[0].shape[0]
+        self.forward_macs += done
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: self._back(2 * done))
+
+    def _back(self, macs: int) -> None:
+        self.backward_macs += macs
+
+
+class _LiveStorage(TorchDispatchMode):
+    """Adds up the storage of all tensors that operations return, for as long as each is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or storage.nbytes() == 0:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        return result

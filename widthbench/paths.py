@@ -1,0 +1,45 @@
+"""Where things live on disk, and how files are written so that no half of one is ever seen."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+from widthbench.errors import UsageError
+
+
+def cache_dir() -> Path:
+    """The cache: ``WIDTHBENCH_CACHE``, else the user's cache folder. Holds grades, base networks and finished cells."""
+    given = os.environ.get("WIDTHBENCH_CACHE")
+    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("widthbench"))
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part.
+
+    Args:
+        path: Where to; parent folders are made.
+        content: Text (UTF-8) or bytes.
+
+    Raises:
+        UsageError: If the folder cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

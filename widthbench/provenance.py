@@ -1,0 +1,97 @@
+"""What stands beside each number: code, versions, hardware; and the digests that cache keys are made of."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("widthbench", "torch", "torchvision", "timm", "torch-pruning", "scikit-learn", "numpy")
+ROOT = Path(__file__).resolve().parent
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@functools.cache
+def commit() -> dict[str, Any]:
+    """The checkout's git commit and whether it has uncommitted changes; both None outside a checkout."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=ROOT.parent, capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT.parent:
+        return {"commit": None, "dirty": None}
+    # results are what a run writes, not what it depends on
+    status = git("status", "--porcelain", "--", ".", ":!results")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+@functools.cache
+def hardware() -> dict[str, Any]:
+    """Processor, cores, and GPU where there is one."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "machine": platform.machine()}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(0), "cuda": torch.version.cuda}
+    return found
+
+
+@functools.cache
+def code_digest(*modules: str) -> str:
+    """SHA-256 over the sources of the package's modules, given as paths relative to it (folders with all they hold)."""
+    digest = hashlib.sha256()
+    for module in modules:
+        path = ROOT / module
+        for file in sorted(path.glob("**/*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def source_digest(cls: type) -> str:
+    """SHA-256 over the file that a class is defined in."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return cls.__qualname__
+
+
+def stamp() -> dict[str, Any]:
+    """Versions, commit, hardware, host and time, for a record."""
+    return {
+        "versions": versions(),
+        **commit(),
+        "hardware": hardware(),
+        "host": platform.node(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

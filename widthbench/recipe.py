@@ -1,0 +1,57 @@
+"""Plain data about training: how it is done, and what it costs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Recipe(BaseModel):
+    """How a network is trained.
+
+    Attributes:
+        epochs: Passes over the training samples.
+        batch_size: Samples per step; a last batch of one sample is skipped (BatchNorm cannot normalise it).
+        optimizer: "sgd" (Nesterov momentum) or "adamw".
+        lr: Peak learning rate.
+        momentum: Of SGD.
+        weight_decay: Not applied to vectors (biases, norm affines).
+        warmup_epochs: Linear warm-up from a hundredth of ``lr``, then a cosine to ``min_lr``, both by step.
+        min_lr: Where the cosine ends.
+        label_smoothing: Of the cross-entropy.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: float = Field(gt=0, le=10_000)
+    batch_size: int = Field(default=64, gt=0)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    warmup_epochs: float = Field(default=0, ge=0)
+    min_lr: float = Field(default=0, ge=0)
+    label_smoothing: float = Field(default=0, ge=0, lt=1)
+
+
+class Spent(BaseModel):
+    """What a phase cost.
+
+    Attributes:
+        forward_macs: Multiply-accumulates in forward passes, over all samples.
+        backward_macs: In backward passes, counted as twice the forward pass (gradients of weights and of inputs).
+        epochs: Passes over the training samples, where it trained.
+        seconds: Wall-clock time.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    forward_macs: int = 0
+    backward_macs: int = 0
+    epochs: float = 0
+    seconds: float = 0
+
+    def add(self, other: Spent) -> Spent:
+        """The sum of both."""
+        return Spent(**{k: getattr(self, k) + getattr(other, k) for k in Spent.model_fields})

@@ -1,0 +1,265 @@
+"""Cells, the records that they leave, and the store that keeps them: validated, digested, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from widthbench.errors import UsageError
+from widthbench.paths import cache_dir, write_atomic
+from widthbench.recipe import Recipe, Spent
+
+SCHEMA = 1
+CONTROLS = ("base", "uniform-width", "scratch", "scratch-budget")
+
+Stage = Literal["base", "resized", "recalibrated", "fine-tuned", "trained"]
+FINAL: tuple[Stage, ...] = ("base", "fine-tuned", "trained")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Cell(_Frozen):
+    """One decision of the comparison: everything that its result depends on, and nothing else.
+
+    Attributes:
+        dataset: Name of the data set.
+        model: Name of the network.
+        model_args: Further arguments of its constructor.
+        size: Input height and width in pixels.
+        technique: A registered technique, or a control: base, uniform-width, scratch, scratch-budget.
+        params: The technique's parameters; for scratch controls those of the technique whose shape they train.
+        of: For scratch controls, the technique whose shape they train.
+        budget: What is kept, ``kind:fraction``; None for base.
+        seed: Of the split, the base network, the decision and the adaptation.
+        scope: Which groups may be resized.
+        include: Patterns on group names.
+        base: Recipe of the base network.
+        finetune: Recipe after the resize.
+        calibration: Training samples for batch-norm recalibration.
+        val: Fraction of the training part that is held out for choices.
+        threads: CPU threads.
+        device: "auto" takes a GPU where there is one.
+    """
+
+    dataset: str
+    model: str
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    size: int
+    technique: str
+    params: dict[str, Any] = Field(default_factory=dict)
+    of: str | None = None
+    budget: str | None = None
+    seed: int = 0
+    scope: Literal["inner", "all"] = "inner"
+    include: tuple[str, ...] = ()
+    base: Recipe
+    finetune: Recipe
+    calibration: int = 1024
+    val: float = 0.2
+    threads: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def label(self) -> str:
+        """The row's name on a leaderboard: technique, its parameters where they were set, and a control's source."""
+        inside = ",".join(f"{k}={v}" for k, v in sorted(self.params.items()))
+        name = (self.of or self.technique) + (f"({inside})" if inside else "")
+        return f"{self.technique}:{name}" if self.of else name
+
+    @property
+    def id(self) -> str:
+        """A readable name, unique within a suite."""
+        parts = [self.dataset, self.model, self.label, self.budget or "", f"s{self.seed}"]
+        return "-".join(p for p in parts if p)
+
+    @property
+    def group(self) -> str:
+        """Cells of one group share a base network, so one worker runs them."""
+        return f"{self.dataset}-{self.model}-s{self.seed}"
+
+
+class Row(_Frozen):
+    """Scores of the network at one stage. Test decides nothing.
+
+    Attributes:
+        stage: "base"; "resized", "recalibrated" and "fine-tuned" for techniques; "trained" for trained controls.
+        top1: Test top-1 accuracy, %.
+        top5: Test top-5 accuracy, %, where there are 100 classes or more.
+        loss: Test cross-entropy, nats.
+        samples: Test samples; each counts once.
+        val_top1: Top-1 accuracy on val, %.
+        val_loss: Cross-entropy on val, nats.
+    """
+
+    stage: Stage
+    top1: float
+    top5: float | None = None
+    loss: float
+    samples: int
+    val_top1: float
+    val_loss: float
+
+
+class Record(_Frozen):
+    """What one cell left behind.
+
+    Attributes:
+        schema_version: Version of this layout.
+        key: Digest of the cell, the code, the versions and the data that it depends on.
+        cell: The cell.
+        status: "done"; "skipped" (the technique or the budget does not apply here); "failed".
+        reason: Why it was skipped, or the error.
+        trace: Of a failure.
+        rows: Scores by stage.
+        access: What the technique looks at.
+        macs: MACs of one forward pass per sample ("FLOPs").
+        params: Number of parameters.
+        base_macs: MACs of the base network.
+        base_params: Parameters of the base network.
+        kept: Kept fraction in the budget's own terms.
+        met: False if a good part of the budget is left unused.
+        coupled: Whether groups of grade "coupled" were resized.
+        widths: Channels per group.
+        base_widths: Channels per group of the base network.
+        spent: Cost of "base", "decision" and "adaptation".
+        trials: Hyperparameter settings tried for this row.
+        source: Key of the record whose shape a scratch control trains.
+        series: Anything that the technique wants plotted.
+        provenance: Versions, commit, hardware, seeds, digests, host and time.
+    """
+
+    schema_version: int = SCHEMA
+    key: str
+    cell: Cell
+    status: Literal["done", "skipped", "failed"]
+    reason: str = ""
+    trace: str = ""
+    rows: tuple[Row, ...] = ()
+    access: str = ""
+    macs: int | None = None
+    params: int | None = None
+    base_macs: int | None = None
+    base_params: int | None = None
+    kept: float | None = None
+    met: bool = True
+    coupled: bool = False
+    widths: dict[str, int] = Field(default_factory=dict)
+    base_widths: dict[str, int] = Field(default_factory=dict)
+    spent: dict[str, Spent] = Field(default_factory=dict)
+    trials: int = 1
+    source: str | None = None
+    series: dict[str, list[Any]] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    def row(self, stage: Stage | None = None) -> Row | None:
+        """The scores at a stage; at the last one if none is named."""
+        if stage is None:
+            return self.rows[-1] if self.rows else None
+        return next((r for r in self.rows if r.stage == stage), None)
+
+    def stable(self) -> dict[str, Any]:
+        """The record less times and hosts: what a rerun on the same machine and versions gives again, bit for bit."""
+        data = self.model_dump(mode="json")
+        for spent in data["spent"].values():
+            spent.pop("seconds")
+        for name in ("host", "when"):
+            data["provenance"].pop(name, None)
+        return data
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 over a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Store:
+    """Finished cells, one file each, shared by all suites and workers.
+
+    Args:
+        root: Its folder; ``cells`` in the cache if None.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or cache_dir() / "cells"
+
+    def path(self, key: str) -> Path:
+        """Where a record lies."""
+        return self.root / key[:2] / f"{key}.json"
+
+    def lock(self, key: str) -> FileLock:
+        """Held while a cell is computed, so that two runs on one cache do its work once."""
+        path = self.root / "locks" / f"{key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
+    def get(self, key: str) -> Record | None:
+        """The finished record, or None; a damaged file is named in a warning and counts as missing."""
+        path = self.path(key)
+        try:
+            content = json.loads(path.read_text())
+            record = Record.model_validate(content["record"])
+            if digest_of(record.model_dump(mode="json")) == content["digest"] and record.key == key:
+                return record
+            problem = "its digest does not match"
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"{type(error).__name__}"
+        warnings.warn(f"damaged record {path} ({problem}): it is computed again", stacklevel=2)
+        return None
+
+    def put(self, record: Record) -> None:
+        """Keep a record. Failed ones are kept apart: they are reported, and tried again by the next run."""
+        data = record.model_dump(mode="json")
+        content = json.dumps({"digest": digest_of(data), "record": data}, indent=1)
+        if record.status == "failed":
+            write_atomic(self._failed(record.key), content)
+        else:
+            write_atomic(self.path(record.key), content)
+            self._failed(record.key).unlink(missing_ok=True)
+
+    def failure(self, key: str) -> Record | None:
+        """The record of the last failed attempt, if the cell has not been finished since."""
+        try:
+            return Record.model_validate(json.loads(self._failed(key).read_text())["record"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _failed(self, key: str) -> Path:
+        return self.root / "failed" / f"{key}.json"
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write records as JSON lines, sorted by cell, atomically."""
+    ordered = sorted(records, key=lambda r: r.cell.id)
+    write_atomic(path, "".join(json.dumps(r.model_dump(mode="json"), sort_keys=True) + "\n" for r in ordered))
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read JSON lines.
+
+    Raises:
+        UsageError: If the file is missing or a line is not a record; it names the line.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UsageError(f"no records at {path}: run the suite first (`widthbench run`)") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(Record.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UsageError(f"{path}:{number}: not a record: {where or 'line'}: {first['msg']}") from error
+    return records

@@ -1,0 +1,91 @@
+"""Finds techniques: every distribution that declares an entry point in the group ``widthbench.techniques``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from widthbench.errors import UsageError, did_you_mean
+from widthbench.task import ACCESS
+from widthbench.technique import Technique, build
+
+GROUP = "widthbench.techniques"
+
+
+def names() -> list[str]:
+    """All registered ids, whether or not they load."""
+    return sorted(_declared())
+
+
+def load(name: str) -> type[Technique]:
+    """The technique class registered under an id.
+
+    Raises:
+        UsageError: If the id is unknown, claimed by two distributions, fails to import, or is not a technique.
+    """
+    declared = _declared()
+    if name not in declared:
+        raise UsageError(f"unknown technique '{name}'{did_you_mean(name, declared)} (see `widthbench list`)")
+    points = declared[name]
+    if len(points) > 1:
+        owners = " and ".join(sorted(f"{_owner(p)} ({p.value})" for p in points))
+        raise UsageError(f"technique '{name}' is registered by {owners}: uninstall one, or rename its entry point")
+    (point,) = points
+    try:
+        cls = point.load()
+    except Exception as error:  # a plug-in may raise anything while it is imported
+        raise UsageError(
+            f"technique '{name}' of {_owner(point)} fails to import: {type(error).__name__}: {error}; mend or uninstall it"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Technique)):
+        raise UsageError(f"technique '{name}' of {_owner(point)}: {point.value} is not a subclass of widthbench.Technique")
+    if getattr(cls, "id", None) != name:
+        raise UsageError(
+            f"technique '{name}' of {_owner(point)}: its class says id = {getattr(cls, 'id', None)!r}; make them equal"
+        )
+    if getattr(cls, "access", None) not in ACCESS:
+        raise UsageError(f"technique '{name}' of {_owner(point)}: set access to one of {', '.join(ACCESS)}")
+    return cls
+
+
+def load_all() -> tuple[dict[str, type[Technique]], dict[str, str]]:
+    """Every technique that loads, and for the others the reason: one broken plug-in does not stop the rest."""
+    good: dict[str, type[Technique]] = {}
+    bad: dict[str, str] = {}
+    for name in names():
+        try:
+            good[name] = load(name)
+        except UsageError as error:
+            bad[name] = str(error)
+    return good, bad
+
+
+def create(name: str, params: Mapping[str, Any] | None = None) -> Technique:
+    """An instance of a registered technique.
+
+    Args:
+        name: Its id.
+        params: Its keyword parameters.
+
+    Raises:
+        UsageError: As ``load``, or if a parameter is unknown.
+    """
+    return build(load(name), params or {})
+
+
+def owner(name: str) -> str:
+    """``distribution version`` that provides a technique."""
+    return " and ".join(sorted(_owner(p) for p in _declared().get(name, [])))
+
+
+def _declared() -> dict[str, list[EntryPoint]]:
+    found: dict[str, dict[str, EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        # a checkout's own metadata on sys.path repeats what the installed distribution says
+        found.setdefault(point.name, {})[point.value] = point
+    return {name: list(points.values()) for name, points in found.items()}
+
+
+def _owner(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed distribution"

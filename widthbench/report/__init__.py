@@ -1,0 +1,1 @@
+"""Reports: records to leaderboards and figures."""

@@ -1,0 +1,135 @@
+"""A suite's folder of results: records, timings, leaderboard and figures, from the store."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from widthbench import protocol
+from widthbench.controls import fresh_at
+from widthbench.measure import latency_ms, peak_memory_mib
+from widthbench.paths import cache_dir, write_atomic
+from widthbench.provenance import code_digest, hardware, versions
+from widthbench.records import Record, Store, digest_of, write_records
+from widthbench.report import figures, tables
+from widthbench.suites import Suite
+
+BATCH = 64
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        records: The suite's records.
+        folder: Where the files are.
+        files: The files.
+        text: The short table for a terminal.
+    """
+
+    records: list[Record]
+    folder: Path
+    files: list[Path]
+    text: str
+
+
+def collect(suite: Suite, store: Store) -> list[Record]:
+    """The finished records of a suite's cells, and the failures of those that are not finished."""
+    found = []
+    for cell in suite.cells():
+        key = protocol.cell_key(cell)
+        record = store.get(key) or store.failure(key)
+        if record is not None:
+            found.append(record)
+    return found
+
+
+def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True) -> Report:
+    """Write ``records.jsonl``, ``timings.jsonl``, ``leaderboard.md`` and the figures of a suite.
+
+    Args:
+        suite: The suite.
+        results: The folder of all results; the suite gets one of its own in it.
+        store: Where finished cells are.
+        time_shapes: Measure latency and memory of shapes that have none yet; do this only when no worker is busy.
+    """
+    folder = results / suite.name
+    records = collect(suite, store)
+    timings = timings_of(records, measure=time_shapes)
+    write_records(folder / "records.jsonl", records)
+    lines = sorted(json.dumps(t, sort_keys=True) for t in timings)
+    write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
+    expected = len(suite.cells())
+    write_atomic(folder / "leaderboard.md", tables.leaderboard(suite, records, timings, expected))
+    drawn = figures.write(records, folder / "figures", suite.title or suite.name)
+    files = [folder / "leaderboard.md", folder / "records.jsonl", folder / "timings.jsonl", *drawn]
+    return Report(records, folder, files, tables.terminal(suite, records, expected))
+
+
+def timings_of(records: Sequence[Record], *, measure: bool) -> list[dict[str, Any]]:
+    """Latency and peak memory per distinct shape: from the cache, or measured now, one after the other.
+
+    A resized network's speed-up is the median over rounds that time base and resized network in turn.
+    """
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for record in records:
+        key = (record.cell.dataset, record.cell.model, tables.shape_of(record))
+        if record.status != "done" or key in found:
+            continue
+        path = cache_dir() / "timings" / f"{_timing_key(record)}.json"
+        if path.is_file():
+            found[key] = json.loads(path.read_text())
+        elif measure:
+            found[key] = _measure(record)
+            write_atomic(path, json.dumps(found[key], indent=1))
+    return list(found.values())
+
+
+def _timing_key(record: Record) -> str:
+    cell = record.cell
+    return digest_of(
+        {
+            "shape": [cell.dataset, cell.model, cell.model_args, cell.size, record.widths, cell.threads],
+            "device": str(protocol.device_of(cell)),
+            "hardware": hardware(),
+            "versions": versions(),
+            "code": code_digest("measure.py", "models.py", "width", "report/build.py"),
+        }
+    )[:40]
+
+
+def _measure(record: Record) -> dict[str, Any]:
+    cell = record.cell
+    with protocol.pinned(cell):
+        full = protocol.fresh_model(cell, 0).eval()
+        resized, _, _ = fresh_at(cell, record.widths, 0)
+        resized.eval()
+        one = protocol.example_input(cell)
+        batch = one.expand(BATCH, -1, -1, -1).contiguous()
+        pairs = [
+            (latency_ms(full, batch, rounds=15, limit_s=0.4), latency_ms(resized, batch, rounds=15, limit_s=0.4))
+            for _ in range(ROUNDS)
+        ]
+        return {
+            "dataset": cell.dataset,
+            "model": cell.model,
+            "shape": tables.shape_of(record),
+            "widths": record.widths,
+            "macs": record.macs,
+            "params": record.params,
+            "batch": BATCH,
+            "latency_ms": statistics.median(b for _, b in pairs),
+            "base_latency_ms": statistics.median(a for a, _ in pairs),
+            "speed_up": statistics.median(a / b for a, b in pairs),
+            "latency_ms_batch_1": latency_ms(resized, one, rounds=30, limit_s=0.4),
+            "peak_memory_mib": peak_memory_mib(resized, batch),
+            "threads": cell.threads,
+            "device": str(protocol.device_of(cell)),
+            "hardware": hardware(),
+        }

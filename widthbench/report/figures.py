@@ -1,0 +1,126 @@
+"""Figures: accuracy against size, with error bars and the Pareto front."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from widthbench.paths import write_atomic
+from widthbench.records import Record
+from widthbench.report.statistics import summarise
+from widthbench.report.tables import Line, lines
+
+# Okabe and Ito's palette, told apart by colour-blind eyes; markers tell the rows apart in print
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+AXES = {"macs": "FLOPs (as MACs) of one image", "params": "parameters"}
+
+
+def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
+    """Draw accuracy against MACs and against parameters, a panel per network.
+
+    Args:
+        records: A suite's records.
+        folder: Gets ``accuracy-macs.png`` and ``accuracy-params.png``.
+        title: Printed above.
+
+    Returns:
+        The files written; none if no record is finished.
+    """
+    found = [line for line in lines(records) if line.done]
+    panels: dict[tuple[str, str], list[Line]] = {}
+    for line in found:
+        panels.setdefault((line.dataset, line.model), []).append(line)
+    if not panels:
+        return []
+    return [_figure(panels, axis, folder / f"accuracy-{axis}.png", title) for axis in AXES]
+
+
+def _figure(panels: dict[tuple[str, str], list[Line]], axis: str, path: Path, title: str) -> Path:
+    columns = min(2, len(panels))
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.4 * columns, 3.6 * height + 1.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(height, columns, squeeze=False)
+    labels = sorted({ln.label for block in panels.values() for ln in block if ln.label != "base"})
+    for place, ((dataset, model), block) in zip(axes.flat, panels.items(), strict=False):
+        _panel(place, block, axis, labels)
+        place.set_title(f"{model} on {dataset}", fontsize=11)
+        place.set_xlabel(AXES[axis])
+        place.set_ylabel("test top-1, %")
+    for place in list(axes.flat)[len(panels) :]:
+        place.set_visible(False)
+    handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    seeds = max(len(ln.done) for block in panels.values() for ln in block)
+    spread = f"mean ± std over {seeds} base networks" if seeds > 1 else "one base network"
+    figure.suptitle(f"{title}: after adaptation, {spread}", fontsize=12)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
+def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str]) -> None:
+    points: list[tuple[float, float]] = []
+    shown = [label for label in labels if any(ln.label == label for ln in block)]
+    for label in ["base", *shown]:
+        rows = sorted((_point(ln, axis) for ln in block if ln.label == label), key=lambda p: p[0])
+        if not rows:
+            continue
+        xs, ys = [p[0] for p in rows], [p[1] for p in rows]
+        points += list(zip(xs, ys, strict=True))
+        index = labels.index(label) if label != "base" else -1
+        colour = COLOURS[index % len(COLOURS)] if label != "base" else "#444444"
+        marker = MARKERS[index % len(MARKERS)] if label != "base" else "H"
+        # rows of one shape share an abscissa: shift them a little so that error bars do not hide each other
+        shift = 1.0 if label == "base" else 1.0 + 0.012 * (shown.index(label) - (len(shown) - 1) / 2)
+        errors = [p[2] for p in rows] if any(p[2] for p in rows) else None
+        style = "--" if any(ln.control for ln in block if ln.label == label) else "-"
+        place.errorbar(
+            [x * shift for x in xs], ys, yerr=errors, label=label, color=colour, marker=marker, markersize=5.5,
+            linestyle=style, linewidth=1.2, capsize=3,
+        )  # fmt: skip
+    front = pareto(points)
+    place.plot(
+        [p[0] for p in front], [p[1] for p in front], color="#BBBBBB", linewidth=5, alpha=0.6, zorder=0,
+        drawstyle="steps-post", label="Pareto front of the means", solid_capstyle="butt",
+    )  # fmt: skip
+    place.set_xscale("log")
+    widest = max(p[0] for p in points)
+    narrowest = min(p[0] for p in points)
+    place.set_xlim(narrowest / 1.15, widest * 1.15)
+    ticks = sorted({float(f"{p[0]:.3g}") for p in points})
+    apart = [t for i, t in enumerate(ticks) if i == 0 or t > 1.12 * ticks[i - 1]]
+    place.set_xticks(apart, [_short(t) for t in apart])
+    place.minorticks_off()
+    place.grid(alpha=0.3)
+
+
+def _short(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:g}"
+
+
+def _point(line: Line, axis: str) -> tuple[float, float, float]:
+    """(size, mean accuracy, standard deviation or 0)."""
+    final = line.summary(None)
+    size = summarise({k: float(getattr(r, axis)) for k, r in line.done.items()})
+    assert final is not None  # only finished lines are drawn
+    return size.mean, final.mean, final.std or 0.0
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (size, accuracy) that no other point beats in both, by size."""
+    front: list[tuple[float, float]] = []
+    for size, accuracy in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or accuracy > front[-1][1]:
+            front.append((size, accuracy))
+    return front

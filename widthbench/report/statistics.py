@@ -1,0 +1,95 @@
+"""What a few seeds can and cannot say: means with spreads, and ranks only where paired differences carry them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+LEAST = 5  # bases below which nothing is ranked
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean over distinct base networks.
+
+    Attributes:
+        mean: Arithmetic mean.
+        std: Sample standard deviation (n - 1); None for one value, of which no spread is known.
+        n: Number of distinct bases.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+
+    def text(self, digits: int = 2) -> str:
+        """``"97.10 ± 0.30"``, without ± for a single value."""
+        spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}"
+
+
+def summarise(values: Mapping[object, float]) -> Summary:
+    """Mean and spread of one value per base.
+
+    Args:
+        values: By base (seed or checkpoint digest): each base counts once.
+    """
+    numbers = list(values.values())
+    return Summary(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None, len(numbers))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (Holm 1979): ``p̃_(i) = max_{j<=i} min(1, (m - j + 1) p_(j))``, in the given order."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for step, i in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - step) * p_values[i]))
+        adjusted[i] = running
+    return adjusted
+
+
+def paired_p(a: Mapping[object, float], b: Mapping[object, float]) -> float | None:
+    """Two-sided p-value of the paired t-test over the bases that both have.
+
+    Returns:
+        None below ``LEAST`` shared bases; 0 or 1 where all differences are equal and there is nothing to test.
+    """
+    shared = [k for k in a if k in b]
+    if len(shared) < LEAST:
+        return None
+    differences = [a[k] - b[k] for k in shared]
+    if math.isclose(max(differences), min(differences), abs_tol=1e-12):
+        return 1.0 if math.isclose(differences[0], 0.0, abs_tol=1e-12) else 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def ranks(scores: Mapping[str, Mapping[object, float]], *, level: float = 0.05) -> dict[str, int] | None:
+    """Ranks of rows by their mean, higher first, tied unless a paired difference says otherwise.
+
+    A row's rank is one more than the number of rows that beat it: whose paired difference over shared bases has a
+    Holm-corrected 95 % t-interval above 0.
+
+    Args:
+        scores: For each row one score per base.
+        level: 1 minus the confidence.
+
+    Returns:
+        Rank by row, or None where fewer than ``LEAST`` bases are shared by any pair.
+    """
+    names = list(scores)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    raw = [paired_p(scores[a], scores[b]) for a, b in pairs]
+    known = [p for p in raw if p is not None]
+    if len(known) < len(pairs) or not pairs:
+        return None
+    beaten = dict.fromkeys(names, 0)
+    for (a, b), p in zip(pairs, holm(known), strict=True):
+        if p < level:
+            shared = [k for k in scores[a] if k in scores[b]]
+            ahead = statistics.fmean(scores[a][k] - scores[b][k] for k in shared)
+            beaten[b if ahead > 0 else a] += 1
+    return {name: 1 + count for name, count in beaten.items()}

@@ -1,0 +1,272 @@
+"""Leaderboards: markdown tables from records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from widthbench.records import FINAL, Record, Stage
+from widthbench.report.statistics import Summary, ranks, summarise
+from widthbench.suites import Suite
+
+ACCESS_ORDER = ("none", "unlabelled", "labelled", "training", "")
+CONTROL_ACCESS = "control"
+
+NOTES = """\
+How to read this: one row is one technique at one budget, mean ± sample standard deviation over n distinct base networks
+(seeds: each has its own train/val split, base and decision). *Top-1* is on the test set, which no choice has looked at:
+right after the *resize*, after batch-norm *recalibration* (equal to the former in networks without batch norm), and after the
+suite's *fine-tuning*, the same for every technique. *FLOPs (as MACs)* are multiply-accumulates of one forward pass of one
+image. *Data* is the most that the decision looked at. *Train cost* is everything that was spent to get there (base, decision,
+adaptation; forward MACs plus backward MACs counted as twice the forward) over the cost of training the base network.
+*Controls* are not techniques: `uniform-width` is the base scaled down uniformly and trained by the base's recipe; `scratch:X` trains
+the shape that X found from fresh weights for as many epochs as base, decision and fine-tuning took; `scratch-budget:X` for as many MACs."""
+
+
+@dataclass
+class Line:
+    """All records of one technique on one network at one budget, one per base."""
+
+    dataset: str
+    model: str
+    label: str
+    budget: str | None
+    access: str
+    control: bool
+    records: dict[object, Record] = field(default_factory=dict)
+
+    @property
+    def done(self) -> dict[object, Record]:
+        """The finished ones by base."""
+        return {k: r for k, r in self.records.items() if r.status == "done"}
+
+    def summary(self, stage: Stage | None) -> Summary | None:
+        """Top-1 at a stage (the last one if None); None if no record has it."""
+        values = {k: row.top1 for k, r in self.done.items() if (row := r.row(stage)) is not None}
+        return summarise(values) if values else None
+
+    def first(self) -> Record:
+        """Any record: a finished one if there is one."""
+        return next(iter(self.done.values()), next(iter(self.records.values())))
+
+
+def lines(records: Iterable[Record]) -> list[Line]:
+    """Records grouped to rows, in leaderboard order: by network, then budget from large to small, controls last."""
+    found: dict[tuple[Any, ...], Line] = {}
+    order: dict[tuple[str, str], int] = {}
+    for r in records:
+        c = r.cell
+        order.setdefault((c.dataset, c.model), len(order))
+        control = c.technique in ("base", "uniform-width", "scratch", "scratch-budget")
+        key = (c.dataset, c.model, c.label, c.budget)
+        line = found.setdefault(key, Line(c.dataset, c.model, c.label, c.budget, "", control))
+        # a base is what seeds make distinct; one public checkpoint under many seeds is still one base
+        line.records[r.provenance.get("checkpoint") or c.seed] = r
+        line.access = line.access or r.access
+
+    def place(line: Line) -> tuple[Any, ...]:
+        kept = float(line.budget.partition(":")[2].partition(":")[0]) if line.budget else 10.0
+        top = line.summary(None)
+        access = len(ACCESS_ORDER) if line.control else ACCESS_ORDER.index(line.access)
+        return (order[line.dataset, line.model], -kept, access, -(top.mean if top else -1.0), line.label)
+
+    return sorted(found.values(), key=place)
+
+
+def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], expected: int) -> str:
+    """The markdown page of a suite.
+
+    Args:
+        suite: The suite.
+        records: Its records.
+        timings: One entry per distinct shape, from ``timings.jsonl``.
+        expected: How many cells the suite has.
+    """
+    done = sum(r.status == "done" for r in records)
+    parts = [f"# {suite.name}: {suite.title}" if suite.title else f"# {suite.name}", ""]
+    if not suite.citable:
+        parts += ["**A smoke suite: not for citation.** Few seeds, small data; no ranks are given.", ""]
+    state = f"{done} of {expected} cells done"
+    for status in ("skipped", "failed"):
+        if count := sum(r.status == status for r in records):
+            state += f", {count} {status}"
+    parts += [f"{state}; {len(suite.seeds)} seeds.", "", NOTES, ""]
+    speeds = {(t["dataset"], t["model"], t["shape"]): t for t in timings}
+    grouped: dict[tuple[str, str], list[Line]] = {}
+    for line in lines(records):
+        grouped.setdefault((line.dataset, line.model), []).append(line)
+    for (dataset, model), block in grouped.items():
+        parts += [f"## {model} on {dataset}", "", table(block, speeds, ranked=suite.citable), ""]
+    parts += _problems(records) + _footer(records, timings)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, Any]], *, ranked: bool) -> str:
+    """The rows of one network as a markdown table."""
+    places = _ranks(block) if ranked else {}
+    rows: list[list[Any]] = []
+    for line in block:
+        r = line.first()
+        if not line.done:
+            rows.append([f"{line.label}", _access(line), line.budget or "–", f"{r.status}", *[""] * 9])
+            continue
+        macs, params = _mean(line, "macs"), _mean(line, "params")
+        final = line.summary(None)
+        rows.append(
+            [
+                line.label + _flags(line),
+                _access(line),
+                line.budget or "–",
+                _text(line.summary("resized")),
+                _text(line.summary("recalibrated")),
+                f"**{_text(final)}**"
+                + (f" ({places[line.label, line.budget]})" if places.get((line.label, line.budget)) else ""),
+                _count(params),
+                _count(macs),
+                f"{_ratio(r.base_params, params)}x",
+                f"{_ratio(r.base_macs, macs)}x",
+                _speed_up(line, speeds),
+                _cost(line),
+                len(line.done),
+            ]
+        )
+    headers = [
+        "technique", "data", "budget", "top-1 % resized", "recalibrated", "fine-tuned / trained" + (" (rank)" if places else ""),
+        "params", "FLOPs (as MACs)", "compression", "speed-up, theory", "measured", "train cost", "n",
+    ]  # fmt: skip
+    text = ("left",) * 3 + ("right",) * 10
+    return tabulate(rows, headers=headers, tablefmt="pipe", colalign=text, disable_numparse=True)
+
+
+def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
+    """The short table that a terminal shows at the end of a run."""
+    rows: list[list[Any]] = []
+    for line in lines(records):
+        if not line.done:
+            rows.append([line.model, line.label, line.budget or "–", line.first().status, "", "", ""])
+            continue
+        cost = f"{_count(_mean(line, 'params'))} / {_count(_mean(line, 'macs'))}"
+        after, final = _text(line.summary("resized")), _text(line.summary(None))
+        rows.append([line.model, line.label + _flags(line), line.budget or "–", after, final, cost, len(line.done)])
+    headers = ["model", "technique", "budget", "top-1 % resized", "fine-tuned / trained", "params / MACs", "n"]
+    done = sum(r.status == "done" for r in records)
+    head = f"suite {suite.name}: {done} of {expected} cells done, test accuracy, mean ± std over n base networks"
+    align = ("left", "left", "left", "right", "right", "right", "right")
+    return f"{head}\n\n" + tabulate(rows, headers=headers, tablefmt="simple", colalign=align, disable_numparse=True)
+
+
+def _ranks(block: Sequence[Line]) -> dict[tuple[str, str | None], str]:
+    """Ranks among the techniques of one network at each budget, where the statistics carry them."""
+    found: dict[tuple[str, str | None], str] = {}
+    for budget in {line.budget for line in block if line.budget}:
+        rows = {ln.label: ln for ln in block if ln.budget == budget and not ln.control}
+        scores = {
+            label: {k: row.top1 for k, r in ln.done.items() if (row := r.row()) is not None and row.stage in FINAL}
+            for label, ln in rows.items()
+        }
+        for label, rank in (ranks(scores) or {}).items():
+            found[label, budget] = str(rank)
+    return found
+
+
+def _access(line: Line) -> str:
+    return CONTROL_ACCESS if line.control else line.access
+
+
+def _flags(line: Line) -> str:
+    records = line.done.values()
+    missed = " †" if any(not r.met for r in records) else ""
+    return missed + (" ‡" if any(r.coupled for r in records) else "")
+
+
+def _text(summary: Summary | None) -> str:
+    return summary.text() if summary else ""
+
+
+def _mean(line: Line, name: str) -> float:
+    return summarise({k: float(getattr(r, name)) for k, r in line.done.items()}).mean
+
+
+def _count(value: float) -> str:
+    """``"2.29 M"``."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:.0f} {unit}"
+    return f"{value:.0f}"
+
+
+def _ratio(whole: int | None, part: float) -> str:
+    return "–" if not whole else f"{whole / part:.2f}"
+
+
+def _cost(line: Line) -> str:
+    """Everything spent over the cost of the base network's training, ``"1.08x"``."""
+    shares = {}
+    for k, r in line.done.items():
+        total = sum(s.forward_macs + s.backward_macs for s in r.spent.values())
+        epochs = r.cell.base.epochs
+        base = r.spent["base"]
+        whole = base.forward_macs + base.backward_macs
+        if not whole and r.base_macs and r.macs:  # a control has no base: scale its own training to the base's shape
+            own = r.spent["adaptation"]
+            whole = (
+                round((own.forward_macs + own.backward_macs) / own.epochs * epochs * r.base_macs / r.macs) if own.epochs else 0
+            )
+        if whole:
+            shares[k] = total / whole
+    return f"{summarise(shares).mean:.2f}x" if shares else "–"
+
+
+def _speed_up(line: Line, speeds: dict[tuple[str, str, str], dict[str, Any]]) -> str:
+    """Median latency of the base over that of the row's shapes."""
+    found = {}
+    for k, r in line.done.items():
+        entry = speeds.get((line.dataset, line.model, shape_of(r)))
+        if entry:
+            found[k] = entry["speed_up"]
+    return f"{summarise(found).mean:.2f}x" if found else "–"
+
+
+def shape_of(record: Record) -> str:
+    """A short digest of a record's widths: records of one shape share one timing."""
+    from widthbench.records import digest_of
+
+    return digest_of({"args": record.cell.model_args, "size": record.cell.size, "widths": record.widths})[:12]
+
+
+def _problems(records: Sequence[Record]) -> list[str]:
+    parts = []
+    flagged = [r for r in records if r.status == "done" and (not r.met or r.coupled)]
+    if any(not r.met for r in flagged):
+        parts.append("† leaves more than 5 % of its budget unused.")
+    if any(r.coupled for r in flagged):
+        parts.append("‡ resizes channels under a norm across channels (grade *coupled*).")
+    bad = [r for r in records if r.status != "done"]
+    if bad:
+        parts += ["", "## Cells without a result", ""]
+        rows = [[f"`{r.cell.id}`", r.status, r.reason.replace("|", "\\|").replace("\n", " ")[:300]] for r in bad]
+        parts.append(tabulate(rows, headers=["cell", "status", "reason"], tablefmt="pipe"))
+    return [*parts, ""] if parts else []
+
+
+def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> list[str]:
+    """Where the numbers come from."""
+    if not records:
+        return []
+    facts: dict[str, set[str]] = {}
+    for r in records:
+        p = r.provenance
+        packages = ("widthbench", "torch", "timm", "torch-pruning")
+        facts.setdefault("versions", set()).add(", ".join(f"{k} {p['versions'].get(k)}" for k in packages))
+        facts.setdefault("hardware", set()).add(str(p["hardware"].get("gpu") or p["hardware"].get("cpu")))
+        facts.setdefault("device and threads", set()).add(f"{p.get('device')}, {p.get('threads')} thread(s)")
+        state = " with uncommitted changes" if p.get("dirty") else ""
+        facts.setdefault("commit", set()).add(f"{str(p.get('commit'))[:12]}{state}")
+        facts.setdefault("date", set()).add(str(p.get("when"))[:10])
+    rows = [f"- {name}: {'; '.join(sorted(values))}" for name, values in facts.items()]
+    if timings:
+        rows.append("- measured speed-up: median latency of a batch of 64, taken one shape at a time after all cells had ended")
+    return ["---", "", *rows]

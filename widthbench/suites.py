@@ -1,0 +1,212 @@
+"""Suites: a TOML file to the cells of a comparison. What a suite contains depends on that file alone."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from widthbench.budget import Budget
+from widthbench.errors import BudgetError, UsageError, did_you_mean
+from widthbench.recipe import Recipe
+from widthbench.records import CONTROLS, Cell
+
+MAX_CELLS = 100_000
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Entry(_Strict):
+    """A technique in a suite: its id and parameters."""
+
+    id: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class Network(_Strict):
+    """A network in a suite; what it does not set, the suite's own settings give.
+
+    Attributes:
+        name: Any timm model name.
+        size: Input height and width in pixels.
+        args: Further arguments of its constructor.
+        budgets: Overrides the suite's.
+        base: Overrides single settings of the suite's base recipe.
+        finetune: Overrides single settings of the suite's fine-tuning recipe.
+        include: Patterns on group names.
+    """
+
+    name: str
+    size: int = Field(ge=4, le=4096)
+    args: dict[str, Any] = Field(default_factory=dict)
+    budgets: tuple[str, ...] | None = None
+    base: dict[str, Any] = Field(default_factory=dict)
+    finetune: dict[str, Any] = Field(default_factory=dict)
+    include: tuple[str, ...] = ()
+
+
+class Suite(_Strict):
+    """A comparison.
+
+    Attributes:
+        name: Its name, and its folder under ``results/``.
+        title: One line for people.
+        citable: False puts "not for citation" on the leaderboard.
+        datasets: Data sets.
+        seeds: Each gives its own split, base network and decision.
+        budgets: What is kept.
+        techniques: Ids, or ``{ id = ..., params = {...} }``.
+        controls: "base", "uniform-width", "scratch:TECHNIQUE", "scratch-budget:TECHNIQUE".
+        models: The networks.
+        base: Recipe of the base networks.
+        finetune: Recipe after the resize.
+        calibration: Training samples for batch-norm recalibration.
+        val: Fraction of the training part held out for choices.
+        scope: "inner" or "all" groups.
+        threads: CPU threads per cell.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    title: str = ""
+    citable: bool = False
+    datasets: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    budgets: tuple[str, ...] = ()
+    techniques: tuple[Entry, ...] = ()
+    controls: tuple[str, ...] = ("base",)
+    models: tuple[Network, ...] = Field(min_length=1)
+    base: Recipe
+    finetune: Recipe
+    calibration: int = Field(default=1024, ge=2)
+    val: float = Field(default=0.2, gt=0, lt=1)
+    scope: Literal["inner", "all"] = "inner"
+    threads: int = Field(default=1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("techniques", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return [{"id": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        for at, network in enumerate(self.models):
+            for budget in network.budgets if network.budgets is not None else self.budgets:
+                try:
+                    Budget.parse(budget, grows=True)
+                except BudgetError as error:
+                    raise ValueError(f"models[{at}] ({network.name}): {error}") from error
+            self.recipes(network)
+        known = [e.id for e in self.techniques]
+        for control in self.controls:
+            name, _, source = control.partition(":")
+            if name not in CONTROLS:
+                raise ValueError(f"unknown control '{name}'{did_you_mean(name, CONTROLS)}")
+            if name.startswith("scratch") and source not in known:
+                raise ValueError(f"control '{control}' must name one of the suite's techniques, as in '{name}:l1-norm'")
+            if not name.startswith("scratch") and source:
+                raise ValueError(f"control '{name}' takes no technique")
+        if len(cells := self.cells()) > MAX_CELLS:
+            raise ValueError(f"{len(cells)} cells are more than {MAX_CELLS}")
+        if len({c.id for c in cells}) < len(cells):
+            raise ValueError("two cells have the same name: a dataset, model, technique, budget or seed is listed twice")
+        return self
+
+    def recipes(self, network: Network) -> tuple[Recipe, Recipe]:
+        """(base, fine-tuning) recipe of one of the suite's networks."""
+        pairs = []
+        for name in ("base", "finetune"):
+            try:
+                pairs.append(Recipe(**{**getattr(self, name).model_dump(), **getattr(network, name)}))
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise ValueError(f"model {network.name}: {name}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        return pairs[0], pairs[1]
+
+    def cells(self) -> list[Cell]:
+        """All cells, those of one base network next to each other, sources before the controls that need them."""
+        cells = []
+        for dataset in self.datasets:
+            for network in self.models:
+                base, finetune = self.recipes(network)
+                for seed in self.seeds:
+                    shared: dict[str, Any] = {
+                        "dataset": dataset, "model": network.name, "model_args": network.args, "size": network.size,
+                        "seed": seed, "scope": self.scope, "include": network.include, "base": base,
+                        "finetune": finetune, "calibration": self.calibration, "val": self.val,
+                        "threads": self.threads, "device": self.device,
+                    }  # fmt: skip
+                    cells += [Cell(**shared, **row) for row in self._rows(network)]
+        return cells
+
+    def _rows(self, network: Network) -> list[dict[str, Any]]:
+        budgets = self.budgets if network.budgets is None else network.budgets
+        rows: list[dict[str, Any]] = []
+        if "base" in self.controls:
+            rows.append({"technique": "base"})
+        for budget in budgets:
+            rows += [{"technique": e.id, "params": e.params, "budget": budget} for e in self.techniques]
+        for control in self.controls:
+            name, _, source = control.partition(":")
+            for budget in budgets if name != "base" else ():
+                row: dict[str, Any] = {"technique": name, "budget": budget}
+                if source:
+                    entry = next(e for e in self.techniques if e.id == source)
+                    row |= {"of": source, "params": entry.params}
+                rows.append(row)
+        return rows
+
+
+def names() -> list[str]:
+    """Names of the built-in suites."""
+    return sorted(p.name.removesuffix(".toml") for p in files("widthbench._suites").iterdir() if p.name.endswith(".toml"))
+
+
+def load(name: str) -> Suite:
+    """A suite by name, or by path of a TOML file.
+
+    Raises:
+        UsageError: If it is unknown, malformed (file, key, what was expected) or inconsistent.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read suite {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+        return parse(text, str(path))
+    if name not in names():
+        raise UsageError(f"unknown suite '{name}'{did_you_mean(name, names())} (or give the path of a .toml file)")
+    return parse((files("widthbench._suites") / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
+
+
+def parse(text: str, where: str) -> Suite:
+    """A suite from TOML text.
+
+    Args:
+        text: The TOML.
+        where: The file's name, for errors.
+
+    Raises:
+        UsageError: If it is malformed.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{where}: not valid TOML: {error}") from error
+    try:
+        return Suite(**data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        problem = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            problem = f"unknown key{did_you_mean(str(first['loc'][-1]), Suite.model_fields)}"
+        given = "" if first["type"] in ("missing", "extra_forbidden", "value_error") else f" (found {first['input']!r})"
+        raise UsageError(f"{where}: {key + ': ' if key else ''}{problem}{given}") from error

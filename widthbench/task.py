@@ -1,0 +1,147 @@
+"""What a technique is given: a certified network, its data, a budget, and what the harness does for it. Never the test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from widthbench.budget import Allocation, Budget, global_widths, top_channels, uniform_widths
+from widthbench.errors import AccessError, UsageError
+from widthbench.width.cost import Cost, CostModel
+from widthbench.width.groups import Groups
+from widthbench.width.resize import Resize, keep
+
+Access = Literal["none", "unlabelled", "labelled", "training"]
+ACCESS: tuple[Access, ...] = ("none", "unlabelled", "labelled", "training")
+
+
+class Samples(Protocol):
+    """A data set in batches."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(x [B, C, H, W], y [B])``; shuffled if a generator is given, the last batch may be smaller."""
+        ...
+
+
+class Progress(Protocol):
+    """A progress bar: wraps an iterable."""
+
+    def __call__(self, steps: Any, /, *, desc: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One decision to take.
+
+    Attributes:
+        model: The network to decide on, in eval mode. Leave it as it is; ``copy.deepcopy`` it to train it.
+        groups: Its certified channel groups, filtered by scope and include patterns: what may be resized.
+        example_input: ``[B, C, H, W]`` on the device.
+        budget: What is to be kept.
+        cost: ``cost({group: channels}) -> Cost`` (MACs and parameters), analytically.
+        reference: Cost of the network that the budget is a fraction of.
+        train: Training samples, or a guard that says what to declare if ``access`` does not cover them.
+        val: Validation samples (every choice is made on these), or a guard likewise.
+        seed: Seeds everything random in the decision.
+        device: Where to compute.
+        recipe: Training settings for techniques that train (``fit`` understands them).
+        fit: ``fit(model, train, recipe, seed=...)``: the one training loop; counts its own cost.
+        regroup: ``regroup(model) -> Groups``: discovery and certification of a network that was grown.
+        progress: Progress bar.
+        checkpoint: ``checkpoint(name, make) -> dict[str, Tensor]``: keep an intermediate state so that a killed run resumes.
+    """
+
+    model: nn.Module
+    groups: Groups
+    example_input: Tensor
+    budget: Budget
+    cost: CostModel
+    reference: Cost
+    train: Samples
+    val: Samples
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    recipe: Any = None
+    fit: Callable[..., Any] | None = None
+    regroup: Callable[[nn.Module], Groups] | None = None
+    progress: Progress = lambda steps, /, *, desc: steps
+    checkpoint: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda name, make: make()
+
+    def with_access(self, technique: str, access: Access) -> Task:
+        """This task as a technique of the given data access sees it; data beyond it raise ``AccessError`` on touch."""
+        level = ACCESS.index(access)
+        if level == 0:
+            return replace(self, train=Denied(technique, access, "train"), val=Denied(technique, access, "val"), fit=None)
+        if level == 1:
+            return replace(self, train=Unlabelled(self.train), val=Unlabelled(self.val), fit=None)
+        return replace(self, fit=self.fit if level == 3 else None)
+
+    def widths(self, scores: Mapping[str, Tensor] | None = None, allocation: Allocation = "uniform") -> dict[str, int]:
+        """Channels per group that meet the budget.
+
+        Args:
+            scores: ``[N]`` per group, higher is kept; needed for "global".
+            allocation: "uniform": the same fraction everywhere. "global": from one ranking of all channels.
+
+        Raises:
+            BudgetError: If the budget lies below the feasible floor.
+            UsageError: If the allocation is unknown.
+        """
+        if allocation == "uniform":
+            return uniform_widths(self.groups, self.budget, self.cost, self.reference)
+        if allocation == "global":
+            if scores is None:
+                raise UsageError("allocation='global' needs scores")
+            return global_widths(scores, self.groups, self.budget, self.cost, self.reference)
+        raise UsageError(f"allocation must be 'uniform' or 'global', not {allocation!r}")
+
+    def keep_best(self, scores: Mapping[str, Tensor], allocation: Allocation = "uniform") -> dict[str, Resize]:
+        """The plan that keeps the channels with the highest scores within the budget.
+
+        Args:
+            scores: ``[N]`` per group; comparable between groups if the allocation is global.
+            allocation: As in ``widths``.
+
+        Returns:
+            One pruning resize per group.
+        """
+        widths = self.widths(scores, allocation)
+        return {n: keep(top_channels(scores[n], widths[n], g.blocks)) for n, g in self.groups.items()}
+
+
+class Denied:
+    """Stands in for data that a technique did not declare; any use names the remedy."""
+
+    def __init__(self, technique: str, access: Access, which: str) -> None:
+        self._message = f"technique '{technique}' declares access = '{access}' but uses task.{which}: declare what it needs"
+
+    def _deny(self) -> AccessError:
+        return AccessError(self._message)
+
+    def __len__(self) -> int:
+        raise self._deny()
+
+    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Raise ``AccessError``."""
+        raise self._deny()
+
+
+class Unlabelled:
+    """Samples whose labels are all -1."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(x, y)`` with every y replaced by -1."""
+        for x, y in self._samples.batches(size, generator=generator):
+            yield x, torch.full_like(y, -1)

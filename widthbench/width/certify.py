@@ -1,0 +1,340 @@
+"""Certification: no channel group is resized before two numerical proofs that its index maps are right.
+
+On a float64 copy with randomised statistics, (1) every group's channels are permuted and a few of them split into
+halves: the output must not move; (2) a few channels are removed: the output must equal that of the whole network with
+those input gates at 0. Both are asked of all groups in one pass; if that fails, of each group alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from widthbench.paths import cache_dir, write_atomic
+from widthbench.width.gates import gated
+from widthbench.width.groups import Grade, Group, Groups, discover, kind_of
+from widthbench.width.resize import Plan, Resize, disagreements, keep, resize_uncertified
+
+TOLERANCE = 1e-9  # relative to the largest output, in float64
+PICKED = 3  # channels split or removed per block of a group
+
+Grades = dict[str, tuple[Grade, str]]
+
+
+class _Affine(nn.Module):
+    """A cross-channel norm reduced to its per-channel affine, which shows the index maps without the coupling."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = norm  # keeps its name space; resized in place of the norm by `_sync`
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [1] * x.dim()
+        last = isinstance(self.norm, nn.LayerNorm) and x.shape[-1] == self.norm.normalized_shape[0]
+        shape[-1 if last else 1] = -1
+        if self.norm.weight is not None:
+            x = x * self.norm.weight.view(shape)
+        if self.norm.bias is not None:
+            x = x + self.norm.bias.view(shape)
+        return x
+
+
+def find_groups(model: nn.Module, example_input: Tensor, *, cache: bool = True, time_limit: float = 60.0) -> Groups:
+    """Discover and certify the channel groups of a network.
+
+    Args:
+        model: The network; it is left as it was.
+        example_input: ``[B, C, H, W]`` on the network's device.
+        cache: Take grades from the cache where this architecture has been certified with these versions before.
+        time_limit: Seconds for Torch-Pruning's enumeration.
+
+    Returns:
+        All groups with their grades: "exact", "coupled" or "frozen", the latter two with the reason.
+    """
+    return certify(model, discover(model, example_input, time_limit=time_limit), example_input, cache=cache)
+
+
+def certify(model: nn.Module, groups: Groups, example_input: Tensor, *, cache: bool = True) -> Groups:
+    """Grade the groups of a network.
+
+    Args:
+        model: The network that the groups were found in; it is left as it was.
+        groups: Its groups.
+        example_input: ``[B, ...]``; certification draws random inputs of this shape.
+        cache: Read and write grades in ``WIDTHBENCH_CACHE``.
+
+    Returns:
+        The groups with grades. *exact*: splitting leaves the output unchanged (relative error < 1e-9 in float64), removal
+        equals gates at 0, and the output depends on the group. *coupled*: the same once each norm across channels that
+        rides along is replaced by its per-channel affine. *frozen*: anything else.
+    """
+    path = cache_dir() / "grades" / f"{fingerprint(model, groups, example_input)}.json"
+    if cache and path.is_file():
+        try:
+            grades = {n: (cast(Grade, g), str(r)) for n, (g, r) in json.loads(path.read_text())["grades"].items()}
+            if set(grades) == set(groups):
+                return groups.with_grades(grades)
+        except (ValueError, KeyError, TypeError):
+            pass  # a damaged file: certify again and rewrite it
+    grades = _grade(model, groups, example_input)
+    if cache:
+        write_atomic(path, json.dumps({"model": type(model).__name__, "grades": grades}, indent=1))
+    return groups.with_grades(grades)
+
+
+def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str:
+    """A digest of everything that grades depend on: structure, sources of the layers, found groups, input shape, versions."""
+    digest = hashlib.sha256()
+    for package in ("torch", "timm", "torch-pruning"):
+        digest.update(f"{package}={version(package)};".encode())
+    digest.update(_own_source().encode())
+    digest.update(f"{list(example_input.shape)};{groups.members!r};{sorted(groups.axes.items())!r};".encode())
+    for name, module in model.named_modules():
+        digest.update(f"{name}:{type(module).__qualname__}({module.extra_repr()});".encode())
+        digest.update(f"{[(n, list(t.shape)) for n, t in module.named_parameters(recurse=False)]};".encode())
+        digest.update(f"{sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | str | float))};".encode())
+    for cls in sorted({type(m) for m in model.modules()}, key=lambda c: f"{c.__module__}.{c.__qualname__}"):
+        digest.update(_source(cast(Any, cls)).encode())
+    return digest.hexdigest()[:32]
+
+
+@functools.cache
+def _source(cls: Any) -> str:
+    """The source of a layer's class and its bases outside torch, whose version is already in the fingerprint."""
+    parts = []
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] in ("torch", "timm", "builtins"):
+            continue
+        try:
+            parts.append(inspect.getsource(base))
+        except (OSError, TypeError):
+            parts.append(base.__qualname__)
+    return "\n".join(parts)
+
+
+@functools.cache
+def _own_source() -> str:
+    here = Path(__file__).parent
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))).hexdigest()
+
+
+def randomised(model: nn.Module, *, seed: int = 0) -> nn.Module:
+    """A float64 copy in eval mode in which no statistic, affine or head hides an error.
+
+    BatchNorm statistics, all vectors (norm affines, biases, layer-scales) and all tensors that are constant (zero-initialised
+    heads) are drawn at random; other weights are kept.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    net = copy.deepcopy(model).cpu().double().eval()
+
+    def uniform(t: Tensor) -> Tensor:
+        return torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
+
+    def normal(t: Tensor, scale: float) -> Tensor:
+        return torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale
+
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            leaf = name.rpartition(".")[2]
+            if p.dim() <= 1:
+                p.copy_(normal(p, 0.1) if "bias" in leaf else uniform(p))
+            elif p.numel() > 1 and bool((p == p.flatten()[0]).all()):
+                p.copy_(normal(p, p[0].numel() ** -0.5))
+        for name, b in net.named_buffers():
+            if name.endswith("running_mean"):
+                b.copy_(normal(b, 0.1))
+            elif name.endswith("running_var"):
+                b.copy_(uniform(b))
+    return net
+
+
+def errors_of_all(model: nn.Module, groups: Groups, example_input: Tensor) -> tuple[float, float]:
+    """The two errors behind the grade *exact*, with all exact groups in one plan, on a randomised float64 copy.
+
+    Args:
+        model: The network.
+        groups: Its graded groups.
+        example_input: ``[B, ...]``; only the shape is used.
+
+    Returns:
+        (error of splitting, error of removal against input gates at 0), relative to the largest output; 0 if there is no
+        exact group.
+    """
+    chosen = [g for g in groups.values() if g.grade == "exact"]
+    if not chosen:
+        return 0.0, 0.0
+    net, x = randomised(model), _random_input(example_input)
+    split = _resized(net, groups, {g.name: _split_plan(g) for g in chosen})
+    kept = {g.name: _kept(g) for g in chosen}
+    removed = _resized(net, groups, {n: keep(k) for n, k in kept.items()})
+    with gated(net, groups, _gates(chosen, kept)):
+        gates = _output(net, x)
+    return _error(_output(split, x), _output(net, x)), _error(_output(removed, x), gates)
+
+
+def _random_input(example_input: Tensor) -> Tensor:
+    """Two random samples in float64: the smallest batch that still shows a mix-up of the batch with the channels."""
+    shape = (2, *example_input.shape[1:])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _gates(chosen: Iterable[Group], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """1 for kept channels, 0 for the others."""
+    return {g.name: torch.zeros(g.channels, dtype=torch.float64).index_fill(0, kept[g.name], 1.0) for g in chosen}
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))
+
+
+def _grade(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades:
+    grades: Grades = {n: ("frozen", g.reason) for n, g in groups.items() if g.reason}
+    candidates = [n for n in groups if n not in grades]
+    if not candidates:
+        return grades
+    net = randomised(model)
+    x = _random_input(example_input)
+    both: tuple[Grade, Grade] = ("exact", "coupled")
+    for grade in both:
+        names = [n for n in candidates if groups[n].normalised == (grade == "coupled")]
+        if grade == "coupled" and names:
+            net = _with_affines(net, groups, names)
+        passed, failed = _passing(net, groups, names, x)
+        coupled = "a norm across its channels rides along: a resize changes what it divides by"
+        grades |= dict.fromkeys(passed, (grade, "" if grade == "exact" else coupled))
+        grades |= {n: ("frozen", reason) for n, reason in failed.items()}
+    return {n: grades[n] for n in groups}
+
+
+def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Module:
+    """Replace the norms across channels that ride along the named groups by their affines, in place."""
+    for layer in {rider for n in names for rider in groups[n].riders}:
+        module = net.get_submodule(layer)
+        if kind_of(module) == "channelnorm":
+            module.forward = _Affine(module).forward
+    return net
+
+
+def _passing(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> tuple[list[str], dict[str, str]]:
+    """The groups that pass, first all at once, else each alone and then together; and the reasons of the others."""
+    if not names:
+        return [], {}
+    if not (why := _probe(net, groups, names, x)):
+        return names, {}
+    failed = {n: why for n in names if (why := _probe(net, groups, [n], x))}
+    passed = [n for n in names if n not in failed]
+    if passed and _probe(net, groups, passed, x):
+        together: list[str] = []
+        for n in passed:
+            if _probe(net, groups, [*together, n], x):
+                failed[n] = f"passes alone, but not together with {together[-1] if together else n}"
+            else:
+                together.append(n)
+        passed = together
+    return passed, failed
+
+
+def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> str:
+    """Why these groups cannot be resized together; "" if they can."""
+    chosen = [groups[n] for n in names]
+    try:
+        reference = _output(net, x)
+        split = _output(_resized(net, groups, {g.name: _split_plan(g) for g in chosen}), x)
+        if problem := _difference(split, reference):
+            return f"splitting its channels {problem}"
+        kept = {g.name: _kept(g) for g in chosen}
+        removed = _output(_resized(net, groups, {n: keep(k) for n, k in kept.items()}), x)
+        values = _gates(chosen, kept)
+        with gated(net, groups, values):
+            if problem := _difference(removed, _output(net, x)):
+                return f"removing channels instead of gating them {problem}"
+        with gated(net, groups, values, on="weight"):
+            if problem := _difference(removed, _output(net, x)):
+                return f"gating weights instead of inputs {problem}"
+        return _insensitive(net, groups, chosen, x)
+    except Exception as error:  # whatever a foreign forward raises: the group stays frozen, with the cause
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"a resized network does not run: {first[:160]}"
+
+
+def _resized(net: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
+    swapped = {n: m for n, m in net.named_modules() if "forward" in vars(m)}
+    new = resize_uncertified(net, groups, plan)
+    for name in swapped:  # an instance's own forward is bound to the old module
+        module = new.get_submodule(name)
+        module.forward = _Affine(module).forward
+    if bad := disagreements(new):
+        raise RuntimeError(f"declared and real shapes differ at {bad[0]}")
+    return new
+
+
+def _output(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return _tensor(net(x))
+
+
+def _tensor(output: Any) -> Tensor:
+    """All tensors of a network's output in one flat vector per sample."""
+    if isinstance(output, Tensor):
+        return output.flatten(1)
+    values = output.values() if isinstance(output, Mapping) else output
+    return torch.cat([_tensor(v) for v in values], dim=1)
+
+
+def _difference(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape:
+        return f"changes the output's shape to {list(a.shape)}"
+    error = _error(a, b)
+    return "" if error < TOLERANCE else f"moves the output by {error:.1e} (relative)"
+
+
+def _picks(group: Group, generator: torch.Generator) -> Tensor:
+    """A few channels of each block, ``[blocks, k]``."""
+    size = group.channels // group.blocks
+    count = min(PICKED, size - 1) if size > 1 else 0
+    return torch.stack([b * size + torch.randperm(size, generator=generator)[:count] for b in range(group.blocks)])
+
+
+def _split_plan(group: Group) -> Resize:
+    """Permute the channels within each block, and split a few into two halves."""
+    generator = torch.Generator().manual_seed(group.channels)
+    size = group.channels // group.blocks
+    picks = _picks(group, generator) if size > 1 else torch.zeros(1, 1, dtype=torch.long)
+    rows = []
+    for b in range(group.blocks):
+        both = torch.cat([torch.arange(size) + b * size, picks[b]])
+        rows.append(both[torch.randperm(len(both), generator=generator)])
+    all_rows = torch.cat(rows)
+    mix = torch.zeros(group.channels, len(all_rows), dtype=torch.float64)
+    mix[all_rows, torch.arange(len(all_rows))] = 1.0 / torch.bincount(all_rows, minlength=group.channels)[all_rows].double()
+    return Resize(all_rows, mix)
+
+
+def _kept(group: Group) -> Tensor:
+    """All channels but the picked ones, in order; a group of one channel keeps it."""
+    dropped = _picks(group, torch.Generator().manual_seed(group.channels + 1)).flatten()
+    mask = torch.ones(group.channels, dtype=torch.bool)
+    mask[dropped] = False
+    return mask.nonzero().flatten()
+
+
+def _insensitive(net: nn.Module, groups: Groups, chosen: list[Group], x: Tensor) -> str:
+    """A proof on a group that the output does not depend on would be empty: ask for a gradient at every group's gates."""
+    values = {g.name: torch.ones(g.channels, dtype=torch.float64, requires_grad=True) for g in chosen}
+    with torch.enable_grad(), gated(net, groups, values):
+        total = _tensor(net(x)).square().sum()
+        gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
+    for gradient in gradients:
+        if gradient is None or float(gradient.abs().max()) == 0.0:
+            return "the output does not depend on its channels"
+    return ""

@@ -1,0 +1,48 @@
+"""What can be resized in a network: counts of grades, reachable MACs, and the errors of the two proofs on request."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widthbench.width.certify import errors_of_all
+from widthbench.width.cost import CostModel
+from widthbench.width.groups import Groups
+
+
+def diagnose(model: nn.Module, groups: Groups, example_input: Tensor, *, verify: bool = False) -> dict[str, Any]:
+    """One row of ``widthbench doctor``.
+
+    Args:
+        model: The network.
+        groups: Its graded groups.
+        example_input: ``[B, ...]``.
+        verify: Measure, on a randomised float64 copy, the errors of splitting all exact groups at once and of removal against
+            gates at 0 (relative to the largest output).
+
+    Returns:
+        Counts by grade, the number of inner groups, the least share of the MACs that exact and coupled groups can be brought
+        down to, the errors if asked for, and the most frequent reasons.
+    """
+    count = Counter(g.grade for g in groups.values())
+    reachable = {n: g.blocks for n, g in groups.items() if g.grade in ("exact", "coupled")}
+    with torch.no_grad():
+        cost = CostModel(model, groups, example_input)
+    least = cost(reachable).macs / max(1, cost.original.macs)
+    reasons = Counter(g.reason for g in groups.values() if g.grade == "frozen")
+    row: dict[str, Any] = {
+        "exact": count["exact"],
+        "coupled": count["coupled"],
+        "frozen": count["frozen"],
+        "inner": sum(g.inner for g in groups.values() if g.grade == "exact"),
+        "MACs": f"{cost.original.macs / 1e6:.1f} M",
+        "least MACs": f"{least:.3f}",
+    }
+    if verify:
+        split, removal = errors_of_all(model, groups, example_input)
+        row |= {"split error": f"{split:.1e}", "gates vs removal": f"{removal:.1e}"}
+    row["frozen because"] = "; ".join(f"{n}x {reason[:70]}" for reason, n in reasons.most_common(2))
+    return row

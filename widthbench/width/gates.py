@@ -1,0 +1,95 @@
+"""Gates: a plan's virtual twin, one factor per channel, without touching the network's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from widthbench.errors import PlanError, did_you_mean
+from widthbench.width.groups import Axis, Groups, kind_of
+
+
+@contextmanager
+def gated(
+    model: nn.Module, groups: Groups, values: Mapping[str, Tensor], on: Literal["input", "weight"] = "input"
+) -> Iterator[nn.Module]:
+    """Multiply channels by gates while the context is open.
+
+    Gates are differentiable with respect to ``values`` and leave parameters, buffers and the state dict alone.
+
+    Args:
+        model: The network that ``groups`` was found in.
+        groups: Its groups.
+        values: ``[N]`` factors per group; groups that are not named are open.
+        on: "input" multiplies the channels where the consumers read them, so that gate 0 equals physical removal.
+            "weight" multiplies the consumers' incoming weights of the channel: the same output, but a closed channel's
+            weights ``w`` still give ``∂L/∂(w·gate)``, which AutoPrune (Xiao et al., NeurIPS 2019) needs.
+
+    Yields:
+        The same network, gated.
+
+    Raises:
+        PlanError: If a group is unknown or a vector of gates has the wrong shape.
+    """
+    if on not in ("input", "weight"):
+        raise PlanError(f"gates sit on 'input' or 'weight', not {on!r}")
+    for name, value in values.items():
+        if name not in groups:
+            raise PlanError(f"gates name no channel group of this network: '{name}'{did_you_mean(name, groups)}")
+        if tuple(value.shape[-1:]) != (groups[name].channels,) or value.dim() != 1:
+            raise PlanError(f"channel group '{name}' takes {groups[name].channels} gates, not {list(value.shape)}")
+    with ExitStack() as stack:
+        for (layer, side), axis in groups.axes.items():
+            if side == "in" and any(s.group in values for s in axis):
+                module = model.get_submodule(layer)
+                for handle in (_on_input if on == "input" else _on_weight)(module, axis, values):
+                    stack.callback(handle.remove)
+        yield model
+
+
+def _vector(axis: Axis, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """The gates along a whole axis, ``[I]``: each segment's values repeated, ones where nothing is gated."""
+    parts = []
+    for s in axis:
+        if s.group is not None and s.group in values:
+            value = values[s.group].to(device=like.device, dtype=like.dtype)
+            parts.append(value if s.repeat == 1 else value.repeat_interleave(s.repeat))
+        else:
+            parts.append(like.new_ones(s.size))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _on_input(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> list[Any]:
+    def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        gate = _vector(axis, values, x)
+        if kind_of(module) != "linear":  # channels come second: [B, C, ...]
+            gate = gate.reshape(-1, *[1] * (x.dim() - 2))
+        return (x * gate, *args[1:])
+
+    return [module.register_forward_pre_hook(multiply)]
+
+
+def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> list[Any]:
+    def swap_in(module: Any, args: Any) -> None:
+        weight = module._parameters["weight"]
+        gate = _vector(axis, values, weight)
+        count = getattr(module, "groups", 1)
+        if count > 1:  # [I] -> [O, I/G]: each block of outputs reads its own block of inputs
+            gate = gate.view(count, 1, -1).expand(-1, weight.shape[0] // count, -1).flatten(0, 1)
+        else:
+            gate = gate[None]
+        # an instance attribute hides the registered parameter from attribute look-up, and from nothing else
+        module.__dict__["weight"] = weight * gate.reshape(*gate.shape, *[1] * (weight.dim() - 2))
+
+    def swap_out(module: Any, args: Any, output: Any) -> None:
+        module.__dict__.pop("weight", None)
+
+    return [
+        module.register_forward_pre_hook(swap_in),
+        module.register_forward_hook(swap_out, always_call=True),
+    ]

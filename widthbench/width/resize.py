@@ -1,0 +1,271 @@
+"""The one place that cuts or grows a network: a plan of per-group resizes, applied at once, on a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widthbench.errors import PlanError, did_you_mean
+from widthbench.width.groups import Axis, Group, Groups, Segment, Side, axis_length, kind_of, tensors_on
+
+
+@dataclass(frozen=True)
+class Resize:
+    """New channels of one group in terms of its old ones.
+
+    With P new and N old channels, producers and riders take row ``rows[p]`` for new channel p, and every consumer's
+    incoming weight becomes ``W_in @ mix``.
+
+    Attributes:
+        rows: long ``[P]``, the old channel that each new one is copied from; repeats allowed.
+        mix: ``[N, P]``, old by new; None means one-hot of ``rows`` (applied by selection, never as a product).
+        tensors: New values for tensors of producers or riders, by full name (``"conv1.weight"``), ``[P, ...]`` in the
+            original network's input coordinates (``[P·repeat·copies, ...]`` where a layer holds each channel more than once).
+    """
+
+    rows: Tensor
+    mix: Tensor | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Plan = Mapping[str, Resize]
+"""One resize per group, by group name, in the coordinates of the network that the plan was made for."""
+
+
+def keep(rows: Tensor | list[int]) -> Resize:
+    """The resize that keeps the given channels and drops the others: pruning.
+
+    Args:
+        rows: ``[P]`` indices of the channels to keep.
+    """
+    return Resize(torch.as_tensor(rows, dtype=torch.long).cpu())
+
+
+def resize(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
+    """Apply a plan to a network.
+
+    All maps are composed in the original network's coordinates, and nothing is rebuilt between groups. Either the whole
+    plan is applied or an error is raised; the given network is never touched.
+
+    Args:
+        model: The network that ``groups`` was found in.
+        groups: Its certified groups.
+        plan: One resize per group; groups that it does not name stay as they are.
+
+    Returns:
+        A resized copy, with the same device, dtype, mode and ``requires_grad``; gradients are not carried over.
+
+    Raises:
+        PlanError: If the plan does not fit: unknown or uncertified group, rows out of range or none at all, unequal
+            counts per block, a mix or tensor of the wrong shape or with values that are not finite.
+    """
+    for name in plan:
+        if name not in groups:
+            raise PlanError(f"the plan names no channel group of this network: '{name}'{did_you_mean(name, groups)}")
+        group = groups[name]
+        if group.grade not in ("exact", "coupled"):
+            why = f"is frozen: {group.reason}" if group.grade == "frozen" else "is not certified: call certify() first"
+            raise PlanError(f"channel group '{name}' {why}")
+    return resize_uncertified(model, groups, plan)
+
+
+def resize_uncertified(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
+    """``resize`` without asking for a grade: for certification itself."""
+    for name, change in plan.items():
+        _check(model, groups, groups[name], change)
+    layers: dict[str, dict[Side, Axis]] = {}
+    for (layer, side), axis in groups.axes.items():
+        if any(segment.group in plan for segment in axis):
+            layers.setdefault(layer, {})[side] = axis
+
+    memo: dict[int, Any] = {}
+    widths: dict[str, dict[Side, int]] = {}
+    with torch.no_grad():
+        for layer, sides in layers.items():
+            module = model.get_submodule(layer)
+            widths[layer] = {side: _width(axis, plan) for side, axis in sides.items()}
+            for name, new in _tensors(layer, module, sides, plan).items():
+                old = getattr(module, name)
+                if isinstance(old, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    new.__dict__.update(old.__dict__)
+                memo[id(old)] = new
+    # deepcopy takes the new tensors from the memo, so that the old ones are never copied
+    resized = copy.deepcopy(model, memo)
+    for layer, new_widths in widths.items():
+        for side, width in new_widths.items():
+            _declare(resized.get_submodule(layer), side, width)
+    return resized
+
+
+def _check(model: nn.Module, groups: Groups, group: Group, change: Resize) -> None:
+    rows, name = change.rows, f"channel group '{group.name}'"
+    if rows.dim() != 1 or rows.dtype != torch.long:
+        raise PlanError(f"{name}: rows must be a long vector [P], not {rows.dtype} of shape {list(rows.shape)}")
+    if rows.numel() == 0:
+        raise PlanError(f"{name}: a plan must leave at least {group.blocks} channel(s)")
+    if int(rows.min()) < 0 or int(rows.max()) >= group.channels:
+        raise PlanError(f"{name}: rows must lie in 0..{group.channels - 1}, not {int(rows.min())}..{int(rows.max())}")
+    new = rows.numel()
+    if group.blocks > 1:
+        old_block = rows.cpu() * group.blocks // group.channels
+        new_block = torch.arange(new) * group.blocks // max(new, 1)
+        if new % group.blocks or not torch.equal(old_block, new_block):
+            raise PlanError(f"{name}: its {group.blocks} blocks must keep equal counts, in order, but P = {new}")
+    if change.mix is not None:
+        if tuple(change.mix.shape) != (group.channels, new):
+            raise PlanError(f"{name}: mix must be [N, P] = {[group.channels, new]}, not {list(change.mix.shape)}")
+        if not torch.isfinite(change.mix).all():
+            raise PlanError(f"{name}: mix has values that are not finite")
+        if group.blocks > 1:
+            a = (torch.arange(group.channels) * group.blocks // group.channels)[:, None]
+            b = (torch.arange(new) * group.blocks // new)[None]
+            if bool((change.mix.cpu() != 0)[a != b].any()):
+                raise PlanError(f"{name}: mix must not cross its {group.blocks} blocks")
+    known: dict[str, tuple[int, ...]] = {}
+    for layer, positions in groups.places(group.name, "out"):
+        module = model.get_submodule(layer)
+        for tensor, _ in tensors_on(module, "out"):
+            size = len(positions) // group.channels * new
+            known[f"{layer}.{tensor}"] = (size, *getattr(module, tensor).shape[1:])
+    for tensor, value in change.tensors.items():
+        if tensor not in known:
+            raise PlanError(f"{name}: '{tensor}' is not a tensor of its producers or riders{did_you_mean(tensor, known)}")
+        if tuple(value.shape) != known[tensor]:
+            raise PlanError(f"{name}: '{tensor}' must have shape {list(known[tensor])}, not {list(value.shape)}")
+        if not torch.isfinite(value).all():
+            raise PlanError(f"{name}: '{tensor}' has values that are not finite")
+
+
+def _change(segment: Segment, plan: Plan) -> Resize | None:
+    """What the plan does to a segment, if anything."""
+    return plan.get(segment.group) if segment.group is not None else None
+
+
+def _width(axis: Axis, plan: Plan) -> int:
+    return sum(len(change.rows) * s.repeat if (change := _change(s, plan)) else s.size for s in axis)
+
+
+def _index(axis: Axis, plan: Plan) -> Tensor:
+    """The old position of each new position of an axis, ``[P']``, as if every mix were one-hot."""
+    parts, offset = [], 0
+    for s in axis:
+        if change := _change(s, plan):
+            rows = change.rows.cpu()
+            parts.append((offset + rows[:, None] * s.repeat + torch.arange(s.repeat)).flatten())
+        else:
+            parts.append(torch.arange(offset, offset + s.size))
+        offset += s.size
+    return torch.cat(parts)
+
+
+def _tensors(layer: str, module: nn.Module, sides: Mapping[Side, Axis], plan: Plan) -> dict[str, Tensor]:
+    """The new tensors of one layer."""
+    new: dict[str, Tensor] = {}
+    if "out" in sides:
+        index = _index(sides["out"], plan)
+        for name, _ in tensors_on(module, "out"):
+            old = getattr(module, name).detach()
+            new[name] = old.index_select(0, index.to(old.device))
+            _override(f"{layer}.{name}", new[name], sides["out"], plan)
+    if "in" in sides:
+        weight = new.get("weight", module.weight.detach())  # type: ignore[operator]
+        count = getattr(module, "groups", 1) if kind_of(module) == "conv" else 1
+        new["weight"] = _consume(weight, sides["in"], plan, count)
+    return new
+
+
+def _override(name: str, tensor: Tensor, axis: Axis, plan: Plan) -> None:
+    """Write the plan's own values for a tensor over the gathered rows, in place."""
+    offset, taken = 0, dict.fromkeys(plan, 0)
+    for s in axis:
+        change = _change(s, plan)
+        if change is None or s.group is None:
+            offset += s.size
+            continue
+        size = len(change.rows) * s.repeat
+        if name in change.tensors:
+            done = taken[s.group]
+            tensor[offset : offset + size] = change.tensors[name][done : done + size].to(tensor)
+            taken[s.group] = done + size
+        offset += size
+
+
+def _consume(weight: Tensor, axis: Axis, plan: Plan, count: int) -> Tensor:
+    """Incoming weights ``[O, I/count, ...]`` after ``W_in @ mix`` along an axis of I positions in ``count`` blocks."""
+    if count > 1:  # a grouped convolution: one segment, each block on its own
+        (segment,) = axis
+        block_change = plan[str(segment.group)]
+        blocks = weight.unflatten(0, (count, -1))  # [G, O/G, I/G, ...]
+        size = segment.channels // count
+        rows = block_change.rows.view(count, -1).to(weight.device) - torch.arange(count, device=weight.device)[:, None] * size
+        if block_change.mix is None:
+            picked = [block.index_select(1, r) for block, r in zip(blocks, rows, strict=True)]
+        else:
+            mixes = block_change.mix.to(weight).unflatten(0, (count, -1)).unflatten(2, (count, -1))
+            picked = [_mixed(block, mixes[g, :, g]) for g, block in enumerate(blocks)]
+        return torch.cat(picked)
+    if all((change := _change(s, plan)) is None or change.mix is None for s in axis):
+        return weight.index_select(1, _index(axis, plan).to(weight.device))
+    parts, offset = [], 0
+    for s in axis:
+        part = weight.narrow(1, offset, s.size)
+        offset += s.size
+        if (change := _change(s, plan)) is not None:
+            part = part.unflatten(1, (s.channels, s.repeat))
+            if change.mix is None:
+                part = part.index_select(1, change.rows.to(weight.device))
+            else:
+                part = _mixed(part, change.mix.to(weight))
+            part = part.flatten(1, 2)
+        parts.append(part)
+    return torch.cat(parts, dim=1)
+
+
+def _mixed(weight: Tensor, mix: Tensor) -> Tensor:
+    """``[O, N, ...]`` times ``[N, P]`` over N, to ``[O, P, ...]``."""
+    return torch.tensordot(weight, mix, dims=([1], [0])).movedim(-1, 1).contiguous()
+
+
+def _declare(module: Any, side: Side, width: int) -> None:
+    """Bring a layer's declared width in line with its tensors."""
+    match kind_of(module):
+        case "depthwise":
+            module.in_channels = module.out_channels = module.groups = width
+        case "conv":
+            setattr(module, f"{side}_channels", width)
+        case "linear":
+            setattr(module, f"{side}_features", width)
+        case "batchnorm":
+            module.num_features = width
+        case "channelnorm":
+            if isinstance(module, nn.LayerNorm):
+                module.normalized_shape = (width,)
+            else:
+                module.num_channels = width
+        case "prelu":
+            module.num_parameters = width
+
+
+def disagreements(model: nn.Module) -> list[str]:
+    """Layers whose declared widths and real tensor shapes differ; empty for a sound network."""
+    bad = []
+    for name, module in model.named_modules():
+        m: Any = module
+        kind = kind_of(m)
+        if kind is None:
+            continue
+        if kind in ("conv", "depthwise", "linear"):
+            count = getattr(m, "groups", 1)
+            declared = (axis_length(m, "out"), axis_length(m, "in") // count)
+            ok = tuple(m.weight.shape[:2]) == declared and (m.bias is None or len(m.bias) == declared[0])
+        else:
+            ok = all(getattr(m, t).shape[0] == axis_length(m, "out") for t, _ in tensors_on(m, "out"))
+        if not ok:
+            bad.append(f"{name}: declares {m.extra_repr()}, holds {[list(p.shape) for p in m.parameters(recurse=False)]}")
+    return bad
