@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from widthbench.budget import Allocation
 from widthbench.task import Task
@@ -34,7 +36,11 @@ class L1Norm(Technique):
 
     def prepare(self, task: Task) -> dict[str, Tensor]:
         """Scores ``[N]`` per group."""
-        return {name: producer_rows(task.model, task.groups, name).abs().sum(dim=1) for name in task.groups}
+        scores = {}
+        for name in task.groups:
+            norms = [vector_norm(part, ord=1, dim=1) for part in producer_rows(task.model, task.groups, name)]
+            scores[name] = torch.stack(norms).sum(dim=0)
+        return scores
 
     def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
         """Keep the best within the budget."""

@@ -43,18 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         chosen = [suites.load(n) for n in (suites.names() if "all" in names else dict.fromkeys(names))]
         if not WORKER:
-            _check(chosen)
+            for suite in chosen:  # unknown techniques, models and data sets are named before anything runs
+                suites.check(suite)
     except UsageError as error:
         pytest.exit(str(error), returncode=2)
     config.stash[SUITES] = chosen
-
-
-def _check(chosen: list[suites.Suite]) -> None:
-    """Unknown techniques, models and data sets are named before anything runs."""
-    from widthbench import engines
-
-    for suite in chosen:
-        engines.check(suite)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,7 +12,7 @@ from widthbench import registry
 from widthbench.budget import Budget
 from widthbench.errors import UsageError
 from widthbench.task import Samples, Task
-from widthbench.technique import Technique, same_output_shape
+from widthbench.technique import Technique, runs
 from widthbench.training import fit
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import CostModel, count_macs
@@ -98,9 +98,7 @@ def apply(
     chosen = technique if isinstance(technique, Technique) else registry.create(technique, params)
     parsed = Budget.parse(budget, grows=chosen.grows)
     if data is None and chosen.access != "none":
-        raise UsageError(
-            f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y) or a DataLoader"
-        )
+        raise UsageError(f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y) or a DataLoader")
     groups = find_groups(model, example_input)
     cost = CostModel(model, groups, example_input)
     device = example_input.device
@@ -115,7 +113,7 @@ def apply(
         example_input=example_input,
         budget=parsed,
         cost=cost,
-        reference=cost.original,
+        reference=cost,
         train=train,
         val=val,
         seed=seed,
@@ -129,7 +127,7 @@ def apply(
         resized = chosen.apply(task).resized
         assert resized is not None  # apply() always fills it in
         resized.eval()
-        if not same_output_shape(model, resized, example_input):
+        if not runs(resized, example_input, groups.output_shapes):
             raise UsageError(f"technique '{chosen.id}' changed the output's shape or made it non-finite")
     finally:
         for m, mode in modes.items():

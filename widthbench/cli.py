@@ -87,9 +87,7 @@ def _suites(verb: argparse.ArgumentParser) -> None:
 
 
 def _results(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="DIR", help="where results go (default: ./results)"
-    )
+    verb.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where results go (default: ./results)")
 
 
 def _json(verb: argparse.ArgumentParser) -> None:
@@ -147,16 +145,14 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from widthbench import engines, suites
+    from widthbench import suites
     from widthbench.engines import local
 
     chosen = [suites.load(name) for name in args.suite]
     for suite in chosen:
-        engines.check(suite)
+        suites.check(suite)
     cells = (
-        list({c.id: c for s in chosen for c in s.cells()}.values())
-        if len(chosen) == 1
-        else [c for s in chosen for c in s.cells()]
+        list({c.id: c for s in chosen for c in s.cells()}.values()) if len(chosen) == 1 else [c for s in chosen for c in s.cells()]
     )
     counted: Counter[str] = Counter()
 
@@ -170,14 +166,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from widthbench import engines, suites
+    from widthbench import suites
     from widthbench.records import Store
     from widthbench.report.build import build
 
     failed = 0
     for name in args.suite:
         suite = suites.load(name)
-        engines.check(suite)
+        suites.check(suite)
         report = build(suite, args.results, Store())
         failed += sum(r.status == "failed" for r in report.records)
         if args.json:

@@ -36,6 +36,10 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 class MLP(nn.Module):
     """A multi-layer perceptron on flattened images; layers are named ip1, ip2, ... as in the published LeNet weights.
 
@@ -44,7 +48,7 @@ class MLP(nn.Module):
         act_layer: Activation between layers.
         num_classes: Outputs.
         in_chans: Image channels.
-        img_size: Height and width in pixels.
+        img_size: Height and width in pixels, or one number for both.
     """
 
     def __init__(
@@ -53,11 +57,12 @@ class MLP(nn.Module):
         act_layer: type[nn.Module] = nn.ReLU,
         num_classes: int = 10,
         in_chans: int = 1,
-        img_size: int = 28,
+        img_size: int | tuple[int, int] = 28,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        sizes = (in_chans * img_size**2, *widths)
+        height, width = _pair(img_size)
+        sizes = (in_chans * height * width, *widths)
         for i, (a, b) in enumerate(itertools.pairwise(sizes), 1):
             self.add_module(f"ip{i}", nn.Linear(a, b))
             self.add_module(f"act{i}", act_layer())
@@ -77,23 +82,27 @@ class LeNet5(nn.Module):
     Args:
         num_classes: Outputs.
         in_chans: Image channels.
-        img_size: Height and width in pixels; at least 16.
+        img_size: Height and width in pixels, or one number for both; at least 16.
         act_layer: Activation.
     """
 
     def __init__(
-        self, num_classes: int = 10, in_chans: int = 1, img_size: int = 28, act_layer: type[nn.Module] = nn.ReLU
+        self,
+        num_classes: int = 10,
+        in_chans: int = 1,
+        img_size: int | tuple[int, int] = 28,
+        act_layer: type[nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        left = ((img_size - 4) // 2 - 4) // 2
+        height, width = (((side - 4) // 2 - 4) // 2 for side in _pair(img_size))
         self.conv1 = nn.Conv2d(in_chans, 20, 5)
         self.act1 = act_layer()
         self.pool1 = nn.MaxPool2d(2)
         self.conv2 = nn.Conv2d(20, 50, 5)
         self.act2 = act_layer()
         self.pool2 = nn.MaxPool2d(2)
-        self.ip1 = nn.Linear(50 * left**2, 500)
+        self.ip1 = nn.Linear(50 * height * width, 500)
         self.act3 = act_layer()
         self.ip2 = nn.Linear(500, num_classes)
 

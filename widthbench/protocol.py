@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from widthbench.provenance import code_digest, source_digest, stamp, versions
 from widthbench.recipe import Spent
 from widthbench.records import CONTROLS, Cell, Record, Row, Stage, Store, digest_of
 from widthbench.task import Progress, Task
-from widthbench.technique import Technique, same_output_shape
+from widthbench.technique import Technique, runs
 from widthbench.training import batch_norms, fit, recalibrate
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import Cost, CostModel, count_macs
@@ -138,9 +139,7 @@ def load_data(cell: Cell) -> data.Data:
 def fresh_model(cell: Cell, seed: int) -> nn.Module:
     """The cell's network at full width, newly initialised, on its device."""
     split = load_data(cell)
-    model = models.create(
-        cell.model, classes=split.classes, channels=split.channels, size=cell.size, seed=seed, **cell.model_args
-    )
+    model = models.create(cell.model, classes=split.classes, channels=split.channels, size=cell.size, seed=seed, **cell.model_args)
     return model.to(device_of(cell))
 
 
@@ -171,10 +170,11 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
 
 
 def _write_weights(path: Path, model: nn.Module, spent: Spent) -> None:
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    blob = save(tensors, metadata={"spent": spent.model_dump_json()})
+    """Write the weights, and beside them their digest and what they cost (times would make the digest of equal weights differ)."""
+    blob = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     write_atomic(path, blob)
-    write_atomic(path.with_suffix(".sha256"), hashlib.sha256(blob).hexdigest())
+    side = {"sha256": hashlib.sha256(blob).hexdigest(), "spent": spent.model_dump()}
+    write_atomic(path.with_suffix(".json"), json.dumps(side))
 
 
 def _read_weights(path: Path, model: nn.Module) -> Spent | None:
@@ -182,12 +182,12 @@ def _read_weights(path: Path, model: nn.Module) -> Spent | None:
     if not path.is_file():
         return None
     try:
-        if hashlib.sha256(path.read_bytes()).hexdigest() != path.with_suffix(".sha256").read_text():
+        side = json.loads(path.with_suffix(".json").read_text())
+        if hashlib.sha256(path.read_bytes()).hexdigest() != side["sha256"]:
             raise ValueError("its digest does not match")
-        with safetensors.safe_open(path, "pt") as file:
-            spent = Spent.model_validate_json(file.metadata()["spent"])
+        spent = Spent.model_validate(side["spent"])
         model.load_state_dict(load_file(path))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         warnings.warn(f"damaged base network {path} ({error}): it is trained again", stacklevel=2)
         return None
     model.eval()
@@ -258,7 +258,7 @@ def task_of(cell: Cell, base: Base, *, grows: bool = False, progress: Progress =
         example_input=base.example_input,
         budget=Budget.parse(cell.budget, grows=grows),
         cost=base.cost,
-        reference=base.cost.original,
+        reference=base.cost,
         train=base.data.train,
         val=base.data.val,
         seed=cell.seed,
@@ -295,7 +295,7 @@ def _cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str
         if path.is_file():
             try:
                 return dict(load_file(path))
-            except (OSError, safetensors.SafetensorError) as error:
+            except (OSError, SafetensorError) as error:
                 warnings.warn(f"damaged state {path} ({error}): it is computed again", stacklevel=2)
         state = make()
         write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
@@ -347,7 +347,7 @@ def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where
     model = outcome.resized
     assert model is not None  # apply() always fills it in
     meter.leave(model)
-    if not same_output_shape(base.model, model, base.example_input):
+    if not runs(model, base.example_input, base.groups.output_shapes):
         raise UsageError(f"technique '{technique.id}' changed the output's shape or made it non-finite")
     rows, adaptation, cost = adapt(model, cell, base, progress)
     return Record(

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from widthbench import data, models, registry
 from widthbench.budget import Budget
 from widthbench.errors import BudgetError, UsageError, did_you_mean
 from widthbench.recipe import Recipe
 from widthbench.records import CONTROLS, Cell
+from widthbench.technique import build
 
 MAX_CELLS = 100_000
 
@@ -197,11 +199,11 @@ def parse(text: str, where: str) -> Suite:
         UsageError: If it is malformed.
     """
     try:
-        data = tomllib.loads(text)
+        content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where}: not valid TOML: {error}") from error
     try:
-        return Suite(**data)
+        return Suite(**content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -210,3 +212,18 @@ def parse(text: str, where: str) -> Suite:
             problem = f"unknown key{did_you_mean(str(first['loc'][-1]), Suite.model_fields)}"
         given = "" if first["type"] in ("missing", "extra_forbidden", "value_error") else f" (found {first['input']!r})"
         raise UsageError(f"{where}: {key + ': ' if key else ''}{problem}{given}") from error
+
+
+def check(suite: Suite) -> None:
+    """Name what a suite asks for and this installation does not have, before anything runs.
+
+    Raises:
+        UsageError: On an unknown technique or parameter, model or data set.
+    """
+    for entry in suite.techniques:
+        build(registry.load(entry.id), entry.params)
+    for network in suite.models:
+        models.require(network.name)
+    for name in suite.datasets:
+        if name not in data.names():
+            raise UsageError(f"suite {suite.name}: unknown dataset '{name}'{did_you_mean(name, data.names())}")

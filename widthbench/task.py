@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from widthbench.budget import Allocation, Budget, global_widths, top_channels, uniform_widths
+from widthbench.budget import Allocation, Budget, Costed, global_widths, top_channels, uniform_widths
 from widthbench.errors import AccessError, UsageError
-from widthbench.width.cost import Cost, CostModel
+from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups
 from widthbench.width.resize import Resize, keep
 
@@ -32,7 +32,9 @@ class Samples(Protocol):
 class Progress(Protocol):
     """A progress bar: wraps an iterable."""
 
-    def __call__(self, steps: Any, /, *, desc: str) -> Any: ...
+    def __call__(self, steps: Any, /, *, desc: str) -> Any:
+        """The iterable, shown as a bar labelled ``desc``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Task:
         example_input: ``[B, C, H, W]`` on the device.
         budget: What is to be kept.
         cost: ``cost({group: channels}) -> Cost`` (MACs and parameters), analytically.
-        reference: Cost of the network that the budget is a fraction of.
+        reference: The network that the budget is a fraction of, as its ``macs`` and ``params``.
         train: Training samples, or a guard that says what to declare if ``access`` does not cover them.
         val: Validation samples (every choice is made on these), or a guard likewise.
         seed: Seeds everything random in the decision.
@@ -62,7 +64,7 @@ class Task:
     example_input: Tensor
     budget: Budget
     cost: CostModel
-    reference: Cost
+    reference: Costed
     train: Samples
     val: Samples
     seed: int = 0

@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from widthbench.budget import check, used
 from widthbench.errors import UsageError, did_you_mean
 from widthbench.task import Access, Task
 from widthbench.width.cost import Cost, count_macs
+from widthbench.width.groups import shapes_of
 from widthbench.width.resize import Plan, disagreements, resize
 
 
@@ -121,14 +123,10 @@ class Technique(ABC):
             widths = {n: g.channels for n, g in task.regroup(resized).items() if n in task.groups}
         else:
             widths = {n: len(outcome.plan[n].rows) if n in outcome.plan else g.channels for n, g in task.groups.items()}
-        if task.budget.kind != "macs":
-            macs = task.reference.macs
-        elif outcome.model is None:
-            macs = task.cost(widths).macs
-        else:
-            macs = count_macs(resized, task.example_input)
-        params = sum(p.numel() for p in resized.parameters())
-        return widths, Cost(macs, params)
+        macs = 0  # a forward pass is not worth it where the budget does not ask
+        if task.budget.kind == "macs":
+            macs = task.cost(widths).macs if outcome.model is None else count_macs(resized, task.example_input)
+        return widths, Cost(macs, sum(p.numel() for p in resized.parameters()))
 
     def params(self) -> dict[str, Any]:
         """The parameters that this instance was made with, by name."""
@@ -155,8 +153,8 @@ def build(cls: type[Technique], params: Mapping[str, Any]) -> Technique:
         raise UsageError(f"technique '{cls.id}': {error}") from error
 
 
-def same_output_shape(model: nn.Module, resized: nn.Module, x: Tensor) -> bool:
-    """Whether both networks give outputs of one shape on ``x [B, ...]``, finite in the resized one."""
+def runs(model: nn.Module, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether a network gives finite outputs of the given shapes on ``x [B, ...]``."""
     with torch.no_grad():
-        a, b = model(x), resized(x)
-    return bool(a.shape == b.shape and torch.isfinite(b).all())
+        output = model(x)
+    return shapes_of(output) == shapes and all(bool(torch.isfinite(t).all()) for t in tree_leaves(output) if isinstance(t, Tensor))

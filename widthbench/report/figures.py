@@ -87,6 +87,7 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
             linestyle=style, linewidth=1.2, capsize=3,
         )  # fmt: skip
     front = pareto(points)
+    front.append((max(p[0] for p in points), front[-1][1]))  # larger networks without better scores are behind it
     place.plot(
         [p[0] for p in front], [p[1] for p in front], color="#BBBBBB", linewidth=5, alpha=0.6, zorder=0,
         drawstyle="steps-post", label="Pareto front of the means", solid_capstyle="butt",

@@ -18,12 +18,13 @@ CONTROL_ACCESS = "control"
 NOTES = """\
 How to read this: one row is one technique at one budget, mean ± sample standard deviation over n distinct base networks
 (seeds: each has its own train/val split, base and decision). *Top-1* is on the test set, which no choice has looked at:
-right after the *resize*, after batch-norm *recalibration* (equal to the former in networks without batch norm), and after the
-suite's *fine-tuning*, the same for every technique. *FLOPs (as MACs)* are multiply-accumulates of one forward pass of one
-image. *Data* is the most that the decision looked at. *Train cost* is everything that was spent to get there (base, decision,
-adaptation; forward MACs plus backward MACs counted as twice the forward) over the cost of training the base network.
-*Controls* are not techniques: `uniform-width` is the base scaled down uniformly and trained by the base's recipe; `scratch:X` trains
-the shape that X found from fresh weights for as many epochs as base, decision and fine-tuning took; `scratch-budget:X` for as many MACs."""
+right after the *resize*, after batch-norm *recalibration* (equal to the former in networks without batch norm), and
+after the suite's *fine-tuning*, the same for every technique. *FLOPs (as MACs)* are multiply-accumulates of one forward
+pass of one image. *Data* is the most that the decision looked at. *Train cost* is everything that was spent to get
+there (base, decision, adaptation; forward MACs plus backward MACs counted as twice the forward) over the cost of
+training the base network. *Controls* are not techniques: `uniform-width` is the base scaled down uniformly and trained
+by the base's recipe; `scratch:X` trains the shape that X found from fresh weights for as many epochs as base, decision
+and fine-tuning took; `scratch-budget:X` for as many MACs."""
 
 
 @dataclass
@@ -122,8 +123,7 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
                 line.budget or "–",
                 _text(line.summary("resized")),
                 _text(line.summary("recalibrated")),
-                f"**{_text(final)}**"
-                + (f" ({places[line.label, line.budget]})" if places.get((line.label, line.budget)) else ""),
+                f"**{_text(final)}**" + (f" ({places[line.label, line.budget]})" if places.get((line.label, line.budget)) else ""),
                 _count(params),
                 _count(macs),
                 f"{_ratio(r.base_params, params)}x",
@@ -194,7 +194,7 @@ def _count(value: float) -> str:
     """``"2.29 M"``."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:.0f} {unit}"
+            return f"{value / size:#.3g}".rstrip(".") + f" {unit}"
     return f"{value:.0f}"
 
 
@@ -212,9 +212,7 @@ def _cost(line: Line) -> str:
         whole = base.forward_macs + base.backward_macs
         if not whole and r.base_macs and r.macs:  # a control has no base: scale its own training to the base's shape
             own = r.spent["adaptation"]
-            whole = (
-                round((own.forward_macs + own.backward_macs) / own.epochs * epochs * r.base_macs / r.macs) if own.epochs else 0
-            )
+            whole = round((own.forward_macs + own.backward_macs) / own.epochs * epochs * r.base_macs / r.macs) if own.epochs else 0
         if whole:
             shares[k] = total / whole
     return f"{summarise(shares).mean:.2f}x" if shares else "–"

@@ -309,7 +309,7 @@ def _split_plan(group: Group) -> Resize:
     """Permute the channels within each block, and split a few into two halves."""
     generator = torch.Generator().manual_seed(group.channels)
     size = group.channels // group.blocks
-    picks = _picks(group, generator) if size > 1 else torch.zeros(1, 1, dtype=torch.long)
+    picks = _picks(group, generator) if size > 1 else torch.arange(group.blocks)[:, None]
     rows = []
     for b in range(group.blocks):
         both = torch.cat([torch.arange(size) + b * size, picks[b]])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +28,19 @@ class Cost:
     params: int
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every layer's mode as it was afterwards."""
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, mode in training.items():
+            m.training = mode
+
+
 def count_macs(model: nn.Module, example_input: Tensor) -> int:
     """MACs of one forward pass per sample, by ``torch.utils.flop_counter`` (which counts 2 per multiply-add), halved.
 
@@ -35,19 +50,13 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         model: The network, in any mode; it is run in eval mode and left as it was.
         example_input: ``[B, ...]``.
     """
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(example_input)
-    finally:
-        for m, mode in training.items():
-            m.training = mode
+    with _evaluating(model), FlopCounterMode(display=False) as counter:
+        model(example_input)
     return int(counter.get_total_flops()) // 2 // example_input.shape[0]
 
 
 class CostModel:
-    """Cost as a function of the groups' widths, from one profiled forward pass.
+    """Cost as a function of the groups' widths, from one forward pass, which is made when first needed.
 
     Args:
         model: The network at its original widths.
@@ -56,15 +65,26 @@ class CostModel:
     """
 
     def __init__(self, model: nn.Module, groups: Groups, example_input: Tensor) -> None:
-        modules = dict(model.named_modules())
+        self._model, self._example_input = model, example_input
         self._axes: dict[str, dict[Side, Axis]] = {}
         for (layer, side), axis in groups.axes.items():
             self._axes.setdefault(layer, {})[side] = axis
-        self._positions = _output_positions(model, self._axes, example_input)
-        self._modules: dict[str, Any] = {layer: modules[layer] for layer in self._axes}
-        self.original = Cost(count_macs(model, example_input), sum(p.numel() for p in model.parameters()))
-        touched = self._touched({})
-        self._fixed = Cost(self.original.macs - touched.macs, self.original.params - touched.params)
+        self._modules: dict[str, Any] = {layer: model.get_submodule(layer) for layer in self._axes}
+
+    @property
+    def original(self) -> Cost:
+        """The cost at the original widths."""
+        return self._profile[0]
+
+    @property
+    def macs(self) -> int:
+        """MACs at the original widths."""
+        return self.original.macs
+
+    @property
+    def params(self) -> int:
+        """Parameters at the original widths."""
+        return self.original.params
 
     def __call__(self, widths: Mapping[str, int]) -> Cost:
         """The cost with the given number of channels per group.
@@ -72,10 +92,30 @@ class CostModel:
         Args:
             widths: New number of channels by group name; groups that are not named keep theirs.
         """
-        touched = self._touched(widths)
-        return Cost(self._fixed.macs + touched.macs, self._fixed.params + touched.params)
+        original, positions = self._profile
+        before, after = self._touched({}, positions), self._touched(widths, positions)
+        return Cost(original.macs - before.macs + after.macs, original.params - before.params + after.params)
 
-    def _touched(self, widths: Mapping[str, int]) -> Cost:
+    @cached_property
+    def _profile(self) -> tuple[Cost, dict[str, int]]:
+        """The original cost, and how many times per sample each layer's weight is applied: H·W for a convolution."""
+        x, positions = self._example_input, dict.fromkeys(self._axes, 0)
+        handles = []
+        for name, module in self._modules.items():
+            if kind_of(module) in ("conv", "depthwise", "linear"):
+
+                def count(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                    positions[name] += output.numel() // axis_length(module, "out") // x.shape[0]
+
+                handles.append(module.register_forward_hook(count))
+        try:
+            macs = count_macs(self._model, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Cost(macs, sum(p.numel() for p in self._model.parameters())), positions
+
+    def _touched(self, widths: Mapping[str, int], positions: Mapping[str, int]) -> Cost:
         """The part of the cost that lies in layers that some group touches."""
         macs = params = 0
         for layer, sides in self._axes.items():
@@ -88,7 +128,7 @@ class CostModel:
                     inputs = _size(sides["in"], widths) if "in" in sides else axis_length(module, "in")
                     inputs //= getattr(module, "groups", 1)
                 weights = out * inputs * module.weight[0, 0].numel()
-                macs += self._positions.get(layer, 0) * weights
+                macs += positions[layer] * weights
                 params += weights + (out if module.bias is not None else 0)
             else:
                 params += out * sum(isinstance(getattr(module, t), nn.Parameter) for t, _ in tensors_on(module, "out"))
@@ -97,32 +137,3 @@ class CostModel:
 
 def _size(axis: Axis, widths: Mapping[str, int]) -> int:
     return sum(widths.get(s.group, s.channels) * s.repeat if s.group is not None else s.size for s in axis)
-
-
-def _output_positions(model: nn.Module, layers: Mapping[str, Any], example_input: Tensor) -> dict[str, int]:
-    """How many times per sample each layer's weight matrix is applied: H·W for a convolution, tokens for a linear layer."""
-    positions: dict[str, int] = {}
-    handles = []
-
-    def hook(name: str) -> Any:
-        def count(module: nn.Module, args: Any, output: Tensor) -> None:
-            applied = output.numel() // axis_length(module, "out") // example_input.shape[0]
-            positions[name] = positions.get(name, 0) + applied
-
-        return count
-
-    for name in layers:
-        module = model.get_submodule(name)
-        if kind_of(module) in ("conv", "depthwise", "linear"):
-            handles.append(module.register_forward_hook(hook(name)))
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, mode in training.items():
-            m.training = mode
-    return positions

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from widthbench.errors import NoGroupsError, UsageError, did_you_mean
 
@@ -92,10 +93,12 @@ class Groups(Mapping[str, Group]):
         members: The groups.
         axes: For every layer and side ("out" or "in") that a group touches, its segments. Selecting groups
             leaves the axes whole: they describe the network, not the selection.
+        output_shapes: Shapes of the network's output tensors for the example input.
     """
 
     members: Mapping[str, Group]
     axes: Mapping[tuple[str, Side], Axis] = field(repr=False)
+    output_shapes: tuple[tuple[int, ...], ...] = ()
 
     def __getitem__(self, name: str) -> Group:
         try:
@@ -210,33 +213,36 @@ def tensors_on(module: nn.Module, side: Side) -> list[tuple[str, int]]:
     return [(n, 0) for n in names if isinstance(getattr(module, n, None), Tensor)]
 
 
-def producer_rows(model: nn.Module, groups: Groups, name: str, *, bias: bool = False) -> Tensor:
-    """The producer weights of each channel, flattened.
+def producer_rows(model: nn.Module, groups: Groups, name: str, *, bias: bool = False) -> list[Tensor]:
+    """The producer weights of each channel, flattened, one part per producer.
 
     Args:
         model: The network that the groups were found in.
         groups: Its groups.
         name: The group.
-        bias: Append each producer's bias as one more entry.
+        bias: Append each producer's bias as one more part.
 
     Returns:
-        ``[N, D]``: row n holds all weights that make channel n, over every producer of the group.
+        ``[N, D]`` per producer (and ``[N, 1]`` per bias): row n holds weights that make channel n. ``torch.cat(rows, 1)`` is
+        the channel's whole filter. Parts are views where the layer holds nothing else.
     """
     parts = []
     for layer, positions in groups.places(name, "out"):
         module: Any = model.get_submodule(layer)
         if kind_of(module) not in ("conv", "linear"):
             continue
-        at = torch.tensor(positions, device=module.weight.device)
-        copies = [segment for segment in groups.axes[layer, "out"] if segment.group == name]
-        rows = [module.weight.detach()[at].flatten(1)]
+        tensors = [module.weight.detach().flatten(1)]
         if bias and module.bias is not None:
-            rows.append(module.bias.detach()[at][:, None])
-        for row in rows:
-            # [copies, N, repeat, D] -> [N, copies * repeat * D]
-            cube = row.reshape(len(copies), groups[name].channels, copies[0].repeat, -1)
-            parts.append(cube.transpose(0, 1).flatten(1))
-    return torch.cat(parts, dim=1)
+            tensors.append(module.bias.detach()[:, None])
+        copies = [segment for segment in groups.axes[layer, "out"] if segment.group == name]
+        for tensor in tensors:
+            if len(positions) < len(tensor):
+                tensor = tensor[torch.tensor(positions, device=tensor.device)]
+            if len(copies) > 1 or copies[0].repeat > 1:  # [copies, N, repeat, D] -> [N, copies * repeat * D]
+                cube = tensor.reshape(len(copies), groups[name].channels, copies[0].repeat, -1)
+                tensor = cube.transpose(0, 1).flatten(1)
+            parts.append(tensor)
+    return parts
 
 
 class _Deadline(list[Any]):
@@ -296,15 +302,25 @@ def discover(model: nn.Module, example_input: Tensor, *, time_limit: float = 60.
     names = {module: name for name, module in model.named_modules()}
     with _traceable(model):
         graph = tp.DependencyGraph()
-        try:
-            model(example_input)
-        except Exception as error:
-            shape = list(example_input.shape)
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UsageError(f"{type(model).__name__} does not take an input of shape {shape}: {first}") from error
-        graph.build_dependency(model, (example_input,), customized_pruners={}, ignored_layers=[], verbose=False)
+        outputs: list[Any] = []
+
+        def forward(network: nn.Module, inputs: tuple[Tensor]) -> Any:
+            try:
+                outputs.append(network(*inputs))
+            except Exception as error:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                shape = list(example_input.shape)
+                raise UsageError(f"{type(model).__name__} does not take an input of shape {shape}: {first}") from error
+            return outputs[-1]
+
+        graph.build_dependency(model, (example_input,), forward_fn=forward, customized_pruners={}, ignored_layers=[], verbose=False)
         raws = _enumerate(graph, names, time.monotonic() + time_limit)
-    return _assemble(model, raws)
+    return replace(_assemble(model, raws), output_shapes=shapes_of(outputs[-1]))
+
+
+def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes of all tensors in a network's output."""
+    return tuple(tuple(t.shape) for t in tree_leaves(output) if isinstance(t, Tensor))
 
 
 def _enumerate(graph: Any, names: Mapping[nn.Module, str], until: float) -> list[_Raw]:
@@ -451,7 +467,7 @@ def _layout(layer: str, owner: np.ndarray, channel: np.ndarray, atoms: list[dict
             n = atoms[atom]["n"]
             while run < length and owner[run] == atom and channel[run] == channel[at]:
                 run += 1
-            repeat = run - at if n > 1 else 1
+            repeat = run - at  # of a single channel: taken for a flatten, which certification then proves or refutes
             stop = at + n * repeat
             whole = stop <= length and bool((owner[at:stop] == atom).all())
             if whole and np.array_equal(channel[at:stop], np.repeat(np.arange(n), repeat)):
@@ -490,8 +506,8 @@ def _describe(
             if [(i, r) for i, _, r in layouts[layer, side]] != [(index, 1)]:
                 reason = reason or f"{layer} splits a concatenation into {count} blocks"
             blocks = math.lcm(blocks, count)
-    if atom["n"] % blocks or (blocks > 1 and atom["n"] == blocks):
-        reason = reason or f"{atom['n']} channels in {blocks} blocks leave nothing to resize"
+    if atom["n"] % blocks:
+        reason = reason or f"{atom['n']} channels do not divide into {blocks} blocks"
         blocks = 1
     first = producers[0]
     layout = layouts[first, "out"]

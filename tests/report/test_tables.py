@@ -1,0 +1,110 @@
+import pytest
+
+from widthbench.recipe import Recipe, Spent
+from widthbench.records import Cell, Record, Row
+from widthbench.report import figures, tables
+from widthbench.suites import Suite
+
+R = Recipe(epochs=10, lr=0.1)
+WHERE = {
+    "versions": {"torch": "2"},
+    "hardware": {"cpu": "x"},
+    "commit": "abc",
+    "dirty": False,
+    "when": "2026-01-01T00:00",
+    "threads": 1,
+}
+
+
+def record(technique="l1-norm", seed=0, top1=90.0, budget="macs:0.5", status="done", **changes):
+    cell = Cell(dataset="digits", model="lenet5", size=20, technique=technique, budget=budget, seed=seed, base=R, finetune=R)
+    stages = ("base",) if technique == "base" else ("resized", "recalibrated", "fine-tuned")
+    rows = tuple(
+        Row(stage=s, top1=top1 - 10 * (len(stages) - 1 - i), loss=1, samples=9, val_top1=1, val_loss=1)
+        for i, s in enumerate(stages)
+    )
+    spent = {"base": Spent(forward_macs=100, backward_macs=200), "decision": Spent(), "adaptation": Spent(forward_macs=30)}
+    more = {"macs": 50, "params": 500, "base_macs": 100, "base_params": 1000, "access": "none", "spent": spent, "rows": rows}
+    if status != "done":
+        more = {"reason": "it broke | badly"}
+    return Record(**{"key": f"{technique}{seed}", "cell": cell, "status": status, "provenance": WHERE, **more, **changes})
+
+
+def suite(**changes):
+    return Suite(**{"name": "s", "datasets": ["digits"], "seeds": [0], "budgets": ["macs:0.5"], "techniques": ["l1-norm"],
+                    "models": [{"name": "lenet5", "size": 20}], "base": R, "finetune": R, **changes})  # fmt: skip
+
+
+def board(records, **changes):
+    return tables.leaderboard(suite(**changes), records, [], 9)
+
+
+def row_of(page, name):
+    (line,) = [ln for ln in page.splitlines() if ln.startswith(f"| {name}")]
+    return [c.strip() for c in line.strip("|").split("|")]
+
+
+def test_a_row_shows_means_spreads_ratios_and_cost():
+    page = board([record(seed=s, top1=90.0 + s) for s in range(3)])
+    cells = row_of(page, "l1-norm")
+    assert cells[:6] == ["l1-norm", "none", "macs:0.5", "71.00 ± 1.00", "81.00 ± 1.00", "**91.00 ± 1.00**"]
+    assert cells[6:] == ["500", "50", "2.00x", "2.00x", "–", "1.10x", "3"]
+
+
+def test_one_base_prints_no_spread():
+    assert "**90.00**" in board([record()])
+    assert "±" not in row_of(board([record()]), "l1-norm")[5]
+
+
+def test_one_public_checkpoint_under_many_seeds_is_one_base():
+    records = [record(seed=s, provenance={**WHERE, "checkpoint": "sha"}) for s in range(5)]
+    assert row_of(board(records), "l1-norm")[-1] == "1"
+
+
+def test_ranks_only_where_the_suite_is_citable_and_five_bases_carry_them():
+    records = [record(t, s, top1=p + 0.1 * s) for t, p in (("l1-norm", 90), ("random-channels", 80)) for s in range(5)]
+    assert "(1)" not in board(records)
+    cited = board(records, citable=True)
+    assert "(1)" in row_of(cited, "l1-norm")[5]
+    assert "(2)" in row_of(cited, "random-channels")[5]
+    assert "(1)" not in board([r for r in records if r.cell.seed < 4], citable=True)
+
+
+def test_smoke_suites_say_that_they_are_not_for_citation():
+    assert "not for citation" in board([record()])
+    assert "not for citation" not in board([record()], citable=True)
+
+
+def test_flags_and_failures_are_named():
+    page = board([record(met=False), record("random-channels", coupled=True), record("base", budget=None, status="failed")])
+    assert "l1-norm †" in page
+    assert "random-channels ‡" in page
+    assert "† leaves more than 5 % of its budget unused." in page
+    assert "it broke \\| badly" in page
+    assert "1 failed" in page
+
+
+def test_the_base_comes_first_then_budgets_from_large_to_small_then_controls():
+    records = [
+        record("uniform-width"), record("l1-norm", budget="macs:0.25"), record("l1-norm"), record("base", budget=None),
+        record("random-channels", top1=95),
+    ]  # fmt: skip
+    order = [(ln.label, ln.budget) for ln in tables.lines(records)]
+    assert order == [("base", None), ("random-channels", "macs:0.5"), ("l1-norm", "macs:0.5"), ("uniform-width", "macs:0.5"),
+                     ("l1-norm", "macs:0.25")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "text"), [(2e6, "2.00 M"), (132997, "133 k"), (4.089e9, "4.09 G"), (66079, "66.1 k"), (7, "7")])
+def test_counts_have_three_figures(value, text):
+    assert tables._count(value) == text
+
+
+def test_figures_are_drawn_and_the_front_is_what_nothing_beats(tmp_path):
+    records = [record("base", s, 99, None, macs=100, params=1000) for s in range(2)] + [
+        record(seed=s, top1=90 + s) for s in range(2)
+    ]
+    files = figures.write(records, tmp_path, "title")
+    assert [f.name for f in files] == ["accuracy-macs.png", "accuracy-params.png"]
+    assert all(f.read_bytes()[:4] == b"\x89PNG" for f in files)
+    assert figures.write([], tmp_path, "title") == []
+    assert figures.pareto([(3, 90), (1, 80), (2, 95), (2, 70), (4, 96)]) == [(1, 80), (2, 95), (4, 96)]

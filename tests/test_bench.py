@@ -1,0 +1,80 @@
+"""`pytest bench` as users run it, on a tiny suite."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+SUITE = """
+name = "tiny"
+datasets = ["digits"]
+seeds = [0, 1]
+budgets = ["macs:0.5"]
+techniques = ["l1-norm", "random-channels"]
+controls = ["base", "scratch:l1-norm"]
+device = "cpu"
+[base]
+epochs = 1
+lr = 0.05
+[finetune]
+epochs = 1
+lr = 0.01
+[[models]]
+name = "lenet_300_100"
+size = 8
+"""
+
+
+@pytest.fixture
+def bench(tmp_path, fresh_cache):
+    (tmp_path / "tiny.toml").write_text(SUITE)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "OMP_"))}
+
+    def call(*args):
+        command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "-p", "no:cacheprovider", *args]
+        return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+
+    return call
+
+
+def test_two_workers_share_bases_and_the_summary_shows_the_table(bench, tmp_path):
+    options = ("--suite", str(tmp_path / "tiny.toml"), "--results", str(tmp_path / "results"), "-n", "2")
+    done = bench(*options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 passed" in done.stdout
+    assert "suite tiny: 8 of 8 cells done" in done.stdout
+    folder = tmp_path / "results" / "tiny"
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 8
+    assert {r["status"] for r in records} == {"done"}
+    bases = {r["cell"]["seed"]: {q["provenance"]["base_digest"] for q in records if q["cell"]["seed"] == r["cell"]["seed"]
+                                 and "base_digest" in q["provenance"]} for r in records}  # fmt: skip
+    assert all(len(digests) == 1 for digests in bases.values())
+    board = (folder / "leaderboard.md").read_text()
+
+    again = bench(*options)  # nothing is missing: the same page from the store
+    assert again.returncode == 0
+    assert (folder / "leaderboard.md").read_text() == board
+
+
+def test_items_have_readable_ids(bench, tmp_path):
+    done = bench("--suite", str(tmp_path / "tiny.toml"), "--collect-only", "-q")
+    assert "test_cell[digits-lenet_300_100-scratch:l1-norm-macs:0.5-s1]" in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_bad_input_is_one_line_and_exit_code_2(bench, tmp_path):
+    for options, message in (
+        (("--suite", "digit"), "unknown suite 'digit'; did you mean 'digits'"),
+        (("--suite", str(tmp_path / "bad.toml")), "unknown technique 'l1'; known: l1-norm"),
+    ):
+        (tmp_path / "bad.toml").write_text(SUITE.replace('"l1-norm", ', '"l1", ').replace("scratch:l1-norm", "scratch:l1"))
+        done = bench(*options)
+        assert done.returncode == 2
+        assert message in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr + done.stdout

@@ -1,0 +1,114 @@
+import json
+
+import pytest
+
+from widthbench.cli import main
+
+SUITE = """
+name = "tiny"
+datasets = ["digits"]
+seeds = [0]
+budgets = ["macs:0.5", "macs:0.0001"]
+techniques = ["l1-norm"]
+device = "cpu"
+[base]
+epochs = 1
+lr = 0.05
+[finetune]
+epochs = 1
+lr = 0.01
+[[models]]
+name = "lenet_300_100"
+size = 8
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(SUITE)
+    return tmp_path
+
+
+def test_run_writes_a_leaderboard_and_report_writes_it_again(here, capsys):
+    assert main(["run", "tiny.toml"]) == 0
+    out = capsys.readouterr()
+    assert "suite tiny: 2 of 3 cells done" in out.out
+    assert "digits-lenet_300_100-l1-norm-macs:0.0001-s0: skipped  budget" in out.err
+    written = {p.name for p in (here / "results" / "tiny").rglob("*") if p.is_file()}
+    assert written == {"records.jsonl", "timings.jsonl", "leaderboard.md", "accuracy-macs.png", "accuracy-params.png"}
+    board = (here / "results" / "tiny" / "leaderboard.md").read_text()
+    (here / "results" / "tiny" / "leaderboard.md").unlink()
+    assert main(["report", "tiny.toml"]) == 0
+    assert (here / "results" / "tiny" / "leaderboard.md").read_text() == board
+
+
+def test_run_with_two_processes_and_json(here, capsys):
+    assert main(["run", "tiny.toml", "--jobs", "2", "--json", "--results", "elsewhere"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [r["status"] for r in records] == ["done", "done", "skipped"]
+    assert (here / "elsewhere" / "tiny" / "records.jsonl").is_file()
+
+
+def test_list_names_techniques_suites_and_datasets(capsys):
+    assert main(["list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"l1-norm", "random-channels"} <= {t["technique"] for t in listed["techniques"]}
+    assert {"digits", "smoke", "digits-full"} <= {s["suite"] for s in listed["suites"]}
+    assert {"dataset": "digits"} in listed["datasets"]
+    assert main(["list", "suites"]) == 0
+    assert "a one-minute selection" in capsys.readouterr().out
+
+
+def test_doctor_counts_grades_and_exits_with_1_where_nothing_is_exact(capsys):
+    assert main(["doctor", "lenet5", "test_vit", "--json", "--verify"]) == 0
+    lenet, vit = json.loads(capsys.readouterr().out)
+    assert (lenet["exact"], lenet["frozen"], vit["exact"]) == (3, 0, 6)
+    assert float(lenet["split error"]) < 1e-9
+    assert float(vit["gates vs removal"]) < 1e-9
+    assert main(["doctor", "lenet5", "--groups", "--json"]) == 0
+    assert [g["group"] for g in json.loads(capsys.readouterr().out)] == ["conv1", "conv2", "ip1"]
+    assert main(["doctor", "mlp_sigmoid", "--size", "8"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "digit"], "unknown suite 'digit'; did you mean 'digits'"),
+        (["run", "broken.toml"], "broken.toml: name: Field required"),
+        (["run", "technique.toml"], "unknown technique 'l1-nrm'; did you mean 'l1-norm'"),
+        (["run", "model.toml"], "unknown model 'lenet_300'; did you mean"),
+        (["run", "dataset.toml"], "unknown dataset 'digit'; did you mean 'digits'"),
+        (["report", "nowhere.toml"], "cannot read suite nowhere.toml"),
+        (["doctor", "lenet55"], "unknown model 'lenet55'; did you mean 'lenet5'"),
+        (["doctor", "lenet5", "--size", "12"], "does not take an input of shape [1, 1, 12, 12]"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(here, capsys, arguments, message):
+    (here / "broken.toml").write_text("title = 'x'\n")
+    (here / "technique.toml").write_text(SUITE.replace("l1-norm", "l1-nrm"))
+    (here / "model.toml").write_text(SUITE.replace("lenet_300_100", "lenet_300"))
+    (here / "dataset.toml").write_text(SUITE.replace('"digits"', '"digit"'))
+    before = set(here.rglob("*"))
+    assert main(arguments) == 2
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1
+    assert err.startswith("widthbench: ")
+    assert message in err
+    assert set(here.rglob("*")) == before
+
+
+def test_wrong_arguments_exit_with_2(capsys):
+    for arguments in (["run"], ["run", "digits", "--jobs", "0"], ["lst"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "must be a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["run", "--help"], ["doctor", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+    assert "exit codes: 0 done, 1 a check fell short, 2 bad input" in capsys.readouterr().out

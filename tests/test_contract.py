@@ -1,0 +1,101 @@
+"""The contract suite: every registered technique passes it, a third party's too."""
+
+import pytest
+
+from widthbench import registry
+from widthbench.contract import ContractError, check_technique
+from widthbench.technique import Outcome, Technique
+from widthbench.width import keep
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_every_registered_technique_keeps_the_contract(name):
+    assert check_technique(registry.load(name)) > 0
+
+
+@pytest.mark.parametrize("name", ["l1-norm", "random-channels"])
+def test_global_allocation_keeps_it_too(name):
+    assert check_technique(registry.load(name), allocation="global") == 9
+
+
+class Honest(Technique):
+    """Keeps the first channels."""
+
+    id = "toy"
+    access = "none"
+
+    def decide(self, task, state):
+        return Outcome({n: keep(list(range(w))) for n, w in task.widths().items()})
+
+
+class Vandal(Honest):
+    """Changes the network that it was given."""
+
+    def decide(self, task, state):
+        for p in task.model.parameters():
+            p.data.add_(1)
+        return super().decide(task, state)
+
+
+class Moody(Honest):
+    """Decides differently each time."""
+
+    calls = 0
+
+    def decide(self, task, state):
+        Moody.calls += 1
+        plan = {n: list(range(w)) for n, w in task.widths().items()}
+        return Outcome({n: keep(rows[::-1] if Moody.calls % 2 else rows) for n, rows in plan.items()})
+
+
+class Positional(Honest):
+    """Takes positional parameters."""
+
+    def __init__(self, strength=1):
+        self.strength = strength
+
+
+class Forgetful(Honest):
+    """Does not store its parameter."""
+
+    def __init__(self, *, strength=1):
+        self.power = strength
+
+
+class Picky(Honest):
+    """Runs on nothing."""
+
+    def skip(self, task):
+        return "nothing is good enough"
+
+
+class Undocumented(Honest):
+    __doc__ = ""
+
+
+class Override(Honest):
+    """Skips the harness's checks."""
+
+    def apply(self, task, state=None):
+        return self.decide(task, {})
+
+
+def test_an_honest_technique_passes():
+    assert check_technique(Honest) == 9
+
+
+@pytest.mark.parametrize(
+    ("cls", "rule"),
+    [
+        (Vandal, "leaves task.model's tensors as they were"),
+        (Moody, "decides the same with the same seed"),
+        (Positional, "parameters are keyword-only"),
+        (Forgetful, "stores its parameter 'strength'"),
+        (Picky, "runs on at least one of"),
+        (Undocumented, "has a docstring"),
+        (Override, r"apply\(\) is the harness's"),
+    ],
+)
+def test_each_broken_rule_is_named(cls, rule):
+    with pytest.raises(ContractError, match=rf"technique 'toy' breaks the contract: .*{rule}"):
+        check_technique(cls)

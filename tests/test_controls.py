@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from widthbench.controls import first_channels, fresh_at
+from widthbench.protocol import obtain_base, run_cell
+from widthbench.recipe import Recipe
+from widthbench.records import Cell, Store
+
+BASE, TUNE = Recipe(epochs=2, lr=0.05), Recipe(epochs=1, lr=0.01)
+
+
+def cell(technique, **changes):
+    return Cell(**{"dataset": "digits", "model": "lenet_300_100", "size": 8, "technique": technique, "budget": "macs:0.5",
+                   "base": BASE, "finetune": TUNE, "device": "cpu", **changes})  # fmt: skip
+
+
+def run(technique, **changes):
+    record = run_cell(cell(technique, **changes), Store())
+    assert record.status == "done", record.trace
+    return record
+
+
+def test_base_is_the_network_that_techniques_start_from():
+    record, base = run("base", budget=None), obtain_base(cell("l1-norm"))
+    assert record.rows == base.rows
+    assert record.provenance["base_digest"] == base.digest
+    assert record.macs == record.base_macs
+
+
+def test_uniform_width_trains_the_scaled_network_by_the_bases_recipe():
+    record = run("uniform-width")
+    assert record.widths == run("l1-norm").widths  # the same shape at the same budget
+    assert record.spent["adaptation"].epochs == BASE.epochs
+    assert record.row().stage == "trained"
+
+
+def test_scratch_trains_the_found_shape_for_as_many_epochs():
+    source, record = run("l1-norm"), run("scratch", of="l1-norm")
+    assert record.source == source.key
+    assert record.widths == source.widths
+    assert record.spent["adaptation"].epochs == BASE.epochs + TUNE.epochs
+
+
+def test_scratch_budget_trains_it_for_as_many_macs():
+    source, record = run("l1-norm"), run("scratch-budget", of="l1-norm")
+    whole = sum(s.forward_macs + s.backward_macs for s in source.spent.values())
+    own = record.spent["adaptation"].forward_macs + record.spent["adaptation"].backward_macs
+    assert own == pytest.approx(whole, rel=0.02)  # in whole steps
+    assert record.spent["adaptation"].epochs > run("scratch", of="l1-norm").spent["adaptation"].epochs
+
+
+def test_a_scratch_control_computes_its_source_first_and_skips_with_it(fresh_cache):
+    record = run("scratch", of="l1-norm", seed=1)
+    assert Store().get(record.source).cell == cell("l1-norm", seed=1)
+    skipped = run_cell(cell("scratch", of="l1-norm", budget="macs:0.0001"), Store())
+    assert skipped.status == "skipped"
+    assert "its source digits-lenet_300_100-l1-norm-macs:0.0001-s0 is skipped" in skipped.reason
+
+
+def test_fresh_weights_are_not_the_bases_and_are_drawn_for_the_new_shape():
+    model, _, _ = fresh_at(cell("scratch"), {"ip1": 75}, seed=3)
+    base = obtain_base(cell("l1-norm")).model
+    assert model.ip1.out_features == model.ip2.in_features == 75
+    assert not torch.equal(model.ip1.weight, base.ip1.weight[:75])
+    assert float(model.ip2.weight.abs().max()) == pytest.approx(75**-0.5, rel=0.01)  # torch draws from ±1/sqrt(fan in)
+
+
+def test_first_channels_takes_them_from_every_block_and_repeats_when_growing():
+    assert first_channels(6, 1, 3).tolist() == [0, 1, 2]
+    assert first_channels(6, 2, 4).tolist() == [0, 1, 3, 4]
+    assert first_channels(3, 1, 5).tolist() == [0, 0, 1, 1, 2]

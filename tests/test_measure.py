@@ -1,0 +1,76 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from widthbench import data, models
+from widthbench.measure import MIB, Meter, accuracy, latency_ms, peak_memory_mib
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", 8)
+
+
+def test_accuracy_is_the_same_at_any_batch_size(digits):
+    model = models.create("lenet_300_100", classes=10, channels=1, size=8).train()
+    scores = [accuracy(model, digits.test, batch_size=b) for b in (1, 7, 449, 450, 10_000)]
+    assert {s.top1 for s in scores} == {scores[0].top1}
+    assert {s.samples for s in scores} == {450}
+    assert all(s.loss == pytest.approx(scores[0].loss, rel=1e-6) for s in scores)
+    assert model.training
+
+
+def test_accuracy_against_counting(digits):
+    model = models.create("lenet_300_100", classes=10, channels=1, size=8)
+    x, y = next(digits.test.batches(450))
+    right = sum(int(model(a[None]).argmax()) == int(b) for a, b in zip(x, y, strict=True))
+    assert accuracy(model, digits.test).top1 == pytest.approx(100 * right / 450)
+    assert accuracy(model, digits.test).top5 is None
+
+
+class Rank(nn.Module):
+    """Logits of 100 classes that put the label at a known rank."""
+
+    def forward(self, x):
+        return -(torch.arange(100.0) - x).abs()
+
+
+class Hundred:
+    def batches(self, size):
+        yield torch.tensor([[3.0], [3.0], [50.0]]), torch.tensor([3, 5, 3])
+
+
+def test_top5_counts_from_a_hundred_classes():
+    score = accuracy(Rank(), Hundred())
+    assert score.top1 == pytest.approx(100 / 3)
+    assert score.top5 == pytest.approx(200 / 3)
+
+
+def test_meter_counts_passes_of_a_network_and_its_copies():
+    model = nn.Linear(4, 2)
+    with Meter(model, macs=8) as meter:
+        with torch.no_grad():
+            model(torch.randn(3, 4))
+        clone = copy.deepcopy(model)
+        clone(torch.randn(5, 4)).sum().backward()
+    assert (meter.forward_macs, meter.backward_macs) == (8 * 8, 2 * 5 * 8)
+    assert meter.seconds > 0
+    meter.leave(clone)
+    clone(torch.randn(5, 4))
+    model(torch.randn(5, 4))
+    assert meter.forward_macs == 64
+    assert not model._forward_hooks
+    assert not clone._forward_hooks
+
+
+def test_peak_memory_of_a_hand_computed_network():
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 1024, bias=False)).eval()
+    x = torch.zeros(1024, 1024)
+    # two weights, the input, and both outputs: the first is still read while the second is made
+    assert peak_memory_mib(model, x) == pytest.approx(5 * 1024 * 1024 * 4 / MIB, rel=0.01)
+
+
+def test_latency_is_a_time():
+    assert 0 < latency_ms(nn.Linear(4, 4), torch.zeros(1, 4), rounds=5) < 1000

@@ -1,0 +1,193 @@
+import copy
+
+import pytest
+import torch
+
+from widthbench import protocol, registry
+from widthbench.errors import UsageError
+from widthbench.measure import accuracy
+from widthbench.protocol import base_key, cell_key, obtain_base, run_cell
+from widthbench.recipe import Recipe
+from widthbench.records import Cell, Store
+from widthbench.technique import Outcome, Technique
+from widthbench.width import keep
+
+BASE, TUNE = Recipe(epochs=2, lr=0.05), Recipe(epochs=1, lr=0.01)
+
+
+def cell(**changes):
+    return Cell(**{"dataset": "digits", "model": "lenet_300_100", "size": 8, "technique": "l1-norm", "budget": "macs:0.5",
+                   "base": BASE, "finetune": TUNE, "device": "cpu", **changes})  # fmt: skip
+
+
+@pytest.fixture
+def store(fresh_cache):
+    return Store()
+
+
+def test_a_cell_leaves_a_complete_record(store):
+    record = run_cell(cell(model="test_resnet", size=16), store)
+    assert record.status == "done", record.trace
+    assert [r.stage for r in record.rows] == ["resized", "recalibrated", "fine-tuned"]
+    assert all(r.samples == 450 for r in record.rows)
+    assert record.kept == pytest.approx(record.macs / record.base_macs)
+    assert 0.45 < record.kept <= 0.5
+    assert set(record.widths) == set(record.base_widths)
+    assert all(record.widths[n] <= record.base_widths[n] for n in record.widths)
+    assert record.spent["base"].epochs == 2
+    assert record.spent["adaptation"].backward_macs == 2 * record.macs * 1077
+    assert record.spent["adaptation"].forward_macs == record.macs * (1077 + 1024)
+    p = record.provenance
+    assert {"versions", "commit", "dirty", "hardware", "threads", "dtype", "seed", "dataset_digest", "base_digest"} <= set(p)
+    assert len(p["dataset_digest"]) == len(p["base_digest"]) == 64
+
+
+def test_a_rerun_is_bit_equal_apart_from_times_and_hosts(store, tmp_path, monkeypatch):
+    first = run_cell(cell(), store)
+    assert run_cell(cell(), store) == first
+    monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "another"))
+    again = run_cell(cell(), Store())
+    assert again.stable() == first.stable()
+    assert again != first
+
+
+def test_stages_measure_what_they_say(store):
+    record = run_cell(cell(), store)
+    base = obtain_base(cell())
+    task = protocol.task_of(cell(), base)
+    resized = registry.create("l1-norm").apply(task).resized
+    assert accuracy(resized, base.data.test).top1 == record.row("resized").top1
+    assert record.row("recalibrated").top1 == record.row("resized").top1  # no batch norm
+    assert record.row("fine-tuned").top1 != record.row("resized").top1
+
+
+def test_bases_are_shared_and_trained_once(store, monkeypatch):
+    calls = []
+    real = protocol.fit
+    monkeypatch.setattr(protocol, "fit", lambda *a, **k: calls.append(k["desc"]) or real(*a, **k))
+    for budget in ("macs:0.5", "macs:0.25"):
+        run_cell(cell(budget=budget), store)
+    assert [c.split()[0] for c in calls] == ["base", "fine-tune", "fine-tune"]
+
+
+def test_a_damaged_base_is_named_and_trained_again(store):
+    first = obtain_base(cell())
+    (path,) = (protocol.cache_dir() / "bases").glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.warns(UserWarning, match="damaged base network .*digest"):
+        again = obtain_base(cell())
+    assert again.digest == first.digest
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"size": 9},
+        {"base": Recipe(epochs=3, lr=0.05)},
+        {"val": 0.3},
+        {"threads": 2},
+        {"model_args": {"widths": (9, 9)}},
+    ],
+)
+def test_a_bases_key_holds_everything_that_it_depends_on(change):
+    assert base_key(cell(**change)) != base_key(cell())
+    assert cell_key(cell(**change)) != cell_key(cell())
+
+
+def test_a_base_does_not_depend_on_what_comes_after_it():
+    for change in ({"budget": "macs:0.25"}, {"technique": "random-channels"}, {"finetune": BASE}, {"scope": "all"}):
+        assert base_key(cell(**change)) == base_key(cell())
+        assert cell_key(cell(**change)) != cell_key(cell())
+
+
+class Failing(Technique):
+    """Raises."""
+
+    id = "failing"
+    access = "none"
+
+    def decide(self, task, state):
+        raise RuntimeError("out of ideas")
+
+
+class Picky(Failing):
+    """Skips."""
+
+    def skip(self, task):
+        return "no convolution"
+
+
+class NotFinite(Failing):
+    """Leaves NaN behind."""
+
+    def decide(self, task, state):
+        model = copy.deepcopy(task.model)
+        with torch.no_grad():
+            model.ip1.weight.fill_(torch.nan)
+        return Outcome({n: keep(list(range(w))) for n, w in task.widths().items()}, model=model)
+
+
+@pytest.fixture
+def using(monkeypatch):
+    def use(cls):
+        monkeypatch.setattr(registry, "load", lambda name: cls)
+
+    return use
+
+
+def test_a_technique_that_raises_is_a_failed_record_and_is_tried_again(store, using):
+    using(Failing)
+    record = run_cell(cell(technique="failing"), store)
+    assert (record.status, record.reason) == ("failed", "RuntimeError: out of ideas")
+    assert "out of ideas" in record.trace
+    assert store.get(record.key) is None
+    assert store.failure(record.key) == record
+
+
+def test_a_technique_that_skips_and_a_budget_below_the_floor_are_skipped_records(store, using):
+    floor = run_cell(cell(budget="macs:0.0001"), store)
+    assert floor.status == "skipped"
+    assert "feasible floor" in floor.reason
+    using(Picky)
+    record = run_cell(cell(technique="failing"), store)
+    assert (record.status, record.reason) == ("skipped", "failing: no convolution")
+
+
+def test_a_network_that_is_not_finite_is_a_failed_record(store, using):
+    using(NotFinite)
+    record = run_cell(cell(technique="failing"), store)
+    assert record.status == "failed"
+    assert "non-finite" in record.reason
+
+
+def test_threads_are_pinned_and_given_back(store, monkeypatch):
+    seen = []
+    monkeypatch.setattr(protocol, "_compute", lambda *a: seen.append(torch.get_num_threads()) or 1 / 0)
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        run_cell(cell(threads=2), store)
+    assert seen == [2]
+    assert torch.get_num_threads() == before
+
+
+def test_a_gpu_that_is_not_there_is_named(store, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="asks for device = 'cuda', but torch finds no GPU"):
+        run_cell(cell(device="cuda"), store)
+
+
+def test_an_interrupted_cell_leaves_nothing_and_a_rerun_does_the_rest(store, monkeypatch):
+    run_cell(cell(), store)
+    real = protocol.adapt
+    monkeypatch.setattr(protocol, "adapt", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    other = cell(budget="macs:0.25")
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(other, store)
+    assert store.get(cell_key(other)) is None
+    monkeypatch.setattr(protocol, "adapt", real)
+    assert store.get(cell_key(cell())).status == "done"
+    assert run_cell(other, store).status == "done"

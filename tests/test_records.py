@@ -1,0 +1,111 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from widthbench.errors import UsageError
+from widthbench.paths import write_atomic
+from widthbench.recipe import Recipe, Spent
+from widthbench.records import Cell, Record, Row, Store, digest_of, read_records, write_records
+
+BRIEF = Recipe(epochs=1, lr=0.1)
+
+
+def cell(**changes):
+    return Cell(**{"dataset": "digits", "model": "lenet5", "size": 20, "technique": "l1-norm", "budget": "macs:0.5",
+                   "base": BRIEF, "finetune": BRIEF, **changes})  # fmt: skip
+
+
+def record(key="k" * 40, **changes):
+    row = Row(stage="resized", top1=50.0, loss=1.0, samples=10, val_top1=51.0, val_loss=1.1)
+    spent = {"base": Spent(forward_macs=3, seconds=1.5)}
+    return Record(**{"key": key, "cell": cell(), "status": "done", "rows": (row,), "spent": spent, **changes})
+
+
+def test_a_cells_id_names_what_it_is():
+    assert cell().id == "digits-lenet5-l1-norm-macs:0.5-s0"
+    assert cell(params={"allocation": "global"}).id == "digits-lenet5-l1-norm(allocation=global)-macs:0.5-s0"
+    assert cell(technique="scratch", of="l1-norm", seed=2).id == "digits-lenet5-scratch:l1-norm-macs:0.5-s2"
+
+
+def test_the_store_gives_back_what_it_was_given(tmp_path):
+    store, one = Store(tmp_path), record()
+    assert store.get(one.key) is None
+    store.put(one)
+    assert store.get(one.key) == one
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-30],
+        lambda text: text.replace("50.0", "60.0"),
+        lambda text: text.replace('"digest"', '"digits"'),
+        lambda text: "",
+        lambda text: "[]",
+    ],
+)
+def test_a_damaged_record_is_named_and_counts_as_missing(tmp_path, damage):
+    store, one = Store(tmp_path), record()
+    store.put(one)
+    path = store.path(one.key)
+    path.write_text(damage(path.read_text()))
+    with pytest.warns(UserWarning, match=f"damaged record .*{one.key}"):
+        assert store.get(one.key) is None
+
+
+def test_failures_are_kept_apart_and_forgotten_once_the_cell_is_done(tmp_path):
+    store = Store(tmp_path)
+    store.put(record(status="failed", reason="boom", rows=()))
+    assert store.get("k" * 40) is None
+    assert store.failure("k" * 40).reason == "boom"
+    store.put(record())
+    assert store.failure("k" * 40) is None
+
+
+def test_records_are_written_sorted_and_read_back(tmp_path):
+    path = tmp_path / "records.jsonl"
+    both = [record(key="b", cell=cell(seed=1)), record(key="a")]
+    write_records(path, both)
+    assert [r.key for r in read_records(path)] == ["a", "b"]
+    path.write_text(path.read_text() + '{"key": 1}\n')
+    with pytest.raises(UsageError, match=r"records\.jsonl:3: not a record: "):
+        read_records(path)
+    with pytest.raises(UsageError, match="run the suite first"):
+        read_records(tmp_path / "none.jsonl")
+
+
+def test_what_is_stable_leaves_times_and_hosts_out():
+    a = record(provenance={"host": "x", "when": "now", "threads": 1})
+    b = record(provenance={"host": "y", "when": "then", "threads": 1}, spent={"base": Spent(forward_macs=3, seconds=9)})
+    assert a.stable() == b.stable()
+    assert a.stable() != record(provenance={"threads": 2}).stable()
+
+
+def test_digests_do_not_depend_on_the_order_of_keys():
+    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.binary(max_size=2000))
+def test_write_atomic_writes_all_and_leaves_nothing_else(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("atomic")
+    write_atomic(folder / "sub" / "file", content)
+    assert (folder / "sub" / "file").read_bytes() == content
+    assert [p.name for p in (folder / "sub").iterdir()] == ["file"]
+
+
+def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_records_are_plain_json():
+    data = record().model_dump(mode="json")
+    assert Record.model_validate(json.loads(json.dumps(data))) == record()

@@ -1,0 +1,92 @@
+import copy
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.nn import functional as F
+
+from widthbench import data, models
+from widthbench.errors import UsageError
+from widthbench.measure import accuracy
+from widthbench.recipe import Recipe
+from widthbench.training import batch_norms, fit, recalibrate, steps_of
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", 8)
+
+
+def small(name="lenet_300_100", size=8):
+    return models.create(name, classes=10, channels=1, size=size)
+
+
+def test_training_learns_and_counts_what_it_cost(digits):
+    model = small()
+    spent = fit(model, digits.train, Recipe(epochs=4, batch_size=64, lr=0.05), macs=100)
+    assert accuracy(model, digits.test).top1 > 85
+    assert spent.forward_macs == 4 * 100 * 1077
+    assert spent.backward_macs == 2 * spent.forward_macs
+    assert spent.epochs == 4
+    assert not model.training
+
+
+def test_the_seed_decides_everything_and_the_global_state_is_left_alone(digits):
+    state = torch.get_rng_state()
+    runs = []
+    for seed in (0, 0, 1):
+        model = small()
+        fit(model, digits.train, Recipe(epochs=1, lr=0.05), macs=1, seed=seed)
+        runs.append(model.ip1.weight)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_one_step_equals_nesterov_sgd_written_out(digits):
+    model, reference = small(), small()
+    recipe = Recipe(epochs=1, batch_size=len(digits.train), lr=0.1, momentum=0.9, weight_decay=0.01)
+    fit(model, digits.train, recipe, macs=1, seed=3)
+    ((x, y),) = digits.train.batches(len(digits.train), generator=torch.Generator().manual_seed(3))
+    F.cross_entropy(reference(x), y).backward()
+    with torch.no_grad():
+        for p, new in zip(reference.parameters(), model.parameters(), strict=True):
+            g = p.grad + (0.01 * p if p.dim() > 1 else 0)  # no decay on biases
+            assert torch.allclose(new, p - 0.1 * (g + 0.9 * g), atol=1e-6)
+
+
+def test_fractional_epochs_and_single_leftover_samples(digits):
+    assert steps_of(Recipe(epochs=0.5, batch_size=64, lr=0.1), 1077) == (17, 8)
+    assert steps_of(Recipe(epochs=2, batch_size=4, lr=0.1), 9) == (2, 4)  # a batch of one cannot be normalised
+    assert steps_of(Recipe(epochs=2, batch_size=4, lr=0.1), 10) == (3, 6)
+    done = fit(small(), digits.train, Recipe(epochs=0.5, lr=0.05), macs=1)
+    assert done.epochs == pytest.approx(0.5, abs=0.05)
+
+
+def test_divergence_is_named(digits):
+    with pytest.raises(UsageError, match=r"training diverged: the loss is (nan|inf) at step \d+ of 34; lower lr = 1e\+12"):
+        fit(small(), digits.train, Recipe(epochs=2, lr=1e12), macs=1)
+
+
+def test_recalibration_gives_the_statistics_of_the_training_data(digits):
+    model = small("test_resnet", 8)
+    with torch.no_grad():
+        for m in batch_norms(model):
+            m.running_mean.fill_(5.0)
+    before = copy.deepcopy(model.state_dict())
+    spent = recalibrate(model, digits.train, samples=10_000, macs=7, batch_size=len(digits.train))
+    x = next(digits.train.batches(len(digits.train)))[0]
+    stem = model.conv1[0](x)
+    bn = model.conv1[1]
+    assert torch.allclose(bn.running_mean, stem.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(bn.running_var, stem.var((0, 2, 3)), atol=1e-4)
+    assert spent.forward_macs == 7 * 1077
+    assert all(m.momentum == 0.1 for m in batch_norms(model))
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if "running" not in k and "num_batches" not in k)
+
+
+def test_recalibration_without_batch_norm_is_free(digits):
+    assert recalibrate(small(), digits.train, samples=100, macs=7).forward_macs == 0
+    assert isinstance(zoo.Plain().bn2, nn.BatchNorm2d)

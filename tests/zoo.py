@@ -1,0 +1,158 @@
+"""Small networks that between them have every kind of layer and index map."""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+
+from widthbench.width import find_groups
+from widthbench.width.certify import randomised
+
+
+class Mlp(nn.Module):
+    """Two hidden layers, one PReLU with a slope per channel."""
+
+    size = (1, 4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act1 = nn.Linear(16, 12), nn.ReLU()
+        self.fc2, self.act2 = nn.Linear(12, 8), nn.PReLU(8)
+        self.fc3 = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc3(self.act2(self.fc2(self.act1(self.fc1(x.flatten(1))))))
+
+
+class Plain(nn.Module):
+    """Convolutions with and without BatchNorm, ReLU, a flatten over a map of 2 x 2."""
+
+    size = (2, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 10, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(10)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.fc1 = nn.Linear(40, 9)
+        self.fc2 = nn.Linear(9, 5)
+
+    def forward(self, x):
+        x = self.conv1(x).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        return self.fc2(self.fc1(self.pool(x).flatten(1)).relu())
+
+
+class Residual(nn.Module):
+    """An inverted residual block: expansion, depthwise convolution, projection, addition."""
+
+    size = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.expand, self.bn1 = nn.Conv2d(6, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.depth, self.bn2 = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.BatchNorm2d(12)
+        self.project, self.bn3 = nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x)).relu()
+        y = self.bn2(self.depth(self.bn1(self.expand(x)).relu())).relu()
+        return self.head((x + self.bn3(self.project(y))).mean((2, 3)))
+
+
+class Dense(nn.Module):
+    """Concatenations, one of them with BatchNorm behind it."""
+
+    size = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3, padding=1)
+        self.b = nn.Conv2d(4, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(10)
+        self.c = nn.Conv2d(10, 5, 3, padding=1)
+        self.head = nn.Linear(15, 5)
+
+    def forward(self, x):
+        a = self.a(x).relu()
+        ab = torch.cat([a, self.b(a)], 1)
+        c = self.c(self.bn(ab).relu())
+        return self.head(torch.cat([c, ab], 1).mean((2, 3)))
+
+
+class JoinedConcat(nn.Module):
+    """A concatenation that is added to another branch: two groups share that branch's layer."""
+
+    size = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 6, 3, padding=1)
+        self.c = nn.Conv2d(3, 10, 1)
+        self.out = nn.Conv2d(10, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        joined = (torch.cat([self.a(x), self.b(x)], 1) + self.c(x)).relu()
+        return self.head(self.out(joined).relu().mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A convolution in 3 groups: in and out must keep equal counts per block."""
+
+    size = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 12, 1)
+        self.conv2, self.bn2 = nn.Conv2d(12, 18, 3, padding=1, groups=3), nn.BatchNorm2d(18)
+        self.conv3 = nn.Conv2d(18, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.bn2(self.conv2(self.conv1(x).relu())).relu()
+        return self.head(self.conv3(x).relu().mean((2, 3)))
+
+
+class Normed(nn.Module):
+    """GroupNorm and LayerNorm: coupled groups."""
+
+    size = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.gn = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=1)
+        self.ln = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.conv2(self.gn(self.conv1(x)).relu())
+        return self.head(self.ln(x.flatten(2).transpose(1, 2)).mean(1))
+
+
+ALL = [Mlp, Plain, Residual, Dense, JoinedConcat, Grouped, Normed]
+EXACT = [c for c in ALL if c is not Normed]
+
+
+@functools.cache
+def _made(cls):
+    torch.manual_seed(0)
+    model = randomised(cls().eval(), seed=3)
+    x = torch.randn(2, *cls.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model, x, find_groups(model, x, cache=False)
+
+
+def certified(cls):
+    """(network, example input, certified groups); the network is a copy."""
+    model, x, groups = _made(cls)
+    return copy.deepcopy(model), x, groups
+
+
+def error(a, b):
+    """Largest difference relative to the largest value of b."""
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
