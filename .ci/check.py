@@ -1,0 +1,19 @@
+"""Lint, types, tests: what `tox run` does when it is given nothing else to run."""
+
+import subprocess
+import sys
+
+STEPS = (
+    ["ruff", "check", "."],
+    ["ruff", "format", "--check", "."],
+    ["mypy"],
+    ["pytest", "tests", "-n", "auto"],
+)
+
+failed = []
+for step in STEPS:
+    print("+", *step, flush=True)
+    if subprocess.run([sys.executable, "-m", *step], check=False).returncode:
+        failed.append(" ".join(step))
+if failed:
+    sys.exit("failed: " + "; ".join(failed))
