@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "doctor", help="channel groups of networks and their grades",
         description="Discover and certify the channel groups of networks: exact groups may be resized, coupled ones only with "
-        "scope='all', frozen ones never. Exit code 1 if a network has no exact group.",
+        "scope='all', frozen ones never. 'inner' counts the exact groups outside residual streams, 'down to' is the share of "
+        "the MACs that one channel per group would leave. Exit code 1 if a network has no exact group.",
     )  # fmt: skip
     verb.add_argument("models", nargs="+", metavar="MODEL", help="any timm model name, or lenet_300_100, lenet5, mlp_sigmoid")
     verb.add_argument("--size", type=_positive, metavar="PX", help="input height and width (default: as published)")
@@ -197,10 +198,10 @@ def _doctor(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     sound = True
     for name in args.models:
-        channels, height, width = models.native_input(name)
+        channels, height, width, classes = models.native(name)
         if args.size:
             height = width = args.size
-        model = models.create(name, classes=10, channels=channels, size=height)
+        model = models.create(name, classes=classes, channels=channels, size=height)
         x = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
         found = find_groups(model, x, cache=not args.verify)
         if args.groups:

@@ -175,8 +175,8 @@ def takes_img_size(name: str) -> bool:
     return bool(cfg and getattr(cfg, "fixed_input_size", False))
 
 
-def native_input(name: str) -> tuple[int, int, int]:
-    """``(C, H, W)`` that a network was published with.
+def native(name: str) -> tuple[int, int, int, int]:
+    """``(C, H, W, classes)`` that a network was published with.
 
     Raises:
         UsageError: If timm does not know the name.
@@ -184,7 +184,7 @@ def native_input(name: str) -> tuple[int, int, int]:
     require(name)
     cfg = timm.get_pretrained_cfg(name)
     channels, height, width = cfg.input_size if cfg is not None else (3, 224, 224)
-    return channels, height, width
+    return channels, height, width, cfg.num_classes if cfg is not None else 1000
 
 
 def reinitialise(model: nn.Module, seed: int) -> None:

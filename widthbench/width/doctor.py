@@ -39,7 +39,7 @@ def diagnose(model: nn.Module, groups: Groups, example_input: Tensor, *, verify:
         "frozen": count["frozen"],
         "inner": sum(g.inner for g in groups.values() if g.grade == "exact"),
         "MACs": f"{cost.original.macs / 1e6:.1f} M",
-        "least MACs": f"{least:.3f}",
+        "down to": f"{100 * least:.1f} %",
     }
     if verify:
         split, removal = errors_of_all(model, groups, example_input)

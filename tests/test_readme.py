@@ -1,0 +1,44 @@
+"""What the README shows is what the committed results say, and its code runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def excerpt_from(board: str) -> str:
+    """The part of the leaderboard that the README shows."""
+    (block,) = re.findall(r"^## test_resnet on digits\n\n(.*?)\n\n", board, flags=re.S | re.M)
+    return block
+
+
+def test_the_excerpt_is_the_committed_leaderboards():
+    board = (ROOT / "results" / "digits" / "leaderboard.md").read_text()
+    (shown,) = re.findall(r"<!-- excerpt -->\n(.*?)\n<!-- /excerpt -->", README, flags=re.S)
+    assert shown == "`test_resnet` on `digits`:\n\n" + excerpt_from(board)
+
+
+def test_files_that_it_links_to_are_there():
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/your-own-technique.md"])
+def test_its_technique_in_ten_lines_keeps_the_contract(page):
+    from widthbench.contract import check_technique
+
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S) if "class MaxNorm" in b]
+    scope = {"__name__": "mytechnique"}
+    exec(code, scope)
+    assert check_technique(scope["MaxNorm"]) == 9
+
+
+def test_its_call_in_your_own_code_runs():
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", README, flags=re.S) if "widthbench.apply" in b]
+    scope = {}
+    exec(code, scope)
+    assert isinstance(scope["small"], torch.nn.Module)
