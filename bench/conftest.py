@@ -61,9 +61,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("cell", list(seen.values()))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     ran = any(terminalreporter.stats.get(k) for k in ("passed", "failed", "skipped"))
     if WORKER or config.option.collectonly or not ran:
+        return
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        terminalreporter.write_line("interrupted: finished cells are kept, run again for the rest and for the report")
         return
     from widthbench.records import Store
     from widthbench.report.build import build

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,10 +37,16 @@ def bench(tmp_path, fresh_cache):
     (tmp_path / "tiny.toml").write_text(SUITE)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "OMP_"))}
 
-    def call(*args):
-        command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "-p", "no:cacheprovider", *args]
-        return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "-p", "no:cacheprovider"]
 
+    def call(*args):
+        return subprocess.run([*command, *args], cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+
+    def start(*args):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, *args], cwd=ROOT, env=clean, start_new_session=True, **quiet)
+
+    call.start = start
     return call
 
 
@@ -60,6 +68,24 @@ def test_two_workers_share_bases_and_the_summary_shows_the_table(bench, tmp_path
     again = bench(*options)  # nothing is missing: the same page from the store
     assert again.returncode == 0
     assert (folder / "leaderboard.md").read_text() == board
+
+
+def test_a_run_that_is_killed_keeps_its_finished_cells_and_the_next_does_the_rest(bench, tmp_path, fresh_cache):
+    (tmp_path / "tiny.toml").write_text(SUITE.replace("epochs = 1\n", "epochs = 4\n"))
+    options = ("--suite", str(tmp_path / "tiny.toml"), "--results", str(tmp_path / "results"), "-n", "2")
+    running = bench.start(*options)
+    while not (finished := list((fresh_cache / "cells").glob("??/*.json"))):
+        assert running.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "results").exists()
+    before = {p: p.stat().st_mtime_ns for p in finished}
+
+    assert "8 passed" in bench(*options).stdout
+    assert {p: p.stat().st_mtime_ns for p in finished} == before
+    assert len(list((fresh_cache / "cells").glob("??/*.json"))) == 8
+    assert len((tmp_path / "results" / "tiny" / "records.jsonl").read_text().splitlines()) == 8
 
 
 def test_items_have_readable_ids(bench, tmp_path):

@@ -1,6 +1,7 @@
 """The contract suite: every registered technique passes it, a third party's too."""
 
 import pytest
+import torch
 
 from widthbench import registry
 from widthbench.contract import ContractError, check_technique
@@ -48,6 +49,13 @@ class Moody(Honest):
         return Outcome({n: keep(rows[::-1] if Moody.calls % 2 else rows) for n, rows in plan.items()})
 
 
+class Eager(Honest):
+    """Prepares for one budget."""
+
+    def prepare(self, task):
+        return {"widths": torch.tensor(list(task.widths().values()))}
+
+
 class Positional(Honest):
     """Takes positional parameters."""
 
@@ -89,6 +97,7 @@ def test_an_honest_technique_passes():
     [
         (Vandal, "leaves task.model's tensors as they were"),
         (Moody, "decides the same with the same seed"),
+        (Eager, r"prepare\(\) does not depend on the budget"),
         (Positional, "parameters are keyword-only"),
         (Forgetful, "stores its parameter 'strength'"),
         (Picky, "runs on at least one of"),

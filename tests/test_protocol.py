@@ -54,8 +54,8 @@ def test_a_rerun_is_bit_equal_apart_from_times_and_hosts(store, tmp_path, monkey
 def test_stages_measure_what_they_say(store):
     record = run_cell(cell(), store)
     base = obtain_base(cell())
-    task = protocol.task_of(cell(), base)
-    resized = registry.create("l1-norm").apply(task).resized
+    technique = registry.create("l1-norm")
+    resized = technique.apply(protocol.task_of(cell(), base, technique)).resized
     assert accuracy(resized, base.data.test).top1 == record.row("resized").top1
     assert record.row("recalibrated").top1 == record.row("resized").top1  # no batch norm
     assert record.row("fine-tuned").top1 != record.row("resized").top1
@@ -162,6 +162,44 @@ def test_a_network_that_is_not_finite_is_a_failed_record(store, using):
     record = run_cell(cell(technique="failing"), store)
     assert record.status == "failed"
     assert "non-finite" in record.reason
+
+
+class Path(Failing):
+    """Narrows the first group step by step."""
+
+    def decide(self, task, state):
+        widths = task.widths()
+        full = {n: g.channels for n, g in task.groups.items()}
+        plans = [{n: keep(list(range(w))) for n, w in step.items()} for step in (full, widths)]
+        return Outcome(plans[-1], path=plans, series={"loss": [1.0]})
+
+
+class Fresh(Failing):
+    """Starts from new weights."""
+
+    start = "fresh"
+
+    def decide(self, task, state):
+        with torch.no_grad():
+            task.model(task.example_input)
+        return Outcome({n: keep(list(range(w))) for n, w in task.widths().items()})
+
+
+def test_a_path_of_plans_is_replayed_on_test(store, using):
+    using(Path)
+    record = run_cell(cell(technique="failing"), store)
+    base = run_cell(cell(technique="base", budget=None), store)
+    assert record.series["loss"] == [1.0]
+    assert record.series["path.channels"] == [400, sum(record.widths.values())]
+    assert record.series["path.top1"] == [base.row().top1, record.row("resized").top1]
+
+
+def test_a_technique_that_starts_fresh_is_not_billed_for_the_base_nor_given_it(store, using):
+    using(Fresh)
+    record = run_cell(cell(technique="failing"), store)
+    assert record.spent["base"].forward_macs == 0
+    assert record.spent["decision"].forward_macs == record.base_macs
+    assert record.row("resized").top1 < 40
 
 
 def test_threads_are_pinned_and_given_back(store, monkeypatch):

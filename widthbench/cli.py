@@ -32,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"widthbench: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(
+            f"widthbench: {error.filename}: {error.strerror}; set WIDTHBENCH_CACHE or --results to a folder of yours",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("widthbench: interrupted; finished cells are kept, run again for the rest", file=sys.stderr)
         return 130
@@ -152,9 +158,7 @@ def _run(args: argparse.Namespace) -> int:
     chosen = [suites.load(name) for name in args.suite]
     for suite in chosen:
         suites.check(suite)
-    cells = (
-        list({c.id: c for s in chosen for c in s.cells()}.values()) if len(chosen) == 1 else [c for s in chosen for c in s.cells()]
-    )
+    cells = list({c.model_dump_json(): c for suite in chosen for c in suite.cells()}.values())
     counted: Counter[str] = Counter()
 
     def done(record: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from widthbench.budget import Budget, check
 from widthbench.budget import used as used_of
-from widthbench.protocol import fresh_model, task_of
-from widthbench.protocol import obtain_base as base_of
+from widthbench.protocol import obtain_base, task_of
 from widthbench.recipe import Recipe
 from widthbench.records import Cell
 from widthbench.technique import Outcome, Technique, build
@@ -84,30 +83,31 @@ def _cell(technique: Technique, network: dict[str, Any], budget: str) -> Cell:
 
 def _check_decision(technique: Technique, network: dict[str, Any], budget: str) -> int:
     cell = _cell(technique, network, budget)
-    base = base_of(cell)
-    if technique.start == "fresh":
-        base = copy.copy(base)
-        object.__setattr__(base, "model", fresh_model(cell, cell.seed))
-    task = task_of(cell, base, grows=technique.grows)
+    base = obtain_base(cell)
+    task = task_of(cell, base, technique)
     reason = technique.skip(task)
     if reason is not None:
         _demand(isinstance(reason, str) and bool(reason), technique, "skip() gives None or a reason")
         return 0
-    before = {k: v.clone() for k, v in base.model.state_dict().items()}
+    before = {k: v.clone() for k, v in task.model.state_dict().items()}
     where = f"on {network['model']} at {budget}"
 
+    other = replace(task, budget=Budget(task.budget.kind, 0.9 * task.budget.fraction))
+    states = [technique.prepare(t.with_access(technique.id, technique.access)) for t in (task, other)]
+    alike = states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    _demand(alike, technique, f"prepare() does not depend on the budget {where}")
     first, again = technique.apply(task), build(type(technique), technique.params()).apply(task)
-    after = base.model.state_dict()
+    after = task.model.state_dict()
     _demand(list(before) == list(after), technique, f"leaves task.model's layers as they were {where}")
     _demand(all(torch.equal(before[k], after[k]) for k in before), technique, f"leaves task.model's tensors as they were {where}")
-    _demand(not base.model.training, technique, f"leaves task.model in eval mode {where}")
+    _demand(not task.model.training, technique, f"leaves task.model in eval mode {where}")
     _demand(_same(first, again), technique, f"decides the same with the same seed {where}")
 
     resized = first.resized
     assert resized is not None  # apply() always fills it in
     x = base.example_input
     with torch.no_grad():
-        _demand(resized(x).shape == base.model(x).shape, technique, f"keeps the output's shape {where}")
+        _demand(resized(x).shape == task.model(x).shape, technique, f"keeps the output's shape {where}")
     parsed = Budget.parse(budget, grows=technique.grows)
     real = Cost(count_macs(resized, x), sum(p.numel() for p in resized.parameters()))
     kept = used_of(parsed, first.widths, task.groups, real, task.reference)

@@ -43,13 +43,23 @@ def run_control(cell: Cell, key: str, store: Store, progress: Progress, where: d
 
 def _base(cell: Cell, key: str, base: Base, where: dict[str, Any]) -> Record:
     cost = base.cost.original
+    widths = {n: g.channels for n, g in base.groups.items()}
     return Record(
-        key=key, cell=cell, status="done", rows=base.rows, access="training", macs=cost.macs, params=cost.params,
-        base_macs=cost.macs, base_params=cost.params, kept=1.0, spent={"base": base.spent},
-        widths={n: g.channels for n, g in base.groups.items()},
-        base_widths={n: g.channels for n, g in base.groups.items()},
+        key=key,
+        cell=cell,
+        status="done",
+        rows=(score(base.model, base.data, "base"),),
+        access="training",
+        macs=cost.macs,
+        params=cost.params,
+        base_macs=cost.macs,
+        base_params=cost.params,
+        kept=1.0,
+        widths=widths,
+        base_widths=widths,
+        spent={"base": base.spent},
         provenance={**where, "base_digest": base.digest, "val_seen": False},
-    )  # fmt: skip
+    )
 
 
 def fresh_at(cell: Cell, widths: dict[str, int], seed: int) -> tuple[nn.Module, Groups, CostModel]:

@@ -27,11 +27,12 @@ from widthbench.provenance import code_digest, source_digest, stamp, versions
 from widthbench.recipe import Spent
 from widthbench.records import CONTROLS, Cell, Record, Row, Stage, Store, digest_of
 from widthbench.task import Progress, Task
-from widthbench.technique import Technique, runs
+from widthbench.technique import Outcome, Technique, runs
 from widthbench.training import batch_norms, fit, recalibrate
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.groups import Groups
+from widthbench.width.resize import resize
 
 BASE_CODE = ("data.py", "models.py", "training.py", "recipe.py")
 CELL_CODE = (*BASE_CODE, "width", "budget.py", "task.py", "technique.py", "measure.py", "protocol.py", "controls.py")
@@ -54,7 +55,6 @@ class Base:
         example_input: ``[1, C, H, W]``.
         spent: What its training cost.
         digest: SHA-256 of its weights file.
-        rows: Its scores.
     """
 
     model: nn.Module
@@ -64,7 +64,6 @@ class Base:
     example_input: Tensor
     spent: Spent
     digest: str
-    rows: tuple[Row, ...]
 
 
 def device_of(cell: Cell) -> torch.device:
@@ -164,9 +163,8 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
             spent = fit(model, split.train, cell.base, macs=macs, seed=cell.seed, progress=progress, desc=desc)
             _write_weights(path, model, spent)
     groups = find_groups(model, x)
-    rows = (score(model, split, "base"),)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Base(model, groups, CostModel(model, groups, x), split, x, spent, digest, rows)
+    return Base(model, groups, CostModel(model, groups, x), split, x, spent, digest)
 
 
 def _write_weights(path: Path, model: nn.Module, spent: Spent) -> None:
@@ -247,16 +245,16 @@ class NotApplicableError(UsageError):
     """A cell that cannot be run as a matter of fact: the technique says so, or no widths meet the budget."""
 
 
-def task_of(cell: Cell, base: Base, *, grows: bool = False, progress: Progress = quiet) -> Task:
-    """What a technique is given for a cell."""
+def task_of(cell: Cell, base: Base, technique: Technique, *, progress: Progress = quiet) -> Task:
+    """What a technique is given for a cell: the trained base, or the same network newly initialised if it starts fresh."""
     if cell.budget is None:
         raise UsageError(f"cell {cell.id} has no budget")
     groups = base.groups.select(cell.scope, cell.include or None)
     return Task(
-        model=base.model,
+        model=base.model if technique.start == "trained" else fresh_model(cell, cell.seed),
         groups=groups,
         example_input=base.example_input,
-        budget=Budget.parse(cell.budget, grows=grows),
+        budget=Budget.parse(cell.budget, grows=technique.grows),
         cost=base.cost,
         reference=base.cost,
         train=base.data.train,
@@ -309,7 +307,7 @@ def _prepared(cell: Cell, technique: Technique, task: Task, base: Base) -> tuple
     bill = cache_dir() / "states" / f"{key}.spent.json"
 
     def make() -> dict[str, Tensor]:
-        with Meter(base.model, base.cost.original.macs) as meter:
+        with Meter(task.model, base.cost.original.macs) as meter:
             state = technique.prepare(task.with_access(technique.id, technique.access))
         write_atomic(bill, _bill(meter, base).model_dump_json())
         return state
@@ -335,12 +333,12 @@ def _bill(meter: Meter, base: Base) -> Spent:
 def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]) -> Record:
     technique = registry.create(cell.technique, cell.params)
     base = obtain_base(cell, progress=progress)
-    task = task_of(cell, base, grows=technique.grows, progress=progress)
+    task = task_of(cell, base, technique, progress=progress)
     if reason := technique.skip(task):
         raise NotApplicableError(f"{technique.id}: {reason}")
     state, prepared = _prepared(cell, technique, task, base)
     try:
-        with Meter(base.model, base.cost.original.macs) as meter:
+        with Meter(task.model, base.cost.original.macs) as meter:
             outcome = technique.apply(task, state)
     except InfeasibleBudgetError as error:
         raise NotApplicableError(str(error)) from error
@@ -349,6 +347,7 @@ def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where
     meter.leave(model)
     if not runs(model, base.example_input, base.groups.output_shapes):
         raise UsageError(f"technique '{technique.id}' changed the output's shape or made it non-finite")
+    path = replay(task, outcome, base)
     rows, adaptation, cost = adapt(model, cell, base, progress)
     return Record(
         key=key,
@@ -365,10 +364,26 @@ def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where
         coupled=any(task.groups[n].grade == "coupled" for n in outcome.plan),
         widths=outcome.widths,
         base_widths={n: g.channels for n, g in task.groups.items()},
-        spent={"base": base.spent, "decision": prepared.add(_bill(meter, base)), "adaptation": adaptation},
-        series={k: list(v) for k, v in outcome.series.items()},
+        spent={
+            "base": base.spent if technique.start == "trained" else Spent(),
+            "decision": prepared.add(_bill(meter, base)),
+            "adaptation": adaptation,
+        },
+        series={k: list(v) for k, v in outcome.series.items()} | path,
         provenance={**where, "base_digest": base.digest, "val_seen": False},
     )
+
+
+def replay(task: Task, outcome: Outcome, base: Base) -> dict[str, list[Any]]:
+    """Test and val scores along the technique's path of plans, taken after the decision is made; {} if there is no path."""
+    model = task.model if outcome.model is None else outcome.model
+    found: dict[str, list[Any]] = {}
+    for plan in outcome.path:
+        row = score(resize(model, task.groups, plan), base.data, "resized")
+        point = {"channels": sum(len(r.rows) for r in plan.values()), **row.model_dump(exclude={"stage", "samples", "top5"})}
+        for name, value in point.items():
+            found.setdefault(f"path.{name}", []).append(value)
+    return found
 
 
 def adapt(model: nn.Module, cell: Cell, base: Base, progress: Progress) -> tuple[tuple[Row, ...], Spent, Cost]:

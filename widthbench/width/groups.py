@@ -106,6 +106,9 @@ class Groups(Mapping[str, Group]):
         except KeyError:
             raise KeyError(f"no channel group '{name}'{did_you_mean(name, self.members)}") from None
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.members
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.members)
 

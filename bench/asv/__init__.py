@@ -1,0 +1,1 @@
+"""Benchmarks that asv runs: ours over a reference, side by side, lower is better."""
