@@ -16,6 +16,7 @@ import pytest
 
 from widthbench import suites
 from widthbench.errors import UsageError
+from widthbench.paths import require_writable
 
 SUITES = pytest.StashKey[list[suites.Suite]]()
 
@@ -43,11 +44,16 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         chosen = [suites.load(n) for n in (suites.names() if "all" in names else dict.fromkeys(names))]
         if not WORKER:
-            for suite in chosen:  # unknown techniques, models and data sets are named before anything runs
+            require_writable(_results(config))
+            for suite in chosen:  # what does not work is named before anything runs
                 suites.check(suite)
     except UsageError as error:
         pytest.exit(str(error), returncode=2)
     config.stash[SUITES] = chosen
+
+
+def _results(config: pytest.Config) -> Path:
+    return Path(config.getoption("--results") or Path(__file__).resolve().parent.parent / "results")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -71,10 +77,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     from widthbench.records import Store
     from widthbench.report.build import build
 
-    here = Path(__file__).resolve().parent
-    results = Path(config.getoption("--results") or here.parent / "results")
     for suite in config.stash[SUITES]:
-        report = build(suite, results, Store())
+        try:
+            report = build(suite, _results(config), Store())
+        except UsageError as error:
+            terminalreporter.write_line(str(error))
+            continue
         terminalreporter.section(f"leaderboard: {suite.name}")
         terminalreporter.write_line(report.text)
         terminalreporter.write_line("")

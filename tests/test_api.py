@@ -79,13 +79,21 @@ def test_include_limits_what_is_resized():
         ("l1-norm", {"budget": "macs:2"}, BudgetError, "more than there is"),
         ("l1-norm", {"budget": "macs:0.0001"}, BudgetError, "below the feasible floor"),
         ("l1-norm", {"example_input": torch.randn(1, 3, 8, 8)}, UsageError, r"does not take an input of shape \[1, 3, 8, 8\]"),
-        ("l1-norm", {"allocation": "best"}, UsageError, "'uniform' or 'global', not 'best'"),
+        ("l1-norm", {"allocation": "best"}, UsageError, "parameter 'allocation': .*'uniform' or 'global' .found 'best'"),
+        (None, {}, UsageError, "technique must be a registered name or an instance, not None"),
+        ("l1-norm", {"model": "lenet5"}, UsageError, "must be a torch.nn.Module, not str"),
+        ("l1-norm", {"example_input": [torch.zeros(1, 2, 8, 8)]}, UsageError, "one tensor"),
+        ("l1-norm", {"example_input": torch.zeros(0, 2, 8, 8)}, UsageError, "B of at least 1"),
+        ("l1-norm", {"example_input": torch.full((1, 2, 8, 8), torch.nan)}, UsageError, "not finite"),
+        ("l1-norm", {"include": 3}, UsageError, "include must be a pattern"),
+        ("l1-norm", {"seed": "a"}, UsageError, "seed must be a whole number"),
+        (Learns(), {"data": "abc"}, UsageError, "pair of tensors"),
         ("l1-norm", {"include": "layer9"}, UsageError, "matches no channel group"),
         (
             "l1-norm",
             {"model": torch.nn.Linear(2, 2), "example_input": torch.randn(1, 2)},
             NoGroupsError,
-            "no certified channel",
+            "so there is nothing to resize",
         ),
         (Peeks(), {}, AccessError, "declares access = 'none' but uses task.train"),
         (Greedy(), {}, BudgetError, "keeps 1.0000 of the channels, more than the budget 'channels:0.5'"),
@@ -107,6 +115,26 @@ def test_data_come_as_tensors_or_loaders(loader):
     given = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2) if loader else (x, y)
     small = widthbench.apply(Learns(), zoo.Plain(), budget="channels:0.5", example_input=x[:1], data=given, include="conv*")
     assert small.conv2.out_channels == 3
+
+
+def test_inference_mode_is_named():
+    with torch.inference_mode(), pytest.raises(UsageError, match=r"leave torch\.inference_mode"):
+        widthbench.apply("l1-norm", zoo.Plain(), budget="channels:0.5", example_input=torch.randn(1, 2, 8, 8))
+
+
+def test_timms_reset_classifier_works_after_the_last_stream_is_resized():
+    model, x = timm.create_model("test_resnet"), torch.randn(1, 3, 64, 64)
+    small = widthbench.apply("l1-norm", model, budget="channels:0.5", example_input=x, scope="all")
+    assert small.num_features == small.fc.in_features == model.num_features // 2
+    small.reset_classifier(7)
+    assert small(x).shape == (1, 7)
+
+
+def test_an_unwritable_cache_costs_time_and_nothing_else(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="grades are not cached"):
+        widthbench.apply("l1-norm", zoo.Plain(), budget="channels:0.5", example_input=torch.randn(1, 2, 8, 8))
 
 
 def test_importing_the_package_does_not_import_torch():

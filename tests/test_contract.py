@@ -56,6 +56,13 @@ class Eager(Honest):
         return {"widths": torch.tensor(list(task.widths().values()))}
 
 
+class Wordy(Honest):
+    """Puts tensors into its series."""
+
+    def decide(self, task, state):
+        return Outcome(super().decide(task, state).plan, series={"loss": [torch.tensor(1.0)]})
+
+
 class Positional(Honest):
     """Takes positional parameters."""
 
@@ -97,7 +104,8 @@ def test_an_honest_technique_passes():
     [
         (Vandal, "leaves task.model's tensors as they were"),
         (Moody, "decides the same with the same seed"),
-        (Eager, r"prepare\(\) does not depend on the budget"),
+        (Eager, r"asks for the budget in prepare\(\)"),
+        (Wordy, "its series are plain numbers"),
         (Positional, "parameters are keyword-only"),
         (Forgetful, "stores its parameter 'strength'"),
         (Picky, "runs on at least one of"),

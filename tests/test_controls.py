@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from widthbench.controls import first_channels, fresh_at
+from widthbench.controls import FRESH, first_channels, fresh_at
 from widthbench.measure import accuracy
 from widthbench.protocol import obtain_base, run_cell
 from widthbench.recipe import Recipe
@@ -40,6 +40,13 @@ def test_scratch_trains_the_found_shape_for_as_many_epochs():
     assert record.source == source.key
     assert record.widths == source.widths
     assert record.spent["adaptation"].epochs == BASE.epochs + TUNE.epochs
+
+
+def test_controls_of_one_shape_draw_different_weights():
+    """Uniformly spread budgets give `scratch` and `uniform-width` the same widths: they must not be the same experiment."""
+    drawn = [fresh_at(cell("scratch"), {"ip1": 75}, seed=FRESH[name])[0].ip1.weight for name in FRESH]
+    base = obtain_base(cell("l1-norm")).model.ip1.weight[:75]
+    assert len({w.detach().numpy().tobytes() for w in [*drawn, base]}) == 4
 
 
 def test_scratch_budget_trains_it_for_as_many_macs():

@@ -1,12 +1,14 @@
 import copy
+import re
 
 import pytest
 import torch
 
-from widthbench import protocol, registry
+from widthbench import data, protocol, registry
 from widthbench.errors import UsageError
 from widthbench.measure import accuracy
 from widthbench.protocol import base_key, cell_key, obtain_base, run_cell
+from widthbench.provenance import source_digest
 from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
 from widthbench.technique import Outcome, Technique
@@ -200,6 +202,78 @@ def test_a_technique_that_starts_fresh_is_not_billed_for_the_base_nor_given_it(s
     assert record.spent["base"].forward_macs == 0
     assert record.spent["decision"].forward_macs == record.base_macs
     assert record.row("resized").top1 < 40
+
+
+class Recording(Failing):
+    """Keeps what it was shown."""
+
+    access = "labelled"
+
+    def prepare(self, task):
+        with torch.no_grad():
+            task.model(task.example_input)
+        return {"seen": torch.zeros(1)}
+
+    def decide(self, task, state):
+        Recording.seen = {n: torch.cat([x for x, _ in getattr(task, n).batches(100)]) for n in ("train", "val")}
+        return Outcome({n: keep(list(range(w))) for n, w in task.widths().items()})
+
+
+def test_a_technique_is_shown_train_and_val_and_nothing_of_test(store, using):
+    using(Recording)
+    record = run_cell(cell(technique="failing"), store)
+    assert record.status == "done", record.trace
+    split = data.load("digits", 8)
+    for name in ("train", "val"):
+        assert torch.equal(Recording.seen[name], torch.cat([x for x, _ in getattr(split, name).batches(50)]))
+    test = {x.numpy().tobytes() for x in torch.cat([x for x, _ in split.test.batches(50)])}
+    shown = {x.numpy().tobytes() for part in Recording.seen.values() for x in part}
+    assert len(test & shown) <= 2  # the set itself holds a few identical scans at 8 x 8
+    assert record.spent["decision"].forward_macs == record.base_macs  # what prepare spent is on the bill
+
+
+class Looks(Failing):
+    """Asks for the budget too early."""
+
+    def prepare(self, task):
+        return {"widths": torch.tensor(list(task.widths().values()))}
+
+
+class Talks(Failing):
+    """Puts a tensor into its series."""
+
+    def decide(self, task, state):
+        return Outcome({n: keep(list(range(w))) for n, w in task.widths().items()}, series={"x": [torch.ones(2)]})
+
+
+@pytest.mark.parametrize(("cls", "reason"), [(Looks, r"asks for the budget in prepare\(\)"), (Talks, "serialize")])
+def test_a_plug_in_that_misbehaves_is_a_failed_record(store, using, cls, reason):
+    using(cls)
+    record = run_cell(cell(technique="failing"), store)
+    assert record.status == "failed"
+    assert re.search(reason, record.reason)
+
+
+def test_keys_hold_the_techniques_source_and_the_harnesss(monkeypatch, using):
+    key, base = cell_key(cell()), base_key(cell())
+    monkeypatch.setattr(protocol, "source_digest", lambda cls: "changed")
+    assert cell_key(cell()) != key
+    assert base_key(cell()) == base
+    monkeypatch.setattr(protocol, "code_digest", lambda *modules: "changed")
+    assert base_key(cell()) != base
+
+
+def test_a_plug_ins_source_is_its_whole_package(tmp_path, monkeypatch):
+    package = tmp_path / "some_plugin"
+    package.mkdir()
+    (package / "__init__.py").write_text("from some_plugin.helper import V\nclass T: pass\n")
+    (package / "helper.py").write_text("V = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import some_plugin
+
+    before = source_digest(some_plugin.T)
+    (package / "helper.py").write_text("V = 2\n")
+    assert source_digest(some_plugin.T) != before
 
 
 def test_threads_are_pinned_and_given_back(store, monkeypatch):

@@ -22,6 +22,10 @@ def test_the_excerpt_is_the_committed_leaderboards():
     assert shown == "`test_resnet` on `digits`:\n\n" + excerpt_from(board)
 
 
+def test_no_placeholder_is_left():
+    assert not re.search(r"\b(TIMES|TODO|FIXME|PLACEHOLDER|XXX)\b", README)
+
+
 def test_files_that_it_links_to_are_there():
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", README):
         assert (ROOT / target).exists(), target

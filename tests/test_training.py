@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def test_fractional_epochs_and_single_leftover_samples(digits):
 def test_divergence_is_named(digits):
     with pytest.raises(UsageError, match=r"training diverged: the loss is (nan|inf) at step \d+ of 34; lower lr = 1e\+12"):
         fit(small(), digits.train, Recipe(epochs=2, lr=1e12), macs=1)
+
+
+def test_the_learning_rate_warms_up_and_ends_with_a_cosine(digits, monkeypatch):
+    seen = []
+    real = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: seen.append(self.param_groups[0]["lr"]) or real(self, *a))
+    recipe = Recipe(epochs=4, batch_size=64, lr=0.1, warmup_epochs=1)
+    fit(small(), digits.train, recipe, macs=1)
+    per_epoch, total = steps_of(recipe, len(digits.train))
+    assert len(seen) == total
+    assert seen[0] == pytest.approx(0.001)
+    assert seen[per_epoch] == pytest.approx(0.1)
+    expected = [0.05 * (1 + math.cos(math.pi * t / (total - per_epoch))) for t in range(total - per_epoch)]
+    assert seen[per_epoch:] == pytest.approx(expected, abs=1e-9)
 
 
 def test_recalibration_gives_the_statistics_of_the_training_data(digits):

@@ -33,7 +33,7 @@ class Batches:
         self._pair: tuple[Tensor, Tensor] | None = (source[0], source[1]) if pair else None
         if self._pair is not None and len(self._pair[0]) != len(self._pair[1]):
             raise UsageError(f"data: {len(self._pair[0])} inputs do not match {len(self._pair[1])} labels")
-        if self._pair is None and not isinstance(source, Iterable):
+        if self._pair is None and (isinstance(source, str | bytes) or not isinstance(source, Iterable)):
             raise UsageError(f"data must be a pair of tensors (x, y) or a DataLoader, not {type(source).__name__}")
 
     def __len__(self) -> int:
@@ -93,6 +93,16 @@ def apply(
         >>> small(x).shape
         torch.Size([1, 1000])
     """
+    if not isinstance(technique, str | Technique):
+        raise UsageError(f"technique must be a registered name or an instance, not {technique!r}")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model must be a torch.nn.Module, not {type(model).__name__}; timm.create_model makes one from a name")
+    if not isinstance(example_input, Tensor) or example_input.dim() < 2 or len(example_input) == 0:
+        raise UsageError("example_input must be one tensor [B, ...] with B of at least 1")
+    if not torch.isfinite(example_input).all():
+        raise UsageError("example_input has values that are not finite")
+    if not isinstance(seed, int):
+        raise UsageError(f"seed must be a whole number, not {seed!r}")
     if isinstance(technique, Technique) and params:
         raise UsageError(f"parameters {sorted(params)} go into the instance: {type(technique).__name__}(...)")
     chosen = technique if isinstance(technique, Technique) else registry.create(technique, params)

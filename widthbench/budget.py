@@ -75,7 +75,7 @@ class Budget:
         """Read ``"macs:0.5"``.
 
         Args:
-            text: ``kind:fraction``, the fraction being what is kept.
+            text: ``kind:fraction``, the fraction being what is kept; ``channels:0.5:floor`` rounds down.
             grows: Whether fractions above 1 make sense.
 
         Raises:
@@ -85,11 +85,12 @@ class Budget:
             budget = text
         else:
             kind, _, value = str(text).partition(":")
+            value, _, rounding = value.partition(":")
             try:
                 fraction = float(value)
             except ValueError:
                 raise BudgetError(f"budget '{text}' is not of the form kind:fraction, as in 'macs:0.5'") from None
-            budget = cls(kind, fraction)  # type: ignore[arg-type]
+            budget = cls(kind, fraction, rounding or "nearest")  # type: ignore[arg-type]
         if budget.fraction > 1 and not grows:
             raise BudgetError(f"budget '{budget}' keeps more than there is; fractions lie in (0, 1]")
         return budget

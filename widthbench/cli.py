@@ -32,12 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"widthbench: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:
-        print(
-            f"widthbench: {error.filename}: {error.strerror}; set WIDTHBENCH_CACHE or --results to a folder of yours",
-            file=sys.stderr,
-        )
-        return 2
     except KeyboardInterrupt:
         print("widthbench: interrupted; finished cells are kept, run again for the rest", file=sys.stderr)
         return 130
@@ -154,6 +148,7 @@ def _list(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from widthbench import suites
     from widthbench.engines import local
+    from widthbench.paths import require_writable
 
     chosen = [suites.load(name) for name in args.suite]
     for suite in chosen:
@@ -166,7 +161,12 @@ def _run(args: argparse.Namespace) -> int:
         note = f"  {record.reason}" if record.status != "done" else ""
         print(f"[{sum(counted.values())}/{len(cells)}] {record.cell.id}: {record.status}{note}", file=sys.stderr)
 
-    local.run(cells, jobs=args.jobs, done=done)
+    require_writable(args.results)
+    try:
+        local.run(cells, jobs=args.jobs, done=done)
+    except local.WorkerError as error:
+        print(f"widthbench: {error}", file=sys.stderr)
+        return 1
     return _report(args)
 
 

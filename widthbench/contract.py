@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from widthbench.budget import Budget, check
 from widthbench.budget import used as used_of
+from widthbench.errors import AccessError
 from widthbench.protocol import obtain_base, task_of
 from widthbench.recipe import Recipe
 from widthbench.records import Cell
@@ -93,7 +95,10 @@ def _check_decision(technique: Technique, network: dict[str, Any], budget: str) 
     where = f"on {network['model']} at {budget}"
 
     other = replace(task, budget=Budget(task.budget.kind, 0.9 * task.budget.fraction))
-    states = [technique.prepare(t.with_access(technique.id, technique.access)) for t in (task, other)]
+    try:
+        states = [technique.prepared(t) for t in (task, other)]
+    except AccessError as error:
+        raise ContractError(f"technique '{technique.id}' breaks the contract: {error}") from error
     alike = states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
     _demand(alike, technique, f"prepare() does not depend on the budget {where}")
     first, again = technique.apply(task), build(type(technique), technique.params()).apply(task)
@@ -103,6 +108,10 @@ def _check_decision(technique: Technique, network: dict[str, Any], budget: str) 
     _demand(not task.model.training, technique, f"leaves task.model in eval mode {where}")
     _demand(_same(first, again), technique, f"decides the same with the same seed {where}")
 
+    try:
+        json.dumps({k: list(v) for k, v in first.series.items()})
+    except TypeError as error:
+        raise ContractError(f"technique '{technique.id}' breaks the contract: its series are plain numbers: {error}") from error
     resized = first.resized
     assert resized is not None  # apply() always fills it in
     x = base.example_input

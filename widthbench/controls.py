@@ -29,7 +29,8 @@ from widthbench.width.cost import Cost, CostModel
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep, resize
 
-FRESH = 1_000_003  # keeps the seed of a control's fresh weights apart from its base network's
+# keep the seeds of the controls' fresh weights apart from the base network's and from each other's
+FRESH = {"uniform-width": 1_000_003, "scratch": 2_000_003, "scratch-budget": 3_000_017}
 
 
 def run_control(cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]) -> Record:
@@ -128,7 +129,7 @@ def _train(
     where: dict[str, Any],
     source: str | None,
 ) -> Record:
-    model, _, model_cost = fresh_at(cell, widths, cell.seed + FRESH)
+    model, _, model_cost = fresh_at(cell, widths, cell.seed + FRESH[cell.technique])
     cost, full = Cost(model_cost(widths).macs, sum(p.numel() for p in model.parameters())), model_cost.original
     budget = Budget.parse(str(cell.budget), grows=True)
     split = load_data(cell)

@@ -135,7 +135,10 @@ def load(name: str, size: int, *, seed: int = 0, val: float = 0.2, device: torch
         raise UsageError(f"input size must lie between 4 and 4096 pixels, not {size}")
     source = SOURCES[name]()
     images, labels = source.train
-    train_index, val_index = train_test_split(np.arange(len(labels)), test_size=val, random_state=seed, stratify=labels)
+    try:
+        train_index, val_index = train_test_split(np.arange(len(labels)), test_size=val, random_state=seed, stratify=labels)
+    except ValueError as error:
+        raise UsageError(f"dataset '{name}' cannot be split with val = {val}, seed = {seed}: {error}") from error
     train_images = _resample(images[train_index], size)
     scaled = train_images.float() / 255
     mean = tuple(scaled.mean(dim=(0, 2, 3)).tolist())

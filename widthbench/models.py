@@ -7,11 +7,11 @@ import itertools
 from typing import Any
 
 import timm
-import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from widthbench.errors import UsageError, did_you_mean
+from widthbench.randomness import seeded
 
 __all__ = ["MLP", "LeNet5"]
 
@@ -149,8 +149,7 @@ def create(name: str, *, classes: int, channels: int, size: int, seed: int = 0, 
     require(name)
     if takes_img_size(name):
         kwargs = {"img_size": size, **kwargs}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **kwargs).eval()
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -164,9 +163,13 @@ def require(name: str) -> None:
     Raises:
         UsageError: If it does not, with the closest name.
     """
-    base = name.split(".")[0]
+    base, _, tag = name.partition(".")
     if not timm.is_model(base):
         raise UsageError(f"unknown model '{name}'{did_you_mean(base, timm.list_models())} (any timm model name works)")
+    if tag:
+        known = [n.partition(".")[2] for n in timm.list_models(base, include_tags=True)]
+        if tag not in known:
+            raise UsageError(f"model '{base}' has no weights tagged '{tag}'{did_you_mean(tag, known)}; the bare name works too")
 
 
 def takes_img_size(name: str) -> bool:
@@ -198,8 +201,7 @@ def reinitialise(model: nn.Module, seed: int) -> None:
         model: A newly built, perhaps resized network.
         seed: Seeds the draw; the global random state is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for module in model.modules():
             reset: Any = getattr(module, "reset_parameters", None)
             if callable(reset):

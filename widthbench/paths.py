@@ -17,6 +17,19 @@ def cache_dir() -> Path:
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("widthbench"))
 
 
+def require_writable(folder: Path) -> None:
+    """Find out now, not after hours of work, that a folder cannot be written.
+
+    Raises:
+        UsageError: If it cannot be made or written.
+    """
+    above = folder
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"cannot write {folder}: {above} is not a folder that you may write; set WIDTHBENCH_CACHE or --results")
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part.
 

@@ -232,7 +232,9 @@ def _compute(cell: Cell, key: str, store: Store, progress: Progress) -> Record:
     where["dataset_digest"] = load_data(cell).digest
     try:
         run = run_control if cell.technique in CONTROLS else _run_technique
-        return run(cell, key, store, progress, where)
+        record = run(cell, key, store, progress, where)
+        record.model_dump_json()  # what a technique put into its series must be plain data
+        return record
     except NotApplicableError as error:
         return Record(key=key, cell=cell, status="skipped", reason=str(error), provenance=where)
     except Exception as error:  # a plug-in may raise anything; the other cells go on
@@ -308,7 +310,7 @@ def _prepared(cell: Cell, technique: Technique, task: Task, base: Base) -> tuple
 
     def make() -> dict[str, Tensor]:
         with Meter(task.model, base.cost.original.macs) as meter:
-            state = technique.prepare(task.with_access(technique.id, technique.access))
+            state = technique.prepared(task)
         write_atomic(bill, _bill(meter, base).model_dump_json())
         return state
 

@@ -79,11 +79,21 @@ def code_digest(*modules: str) -> str:
 
 
 def source_digest(cls: type) -> str:
-    """SHA-256 over the file that a class is defined in."""
-    try:
-        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        return cls.__qualname__
+    """SHA-256 over the sources that a technique consists of.
+
+    For one of ours that is its own file (the rest of the package is digested apart); for a plug-in, every Python file of the
+    top-level package, or the single module, that it is defined in.
+    """
+    own = Path(inspect.getfile(cls))
+    top = cls.__module__.partition(".")[0]
+    files = [own]
+    if top != "widthbench" and own.name != f"{top}.py":
+        package = next((folder for folder in own.parents if folder.name == top), own.parent)
+        files = sorted(package.glob("**/*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def stamp() -> dict[str, Any]:

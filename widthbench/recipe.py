@@ -22,7 +22,7 @@ class Recipe(BaseModel):
         label_smoothing: Of the cross-entropy.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: float = Field(gt=0, le=10_000)
     batch_size: int = Field(default=64, gt=0)

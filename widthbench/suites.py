@@ -5,16 +5,18 @@ from __future__ import annotations
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from widthbench import data, models, registry
+from widthbench import protocol, registry
 from widthbench.budget import Budget
 from widthbench.errors import BudgetError, UsageError, did_you_mean
+from widthbench.paths import cache_dir, require_writable
 from widthbench.recipe import Recipe
 from widthbench.records import CONTROLS, Cell
 from widthbench.technique import build
+from widthbench.width.certify import find_groups
 
 MAX_CELLS = 100_000
 
@@ -78,7 +80,7 @@ class Suite(_Strict):
     title: str = ""
     citable: bool = False
     datasets: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(min_length=1)
     budgets: tuple[str, ...] = ()
     techniques: tuple[Entry, ...] = ()
     controls: tuple[str, ...] = ("base",)
@@ -88,7 +90,7 @@ class Suite(_Strict):
     calibration: int = Field(default=1024, ge=2)
     val: float = Field(default=0.2, gt=0, lt=1)
     scope: Literal["inner", "all"] = "inner"
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=256)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @field_validator("techniques", mode="before")
@@ -207,23 +209,41 @@ def parse(text: str, where: str) -> Suite:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        problem = first["msg"].removeprefix("Value error, ")
+        problem = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+        problem = problem.replace("a valid dictionary or instance of Entry", 'a name or a table { id = "...", params = {...} }')
         if first["type"] == "extra_forbidden":
-            problem = f"unknown key{did_you_mean(str(first['loc'][-1]), Suite.model_fields)}"
+            problem = f"unknown key{did_you_mean(str(first['loc'][-1]), _field_names(first['loc']))}"
         given = "" if first["type"] in ("missing", "extra_forbidden", "value_error") else f" (found {first['input']!r})"
         raise UsageError(f"{where}: {key + ': ' if key else ''}{problem}{given}") from error
 
 
 def check(suite: Suite) -> None:
-    """Name what a suite asks for and this installation does not have, before anything runs.
+    """Name what does not work before anything runs: every network is built, its groups are certified, its data are split.
 
     Raises:
-        UsageError: On an unknown technique or parameter, model or data set.
+        UsageError: On an unknown or refused technique, parameter, model, setting or data set, a budget out of a technique's
+            range, an input size that does not fit, a network without a group to resize, a missing GPU.
     """
+    require_writable(cache_dir())
+    classes = {entry.id: registry.load(entry.id) for entry in suite.techniques}
     for entry in suite.techniques:
-        build(registry.load(entry.id), entry.params)
-    for network in suite.models:
-        models.require(network.name)
-    for name in suite.datasets:
-        if name not in data.names():
-            raise UsageError(f"suite {suite.name}: unknown dataset '{name}'{did_you_mean(name, data.names())}")
+        build(classes[entry.id], entry.params)
+    try:
+        for dataset in suite.datasets:
+            for network in suite.models:
+                cell = next(c for c in suite.cells() if c.dataset == dataset and c.model == network.name)
+                groups = find_groups(protocol.fresh_model(cell, 0), protocol.example_input(cell))
+                groups.select(cell.scope, cell.include or None)
+                for budget in suite.budgets if network.budgets is None else network.budgets:
+                    for cls in classes.values():
+                        Budget.parse(budget, grows=cls.grows)
+    except UsageError as error:
+        raise type(error)(f"suite {suite.name}: {error}") from error
+
+
+def _field_names(location: tuple[Any, ...]) -> list[str]:
+    """The keys that are known where an unknown one was found."""
+    for name, model in (("models", Network), ("techniques", Entry), ("base", Recipe), ("finetune", Recipe)):
+        if name in location[:-1]:
+            return list(model.model_fields)
+    return list(Suite.model_fields)

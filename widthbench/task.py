@@ -84,6 +84,10 @@ class Task:
             return replace(self, train=Unlabelled(self.train), val=Unlabelled(self.val), fit=None)
         return replace(self, fit=self.fit if level == 3 else None)
 
+    def without_budget(self, technique: str) -> Task:
+        """This task without its budget; asking for it raises ``AccessError``."""
+        return replace(self, budget=_NoBudget(technique))  # type: ignore[arg-type]
+
     def widths(self, scores: Mapping[str, Tensor] | None = None, allocation: Allocation = "uniform") -> dict[str, int]:
         """Channels per group that meet the budget.
 
@@ -132,6 +136,18 @@ class Denied:
     def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Raise ``AccessError``."""
         raise self._deny()
+
+
+class _NoBudget:
+    """Stands in for the budget while ``prepare`` runs."""
+
+    def __init__(self, technique: str) -> None:
+        self._technique = technique
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AccessError(f"technique '{self._technique}' asks for the budget in prepare(): what depends on it belongs in decide()")
 
 
 class Unlabelled:

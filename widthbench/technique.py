@@ -6,9 +6,10 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -71,7 +72,10 @@ class Technique(ABC):
         return None
 
     def prepare(self, task: Task) -> dict[str, Tensor]:
-        """Everything that does not depend on the budget; computed once per base network, parameters and seed."""
+        """Everything that does not depend on the budget; computed once per base network, parameters and seed.
+
+        ``task.budget`` and what follows from it (``task.widths``, ``task.keep_best``) raise here.
+        """
         return {}
 
     @abstractmethod
@@ -85,6 +89,11 @@ class Technique(ABC):
         Returns:
             The plan, and whatever else there is to tell.
         """
+
+    @final
+    def prepared(self, task: Task) -> dict[str, Tensor]:
+        """What ``prepare`` returns for a task of which it sees neither the budget nor data beyond the declared access."""
+        return self.prepare(task.with_access(self.id, self.access).without_budget(self.id))
 
     @final
     def apply(self, task: Task, state: dict[str, Tensor] | None = None) -> Outcome:
@@ -103,10 +112,11 @@ class Technique(ABC):
             AccessError: If the technique touches data that it did not declare.
             UsageError: If the technique says that it cannot work on this task.
         """
+        state = self.prepared(task) if state is None else state
         task = task.with_access(self.id, self.access)
         if reason := self.skip(task):
             raise UsageError(f"technique '{self.id}' cannot run here: {reason}")
-        outcome = self.decide(task, self.prepare(task) if state is None else state)
+        outcome = self.decide(task, state)
         if not isinstance(outcome, Outcome):
             raise UsageError(f"technique '{self.id}' must return an Outcome from decide(), not {type(outcome).__name__}")
         base = task.model if outcome.model is None else outcome.model
@@ -147,10 +157,24 @@ def build(cls: type[Technique], params: Mapping[str, Any]) -> Technique:
     for name in params:
         if name not in known:
             raise UsageError(f"technique '{cls.id}' takes no parameter '{name}'{did_you_mean(name, known)}")
+    hints = get_type_hints(cls.__init__)
     try:
-        return cls(**params)
+        checked = {n: TypeAdapter(hints[n]).validate_python(v) if n in hints else v for n, v in params.items()}
+        return cls(**checked)
+    except ValidationError as error:
+        name = next(n for n in params if n in hints and not _fits(hints[n], params[n]))
+        first = error.errors()[0]["msg"]
+        raise UsageError(f"technique '{cls.id}': parameter '{name}': {first} (found {params[name]!r})") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"technique '{cls.id}': {error}") from error
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    try:
+        TypeAdapter(hint).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def runs(model: nn.Module, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> bool:

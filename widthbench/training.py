@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from widthbench.errors import UsageError
+from widthbench.randomness import seeded
 from widthbench.recipe import Recipe, Spent
 from widthbench.task import Progress, Samples
 
@@ -76,8 +77,7 @@ def fit(
     )
     begin, seen, step = time.perf_counter(), 0, 0
     order = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model.train()
         for epoch in progress(range(math.ceil(total / per_epoch)), desc=desc):
             for x, y in train.batches(recipe.batch_size, generator=order):

@@ -2,7 +2,7 @@ import pytest
 
 from widthbench.recipe import Recipe, Spent
 from widthbench.records import Cell, Record, Row
-from widthbench.report import figures, tables
+from widthbench.report import build, figures, tables
 from widthbench.suites import Suite
 
 R = Recipe(epochs=10, lr=0.1)
@@ -49,6 +49,19 @@ def test_a_row_shows_means_spreads_ratios_and_cost():
     cells = row_of(page, "l1-norm")
     assert cells[:6] == ["l1-norm", "none", "macs:0.5", "71.00 ± 1.00", "81.00 ± 1.00", "**91.00 ± 1.00**"]
     assert cells[6:] == ["500", "50", "2.00x", "2.00x", "–", "1.10x", "3"]
+
+
+def test_measured_speed_up_is_base_over_row(monkeypatch):
+    one = record()
+    timing = {"dataset": "digits", "model": "lenet5", "shape": tables.shape_of(one), "speed_up": 1.5}
+    page = tables.leaderboard(suite(), [one], [timing], 1)
+    assert row_of(page, "l1-norm")[10] == "1.50x"
+    times = iter([3.0, 2.0] * build.ROUNDS + [1.0])  # base, resized, base, resized, ..., and the resized one at batch 1
+    monkeypatch.setattr(build, "latency_ms", lambda *a, **k: next(times))
+    cell = one.cell.model_copy(update={"model": "lenet_300_100", "size": 8, "device": "cpu"})
+    measured = build._measure(one.model_copy(update={"cell": cell, "widths": {"ip1": 30}}))
+    assert measured["speed_up"] == 1.5
+    assert (measured["base_latency_ms"], measured["latency_ms"]) == (3.0, 2.0)
 
 
 def test_one_base_prints_no_spread():

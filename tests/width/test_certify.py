@@ -4,10 +4,13 @@ import pytest
 import timm
 import torch
 import zoo
+from timm.layers import LayerNorm2d
+from torch import nn
 
 from widthbench.width import certify, discover, find_groups
-from widthbench.width.certify import errors_of_all, fingerprint, randomised
-from widthbench.width.groups import Segment
+from widthbench.width.certify import _split_plan, errors_of_all, fingerprint, randomised
+from widthbench.width.doctor import diagnose
+from widthbench.width.groups import Group, Segment
 
 NETWORKS = ["resnet18", "mobilenetv2_100", "densenet121", "test_resnet", "test_efficientnet", "test_vit", "resnext26ts"]
 
@@ -77,6 +80,140 @@ def test_grades_are_cached_per_architecture(fresh_cache):
     path.write_text("{ damaged")
     assert find_groups(model, x)["conv1"].grade == "exact"
     assert json.loads(path.read_text())["grades"]["conv1"] == ["exact", ""]
+
+
+class Between(nn.Module):
+    """Applies a function, and adds a buffer, between two layers."""
+
+    def __init__(self, function=torch.relu, buffer=None, setting=(1, 2)):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.function, self.setting = function, setting
+        self.register_buffer("shift", torch.zeros(1) if buffer is None else buffer)
+
+    def forward(self, x):
+        return self.b(self.function(self.a(x)) + self.shift)
+
+
+def flipped(t):
+    return t.flip(1)
+
+
+def test_the_cache_never_takes_one_network_for_another(fresh_cache):
+    x = torch.randn(2, 4)
+    assert find_groups(Between(), x)["a"].grade == "exact"
+    assert find_groups(Between(flipped), x)["a"].grade == "frozen"
+    assert find_groups(Between(lambda t: t.flip(1)), x)["a"].grade == "frozen"
+    assert find_groups(Between(buffer=torch.rand(8)), x)["a"].grade == "frozen"
+    keys = {fingerprint(m, discover(m, x), x) for m in (Between(), Between(flipped), Between(setting=(1, 3)), Between(torch.tanh))}
+    assert len(keys) == 4
+    assert None not in keys
+
+
+def test_what_cannot_be_digested_is_not_cached(fresh_cache):
+    x = torch.randn(2, 4)
+    scope = {"nn": nn, "Between": Between, "__name__": "__main__"}
+    exec("class Typed(Between):\n    def forward(self, x):\n        return self.b(self.a(x).relu().roll(1, 1))", scope)
+    hooked = Between()
+    hooked.a.register_forward_hook(lambda m, a, out: out)
+    for model in (scope["Typed"](), Between(function=Opaque()), hooked):
+        assert fingerprint(model, discover(model, x), x) is None
+        find_groups(model, x)
+    assert not (fresh_cache / "grades").exists()
+
+
+class Opaque:
+    def __call__(self, t):
+        return t.relu()
+
+
+def test_a_grade_is_the_architectures_not_the_weights(monkeypatch):
+    model, x = zoo.Plain(), torch.randn(2, 2, 8, 8)
+    with torch.no_grad():
+        model.fc1.weight.copy_(-100 * model.fc1.weight.abs() - 100)  # its inputs are not negative: every unit is dead
+    groups = discover(model, x)
+    assert {g.grade for g in certify(model, groups, x, cache=False).values()} == {"exact"}
+    monkeypatch.setattr("widthbench.width.certify.ATTEMPTS", 1)
+    assert "does not depend" in certify(model, groups, x, cache=False)["fc1"].reason
+
+
+class Auxiliary(nn.Module):
+    """A head that only training uses, which no trace in eval mode shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.aux = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return (self.b(h), self.aux(h)) if self.training else self.b(h)
+
+
+def test_channels_that_training_reads_elsewhere_are_frozen():
+    group = find_groups(Auxiliary(), torch.randn(2, 4), cache=False)["a"]
+    assert group.grade == "frozen"
+    assert "does not run in training mode" in group.reason
+
+
+class Shuffled(nn.Module):
+    """Interleaves the two halves of its channels, as ShuffleNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return self.b(torch.stack([h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]], 2).flatten(1))
+
+
+def test_a_shuffle_of_channels_is_frozen():
+    assert {g.grade for g in find_groups(Shuffled(), torch.randn(2, 4), cache=False).values()} == {"frozen"}
+
+
+def test_the_split_probe_permutes_within_blocks():
+    rows = _split_plan(Group("g", 12, blocks=3)).rows
+    assert [sorted(set(part.tolist())) for part in rows.view(3, -1)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    whole = _split_plan(Group("g", 50)).rows
+    assert not torch.equal(whole, whole.sort().values)
+    assert not torch.equal(whole[:50], torch.arange(50))
+
+
+def test_layer_norm_over_channels_first_is_coupled_also_where_sides_coincide():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(3, 16, 1), LayerNorm2d(16), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            return self.b(self.norm(self.a(x)).relu()).mean((2, 3))
+
+    assert find_groups(Net(), torch.randn(1, 3, 16, 16), cache=False)["a"].grade == "coupled"
+
+
+class Caching(nn.Module):
+    """Keeps a tensor with a history in an attribute, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.scale = nn.Linear(4, 8), nn.Linear(8, 3), nn.Parameter(torch.ones(1, 1))
+        self.kept = {}
+
+    def forward(self, x):
+        self.kept["scale"] = self.scale * 2
+        return {"out": self.b(self.a(x).relu() * self.kept["scale"]), "none": None, "count": 3}
+
+
+def test_cached_tensors_with_a_history_and_odd_outputs_are_no_obstacle():
+    model = Caching()
+    assert find_groups(model, torch.randn(2, 4), cache=False)["a"].grade == "exact"
+
+
+@pytest.mark.parametrize(("name", "size"), [("levit_128s", 224), ("pit_ti_224", 224), ("coat_tiny", 224)])
+def test_networks_that_trip_the_tools_are_diagnosed(name, size):
+    model, x = timm.create_model(name), torch.randn(1, 3, size, size)
+    row = diagnose(model, find_groups(model, x), x)
+    assert row["exact"] >= 12 or "Torch-Pruning cannot trace it" in row["frozen because"]
 
 
 def test_the_fingerprint_sees_what_a_grade_depends_on():

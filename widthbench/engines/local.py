@@ -6,10 +6,15 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from widthbench.records import Cell, Record
+
+
+class WorkerError(RuntimeError):
+    """A worker process that ended without a word."""
 
 
 def run(cells: Sequence[Cell], *, jobs: int, done: Callable[[Record], None]) -> None:
@@ -36,6 +41,9 @@ def run(cells: Sequence[Cell], *, jobs: int, done: Callable[[Record], None]) -> 
         for future in as_completed(waiting):
             for record in future.result():
                 done(record)
+    except BrokenProcessPool as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise WorkerError("a worker died (out of memory?); finished cells are kept: run again with fewer --jobs") from error
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -64,6 +72,6 @@ def _one(cell: Cell, *, bar: bool) -> Record:
     from widthbench.records import Store
 
     def progress(steps: object, /, *, desc: str) -> object:
-        return tqdm(steps, desc=desc, leave=False)
+        return tqdm(steps, desc=desc, leave=False, disable=None)
 
     return run_cell(cell, Store(), progress=progress if bar else quiet)

@@ -11,6 +11,7 @@ from typing import Any
 
 from widthbench import protocol
 from widthbench.controls import fresh_at
+from widthbench.errors import UsageError
 from widthbench.measure import latency_ms, peak_memory_mib
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, hardware, versions
@@ -58,9 +59,14 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
         results: The folder of all results; the suite gets one of its own in it.
         store: Where finished cells are.
         time_shapes: Measure latency and memory of shapes that have none yet; do this only when no worker is busy.
+
+    Raises:
+        UsageError: If no cell of the suite has a record.
     """
     folder = results / suite.name
     records = collect(suite, store)
+    if not records:
+        raise UsageError(f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)")
     timings = timings_of(records, measure=time_shapes)
     write_records(folder / "records.jsonl", records)
     lines = sorted(json.dumps(t, sort_keys=True) for t in timings)

@@ -24,7 +24,9 @@ pass of one image. *Data* is the most that the decision looked at. *Train cost* 
 there (base, decision, adaptation; forward MACs plus backward MACs counted as twice the forward) over the cost of
 training the base network. *Controls* are not techniques: `uniform-width` is the base scaled down uniformly and trained
 by the base's recipe; `scratch:X` trains the shape that X found from fresh weights for as many epochs as base, decision
-and fine-tuning took; `scratch-budget:X` for as many MACs."""
+and fine-tuning took; `scratch-budget:X` for as many MACs. Where a technique spreads its budget uniformly, `scratch` and
+`uniform-width` train the same widths (with other draws, for other numbers of epochs); channels outside the suite's
+scope keep their width in every row."""
 
 
 @dataclass
@@ -94,7 +96,9 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
     for status in ("skipped", "failed"):
         if count := sum(r.status == status for r in records):
             state += f", {count} {status}"
-    parts += [f"{state}; {len(suite.seeds)} seeds.", "", NOTES, ""]
+    images = {row.samples for r in records for row in r.rows}
+    grain = f" Test sets of {', '.join(map(str, sorted(images)))} images: one is {100 / min(images):.2g} points." if images else ""
+    parts += [f"{state}; {len(suite.seeds)} seeds.{grain}", "", NOTES, ""]
     speeds = {(t["dataset"], t["model"], t["shape"]): t for t in timings}
     grouped: dict[tuple[str, str], list[Line]] = {}
     for line in lines(records):
@@ -220,6 +224,8 @@ def _cost(line: Line) -> str:
 
 def _speed_up(line: Line, speeds: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     """Median latency of the base over that of the row's shapes."""
+    if line.label == "base":
+        return "1.00x"
     found = {}
     for k, r in line.done.items():
         entry = speeds.get((line.dataset, line.model, shape_of(r)))
@@ -262,7 +268,7 @@ def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> lis
         facts.setdefault("hardware", set()).add(str(p["hardware"].get("gpu") or p["hardware"].get("cpu")))
         facts.setdefault("device and threads", set()).add(f"{p.get('device')}, {p.get('threads')} thread(s)")
         state = " with uncommitted changes" if p.get("dirty") else ""
-        facts.setdefault("commit", set()).add(f"{str(p.get('commit'))[:12]}{state}")
+        facts.setdefault("commit", set()).add(f"{p['commit'][:12]}{state}" if p.get("commit") else "not a checkout")
         facts.setdefault("date", set()).add(str(p.get("when"))[:10])
     rows = [f"- {name}: {'; '.join(sorted(values))}" for name, values in facts.items()]
     if timings:

@@ -1,7 +1,7 @@
 """Certification: no channel group is resized before two numerical proofs that its index maps are right.
 
 On a float64 copy with randomised statistics, (1) every group's channels are permuted and a few of them split into
-halves: the output must not move; (2) a few channels are removed: the output must equal that of the whole network with
+halves: the output must not move; (2) half of the channels are removed: the output must equal that of the whole network with
 those input gates at 0. Both are asked of all groups in one pass; if that fails, of each group alone.
 """
 
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,14 +20,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from widthbench.errors import UsageError
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.width.gates import gated
-from widthbench.width.groups import Grade, Group, Groups, discover, kind_of
-from widthbench.width.resize import Plan, Resize, disagreements, keep, resize_uncertified
+from widthbench.width.groups import TOO_LONG, Grade, Group, Groups, discover, kind_of
+from widthbench.width.resize import Plan, Resize, detached, disagreements, keep, resize_uncertified
 
 TOLERANCE = 1e-9  # relative to the largest output, in float64
-PICKED = 3  # channels split or removed per block of a group
+ATTEMPTS = 4  # draws of weights after which a group that the output does not depend on is given up
+INSENSITIVE = "the output does not depend on its channels"
+PICKED = 3  # channels split per block of a group; half of them are removed
 
 Grades = dict[str, tuple[Grade, str]]
 
@@ -40,7 +45,7 @@ class _Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
-        last = isinstance(self.norm, nn.LayerNorm) and x.shape[-1] == self.norm.normalized_shape[0]
+        last = isinstance(self.norm, nn.LayerNorm) and "2d" not in type(self.norm).__name__.lower()  # timm's LayerNorm2d, ...Act2d
         shape[-1 if last else 1] = -1
         if self.norm.weight is not None:
             x = x * self.norm.weight.view(shape)
@@ -78,8 +83,9 @@ def certify(model: nn.Module, groups: Groups, example_input: Tensor, *, cache: b
         equals gates at 0, and the output depends on the group. *coupled*: the same once each norm across channels that
         rides along is replaced by its per-channel affine. *frozen*: anything else.
     """
-    path = cache_dir() / "grades" / f"{fingerprint(model, groups, example_input)}.json"
-    if cache and path.is_file():
+    key = fingerprint(model, groups, example_input) if cache else None
+    path = cache_dir() / "grades" / f"{key}.json"
+    if key and path.is_file():
         try:
             grades = {n: (cast(Grade, g), str(r)) for n, (g, r) in json.loads(path.read_text())["grades"].items()}
             if set(grades) == set(groups):
@@ -87,39 +93,108 @@ def certify(model: nn.Module, groups: Groups, example_input: Tensor, *, cache: b
         except (ValueError, KeyError, TypeError):
             pass  # a damaged file: certify again and rewrite it
     grades = _grade(model, groups, example_input)
-    if cache:
-        write_atomic(path, json.dumps({"model": type(model).__name__, "grades": grades}, indent=1))
+    if key and not any(reason == TOO_LONG for _, reason in grades.values()):  # the clock's doing, not the network's
+        try:
+            write_atomic(path, json.dumps({"model": type(model).__name__, "grades": grades}, indent=1))
+        except UsageError as error:
+            warnings.warn(f"grades are not cached: {error}", stacklevel=2)
     return groups.with_grades(grades)
 
 
-def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str:
-    """A digest of everything that grades depend on: structure, sources of the layers, found groups, input shape, versions."""
+class _OpaqueError(Exception):
+    """Something that a grade may depend on and that cannot be told apart by a digest."""
+
+
+def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str | None:
+    """A digest of everything that grades depend on.
+
+    Versions, this package's own source, the found groups, the input's shape; of every layer its settings, other attributes
+    (functions by their code), buffers less running statistics, the source files of its classes outside torch and timm.
+
+    Returns:
+        None if something cannot be digested (a class without readable source, hooks, opaque objects): then nothing is cached.
+    """
     digest = hashlib.sha256()
     for package in ("torch", "timm", "torch-pruning"):
         digest.update(f"{package}={version(package)};".encode())
     digest.update(_own_source().encode())
     digest.update(f"{list(example_input.shape)};{groups.members!r};{sorted(groups.axes.items())!r};".encode())
-    for name, module in model.named_modules():
-        digest.update(f"{name}:{type(module).__qualname__}({module.extra_repr()});".encode())
-        digest.update(f"{[(n, list(t.shape)) for n, t in module.named_parameters(recurse=False)]};".encode())
-        digest.update(f"{sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | str | float))};".encode())
-    for cls in sorted({type(m) for m in model.modules()}, key=lambda c: f"{c.__module__}.{c.__qualname__}"):
-        digest.update(_source(cast(Any, cls)).encode())
+    try:
+        for name, module in model.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise _OpaqueError
+            digest.update(f"{name}:{type(module).__qualname__}({module.extra_repr()});".encode())
+            digest.update(f"{[(n, list(t.shape)) for n, t in module.named_parameters(recurse=False)]};".encode())
+            for key, value in sorted(vars(module).items()):
+                if key not in _PLUMBING:
+                    digest.update(f"{key}={_described(value)};".encode())
+            for key, buffer in module.named_buffers(recurse=False):
+                if not key.startswith(("running_", "num_batches_tracked")):
+                    digest.update(f"{key}={_described(buffer)};".encode())
+        for cls in sorted({type(m) for m in model.modules()}, key=lambda c: f"{c.__module__}.{c.__qualname__}"):
+            digest.update(_source(cast(Any, cls)).encode())
+    except _OpaqueError:
+        return None
     return digest.hexdigest()[:32]
+
+
+_PLUMBING = {*vars(nn.Module()), "default_cfg", "pretrained_cfg", "feature_info"}  # what every module has, and timm's cards
+
+
+def _described(value: Any, depth: int = 0) -> str:
+    """A text that differs where two attributes differ."""
+    if depth > 6:
+        raise _OpaqueError
+    if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.device | torch.Size):
+        return repr(value)
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return f"{value.dtype}{list(value.shape)}{hashlib.sha256(content).hexdigest()}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}[{','.join(_described(v, depth + 1) for v in value)}]"
+    if isinstance(value, set | frozenset):
+        return f"{{{','.join(sorted(_described(v, depth + 1) for v in value))}}}"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{_described(k, depth + 1)}:{_described(v, depth + 1)}' for k, v in value.items())}}}"
+    if isinstance(value, functools.partial):
+        return f"partial({_described((value.func, value.args, value.keywords), depth + 1)})"
+    if isinstance(value, nn.Module):
+        return "module"  # named_modules comes to it
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}{hashlib.sha256(_source(cast(Any, value)).encode()).hexdigest()}"
+    if inspect.isbuiltin(value) or type(value).__name__ in ("OpOverload", "OpOverloadPacket", "method_descriptor"):
+        return f"{getattr(value, '__module__', '')}.{value}"
+    if inspect.ismethod(value):
+        return f"method {_described(value.__func__, depth + 1)}"
+    if inspect.isfunction(value):
+        cells = [c.cell_contents for c in value.__closure__ or ()]
+        outer = [v for n in value.__code__.co_names if inspect.isfunction(v := value.__globals__.get(n))]
+        parts = (_code(value.__code__), value.__defaults__, value.__kwdefaults__, cells, outer)
+        return f"function({_described(parts, depth + 1)})"
+    raise _OpaqueError
+
+
+def _code(code: Any) -> tuple[Any, ...]:
+    """A function's code as plain data: bytes, names, and constants with nested code in turn."""
+    return (code.co_code, code.co_names, tuple(_code(c) if inspect.iscode(c) else repr(c) for c in code.co_consts))
 
 
 @functools.cache
 def _source(cls: Any) -> str:
-    """The source of a layer's class and its bases outside torch, whose version is already in the fingerprint."""
+    """Digests of the files that a class and its bases are defined in, outside torch and timm, whose versions are known."""
     parts = []
     for base in cls.__mro__:
-        if base.__module__.split(".")[0] in ("torch", "timm", "builtins"):
+        if base.__module__.split(".")[0] in ("torch", "timm", "builtins", "collections", "abc", "typing"):
             continue
         try:
-            parts.append(inspect.getsource(base))
+            path = inspect.getsourcefile(base)
+            content = Path(path).read_bytes() if path else None
         except (OSError, TypeError):
-            parts.append(base.__qualname__)
-    return "\n".join(parts)
+            content = None
+        if content is None or base.__module__ == "__main__":  # a notebook's or a prompt's classes may change under one name
+            raise _OpaqueError
+        parts.append(f"{base.__qualname__}:{hashlib.sha256(content).hexdigest()}")
+    return ";".join(parts)
 
 
 @functools.cache
@@ -128,14 +203,14 @@ def _own_source() -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))).hexdigest()
 
 
-def randomised(model: nn.Module, *, seed: int = 0) -> nn.Module:
+def randomised(model: nn.Module, *, seed: int = 0, redraw: bool = False) -> nn.Module:
     """A float64 copy in eval mode in which no statistic, affine or head hides an error.
 
     BatchNorm statistics, all vectors (norm affines, biases, layer-scales) and all tensors that are constant (zero-initialised
-    heads) are drawn at random; other weights are kept.
+    heads) are drawn at random; other weights are kept, or drawn too if ``redraw``.
     """
     generator = torch.Generator().manual_seed(seed)
-    net = copy.deepcopy(model).cpu().double().eval()
+    net = copy.deepcopy(model, detached(model)).cpu().double().eval()
 
     def uniform(t: Tensor) -> Tensor:
         return torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
@@ -148,7 +223,7 @@ def randomised(model: nn.Module, *, seed: int = 0) -> nn.Module:
             leaf = name.rpartition(".")[2]
             if p.dim() <= 1:
                 p.copy_(normal(p, 0.1) if "bias" in leaf else uniform(p))
-            elif p.numel() > 1 and bool((p == p.flatten()[0]).all()):
+            elif redraw or (p.numel() > 1 and bool((p == p.flatten()[0]).all())):
                 p.copy_(normal(p, p[0].numel() ** -0.5))
         for name, b in net.named_buffers():
             if name.endswith("running_mean"):
@@ -202,8 +277,24 @@ def _grade(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades:
     candidates = [n for n in groups if n not in grades]
     if not candidates:
         return grades
-    net = randomised(model)
     x = _random_input(example_input)
+    for attempt in range(ATTEMPTS):
+        try:
+            net = randomised(model, seed=attempt, redraw=attempt > 0)
+        except Exception as error:  # a network that cannot be copied cannot be resized
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return grades | dict.fromkeys(candidates, ("frozen", f"the network cannot be copied: {first[:120]}"))
+        grades |= _grade_on(net, groups, candidates, x)
+        # a grade holds for the architecture: channels that are dead with these weights are tried with others
+        candidates = [n for n in candidates if grades[n] == ("frozen", INSENSITIVE)]
+        if not candidates:
+            break
+    return {n: grades[n] for n in groups}
+
+
+def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Tensor) -> Grades:
+    """Grades of the candidates by the probes on one randomised network, which may be changed."""
+    grades: Grades = {}
     both: tuple[Grade, Grade] = ("exact", "coupled")
     for grade in both:
         names = [n for n in candidates if groups[n].normalised == (grade == "coupled")]
@@ -213,7 +304,7 @@ def _grade(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades:
         coupled = "a norm across its channels rides along: a resize changes what it divides by"
         grades |= dict.fromkeys(passed, (grade, "" if grade == "exact" else coupled))
         grades |= {n: ("frozen", reason) for n, reason in failed.items()}
-    return {n: grades[n] for n in groups}
+    return grades
 
 
 def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Module:
@@ -253,7 +344,8 @@ def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> str:
         if problem := _difference(split, reference):
             return f"splitting its channels {problem}"
         kept = {g.name: _kept(g) for g in chosen}
-        removed = _output(_resized(net, groups, {n: keep(k) for n, k in kept.items()}), x)
+        small = _resized(net, groups, {n: keep(k) for n, k in kept.items()})
+        removed = _output(small, x)
         values = _gates(chosen, kept)
         with gated(net, groups, values):
             if problem := _difference(removed, _output(net, x)):
@@ -261,7 +353,7 @@ def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> str:
         with gated(net, groups, values, on="weight"):
             if problem := _difference(removed, _output(net, x)):
                 return f"gating weights instead of inputs {problem}"
-        return _insensitive(net, groups, chosen, x)
+        return _insensitive(net, groups, chosen, x) or _untrainable(net, small, x)
     except Exception as error:  # whatever a foreign forward raises: the group stays frozen, with the cause
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"a resized network does not run: {first[:160]}"
@@ -284,11 +376,8 @@ def _output(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def _tensor(output: Any) -> Tensor:
-    """All tensors of a network's output in one flat vector per sample."""
-    if isinstance(output, Tensor):
-        return output.flatten(1)
-    values = output.values() if isinstance(output, Mapping) else output
-    return torch.cat([_tensor(v) for v in values], dim=1)
+    """All floating tensors of a network's output in one flat vector per sample."""
+    return torch.cat([t.flatten(1) for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()], dim=1)
 
 
 def _difference(a: Tensor, b: Tensor) -> str:
@@ -298,10 +387,9 @@ def _difference(a: Tensor, b: Tensor) -> str:
     return "" if error < TOLERANCE else f"moves the output by {error:.1e} (relative)"
 
 
-def _picks(group: Group, generator: torch.Generator) -> Tensor:
-    """A few channels of each block, ``[blocks, k]``."""
+def _picks(group: Group, generator: torch.Generator, count: int) -> Tensor:
+    """``count`` random channels of each block, ``[blocks, count]``."""
     size = group.channels // group.blocks
-    count = min(PICKED, size - 1) if size > 1 else 0
     return torch.stack([b * size + torch.randperm(size, generator=generator)[:count] for b in range(group.blocks)])
 
 
@@ -309,7 +397,7 @@ def _split_plan(group: Group) -> Resize:
     """Permute the channels within each block, and split a few into two halves."""
     generator = torch.Generator().manual_seed(group.channels)
     size = group.channels // group.blocks
-    picks = _picks(group, generator) if size > 1 else torch.arange(group.blocks)[:, None]
+    picks = _picks(group, generator, min(PICKED, size))
     rows = []
     for b in range(group.blocks):
         both = torch.cat([torch.arange(size) + b * size, picks[b]])
@@ -321,11 +409,26 @@ def _split_plan(group: Group) -> Resize:
 
 
 def _kept(group: Group) -> Tensor:
-    """All channels but the picked ones, in order; a group of one channel keeps it."""
-    dropped = _picks(group, torch.Generator().manual_seed(group.channels + 1)).flatten()
+    """A random half of the channels, in order; a block of one channel keeps it."""
+    generator = torch.Generator().manual_seed(group.channels + 1)
+    dropped = _picks(group, generator, group.channels // group.blocks // 2).flatten()
     mask = torch.ones(group.channels, dtype=torch.bool)
     mask[dropped] = False
     return mask.nonzero().flatten()
+
+
+def _untrainable(net: nn.Module, small: nn.Module, x: Tensor) -> str:
+    """Layers that only training mode uses (auxiliary heads) are not in the trace: the resized network must run there too."""
+    try:
+        _output(small.train(), x)
+    except Exception as error:
+        try:
+            _output(copy.deepcopy(net).train(), x)
+        except Exception:
+            return ""  # the network itself does not run in training mode on this input
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"a resized network does not run in training mode: {first[:120]}"
+    return ""
 
 
 def _insensitive(net: nn.Module, groups: Groups, chosen: list[Group], x: Tensor) -> str:
@@ -336,5 +439,5 @@ def _insensitive(net: nn.Module, groups: Groups, chosen: list[Group], x: Tensor)
         gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
     for gradient in gradients:
         if gradient is None or float(gradient.abs().max()) == 0.0:
-            return "the output does not depend on its channels"
+            return INSENSITIVE
     return ""

@@ -32,11 +32,17 @@ class Cost:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every layer's mode as it was afterwards."""
     training = {m: m.training for m in model.modules()}
+    # torch's FLOP counter stumbles over bare parameters that ask for a gradient and get none
+    learning = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
+        for p in learning:
+            p.requires_grad_(False)
         with torch.no_grad():
             yield
     finally:
+        for p in learning:
+            p.requires_grad_(True)
         for m, mode in training.items():
             m.training = mode
 

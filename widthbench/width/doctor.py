@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -44,5 +45,6 @@ def diagnose(model: nn.Module, groups: Groups, example_input: Tensor, *, verify:
     if verify:
         split, removal = errors_of_all(model, groups, example_input)
         row |= {"split error": f"{split:.1e}", "gates vs removal": f"{removal:.1e}"}
-    row["frozen because"] = "; ".join(f"{n}x {reason[:70]}" for reason, n in reasons.most_common(2))
+    why = [f"{n}x {shorten(reason, 90, placeholder=' …')}" for reason, n in reasons.most_common(2)]
+    row["frozen because"] = "; ".join(why) or groups.problem
     return row

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ Side = Literal["out", "in"]
 Grade = Literal["exact", "coupled", "frozen"]
 Scope = Literal["inner", "all"]
 
+TOO_LONG = "enumeration of the dependency graph took too long"
 MAX_PARTS = 64  # a group cut into more parts than this has permuted channels, not concatenated ones
 
 
@@ -94,11 +95,13 @@ class Groups(Mapping[str, Group]):
         axes: For every layer and side ("out" or "in") that a group touches, its segments. Selecting groups
             leaves the axes whole: they describe the network, not the selection.
         output_shapes: Shapes of the network's output tensors for the example input.
+        problem: Why there are no groups at all, if the network could not be traced.
     """
 
     members: Mapping[str, Group]
     axes: Mapping[tuple[str, Side], Axis] = field(repr=False)
     output_shapes: tuple[tuple[int, ...], ...] = ()
+    problem: str = ""
 
     def __getitem__(self, name: str) -> Group:
         try:
@@ -152,7 +155,9 @@ class Groups(Mapping[str, Group]):
         """
         if scope not in ("inner", "all"):
             raise UsageError(f"scope must be 'inner' or 'all', not {scope!r}")
-        patterns = [include] if isinstance(include, str) else list(include or [])
+        patterns = [include] if isinstance(include, str) else include or []
+        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+            raise UsageError(f"include must be a pattern on group names or a list of them, not {include!r}")
         for pattern in patterns:
             if not fnmatch.filter(self.members, pattern):
                 raise UsageError(f"include pattern '{pattern}' matches no channel group{did_you_mean(pattern, self.members)}")
@@ -167,6 +172,8 @@ class Groups(Mapping[str, Group]):
         if not chosen:
             reasons = sorted({g.reason for g in self.members.values() if g.reason})
             hint = "; ".join(reasons[:3]) or "its groups are outside the scope: try scope='all'"
+            if not self.members:
+                hint = self.problem or "it has no channels between two layers, so there is nothing to resize"
             raise NoGroupsError(f"no certified channel group in scope '{scope}': {hint} (see `widthbench doctor`)")
         return replace(self, members=chosen)
 
@@ -251,7 +258,7 @@ def producer_rows(model: nn.Module, groups: Groups, name: str, *, bias: bool = F
 class _Deadline(list[Any]):
     """A dependency list that stops Torch-Pruning's enumeration (it does not end on some graphs) when time is up."""
 
-    until: float = math.inf
+    until: ClassVar[float] = math.inf  # of the group that is being enumerated
 
     def __iter__(self) -> Iterator[Any]:
         if time.monotonic() > self.until:
@@ -302,6 +309,8 @@ def discover(model: nn.Module, example_input: Tensor, *, time_limit: float = 60.
     Raises:
         UsageError: If the network does not run on the example input.
     """
+    if torch.is_inference_mode_enabled():
+        raise UsageError("channel groups are traced through autograd: leave torch.inference_mode() for it")
     names = {module: name for name, module in model.named_modules()}
     with _traceable(model):
         graph = tp.DependencyGraph()
@@ -316,8 +325,23 @@ def discover(model: nn.Module, example_input: Tensor, *, time_limit: float = 60.
                 raise UsageError(f"{type(model).__name__} does not take an input of shape {shape}: {first}") from error
             return outputs[-1]
 
-        graph.build_dependency(model, (example_input,), forward_fn=forward, customized_pruners={}, ignored_layers=[], verbose=False)
-        raws = _enumerate(graph, names, time.monotonic() + time_limit)
+        try:
+            graph.build_dependency(
+                model,
+                (example_input,),
+                forward_fn=forward,
+                output_transform=lambda output: [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad],
+                customized_pruners={},
+                ignored_layers=[],
+                verbose=False,
+            )
+            raws = _enumerate(graph, names, time_limit)
+        except UsageError:
+            raise
+        except Exception as error:  # Torch-Pruning meets something that it does not know
+            first = (str(error).strip().splitlines() or [""])[0]
+            problem = f"Torch-Pruning cannot trace it: {type(error).__name__}: {first[:120]}"
+            return Groups({}, {}, shapes_of(outputs[-1]), problem)
     return replace(_assemble(model, raws), output_shapes=shapes_of(outputs[-1]))
 
 
@@ -326,11 +350,14 @@ def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(t.shape) for t in tree_leaves(output) if isinstance(t, Tensor))
 
 
-def _enumerate(graph: Any, names: Mapping[nn.Module, str], until: float) -> list[_Raw]:
-    """All groups that start at a convolution or linear layer, each channel of every layer visited once."""
+def _enumerate(graph: Any, names: Mapping[nn.Module, str], time_limit: float) -> list[_Raw]:
+    """All groups that start at a convolution or linear layer, each channel of every layer visited once.
+
+    One group may take a tenth of the time limit, so that one that does not end does not starve the rest.
+    """
+    end = time.monotonic() + time_limit
     for node in graph.module2node.values():
         node.dependencies = _Deadline(node.dependencies)
-        node.dependencies.until = until
     raws: list[_Raw] = []
     seen: set[nn.Module] = set()
     for module in list(graph.module2node):
@@ -338,11 +365,12 @@ def _enumerate(graph: Any, names: Mapping[nn.Module, str], until: float) -> list
             continue
         pruner = graph.get_pruner_of_module(module)
         channels = pruner.get_out_channels(module)
+        _Deadline.until = min(end, time.monotonic() + time_limit / 10)
         try:
             items = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(channels)))
         except TimeoutError:
-            entry = (names[module], "out", np.arange(channels), np.arange(channels))
-            raws.append(_Raw(channels, [entry], False, "enumeration of the dependency graph took too long"))  # type: ignore[list-item]
+            entry: tuple[str, Side, np.ndarray, np.ndarray] = (names[module], "out", np.arange(channels), np.arange(channels))
+            raws.append(_Raw(channels, [entry], False, TOO_LONG))
             continue
         raw = _Raw(channels, [], False, "")
         for item in items:

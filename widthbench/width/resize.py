@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from widthbench.errors import PlanError, did_you_mean
 from widthbench.width.groups import Axis, Group, Groups, Segment, Side, axis_length, kind_of, tensors_on
@@ -83,7 +85,7 @@ def resize_uncertified(model: nn.Module, groups: Groups, plan: Plan) -> nn.Modul
         if any(segment.group in plan for segment in axis):
             layers.setdefault(layer, {})[side] = axis
 
-    memo: dict[int, Any] = {}
+    memo = detached(model)
     widths: dict[str, dict[Side, int]] = {}
     with torch.no_grad():
         for layer, sides in layers.items():
@@ -100,7 +102,39 @@ def resize_uncertified(model: nn.Module, groups: Groups, plan: Plan) -> nn.Modul
     for layer, new_widths in widths.items():
         for side, width in new_widths.items():
             _declare(resized.get_submodule(layer), side, width)
+    _declare_features(model, resized)
     return resized
+
+
+def detached(model: nn.Module) -> dict[int, Any]:
+    """A memo for ``copy.deepcopy``: stand-ins for tensors with a history, which it refuses, and for empty containers.
+
+    Networks that keep tensors in attributes (LeViT's bias cache) have the former; every module has a dozen of the latter (its
+    hooks), and copying those one by one takes longer than cutting the weights.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if not isinstance(value, dict | list | tuple | set | Tensor):
+                continue
+            if type(value) in (dict, OrderedDict, list, set) and not value:
+                memo[id(value)] = type(value)()
+                continue
+            for leaf in tree_leaves(value) if value is not module._modules else ():
+                if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                    memo[id(leaf)] = leaf.detach().clone()
+    return memo
+
+
+def _declare_features(model: Any, resized: Any) -> None:
+    """Keep timm's ``num_features`` true, which its ``reset_classifier`` builds a new head from."""
+    if not callable(getattr(model, "get_classifier", None)):
+        return
+    old, new = model.get_classifier(), resized.get_classifier()
+    if isinstance(old, nn.Linear) and old.in_features != new.in_features:
+        for name in ("num_features", "head_hidden_size"):
+            if getattr(model, name, None) == old.in_features:
+                setattr(resized, name, new.in_features)
 
 
 def _check(model: nn.Module, groups: Groups, group: Group, change: Resize) -> None:
