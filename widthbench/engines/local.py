@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widthbench.records import Cell, Record
@@ -71,7 +71,7 @@ def _one(cell: Cell, *, bar: bool) -> Record:
     from widthbench.protocol import quiet, run_cell
     from widthbench.records import Store
 
-    def progress(steps: object, /, *, desc: str) -> object:
+    def progress(steps: Any, /, *, desc: str) -> Any:
         return tqdm(steps, desc=desc, leave=False, disable=None)
 
     return run_cell(cell, Store(), progress=progress if bar else quiet)
