@@ -51,6 +51,7 @@ def test_cells_are_the_same_every_time():
         ("seeds = [0, 1]", 'seeds = "all"', r"tiny.toml: seeds: .*found 'all'"),
         ("seeds = [0, 1]", "seeds = [0, 0]", "two cells have the same name"),
         ("seeds = [0, 1]", "seds = [0, 1]", "tiny.toml: seeds: Field required|did you mean 'seeds'"),
+        ("size = 20", "size = 20\nargs = { seed = 5 }", r"models\.0\.args: 'seed' is set by the suite"),
         ("size = 20", "size = 2", r"tiny.toml: models\.0\.size: .*greater than or equal to 4"),
         ("macs:0.25", "macs:zero", r"models\[0\] \(lenet5\): budget 'macs:zero' is not of the form"),
         ("scratch:l1-norm", "scratch:l2-norm", "must name one of the suite's techniques"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from typing import Any
 
 import timm
@@ -149,7 +150,8 @@ def create(name: str, *, classes: int, channels: int, size: int, seed: int = 0, 
     require(name)
     if takes_img_size(name):
         kwargs = {"img_size": size, **kwargs}
-    with seeded(seed):
+    with seeded(seed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of odd sizes, the certificate says better
         try:
             return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **kwargs).eval()
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:

@@ -53,6 +53,14 @@ class Network(_Strict):
     finetune: dict[str, Any] = Field(default_factory=dict)
     include: tuple[str, ...] = ()
 
+    @field_validator("args")
+    @classmethod
+    def _free(cls, value: dict[str, Any]) -> dict[str, Any]:
+        ours = ("name", "classes", "channels", "size", "seed", "pretrained", "num_classes", "in_chans", "img_size", "model_name")
+        if taken := [key for key in value if key in ours]:
+            raise ValueError(f"'{taken[0]}' is set by the suite: leave it out of args")
+        return value
+
 
 class Suite(_Strict):
     """A comparison.

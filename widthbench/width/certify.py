@@ -7,6 +7,7 @@ those input gates at 0. Both are asked of all groups in one pass; if that fails,
 
 from __future__ import annotations
 
+import builtins
 import copy
 import functools
 import hashlib
@@ -184,7 +185,7 @@ def _source(cls: Any) -> str:
     """Digests of the files that a class and its bases are defined in, outside torch and timm, whose versions are known."""
     parts = []
     for base in cls.__mro__:
-        if base.__module__.split(".")[0] in ("torch", "timm", "builtins", "collections", "abc", "typing"):
+        if base.__module__.split(".")[0] in ("torch", "timm") or vars(builtins).get(base.__name__) is base:
             continue
         try:
             path = inspect.getsourcefile(base)

@@ -342,7 +342,9 @@ def discover(model: nn.Module, example_input: Tensor, *, time_limit: float = 60.
             first = (str(error).strip().splitlines() or [""])[0]
             problem = f"Torch-Pruning cannot trace it: {type(error).__name__}: {first[:120]}"
             return Groups({}, {}, shapes_of(outputs[-1]), problem)
-    return replace(_assemble(model, raws), output_shapes=shapes_of(outputs[-1]))
+    tracked = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(outputs[-1]))
+    problem = "" if tracked else "its output has no gradient (a forward pass under no_grad?), so it cannot be traced"
+    return replace(_assemble(model, raws), output_shapes=shapes_of(outputs[-1]), problem=problem)
 
 
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
