@@ -289,7 +289,7 @@ def _checkpoint_for(cell: Cell) -> Callable[[str, Callable[[], dict[str, Tensor]
 
 
 def _cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    path = cache_dir() / "states" / f"{key}.safetensors"
+    path = _cached_path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.is_file():

@@ -32,7 +32,7 @@ from widthbench.width.resize import Plan, Resize, detached, disagreements, keep,
 TOLERANCE = 1e-9  # relative to the largest output, in float64
 ATTEMPTS = 4  # draws of weights after which a group that the output does not depend on is given up
 INSENSITIVE = "the output does not depend on its channels"
-PICKED = 3  # channels split per block of a group; half of them are removed
+PICKED = 3  # channels split per block of a group
 
 Grades = dict[str, tuple[Grade, str]]
 
@@ -42,7 +42,7 @@ class _Affine(nn.Module):
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.norm = norm  # keeps its name space; resized in place of the norm by `_sync`
+        self.norm = norm  # read at each call: `_resized` binds a copy's forward to the copy's own norm
 
     def forward(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
