@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from widthbench import registry
+from widthbench.augment import augment as augmented
 from widthbench.budget import Budget
 from widthbench.errors import UsageError
+from widthbench.recipe import Recipe
 from widthbench.task import Samples, Task
 from widthbench.technique import Technique, runs
 from widthbench.training import fit
@@ -41,8 +43,10 @@ class Batches:
             return len(self._pair[1])
         return len(getattr(self._source, "dataset", self._source))
 
-    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(x, y)``; a DataLoader keeps its own batch size and order."""
+    def batches(
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(x, y)``; a DataLoader keeps its own batch size, order and augmentation."""
         if self._pair is None:
             for x, y in self._source:
                 yield x.to(self._device), y.to(self._device)
@@ -50,7 +54,10 @@ class Batches:
         x, y = self._pair
         order = torch.arange(len(y)) if generator is None else torch.randperm(len(y), generator=generator)
         for index in order.split(size):
-            yield x[index].to(self._device), y[index].to(self._device)
+            batch = x[index].to(self._device)
+            if augment is not None and generator is not None:
+                batch = augmented(batch, augment, generator)
+            yield batch, y[index].to(self._device)
 
 
 def apply(

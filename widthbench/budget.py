@@ -201,6 +201,17 @@ def _filled(
     return widths
 
 
+def feasible(budget: Budget, groups: Mapping[str, Sized], cost: Callable[[Mapping[str, int]], Costed], reference: Costed) -> Budget:
+    """The budget itself, or the smallest one that can be met where it is too small: one channel per block of each group."""
+    if budget.kind == "channels":
+        return budget
+    whole = Budget(budget.kind, 1.0)
+    least = whole.of(cost({n: g.blocks for n, g in groups.items()}))
+    if least <= budget.of(reference):
+        return budget
+    return Budget(budget.kind, least / whole.of(reference) * (1 + 1e-9))
+
+
 def global_widths(
     scores: Mapping[str, Tensor],
     groups: Mapping[str, Sized],

@@ -113,7 +113,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from widthbench import data, registry, suites
+    from widthbench import registry, sources, suites
 
     found: dict[str, list[dict[str, Any]]] = {}
     bad: dict[str, str] = {}
@@ -134,7 +134,7 @@ def _list(args: argparse.Namespace) -> int:
             s = suites.load(name)
             found["suites"].append({"suite": name, "cells": len(s.cells()), "seeds": len(s.seeds), "title": s.title})
     if args.what in (None, "datasets"):
-        found["datasets"] = [{"dataset": n} for n in data.names()]
+        found["datasets"] = [{"dataset": n} for n in sources.names()]
     if args.json:
         print(json.dumps({**found, **({"broken": bad} if "techniques" in found else {})}, indent=1))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,17 +14,18 @@ from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.protocol import (
     Base,
     NotApplicableError,
+    budget_of,
     example_input,
     fresh_model,
     load_data,
     obtain_base,
     run_cell,
     score,
+    train,
 )
 from widthbench.recipe import Recipe, Spent
 from widthbench.records import Cell, Record, Store
 from widthbench.task import Progress
-from widthbench.training import fit
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import Cost, CostModel
 from widthbench.width.groups import Groups
@@ -59,7 +61,7 @@ def _base(cell: Cell, key: str, base: Base, where: dict[str, Any]) -> Record:
         widths=widths,
         base_widths=widths,
         spent={"base": base.spent},
-        provenance={**where, "base_digest": base.digest, "val_seen": False},
+        provenance={**where, **base.provenance},
     )
 
 
@@ -87,7 +89,7 @@ def _uniform(cell: Cell, key: str, progress: Progress, where: dict[str, Any]) ->
     everything = find_groups(model, x)
     groups = everything.select(cell.scope, cell.include or None)
     cost = CostModel(model, everything, x)
-    budget = Budget.parse(str(cell.budget), grows=True)
+    budget = budget_of(cell, groups, cost)
     try:
         widths = uniform_widths(groups, budget, cost, cost.original)
     except InfeasibleBudgetError as error:
@@ -101,6 +103,9 @@ def _scratch(cell: Cell, key: str, store: Store, progress: Progress, where: dict
     if source.status != "done":
         raise NotApplicableError(f"its source {source.cell.id} is {source.status}: {source.reason}")
     spent = [source.spent[phase] for phase in ("base", "decision", "adaptation")]
+    if not cell.trains_base:  # what its training cost is unknown: the suite's base recipe stands in
+        passes = (source.base_macs or 0) * round(cell.base.epochs * len(load_data(cell).train))
+        spent[0] = Spent(epochs=cell.base.epochs, forward_macs=passes, backward_macs=2 * passes)
     if cell.technique == "scratch":
         epochs = sum(s.epochs for s in spent)
     else:
@@ -108,6 +113,7 @@ def _scratch(cell: Cell, key: str, store: Store, progress: Progress, where: dict
         if source.macs is None:
             raise UsageError(f"record {source.key} has no MACs")
         epochs = total / (3 * source.macs * len(load_data(cell).train))
+        epochs = min(epochs, (cell.longest or math.inf) * cell.base.epochs)
     recipe = cell.base.model_copy(update={"epochs": epochs})
     model = fresh_model(cell, cell.seed)
     groups = find_groups(model, example_input(cell)).select(cell.scope, cell.include or None)
@@ -131,14 +137,15 @@ def _train(
 ) -> Record:
     model, _, model_cost = fresh_at(cell, widths, cell.seed + FRESH[cell.technique])
     cost, full = Cost(model_cost(widths).macs, sum(p.numel() for p in model.parameters())), model_cost.original
-    budget = Budget.parse(str(cell.budget), grows=True)
+    budget = budget_of(cell, groups, model_cost)
     split = load_data(cell)
-    spent = fit(model, split.train, recipe, macs=cost.macs, seed=cell.seed, progress=progress, desc=cell.id)
+    spent = train(model, cell, recipe, key, macs=cost.macs, progress=progress, desc=cell.id)
     kept = used(budget, widths, groups, cost, full)
     return Record(
         key=key, cell=cell, status="done", rows=(score(model, split, "trained"),), access="training",
         macs=cost.macs, params=cost.params, base_macs=full.macs, base_params=full.params, kept=kept,
-        met=check(budget, kept, groups), coupled=any(groups[n].grade == "coupled" for n in widths if n in groups),
+        met=check(budget, kept, groups), floor=budget != Budget.parse(str(cell.budget), grows=True),
+        coupled=any(groups[n].grade == "coupled" for n in widths if n in groups),
         widths=widths, base_widths={n: g.channels for n, g in groups.items()},
         spent={"base": Spent(), "decision": Spent(), "adaptation": spent}, source=source,
         provenance={**where, "val_seen": False},

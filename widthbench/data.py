@@ -1,30 +1,57 @@
-"""Data sets as seeded, stratified train / val / test splits, held in memory as bytes."""
+"""Data sets as seeded, stratified train / val / test splits: small ones in memory as bytes, others read by workers."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from collections.abc import Callable, Iterator
+import os
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.data import create_transform
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from widthbench.errors import UsageError, did_you_mean
+from widthbench import sources
+from widthbench.augment import augment as augmented
+from widthbench.errors import UsageError
+from widthbench.randomness import seeded
+from widthbench.recipe import Recipe
+
+CENTRE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.875}
+
+
+class _Normalised:
+    """Bytes to float batches on a device, augmented on the way."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+
+    def _finish(self, x: Tensor, recipe: Recipe | None, generator: torch.Generator | None) -> Tensor:
+        """uint8 ``[B, C, H, W]`` to normalised float32 on the device: ``(x / 255 - mean) / std``."""
+        x = x.to(self.device, non_blocking=True)
+        if recipe is not None and recipe.augments:
+            if generator is None:
+                raise UsageError("augmentation draws at random: give batches() a generator with it")
+            x = augmented(x, recipe, generator)
+        mean = torch.tensor(self.mean, device=self.device)[:, None, None]
+        std = torch.tensor(self.std, device=self.device)[:, None, None]
+        return x.float().div_(255).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
-class ImageSamples:
+class ImageSamples(_Normalised):
     """Labelled images in memory.
 
     Attributes:
         images: uint8 ``[N, C, H, W]``.
         labels: long ``[N]``.
-        mean: Per-channel mean of the training images in [0, 1], subtracted from every batch.
+        mean: Per-channel mean of images in [0, 1], subtracted from every batch.
         std: Per-channel standard deviation likewise, divided by.
         device: Where batches are made.
     """
@@ -38,22 +65,116 @@ class ImageSamples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches.
 
         Args:
             size: Samples per batch; the last one may be smaller.
-            generator: Shuffles with it if given.
+            generator: Shuffles with it if given, and draws what the augmentation needs.
+            augment: A recipe whose random crop, flip and cutout are applied, each sample with its own draw.
 
         Yields:
             float32 ``x [B, C, H, W]`` and long ``y [B]`` on the device.
+
+        Raises:
+            UsageError: If the recipe asks for what only images read from files can have.
         """
+        if augment is not None and augment.resized_crop:
+            raise UsageError("recipe: resized_crop is for images that are read from files; this set is in memory: use crop")
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        mean = torch.tensor(self.mean, device=self.device)[:, None, None]
-        std = torch.tensor(self.std, device=self.device)[:, None, None]
-        for index in order.split(size):
-            x = self.images[index].to(self.device).float().div_(255).sub_(mean).div_(std)
-            yield x, self.labels[index].to(self.device)
+        for index in order.to(self.images.device).split(size):
+            yield self._finish(self.images[index], augment, generator), self.labels[index].to(self.device)
+
+
+@dataclass(frozen=True)
+class FileSamples(_Normalised):
+    """Labelled images that workers read, decode and resize; every sample's random draws hang on the generator alone.
+
+    Attributes:
+        files: The whole part.
+        index: Positions in it.
+        size: Height and width in pixels.
+        mean: As in ``ImageSamples``.
+        std: As in ``ImageSamples``.
+        interpolation: Of the resize.
+        crop_pct: Share of the resized image's side that the centre crop keeps in evaluation.
+        device: Where batches are made.
+        workers: Processes that read; 0 reads in this one.
+    """
+
+    files: sources.Files
+    index: np.ndarray
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    device: torch.device
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As ``ImageSamples.batches``; with ``resized_crop`` in the recipe, a random resized crop while reading."""
+        order, seed = torch.arange(len(self)), 0
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+            seed = int(torch.randint(2**62, (), generator=generator))
+        transform = self._transform(0 if augment is None else augment.resized_crop)
+        loader = DataLoader(
+            _Decoded(self.files, self.index, transform, seed),
+            batch_sampler=_Batches(order, size),
+            num_workers=self.workers if len(self) > size else 0,
+            generator=torch.Generator(),  # the workers' seeds must not draw on the global state
+            pin_memory=self.device.type == "cuda",
+        )
+        for x, y in loader:
+            yield self._finish(x, augment, generator), y.to(self.device)
+
+    def _transform(self, least_area: float) -> Any:
+        common: dict[str, Any] = {
+            "input_size": self.size,
+            "interpolation": self.interpolation,
+            "use_prefetcher": True,
+        }  # uint8 arrays
+        if not least_area:
+            return create_transform(**common, is_training=False, crop_pct=self.crop_pct)
+        return create_transform(**common, is_training=True, scale=(least_area, 1.0), hflip=0.0, color_jitter=0.0)
+
+
+class _Decoded(Dataset[tuple[Tensor, int]]):
+    """Transformed images; each sample seeds its own random draws, so that the number of workers changes nothing."""
+
+    def __init__(self, files: sources.Files, index: np.ndarray, transform: Any, seed: int) -> None:
+        self.files, self.index, self.transform, self.seed = files, index, transform, seed
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        at = int(self.index[position])
+        image = self.files.open(at)
+        state = random.getstate()
+        try:
+            random.seed(self.seed + position)  # timm's transforms draw from Python's and torch's generators
+            with seeded((self.seed + position) % 2**63):
+                x = torch.from_numpy(np.ascontiguousarray(self.transform(image)))
+        finally:
+            random.setstate(state)
+        return x, int(self.files.labels[at])
+
+
+class _Batches(Sampler[list[int]]):
+    def __init__(self, order: Tensor, size: int) -> None:
+        self.parts = [part.tolist() for part in order.split(size)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
 
 @dataclass(frozen=True)
@@ -63,103 +184,100 @@ class Data:
     Attributes:
         name: Its name in suites.
         train: Out of the training part, less val.
-        val: Out of the training part, stratified by class; every choice is made on it.
+        val: Out of the training part, stratified by class; every choice is made on it. Empty if nothing is held out.
         test: Decides nothing.
         classes: Number of classes.
         channels: Image channels.
-        digest: SHA-256 over all images and labels as they come, before splitting and resizing.
+        digest: SHA-256 of the source, before splitting and resizing.
     """
 
     name: str
-    train: ImageSamples
-    val: ImageSamples
-    test: ImageSamples
+    train: ImageSamples | FileSamples
+    val: ImageSamples | FileSamples
+    test: ImageSamples | FileSamples
     classes: int
     channels: int
     digest: str
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A data set before splitting: uint8 images ``[N, C, H, W]`` and labels ``[N]`` of its training and test parts."""
-
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-
-    def digest(self) -> str:
-        parts = hashlib.sha256()
-        for images, labels in (self.train, self.test):
-            parts.update(np.ascontiguousarray(images).tobytes())
-            parts.update(np.ascontiguousarray(labels, dtype=np.int64).tobytes())
-        return parts.hexdigest()
-
-
-@functools.cache
-def _digits() -> _Source:
-    """scikit-learn's 1,797 scans of 8 x 8 pixels with 17 grey levels (UCI "Optical Recognition of Handwritten Digits").
-
-    The set has no test part of its own: a quarter (450 scans), drawn once and the same for every seed, is ours.
-    """
-    bunch = load_digits()
-    images = np.rint(bunch.images / 16 * 255).astype(np.uint8)[:, None]
-    train, test = train_test_split(np.arange(len(images)), test_size=450, random_state=0, stratify=bunch.target)
-    return _Source((images[train], bunch.target[train]), (images[test], bunch.target[test]))
-
-
-SOURCES: dict[str, Callable[[], _Source]] = {"digits": _digits}
-
-
-def names() -> list[str]:
-    """Names of all data sets."""
-    return sorted(SOURCES)
-
-
-def load(name: str, size: int, *, seed: int = 0, val: float = 0.2, device: torch.device | str = "cpu") -> Data:
+def load(
+    name: str,
+    size: int,
+    *,
+    seed: int = 0,
+    val: float = 0.2,
+    device: torch.device | str = "cpu",
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    view: dict[str, Any] | None = None,
+) -> Data:
     """A data set at the size that a network wants.
 
     Args:
-        name: One of ``names()``.
-        size: Height and width in pixels; images are resampled bilinearly (antialiased) once.
+        name: A known one (``widthbench data`` lists them) or a folder where data are looked for.
+        size: Height and width in pixels; images in memory are resampled bilinearly (antialiased) once.
         seed: Seeds the draw of val.
-        val: Fraction of the training part that becomes val, stratified by class, in (0, 1).
+        val: Fraction of the training part that becomes val, stratified by class; 0 holds nothing out.
         device: Where batches are made.
+        mean: Per-channel mean to normalise with; that of the training images if empty.
+        std: Per-channel standard deviation likewise.
+        view: ``mean``, ``std``, ``interpolation`` and ``crop_pct`` for images that are read from files, as timm's
+            ``resolve_data_config`` gives them.
 
     Raises:
-        UsageError: If the data set is unknown or a number is out of range.
+        UsageError: If the data set is unknown, absent or damaged, or a number is out of range.
     """
-    if name not in SOURCES:
-        raise UsageError(f"unknown dataset '{name}'{did_you_mean(name, SOURCES)}")
-    if not 0 < val < 1:
-        raise UsageError(f"val must be a fraction of the training data between 0 and 1, not {val}")
+    if not 0 <= val < 1:
+        raise UsageError(f"val must be a fraction of the training data in [0, 1), not {val}")
     if not 4 <= size <= 4096:
         raise UsageError(f"input size must lie between 4 and 4096 pixels, not {size}")
-    source = SOURCES[name]()
-    images, labels = source.train
-    try:
-        train_index, val_index = train_test_split(np.arange(len(labels)), test_size=val, random_state=seed, stratify=labels)
-    except ValueError as error:
-        raise UsageError(f"dataset '{name}' cannot be split with val = {val}, seed = {seed}: {error}") from error
-    train_images = _resample(images[train_index], size)
-    scaled = train_images.float() / 255
-    mean = tuple(scaled.mean(dim=(0, 2, 3)).tolist())
-    std = tuple(scaled.std(dim=(0, 2, 3)).tolist())
+    source = sources.load(name)
+    if len(mean) != len(std) or (mean and len(mean) != source.channels):
+        raise UsageError(
+            f"dataset '{name}' has {source.channels} channel(s): mean and std need {source.channels} number(s) each, "
+            f"not {len(mean)} and {len(std)}"
+        )
+    labels = np.asarray(source.train.labels)
+    train_index, val_index = np.arange(len(labels)), np.arange(0)
+    if val:
+        try:
+            train_index, val_index = train_test_split(train_index, test_size=val, random_state=seed, stratify=labels)
+        except ValueError as error:
+            raise UsageError(f"dataset '{name}' cannot be split with val = {val}, seed = {seed}: {error}") from error
+    everything = np.arange(len(source.test))
+    parts = ((source.train, train_index), (source.train, val_index), (source.test, everything))
+    at = torch.device(device)
+    made: Sequence[ImageSamples | FileSamples]
+    if isinstance(source.train, sources.Arrays):
+        made = _from_arrays(parts, size, tuple(mean), tuple(std), at)
+    else:
+        made = _from_files(parts, size, {**CENTRE, **(view or {})}, tuple(mean), tuple(std), at)
+    train, held_out, test = made
+    return Data(name, train, held_out, test, source.classes, source.channels, source.digest)
 
-    def samples(x: Tensor, y: np.ndarray) -> ImageSamples:
-        return ImageSamples(x, torch.from_numpy(y.astype(np.int64)), mean, std, torch.device(device))
 
-    return Data(
-        name=name,
-        train=samples(train_images, labels[train_index]),
-        val=samples(_resample(images[val_index], size), labels[val_index]),
-        test=samples(_resample(source.test[0], size), source.test[1]),
-        classes=int(max(labels.max(), source.test[1].max())) + 1,
-        channels=images.shape[1],
-        digest=source.digest(),
-    )
+def _from_arrays(
+    parts: Any, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> list[ImageSamples]:
+    tensors = [(_resample(a.images[torch.from_numpy(i)], size), a.labels[torch.from_numpy(i)]) for a, i in parts]
+    if not mean:
+        scaled = tensors[0][0].float() / 255
+        mean, std = tuple(scaled.mean(dim=(0, 2, 3)).tolist()), tuple(scaled.std(dim=(0, 2, 3)).tolist())
+    return [ImageSamples(x.to(device), y.to(device), mean, std, device) for x, y in tensors]
 
 
-def _resample(images: np.ndarray, size: int) -> Tensor:
-    x = torch.from_numpy(images)
+def _from_files(
+    parts: Any, size: int, view: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> list[FileSamples]:
+    mean, std = mean or tuple(view["mean"]), std or tuple(view["std"])
+    workers = min(8, os.cpu_count() or 1)
+    return [
+        FileSamples(files, index, size, mean, std, view["interpolation"], view["crop_pct"], device, workers)
+        for files, index in parts
+    ]
+
+
+def _resample(x: Tensor, size: int) -> Tensor:
     if x.shape[-2:] == (size, size):
         return x
     resized = F.interpolate(x.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -17,6 +17,18 @@ def cache_dir() -> Path:
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("widthbench"))
 
 
+def data_dir() -> Path:
+    """Where data sets lie: ``WIDTHBENCH_DATA``, else ``datasets`` in the cache."""
+    given = os.environ.get("WIDTHBENCH_DATA")
+    return Path(given).expanduser() if given else cache_dir() / "datasets"
+
+
+def weights_dir() -> Path:
+    """Where weights files lie: ``WIDTHBENCH_WEIGHTS``, else ``weights`` in the cache."""
+    given = os.environ.get("WIDTHBENCH_WEIGHTS")
+    return Path(given).expanduser() if given else cache_dir() / "weights"
+
+
 def require_writable(folder: Path) -> None:
     """Find out now, not after hours of work, that a folder cannot be written.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,23 +19,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from widthbench import data, models, registry
-from widthbench.budget import Budget
+from widthbench import data, models, registry, sources, weights
+from widthbench.budget import Budget, feasible
 from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.measure import Meter, accuracy
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, source_digest, stamp, versions
-from widthbench.recipe import Spent
+from widthbench.recipe import Recipe, Spent
 from widthbench.records import CONTROLS, Cell, Record, Row, Stage, Store, digest_of
-from widthbench.task import Progress, Task
+from widthbench.task import Nothing, Progress, Task
 from widthbench.technique import Outcome, Technique, runs
-from widthbench.training import batch_norms, fit, recalibrate
+from widthbench.training import Resume, batch_norms, fit, recalibrate
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.groups import Groups
 from widthbench.width.resize import resize
 
-BASE_CODE = ("data.py", "models.py", "training.py", "recipe.py")
+BASE_CODE = (
+    "sources.py", "data.py", "augment.py", "networks.py", "models.py", "weights.py", "training.py", "recipe.py",
+)  # fmt: skip
 CELL_CODE = (*BASE_CODE, "width", "budget.py", "task.py", "technique.py", "measure.py", "protocol.py", "controls.py")
 
 
@@ -55,6 +58,7 @@ class Base:
         example_input: ``[1, C, H, W]``.
         spent: What its training cost.
         digest: SHA-256 of its weights file.
+        loaded: Whether it was loaded from published weights, which may have seen our val split.
     """
 
     model: nn.Module
@@ -64,6 +68,13 @@ class Base:
     example_input: Tensor
     spent: Spent
     digest: str
+    loaded: bool = False
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a record says of it."""
+        found: dict[str, Any] = {"base_digest": self.digest, "val_seen": self.loaded}
+        return found | ({"checkpoint": self.digest} if self.loaded else {})
 
 
 def device_of(cell: Cell) -> torch.device:
@@ -80,25 +91,40 @@ def device_of(cell: Cell) -> torch.device:
 
 @contextmanager
 def pinned(cell: Cell) -> Iterator[None]:
-    """The cell's number of threads, and the old one afterwards."""
-    before = torch.get_num_threads()
+    """The cell's number of threads and its determinism, and the old ones afterwards."""
+    before, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(cell.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+    torch.use_deterministic_algorithms(cell.deterministic, warn_only=True)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(exact, warn_only=only_warns)
 
 
 def base_key(cell: Cell) -> str:
     """Digest of everything that the base network depends on."""
+    fields = {
+        "dataset", "model", "model_args", "size", "seed", "base", "val", "threads", "checkpoint", "pretrained", "mean", "std",
+        "deterministic",
+    }  # fmt: skip
     source = {
-        **cell.model_dump(mode="json", include={"dataset", "model", "model_args", "size", "seed", "base", "val", "threads"}),
+        **cell.model_dump(mode="json", include=fields),
         "device": device_of(cell).type,
-        "data": load_data(cell).digest,
+        "data": sources.load(cell.dataset).digest,
+        "weights": _weights_digest(cell),
         "versions": _relevant_versions(),
         "code": code_digest(*BASE_CODE),
     }
     return digest_of(source)[:40]
+
+
+def _weights_digest(cell: Cell) -> str | None:
+    """Digest of the file that the base network is loaded from; None where it is trained, or timm downloads it."""
+    path = weights.find(cell.checkpoint) if cell.checkpoint else weights.published(cell.model) if cell.pretrained else None
+    return None if path is None else weights.digest(path)
 
 
 def cell_key(cell: Cell) -> str:
@@ -128,43 +154,72 @@ _loaded: dict[tuple[Any, ...], data.Data] = {}
 
 def load_data(cell: Cell) -> data.Data:
     """The cell's data; the last split stays in memory, since cells of one group follow each other."""
-    key = (cell.dataset, cell.size, cell.seed, cell.val, device_of(cell))
+    view = models.view(cell.model)
+    mean, std = cell.mean, cell.std
+    if cell.pretrained and not mean:
+        mean, std = tuple(view["mean"]), tuple(view["std"])
+    device = device_of(cell)
+    key = (cell.dataset, sources.load(cell.dataset).digest, cell.size, cell.seed, cell.val, device, mean, std, tuple(view.values()))
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = data.load(cell.dataset, cell.size, seed=cell.seed, val=cell.val, device=device_of(cell))
+        _loaded[key] = data.load(
+            cell.dataset, cell.size, seed=cell.seed, val=cell.val, device=device, mean=mean, std=std, view=view
+        )  # fmt: skip
     return _loaded[key]
 
 
 def fresh_model(cell: Cell, seed: int) -> nn.Module:
     """The cell's network at full width, newly initialised, on its device."""
-    split = load_data(cell)
-    model = models.create(cell.model, classes=split.classes, channels=split.channels, size=cell.size, seed=seed, **cell.model_args)
+    source = sources.load(cell.dataset)
+    model = models.create(
+        cell.model, classes=source.classes, channels=source.channels, size=cell.size, seed=seed, **cell.model_args
+    )
     return model.to(device_of(cell))
 
 
 def example_input(cell: Cell) -> Tensor:
     """A fixed random input ``[1, C, H, W]`` on the cell's device."""
-    shape = (1, load_data(cell).channels, cell.size, cell.size)
+    shape = (1, sources.load(cell.dataset).channels, cell.size, cell.size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device_of(cell))
 
 
 def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
-    """The cell's base network: from the cache, or trained once (others wait at the lock) and cached."""
-    key = base_key(cell)
-    path = cache_dir() / "bases" / f"{key}.safetensors"
+    """The cell's base network: published weights, or from the cache, or trained once (others wait at the lock) and cached."""
     model, x = fresh_model(cell, cell.seed), example_input(cell)
     split = load_data(cell)
+    if not cell.trains_base:
+        digest = load_weights(cell, model)
+        groups = find_groups(model, x)
+        return Base(model, groups, CostModel(model, groups, x), split, x, Spent(), digest, loaded=True)
+    key = base_key(cell)
+    path = cache_dir() / "bases" / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         spent = _read_weights(path, model)
         if spent is None:
             macs = count_macs(model, x)
             desc = f"base {cell.group}"
-            spent = fit(model, split.train, cell.base, macs=macs, seed=cell.seed, progress=progress, desc=desc)
+            resume = Resume(_training_path(key))
+            spent = fit(
+                model, split.train, cell.base, macs=macs, seed=cell.seed, progress=progress, desc=desc, resume=resume
+            )  # fmt: skip
             _write_weights(path, model, spent)
+            resume.discard()
     groups = find_groups(model, x)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Base(model, groups, CostModel(model, groups, x), split, x, spent, digest)
+
+
+def load_weights(cell: Cell, model: nn.Module) -> str:
+    """Load the published weights of a cell's base network; gives their digest."""
+    if cell.checkpoint:
+        return weights.load_into(model, weights.find(cell.checkpoint), cell.sha256)
+    return weights.pretrained(cell.model, model)
+
+
+def _training_path(key: str) -> Path:
+    """Where an unfinished training run keeps its state."""
+    return cache_dir() / "training" / f"{key}.state"
 
 
 def _write_weights(path: Path, model: nn.Module, spent: Spent) -> None:
@@ -194,10 +249,11 @@ def _read_weights(path: Path, model: nn.Module) -> Spent | None:
 
 def score(model: nn.Module, split: data.Data, stage: Stage) -> Row:
     """Test and val scores of a network."""
-    test, val = accuracy(model, split.test), accuracy(model, split.val)
+    test = accuracy(model, split.test)
+    val = accuracy(model, split.val) if len(split.val) else None
     return Row(
         stage=stage, top1=test.top1, top5=test.top5, loss=test.loss, samples=test.samples,
-        val_top1=val.top1, val_loss=val.loss,
+        val_top1=val.top1 if val else None, val_loss=val.loss if val else None,
     )  # fmt: skip
 
 
@@ -229,7 +285,7 @@ def _compute(cell: Cell, key: str, store: Store, progress: Progress) -> Record:
     from widthbench.controls import run_control  # the controls are built on this module
 
     where = {**stamp(), "threads": cell.threads, "dtype": "float32", "device": str(device_of(cell)), "seed": cell.seed}
-    where["dataset_digest"] = load_data(cell).digest
+    where["dataset_digest"] = sources.load(cell.dataset).digest
     try:
         run = run_control if cell.technique in CONTROLS else _run_technique
         record = run(cell, key, store, progress, where)
@@ -249,18 +305,17 @@ class NotApplicableError(UsageError):
 
 def task_of(cell: Cell, base: Base, technique: Technique, *, progress: Progress = quiet) -> Task:
     """What a technique is given for a cell: the trained base, or the same network newly initialised if it starts fresh."""
-    if cell.budget is None:
-        raise UsageError(f"cell {cell.id} has no budget")
     groups = base.groups.select(cell.scope, cell.include or None)
+    budget = budget_of(cell, groups, base.cost, grows=technique.grows)
     return Task(
         model=base.model if technique.start == "trained" else fresh_model(cell, cell.seed),
         groups=groups,
         example_input=base.example_input,
-        budget=Budget.parse(cell.budget, grows=technique.grows),
+        budget=budget,
         cost=base.cost,
         reference=base.cost,
         train=base.data.train,
-        val=base.data.val,
+        val=base.data.val if len(base.data.val) else Nothing(cell.dataset),
         seed=cell.seed,
         device=device_of(cell),
         recipe=cell.finetune,
@@ -269,6 +324,14 @@ def task_of(cell: Cell, base: Base, technique: Technique, *, progress: Progress 
         progress=progress,
         checkpoint=_checkpoint_for(cell),
     )
+
+
+def budget_of(cell: Cell, groups: Groups, cost: CostModel, *, grows: bool = True) -> Budget:
+    """A cell's budget; the feasible floor where the budget lies below it and the suite runs those."""
+    if cell.budget is None:
+        raise UsageError(f"cell {cell.id} has no budget")
+    budget = Budget.parse(cell.budget, grows=grows)
+    return feasible(budget, groups, cost, cost) if cell.floor else budget
 
 
 def _fit_for(base: Base, cell: Cell, progress: Progress) -> Callable[..., Spent]:
@@ -350,7 +413,7 @@ def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where
     if not runs(model, base.example_input, base.groups.output_shapes):
         raise UsageError(f"technique '{technique.id}' changed the output's shape or made it non-finite")
     path = replay(task, outcome, base)
-    rows, adaptation, cost = adapt(model, cell, base, progress)
+    rows, adaptation, cost = adapt(model, cell, base, progress, key)
     return Record(
         key=key,
         cell=cell,
@@ -363,6 +426,7 @@ def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where
         base_params=base.cost.original.params,
         kept=outcome.kept,
         met=outcome.met,
+        floor=task.budget != Budget.parse(str(cell.budget), grows=True),
         coupled=any(task.groups[n].grade == "coupled" for n in outcome.plan),
         widths=outcome.widths,
         base_widths={n: g.channels for n, g in task.groups.items()},
@@ -372,7 +436,7 @@ def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where
             "adaptation": adaptation,
         },
         series={k: list(v) for k, v in outcome.series.items()} | path,
-        provenance={**where, "base_digest": base.digest, "val_seen": False},
+        provenance={**where, **base.provenance},
     )
 
 
@@ -388,8 +452,8 @@ def replay(task: Task, outcome: Outcome, base: Base) -> dict[str, list[Any]]:
     return found
 
 
-def adapt(model: nn.Module, cell: Cell, base: Base, progress: Progress) -> tuple[tuple[Row, ...], Spent, Cost]:
-    """Score a resized network as it is, after batch-norm recalibration, and after fine-tuning; in place.
+def adapt(model: nn.Module, cell: Cell, base: Base, progress: Progress, key: str) -> tuple[tuple[Row, ...], Spent, Cost]:
+    """Score a resized network as it is, after batch-norm recalibration, and after fine-tuning where there is any; in place.
 
     Returns:
         The rows, what the adaptation cost, and the network's cost.
@@ -399,7 +463,19 @@ def adapt(model: nn.Module, cell: Cell, base: Base, progress: Progress) -> tuple
     spent = recalibrate(model, base.data.train, samples=cell.calibration, macs=cost.macs, seed=cell.seed)
     again = score(model, base.data, "recalibrated") if batch_norms(model) else rows[0]
     rows.append(again.model_copy(update={"stage": "recalibrated"}))
-    desc = f"fine-tune {cell.id}"
-    tuned = fit(model, base.data.train, cell.finetune, macs=cost.macs, seed=cell.seed, progress=progress, desc=desc)
+    if not cell.finetune.epochs:
+        return tuple(rows), spent, cost
+    tuned = train(model, cell, cell.finetune, key, macs=cost.macs, progress=progress, desc=f"fine-tune {cell.id}")
     rows.append(score(model, base.data, "fine-tuned"))
     return tuple(rows), spent.add(tuned), cost
+
+
+def train(
+    model: nn.Module, cell: Cell, recipe: Recipe, key: str, *, macs: int, progress: Progress, desc: str
+) -> Spent:  # fmt: skip
+    """Train one of a cell's networks on its data, resuming where a killed run stopped."""
+    resume = Resume(_training_path(key))
+    samples = load_data(cell).train
+    spent = fit(model, samples, recipe, macs=macs, seed=cell.seed, progress=progress, desc=desc, resume=resume)
+    resume.discard()
+    return spent

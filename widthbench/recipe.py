@@ -11,7 +11,7 @@ class Recipe(BaseModel):
     """How a network is trained.
 
     Attributes:
-        epochs: Passes over the training samples.
+        epochs: Passes over the training samples; 0 for no training, where a suite fine-tunes nothing.
         batch_size: Samples per step; a last batch of one sample is skipped (BatchNorm cannot normalise it).
         optimizer: "sgd" (Nesterov momentum) or "adamw".
         lr: Peak learning rate.
@@ -20,11 +20,16 @@ class Recipe(BaseModel):
         warmup_epochs: Linear warm-up from a hundredth of ``lr``, then a cosine to ``min_lr``, both by step.
         min_lr: Where the cosine ends.
         label_smoothing: Of the cross-entropy.
+        crop: Pixels of black padding on each side before a random crop of the old size.
+        flip: Mirror every other image, left to right.
+        cutout: Side in pixels of a black square at a random place.
+        resized_crop: Least share of the area in a random resized crop (0.08 is usual on ImageNet; 0: none), for sets of images
+            that are read from files. Those in memory are small already.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    epochs: float = Field(gt=0, le=10_000)
+    epochs: float = Field(ge=0, le=10_000)
     batch_size: int = Field(default=64, gt=0)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(gt=0)
@@ -33,6 +38,15 @@ class Recipe(BaseModel):
     warmup_epochs: float = Field(default=0, ge=0)
     min_lr: float = Field(default=0, ge=0)
     label_smoothing: float = Field(default=0, ge=0, lt=1)
+    crop: int = Field(default=0, ge=0, le=64)
+    flip: bool = False
+    cutout: int = Field(default=0, ge=0, le=512)
+    resized_crop: float = Field(default=0, ge=0, le=1)
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are changed at random."""
+        return bool(self.crop or self.flip or self.cutout or self.resized_crop)
 
 
 class Spent(BaseModel):

@@ -43,11 +43,19 @@ class Cell(_Frozen):
         scope: Which groups may be resized.
         include: Patterns on group names.
         base: Recipe of the base network.
+        checkpoint: Weights file of the base network, which is then not trained.
+        sha256: What that file's digest must begin with.
+        pretrained: Take the weights that timm publishes.
+        mean: Per-channel mean to normalise with; that of the training images (or of the pretrained network) if empty.
+        std: Per-channel standard deviation likewise.
         finetune: Recipe after the resize.
         calibration: Training samples for batch-norm recalibration.
         val: Fraction of the training part that is held out for choices.
+        longest: The most epochs that a ``scratch-budget`` control trains for, as a multiple of the base's.
+        floor: Run a budget below the feasible floor at the floor, and say so, instead of skipping it.
         threads: CPU threads.
         device: "auto" takes a GPU where there is one.
+        deterministic: Ask torch for deterministic algorithms.
     """
 
     dataset: str
@@ -62,11 +70,24 @@ class Cell(_Frozen):
     scope: Literal["inner", "all"] = "inner"
     include: tuple[str, ...] = ()
     base: Recipe
+    checkpoint: str | None = None
+    sha256: str | None = None
+    pretrained: bool = False
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     finetune: Recipe
     calibration: int = 1024
     val: float = 0.2
+    longest: float | None = None
+    floor: bool = False
     threads: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = True
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the base network is trained here, not loaded."""
+        return not (self.checkpoint or self.pretrained)
 
     @property
     def label(self) -> str:
@@ -96,8 +117,8 @@ class Row(_Frozen):
         top5: Test top-5 accuracy, %, where there are 100 classes or more.
         loss: Test cross-entropy, nats.
         samples: Test samples; each counts once.
-        val_top1: Top-1 accuracy on val, %.
-        val_loss: Cross-entropy on val, nats.
+        val_top1: Top-1 accuracy on val, %; None where nothing is held out.
+        val_loss: Cross-entropy on val, nats; None likewise.
     """
 
     stage: Stage
@@ -105,8 +126,8 @@ class Row(_Frozen):
     top5: float | None = None
     loss: float
     samples: int
-    val_top1: float
-    val_loss: float
+    val_top1: float | None = None
+    val_loss: float | None = None
 
 
 class Record(_Frozen):
@@ -127,6 +148,7 @@ class Record(_Frozen):
         base_params: Parameters of the base network.
         kept: Kept fraction in the budget's own terms.
         met: False if a good part of the budget is left unused.
+        floor: Whether the budget lay below the feasible floor and was run at it.
         coupled: Whether groups of grade "coupled" were resized.
         widths: Channels per group.
         base_widths: Channels per group of the base network.
@@ -151,6 +173,7 @@ class Record(_Frozen):
     base_params: int | None = None
     kept: float | None = None
     met: bool = True
+    floor: bool = False
     coupled: bool = False
     widths: dict[str, int] = Field(default_factory=dict)
     base_widths: dict[str, int] = Field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from widthbench import protocol, registry
+from widthbench import protocol, recipes, registry
 from widthbench.budget import Budget
 from widthbench.errors import BudgetError, UsageError, did_you_mean
 from widthbench.paths import cache_dir, require_writable
@@ -23,6 +23,9 @@ MAX_CELLS = 100_000
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
 
 
 class Entry(_Strict):
@@ -40,18 +43,44 @@ class Network(_Strict):
         size: Input height and width in pixels.
         args: Further arguments of its constructor.
         budgets: Overrides the suite's.
-        base: Overrides single settings of the suite's base recipe.
-        finetune: Overrides single settings of the suite's fine-tuning recipe.
+        seeds: Overrides the suite's.
+        controls: Overrides the suite's.
+        base: A recipe's name, or single settings that override the suite's base recipe.
+        finetune: Likewise for the fine-tuning recipe; ``{ epochs = 0 }`` fine-tunes nothing.
         include: Patterns on group names.
+        checkpoint: Weights file of the base network (a name in ``WIDTHBENCH_WEIGHTS``, or a path), which is then not trained.
+        sha256: What its digest must begin with.
+        pretrained: Take the weights that timm publishes under the network's name.
+        mean: Per-channel mean to normalise with; empty: that of the training images, or of the pretrained network.
+        std: Per-channel standard deviation likewise.
     """
 
     name: str
     size: int = Field(ge=4, le=4096)
     args: dict[str, Any] = Field(default_factory=dict)
     budgets: tuple[str, ...] | None = None
+    seeds: Seeds | None = None
+    controls: tuple[str, ...] | None = None
     base: dict[str, Any] = Field(default_factory=dict)
     finetune: dict[str, Any] = Field(default_factory=dict)
     include: tuple[str, ...] = ()
+    checkpoint: str | None = Field(default=None, min_length=1)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{8,64}$")
+    pretrained: bool = False
+    mean: tuple[float, ...] = ()
+    std: tuple[Annotated[float, Field(gt=0)], ...] = ()
+
+    _settings = field_validator("base", "finetune", mode="before")(recipes.settings)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Network:
+        if self.checkpoint and self.pretrained:
+            raise ValueError("checkpoint and pretrained exclude each other")
+        if self.sha256 and not self.checkpoint:
+            raise ValueError("sha256 needs a checkpoint")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std need equally many numbers, not {len(self.mean)} and {len(self.std)}")
+        return self
 
     @field_validator("args")
     @classmethod
@@ -75,20 +104,23 @@ class Suite(_Strict):
         techniques: Ids, or ``{ id = ..., params = {...} }``.
         controls: "base", "uniform-width", "scratch:TECHNIQUE", "scratch-budget:TECHNIQUE".
         models: The networks.
-        base: Recipe of the base networks.
-        finetune: Recipe after the resize.
+        base: Recipe of the base networks: a name (``widthbench list recipes``), or settings, or both.
+        finetune: Recipe after the resize, likewise.
         calibration: Training samples for batch-norm recalibration.
-        val: Fraction of the training part held out for choices.
+        val: Fraction of the training part held out for choices; 0 holds nothing out.
+        longest: The most epochs that ``scratch-budget`` trains for, as a multiple of the base's: a network of 1/32 of the MACs
+            would otherwise train 32 times as long. Its train cost on the leaderboard says what it used.
         scope: "inner" or "all" groups.
         threads: CPU threads per cell.
         device: "auto", "cpu" or "cuda".
+        deterministic: Ask torch for deterministic algorithms.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     title: str = ""
     citable: bool = False
     datasets: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(min_length=1)
+    seeds: Seeds
     budgets: tuple[str, ...] = ()
     techniques: tuple[Entry, ...] = ()
     controls: tuple[str, ...] = ("base",)
@@ -96,10 +128,14 @@ class Suite(_Strict):
     base: Recipe
     finetune: Recipe
     calibration: int = Field(default=1024, ge=2)
-    val: float = Field(default=0.2, gt=0, lt=1)
+    val: float = Field(default=0.2, ge=0, lt=1)
+    longest: float | None = Field(default=None, ge=1)
     scope: Literal["inner", "all"] = "inner"
     threads: int = Field(default=1, ge=1, le=256)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = True
+
+    _settings = field_validator("base", "finetune", mode="before")(recipes.settings)
 
     @field_validator("techniques", mode="before")
     @classmethod
@@ -116,7 +152,7 @@ class Suite(_Strict):
                     raise ValueError(f"models[{at}] ({network.name}): {error}") from error
             self.recipes(network)
         known = [e.id for e in self.techniques]
-        for control in self.controls:
+        for control in (*self.controls, *(c for n in self.models for c in n.controls or ())):
             name, _, source = control.partition(":")
             if name not in CONTROLS:
                 raise ValueError(f"unknown control '{name}'{did_you_mean(name, CONTROLS)}")
@@ -139,6 +175,8 @@ class Suite(_Strict):
             except ValidationError as error:
                 first = error.errors()[0]
                 raise ValueError(f"model {network.name}: {name}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        if not pairs[0].epochs and not (network.checkpoint or network.pretrained):
+            raise ValueError(f"model {network.name}: base.epochs = 0 trains nothing: name a checkpoint, or set pretrained = true")
         return pairs[0], pairs[1]
 
     def cells(self) -> list[Cell]:
@@ -147,10 +185,13 @@ class Suite(_Strict):
         for dataset in self.datasets:
             for network in self.models:
                 base, finetune = self.recipes(network)
-                for seed in self.seeds:
+                for seed in self.seeds if network.seeds is None else network.seeds:
                     shared: dict[str, Any] = {
                         "dataset": dataset, "model": network.name, "model_args": network.args, "size": network.size,
                         "seed": seed, "scope": self.scope, "include": network.include, "base": base,
+                        "checkpoint": network.checkpoint, "sha256": network.sha256, "pretrained": network.pretrained,
+                        "mean": network.mean, "std": network.std, "floor": self.citable, "longest": self.longest,
+                        "deterministic": self.deterministic,
                         "finetune": finetune, "calibration": self.calibration, "val": self.val,
                         "threads": self.threads, "device": self.device,
                     }  # fmt: skip
@@ -160,11 +201,12 @@ class Suite(_Strict):
     def _rows(self, network: Network) -> list[dict[str, Any]]:
         budgets = self.budgets if network.budgets is None else network.budgets
         rows: list[dict[str, Any]] = []
-        if "base" in self.controls:
+        controls = self.controls if network.controls is None else network.controls
+        if "base" in controls:
             rows.append({"technique": "base"})
         for budget in budgets:
             rows += [{"technique": e.id, "params": e.params, "budget": budget} for e in self.techniques]
-        for control in self.controls:
+        for control in controls:
             name, _, source = control.partition(":")
             for budget in budgets if name != "base" else ():
                 row: dict[str, Any] = {"technique": name, "budget": budget}
@@ -240,7 +282,11 @@ def check(suite: Suite) -> None:
         for dataset in suite.datasets:
             for network in suite.models:
                 cell = next(c for c in suite.cells() if c.dataset == dataset and c.model == network.name)
-                groups = find_groups(protocol.fresh_model(cell, 0), protocol.example_input(cell))
+                model = protocol.fresh_model(cell, 0)
+                if not cell.trains_base:
+                    protocol.load_weights(cell, model)
+                protocol.load_data(cell)
+                groups = find_groups(model, protocol.example_input(cell))
                 groups.select(cell.scope, cell.include or None)
                 for budget in suite.budgets if network.budgets is None else network.budgets:
                     for cls in classes.values():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from widthbench.budget import Allocation, Budget, Costed, global_widths, top_channels, uniform_widths
 from widthbench.errors import AccessError, UsageError
+from widthbench.recipe import Recipe
 from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups
 from widthbench.width.resize import Resize, keep
@@ -24,8 +25,13 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(x [B, C, H, W], y [B])``; shuffled if a generator is given, the last batch may be smaller."""
+    def batches(
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(x [B, C, H, W], y [B])``; shuffled if a generator is given, the last batch may be smaller.
+
+        With a recipe as ``augment``, its random crop, flip and cutout are applied.
+        """
         ...
 
 
@@ -133,9 +139,27 @@ class Denied:
     def __len__(self) -> int:
         raise self._deny()
 
-    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Raise ``AccessError``."""
         raise self._deny()
+
+
+class Nothing:
+    """Stands in for val where a suite holds nothing out; any use names the remedy."""
+
+    def __init__(self, dataset: str) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return 0
+
+    def batches(
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Raise ``UsageError``."""
+        raise UsageError(f"this suite holds nothing of '{self._dataset}' out (val = 0), but a choice needs val: set val above 0")
 
 
 class _NoBudget:
@@ -159,7 +183,9 @@ class Unlabelled:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(x, y)`` with every y replaced by -1."""
-        for x, y in self._samples.batches(size, generator=generator):
+        for x, y in self._samples.batches(size, generator=generator, **({"augment": augment} if augment else {})):
             yield x, torch.full_like(y, -1)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from widthbench.errors import UsageError
+from widthbench.paths import write_atomic
 from widthbench.randomness import seeded
 from widthbench.recipe import Recipe, Spent
 from widthbench.task import Progress, Samples
@@ -36,8 +42,11 @@ def fit(
     progress: Progress = lambda steps, /, *, desc: steps,
     desc: str = "train",
     after_epoch: Callable[[int], None] | None = None,
+    resume: Resume | None = None,
 ) -> Spent:
     """Train a network in place; it is left in eval mode.
+
+    Networks with convolutions are trained in channels-last layout and left in the usual one.
 
     Args:
         model: Gives logits ``[B, K]``.
@@ -48,9 +57,10 @@ def fit(
         progress: Progress bar over epochs.
         desc: Its label.
         after_epoch: Called with the number of epochs done.
+        resume: Where the state after an epoch is kept, so that a killed run goes on from there to the same final weights.
 
     Returns:
-        What it cost.
+        What it cost; with ``resume``, earlier runs included.
 
     Raises:
         UsageError: If the loss is no longer finite, or there are too few samples for one batch.
@@ -75,17 +85,31 @@ def fit(
         warmup_prefix=True,
         t_in_epochs=False,
     )
-    begin, seen, step = time.perf_counter(), 0, 0
+    begin, seen, step, first = time.perf_counter(), 0, 0, 0
+    layout = torch.channels_last if any(isinstance(m, nn.Conv2d) for m in model.modules()) else None
+    if layout is not None:
+        model.to(memory_format=layout)
     order = torch.Generator().manual_seed(seed)
     with seeded(seed):
+        if resume is not None and (state := resume.read(recipe, len(train))) is not None:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            order.set_state(state["order"])
+            torch.set_rng_state(state["random"])
+            if state["random_gpu"]:
+                torch.cuda.set_rng_state_all(state["random_gpu"])
+            seen, step, first = state["seen"], state["step"], state["epoch"]
+            begin -= state["seconds"]
         model.train()
-        for epoch in progress(range(math.ceil(total / per_epoch)), desc=desc):
-            for x, y in train.batches(recipe.batch_size, generator=order):
+        for epoch in progress(range(first, math.ceil(total / per_epoch)), desc=desc):
+            for x, y in train.batches(recipe.batch_size, generator=order, **({"augment": recipe} if recipe.augments else {})):
                 if step >= total:
                     break
                 if len(y) < 2:
                     continue
                 schedule.step_update(step)
+                if layout is not None and x.dim() == 4:
+                    x = x.contiguous(memory_format=layout)
                 loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
                 if not torch.isfinite(loss):
                     raise UsageError(
@@ -96,8 +120,20 @@ def fit(
                 optimizer.step()
                 seen += len(y)
                 step += 1
+            if resume is not None and resume.due() and step < total:
+                resume.write(
+                    recipe, len(train),
+                    {
+                        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "order": order.get_state(),
+                        "random": torch.get_rng_state(),
+                        "random_gpu": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                        "seen": seen, "step": step, "epoch": epoch + 1, "seconds": time.perf_counter() - begin,
+                    },
+                )  # fmt: skip
             if after_epoch is not None:
                 after_epoch(epoch + 1)
+    if layout is not None:
+        model.to(memory_format=torch.contiguous_format)
     model.eval()
     optimizer.zero_grad(set_to_none=True)
     return Spent(
@@ -106,6 +142,54 @@ def fit(
         epochs=step / per_epoch,
         seconds=time.perf_counter() - begin,
     )
+
+
+@dataclass
+class Resume:
+    """Where a training run keeps its state after an epoch.
+
+    Attributes:
+        path: The file; its name must hang on everything that the run depends on.
+        every_s: Seconds between two states at least.
+    """
+
+    path: Path
+    every_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def due(self) -> bool:
+        """Whether the last state is old enough."""
+        return time.perf_counter() - self._last >= self.every_s
+
+    def write(self, recipe: Recipe, samples: int, state: dict[str, Any]) -> None:
+        """Keep a state, with its digest, atomically."""
+        buffer = io.BytesIO()
+        torch.save({"recipe": recipe.model_dump(), "samples": samples, **state}, buffer)
+        blob = buffer.getvalue()
+        write_atomic(self.path, hashlib.sha256(blob).digest() + blob)
+        self._last = time.perf_counter()
+
+    def read(self, recipe: Recipe, samples: int) -> dict[str, Any] | None:
+        """The last state; None if there is none, or (named in a warning) it is damaged or another run's."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, blob = content[:32], content[32:]
+        problem = "its digest does not match"
+        if hashlib.sha256(blob).digest() == digest:
+            state: dict[str, Any] = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
+            if state.pop("recipe") == recipe.model_dump() and state.pop("samples") == samples:
+                return state
+            problem = "it belongs to another recipe or data set"
+        warnings.warn(f"training state {self.path} is of no use ({problem}): training starts over", stacklevel=2)
+        return None
+
+    def discard(self) -> None:
+        """Remove the state of a run whose result has been stored."""
+        self.path.unlink(missing_ok=True)
 
 
 def batch_norms(model: nn.Module) -> list[Any]:

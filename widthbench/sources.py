@@ -1,0 +1,400 @@
+"""Where data sets come from: scikit-learn, torchvision's files, image folders and tars through timm's readers, ImageNet."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from timm.data import create_dataset
+from timm.data.readers import add_img_extensions
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity
+
+from widthbench.errors import UsageError, did_you_mean
+from widthbench.paths import cache_dir, data_dir, write_atomic
+
+SMALL = 64  # px: sets of images up to this size are held in memory
+MEMORY = 2**31  # bytes: as long as they fit
+
+TORCHVISION: dict[str, Any] = {
+    "mnist": datasets.MNIST,
+    "fashionmnist": datasets.FashionMNIST,
+    "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100,
+}
+KNOWN = ("digits", *TORCHVISION, "imagenet")
+ARCHIVES = ("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val")
+SAFE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Small images in memory: uint8 ``[N, C, H, W]`` and long ``[N]``."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Files:
+    """Images that are read when they are needed.
+
+    Args:
+        root: Folder or tar.
+        class_map: Class name to label; from the folder names, sorted, if None.
+        answers: File stem to class name, for a part whose images are not sorted into classes.
+    """
+
+    def __init__(self, root: Path, class_map: dict[str, int] | None = None, answers: dict[str, str] | None = None) -> None:
+        add_img_extensions(".webp")
+        self.root = root
+        try:
+            reader = create_dataset("", root=str(root), class_map=class_map if class_map and not answers else {}).reader
+        except (RuntimeError, AssertionError, OSError, ValueError, EOFError) as error:
+            raise UsageError(f"cannot read images from {root}: {error}") from error
+        except Exception as error:  # tarfile's own errors have no common ground with these
+            raise UsageError(f"damaged file {root}: {type(error).__name__}: {error}") from error
+        self._reader, self._pid = reader, os.getpid()
+        names: dict[str, int] = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
+        self.classes = class_map or names
+        if answers is None:
+            found = getattr(reader, "targets", None)
+            self.labels = np.asarray([s[1] for s in reader.samples] if found is None else found, dtype=np.int64)
+        else:
+            stems = [Path(reader.filename(i)).stem for i in range(len(reader))]
+            if unknown := [s for s in stems if answers.get(s) not in self.classes]:
+                raise UsageError(f"{root}: no label for {unknown[0]} (and {len(unknown) - 1} more) in the list of answers")
+            self.labels = np.asarray([self.classes[answers[s]] for s in stems], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """The file's name, for people."""
+        inside = self._reader.filename(index)
+        return f"{self.root}:{inside}" if self.root.is_file() else str(self.root / inside)
+
+    def open(self, index: int, mode: str | None = "RGB") -> Image.Image:
+        """A decoded image.
+
+        Raises:
+            UsageError: If the file is damaged; it is named.
+        """
+        if os.getpid() != self._pid:  # a worker: file positions must not be shared with other processes
+            self._pid = os.getpid()
+            _forget(getattr(self._reader, "tar_state", None))
+        try:
+            with self._reader[index][0] as file:
+                image = Image.open(file)
+                image.load()
+                return image.convert(mode) if mode else image
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise UsageError(f"damaged file {self.name(index)}: {error}; restore it, or take it out") from error
+
+    def listing(self) -> str:
+        """SHA-256 over names and labels, and over the size and date of a tar or the sizes of files."""
+        digest = hashlib.sha256()
+        if self.root.is_file():
+            stat = self.root.stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        for index, label in enumerate(self.labels):
+            name = self._reader.filename(index)
+            size = "" if self.root.is_file() else os.path.getsize(self.root / name)
+            digest.update(f"{name}\0{size}\0{label}\n".encode())
+        return digest.hexdigest()
+
+
+def _forget(state: Any) -> None:
+    """Drop open tar files of timm's reader, with those inside them."""
+    for one in state.values() if isinstance(state, dict) else [state] if state is not None else []:
+        one.reset()
+        _forget(one.children)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set before splitting.
+
+    Attributes:
+        name: Its name in suites.
+        where: Its folder, or "built in".
+        layout: How it lies there.
+        train: The training part.
+        test: The test part.
+        digest: SHA-256 over all images and labels for sets in memory, over names, sizes and labels for others.
+    """
+
+    name: str
+    where: str
+    layout: str
+    train: Arrays | Files
+    test: Arrays | Files
+    digest: str
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return int(max(self.train.labels.max(), self.test.labels.max())) + 1
+
+    @property
+    def channels(self) -> int:
+        """Image channels."""
+        return self.train.images.shape[1] if isinstance(self.train, Arrays) else 3
+
+
+def names() -> list[str]:
+    """The known data sets, and every folder with a training and a test part where data are looked for."""
+    root = data_dir()
+    try:
+        found = sorted(p.name for p in root.iterdir() if p.is_dir() and SAFE.match(p.name) and p.name not in KNOWN)
+    except OSError:
+        found = []
+    return [*KNOWN, *(n for n in found if _parts(root / n) is not None)]
+
+
+def locate(name: str) -> tuple[str, str] | None:
+    """``(where, layout)`` of a data set that is there, without reading it; None if it is not."""
+    if name == "digits":
+        return "built in", "in the package"
+    root = data_dir()
+    if parts := _parts(_folder(name, root)):
+        return str(parts[0].parent), "tars" if parts[0].is_file() else "folders"
+    if name not in TORCHVISION:
+        return None
+    cls, folder = TORCHVISION[name], _torchvision_folder(name, root)
+    if hasattr(cls, "resources"):
+        there = all(p.is_file() or p.with_suffix("").is_file() for p in (folder / Path(url).name for url, _ in _idx(cls)))
+    else:
+        there = folder.is_dir()
+    return (str(folder), "idx files" if hasattr(cls, "resources") else "pickled batches") if there else None
+
+
+def wanted(name: str) -> str:
+    """What to put where, for a data set that is not there."""
+    root = data_dir()
+    if name in TORCHVISION:
+        cls = TORCHVISION[name]
+        folder = _torchvision_folder(name, root)
+        if hasattr(cls, "resources"):
+            return f"{', '.join(Path(u).name for u, _ in cls.resources)} (or unzipped) in {folder}"
+        return (
+            f"the unpacked {cls.filename} as {folder}, or train.tar and test.tar (images in one folder per class) in {root / name}"
+        )
+    if name == "imagenet":
+        return f"train and val folders with one folder per class, or train.tar and val.tar, in {root / name}"
+    return f"train and test (or val) folders, or train.tar and test.tar, with one folder per class, in {root / name}"
+
+
+def load(name: str) -> Source:
+    """A data set, downloaded if torchvision knows where and the network allows.
+
+    Args:
+        name: One of the known ones, or a folder where data are looked for (``WIDTHBENCH_DATA``).
+
+    Raises:
+        UsageError: If it is unknown, not there (the message says what to put where), or damaged (the file is named).
+    """
+    return _load(name, data_dir())
+
+
+@functools.lru_cache(maxsize=4)
+def _load(name: str, root: Path) -> Source:
+    if name == "digits":
+        return _digits()
+    if not SAFE.match(name):
+        raise UsageError(f"dataset name '{name}' may hold letters, digits, '_', '-' and '.' only; it is a folder in {root}")
+    if parts := _parts(_folder(name, root)):
+        return _images(name, *parts)
+    if name in TORCHVISION:
+        return _torchvision(name, root)
+    if name == "imagenet":
+        raise UsageError(f"dataset 'imagenet' is not there: put {wanted(name)}, or set WIDTHBENCH_DATA or --data")
+    raise UsageError(f"unknown dataset '{name}'{did_you_mean(name, names())}; for one of your own put {wanted(name)}")
+
+
+def in_memory(name: str, where: str, layout: str, train: Arrays, test: Arrays) -> Source:
+    """A source of small images, with its digest."""
+    digest = hashlib.sha256()
+    for part in (train, test):
+        digest.update(part.images.numpy().tobytes())
+        digest.update(part.labels.numpy().tobytes())
+    return Source(name, where, layout, train, test, digest.hexdigest())
+
+
+def _digits() -> Source:
+    """scikit-learn's 1,797 scans of 8 x 8 pixels with 17 grey levels (UCI "Optical Recognition of Handwritten Digits").
+
+    The set has no test part of its own: a quarter (450 scans), drawn once and the same for every seed, is ours.
+    """
+    bunch = load_digits()
+    images = torch.from_numpy(np.rint(bunch.images / 16 * 255).astype(np.uint8)[:, None])
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    train, test = train_test_split(np.arange(len(images)), test_size=450, random_state=0, stratify=bunch.target)
+    parts = (Arrays(images[i], labels[i]) for i in (train, test))
+    return in_memory("digits", "built in", "in the package", *parts)
+
+
+def _folder(name: str, root: Path) -> Path:
+    """Where a data set's images lie; ImageNet also as its competition archive unpacks."""
+    competition = root / name / "ILSVRC" / "Data" / "CLS-LOC"
+    return competition if competition.is_dir() else root / name
+
+
+def _parts(folder: Path) -> tuple[Path, Path] | None:
+    """(training, test) part in a folder: tars or folders."""
+    found: list[Path] = []
+    labelled = () if folder.name in ("imagenet", "CLS-LOC") else ("test",)  # the competition's own test part has no labels
+    for stems in (ARCHIVES[0], (*labelled, *ARCHIVES[1])):
+        options = [p for s in stems for p in (folder / f"{s}.tar", folder / s) if p.exists()]
+        if not options:
+            return None
+        found.append(options[0])
+    return found[0], found[1]
+
+
+def _images(name: str, train_at: Path, test_at: Path) -> Source:
+    layout = "tars" if train_at.is_file() else "folders"
+    train = Files(train_at)
+    flat = name == "imagenet" and test_at.is_dir() and not any(p.is_dir() for p in test_at.iterdir())
+    test = Files(test_at, train.classes, _answers(test_at) if flat else None)
+    if len(train.classes) < 2:
+        raise UsageError(f"{train_at} holds {len(train.classes)} class(es): images must lie in one folder per class")
+    if missing := sorted(set(range(len(train.classes))) - set(test.labels.tolist())):
+        absent = next(c for c, i in train.classes.items() if i == missing[0])
+        raise UsageError(f"{test_at} has no images of class '{absent}' (and {len(missing) - 1} more), which {train_at} has")
+    where = str(train_at.parent)
+    sizes = {train.open(0, None).size, test.open(0, None).size}
+    if len(sizes) == 1 and max(*sizes) and max(next(iter(sizes))) <= SMALL:
+        arrays = _decoded(name, train, test)
+        if arrays is not None:
+            return in_memory(name, where, layout, *arrays)
+    digest = hashlib.sha256(f"{train.listing()} {test.listing()}".encode()).hexdigest()
+    return Source(name, where, layout, train, test, digest)
+
+
+def _answers(val: Path) -> dict[str, str]:
+    """Class of each image of ImageNet's unsorted validation part, from the competition's list."""
+    places = [folder / "LOC_val_solution.csv" for folder in (val.parent, *val.parent.parents[:3])]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        raise UsageError(
+            f"{val} is not sorted into classes: put the competition's LOC_val_solution.csv beside it, "
+            "or one folder per class inside"
+        )
+    with path.open(newline="") as file:
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+
+
+def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | None:
+    """Small images as arrays, kept decoded in the cache; None if they differ in size or are too many."""
+    key = hashlib.sha256(f"{train.root} {train.listing()} {test.listing()}".encode()).hexdigest()[:40]
+    path = cache_dir() / "decoded" / f"{name}-{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        try:
+            t = load_file(path) if path.is_file() else {}
+            if t:
+                return Arrays(t["train"], t["train_labels"]), Arrays(t["test"], t["test_labels"])
+        except (OSError, SafetensorError, KeyError):
+            path.unlink(missing_ok=True)
+        parts = []
+        first = train.open(0, None)
+        mode = "L" if first.mode in ("1", "L") else "RGB"
+        if (len(train) + len(test)) * len(first.getbands()) * first.size[0] * first.size[1] > MEMORY:
+            return None
+        for part in (train, test):
+            images = []
+            for index in range(len(part)):
+                image = np.asarray(part.open(index, mode))
+                if image.shape[:2] != first.size[::-1]:
+                    return None
+                images.append(image)
+            stacked = torch.from_numpy(np.stack(images))
+            stacked = stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2)
+            parts.append(Arrays(stacked.contiguous(), torch.from_numpy(part.labels)))
+        tensors = {"train": parts[0].images, "train_labels": parts[0].labels}
+        write_atomic(path, save({**tensors, "test": parts[1].images, "test_labels": parts[1].labels}))
+        return parts[0], parts[1]
+
+
+def _idx(cls: Any) -> list[tuple[str, str]]:
+    return list(cls.resources)
+
+
+def _torchvision_folder(name: str, root: Path) -> Path:
+    cls = TORCHVISION[name]
+    return root / cls.__name__ / "raw" if hasattr(cls, "resources") else root / cls.base_folder
+
+
+def _torchvision(name: str, root: Path) -> Source:
+    cls = TORCHVISION[name]
+    if locate(name) is None:
+        _download(name, root)
+    try:
+        loaded = [cls(str(root), train=train, download=False) for train in (True, False)]
+    except Exception as error:  # torchvision raises whatever its parsing runs into
+        if (culprit := _damaged(name, root)) is None and "not found" in str(error):
+            _download(name, root)  # zipped files that torchvision wants unpacked
+            loaded = [cls(str(root), train=train, download=False) for train in (True, False)]
+        else:
+            detail = culprit or f"in {_torchvision_folder(name, root)}: {error}"
+            raise UsageError(f"dataset '{name}': damaged file {detail}; remove it and put {wanted(name)}") from error
+    parts = []
+    for one in loaded:
+        images = torch.as_tensor(one.data)
+        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        parts.append(Arrays(images.contiguous(), torch.as_tensor(one.targets, dtype=torch.int64)))
+        if len(images) != len(one.targets):
+            raise UsageError(f"dataset '{name}': {len(images)} images but {len(one.targets)} labels in {root}")
+    where, layout = locate(name) or (str(root), "")
+    return in_memory(name, where, layout, parts[0], parts[1])
+
+
+def _download(name: str, root: Path) -> None:
+    cls = TORCHVISION[name]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{name}.lock"):
+            for train in (True, False):
+                cls(str(root), train=train, download=True)
+    except Exception as error:  # no network, a read-only folder, a broken mirror
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UsageError(
+            f"dataset '{name}' is not there and could not be downloaded ({reason}): "
+            f"put {wanted(name)}, or set WIDTHBENCH_DATA or --data"
+        ) from error
+
+
+def _damaged(name: str, root: Path) -> str | None:
+    """The first file of a torchvision data set that cannot be read."""
+    cls, folder = TORCHVISION[name], _torchvision_folder(name, root)
+    if not hasattr(cls, "resources"):
+        listed = [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]
+        return next((str(folder / n) for n, md5 in listed if not check_integrity(str(folder / n), md5)), None)
+    for url, _ in _idx(cls):
+        path = (folder / Path(url).name).with_suffix("")
+        if not path.is_file():
+            continue
+        try:
+            (read_image_file if "images" in path.name else read_label_file)(str(path))
+        except Exception as error:  # whatever its parsing runs into
+            return f"{path} ({error or type(error).__name__})"
+    return None
