@@ -107,7 +107,7 @@ def main() -> None:
     state = commit()
     dirty = " with uncommitted changes" if state["dirty"] else ""
     print(
-        f"`python {' '.join(sys.argv)}` at commit {str(state['commit'])[:12]}{dirty}; {hardware()['cpu']}, {hardware()['cores']} cores,"
+        f"`python {' '.join(sys.argv)}` at {str(state['commit'])[:12]}{dirty}; {hardware()['cores']} cores of {hardware()['cpu']},"
     )
     print(f"torch {versions()['torch']}, 2 threads, batches of {BATCH}. Crop (4 pixels of padding) and flip for every image;")
     print("the DataLoader has 2 workers, with torchvision's transforms on PIL images as its own data sets do.")

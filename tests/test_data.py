@@ -43,7 +43,7 @@ def test_batches_are_normalised_by_the_training_part_and_cover_every_sample_once
     [
         (("digit", 8), "unknown dataset 'digit'; did you mean 'digits'"),
         (("digits", 2), "between 4 and 4096 pixels"),
-        (("digits", 8, 1.0), "fraction of the training data between 0 and 1, not 1.0"),
+        (("digits", 8, 1.0), "fraction of the training data in \\[0, 1\\), not 1.0"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

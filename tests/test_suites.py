@@ -56,7 +56,7 @@ def test_cells_are_the_same_every_time():
         ("macs:0.25", "macs:zero", r"models\[0\] \(lenet5\): budget 'macs:zero' is not of the form"),
         ("scratch:l1-norm", "scratch:l2-norm", "must name one of the suite's techniques"),
         ("uniform-width", "uniform", "unknown control 'uniform'; did you mean 'uniform-width'"),
-        ("epochs = 3", "epochs = -3", r"model test_vit: base\.epochs: .*greater than 0"),
+        ("epochs = 3", "epochs = -3", r"model test_vit: base\.epochs: .*greater than or equal to 0"),
         ("lr = 0.01", "lr = 0.01\nlearning = 1", "tiny.toml: finetune.learning: unknown key"),
     ],
 )
