@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = _parser().parse_args(argv)
+    if getattr(args, "data", None):
+        os.environ["WIDTHBENCH_DATA"] = args.data
     try:
         return int(args.run(args))
     except UsageError as error:
@@ -49,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"widthbench {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    verb = verbs.add_parser("list", help="techniques, suites and data sets that are installed")
-    verb.add_argument("what", nargs="?", choices=["techniques", "suites", "datasets"], help="only these (default: all)")
+    verb = verbs.add_parser("list", help="techniques, suites, recipes and data sets that are installed")
+    verb.add_argument("what", nargs="?", choices=["techniques", "suites", "datasets", "recipes"], help="only these (default: all)")
     _json(verb)
     verb.set_defaults(run=_list)
 
@@ -61,6 +63,29 @@ def _parser() -> argparse.ArgumentParser:
     _results(verb)
     _json(verb)
     verb.set_defaults(run=_run)
+
+    verb = verbs.add_parser(
+        "claims", help="what the source documents report against what was measured, with verdicts",
+        description="Judge the claims of the source documents by the records in the results folder, and write claims.md there. "
+        "A claim that is not reproduced is a result, not an error: the exit code is 0.",
+    )  # fmt: skip
+    verb.add_argument("--id", nargs="+", default=[], metavar="ID", help="only these (default: all)")
+    verb.add_argument(
+        "--run", dest="first", action="store_true", help="first run the cells that the claims rest on and that have no result yet"
+    )
+    verb.add_argument("--jobs", type=_positive, default=1, metavar="N", help="worker processes for --run (default: 1)")
+    _results(verb)
+    _json(verb)
+    verb.set_defaults(run=_claims)
+
+    verb = verbs.add_parser(
+        "data", help="data sets: which are there, where, how many images, and their digests",
+        description="List the data sets that are known or lie where data are looked for (WIDTHBENCH_DATA or --data). With names, "
+        "read them whole: a damaged file is named, and the exit code is 1.",
+    )  # fmt: skip
+    verb.add_argument("datasets", nargs="*", metavar="DATASET", help="read only these, every image (default: list all)")
+    _json(verb)
+    verb.set_defaults(run=_data)
 
     verb = verbs.add_parser("report", help="write a suite's leaderboard and figures from finished cells")
     _suites(verb)
@@ -80,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--verify", action="store_true", help="certify anew, and show the errors of resizing all groups at once")
     _json(verb)
     verb.set_defaults(run=_doctor)
+    for verb in verbs.choices.values():
+        if verb.prog.split()[-1] != "doctor":
+            verb.add_argument("--data", metavar="DIR", help="where data sets lie (default: WIDTHBENCH_DATA, or the cache)")
     return parser
 
 
@@ -113,7 +141,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from widthbench import registry, sources, suites
+    from widthbench import recipes, registry, sources, suites
 
     found: dict[str, list[dict[str, Any]]] = {}
     bad: dict[str, str] = {}
@@ -134,7 +162,13 @@ def _list(args: argparse.Namespace) -> int:
             s = suites.load(name)
             found["suites"].append({"suite": name, "cells": len(s.cells()), "seeds": len(s.seeds), "title": s.title})
     if args.what in (None, "datasets"):
-        found["datasets"] = [{"dataset": n} for n in sources.names()]
+        found["datasets"] = [{"dataset": n, "where": (sources.locate(n) or ("not there",))[0]} for n in sources.names()]
+    if args.what in (None, "recipes"):
+        found["recipes"] = []
+        for name in recipes.names():
+            r = recipes.load(name)
+            reached = ", ".join(f"{k} {v:.2f} %" for k, v in r.reaches.items()) or "not measured here"
+            found["recipes"].append({"recipe": name, "epochs": f"{r.recipe.epochs:g}", "reaches": reached, "title": r.title})
     if args.json:
         print(json.dumps({**found, **({"broken": bad} if "techniques" in found else {})}, indent=1))
     else:
@@ -188,6 +222,73 @@ def _report(args: argparse.Namespace) -> int:
             for file in report.files:
                 print(f"wrote {file}")
     return 1 if failed else 0
+
+
+def _claims(args: argparse.Namespace) -> int:
+    from widthbench import claims
+    from widthbench.paths import require_writable, write_atomic
+    from widthbench.report.claims import page, rows_of
+
+    chosen = claims.choose(claims.load(), args.id)
+    require_writable(args.results)
+    if args.first:
+        _run_claims([claim for _, claim in chosen], args)
+    evidence = claims.Evidence(args.results)
+    judged = [(document, claim, claims.judge(claim, evidence)) for document, claim in chosen]
+    _show(rows_of(judged), args.json)
+    if not args.id:
+        write_atomic(args.results / "claims.md", page(judged))
+        if not args.json:
+            print(f"wrote {args.results / 'claims.md'}")
+    return 0
+
+
+def _run_claims(chosen: Sequence[Any], args: argparse.Namespace) -> None:
+    """Run what the claims rest on, and write the suites' results."""
+    from widthbench import claims, suites
+    from widthbench.engines import local
+    from widthbench.records import Store
+    from widthbench.report.build import build
+
+    wanted = claims.cells(chosen)
+    for name, cells in wanted.items():
+        suites.check(suites.load(name), cells)
+        local.run(cells, jobs=args.jobs, done=lambda r: print(f"{r.cell.id}: {r.status} {r.reason}", file=sys.stderr))
+        build(suites.load(name), args.results, Store())
+
+
+def _data(args: argparse.Namespace) -> int:
+    from widthbench import sources
+    from widthbench.paths import data_dir
+
+    rows: list[dict[str, Any]] = []
+    bad, missing = [], []
+    for name in args.datasets or sources.names():
+        place = sources.locate(name)
+        row = {"dataset": name, "where": place[0] if place else "not there", "layout": place[1] if place else ""}
+        row |= dict.fromkeys(("classes", "train", "test", "image", "digest"), "")
+        if not place:
+            missing.append(f"{name}: put {sources.wanted(name)}")
+        if place or args.datasets:
+            try:
+                source = sources.load(name)
+                if args.datasets:
+                    sources.verify(source)
+                row |= {
+                    "where": source.where, "layout": source.layout, "classes": str(source.classes),
+                    "train": f"{len(source.train):,}", "test": f"{len(source.test):,}", "image": source.image,
+                    "digest": source.digest if args.json else source.digest[:12],
+                }  # fmt: skip
+            except UsageError as error:
+                row["layout"] = "cannot be read"
+                bad.append(str(error))
+        rows.append(row)
+    _show(rows, args.json, f"data are looked for in {data_dir()}")
+    if not args.json and not args.datasets:
+        print("\n".join(missing))
+    for reason in bad:
+        print(f"widthbench: {reason}", file=sys.stderr)
+    return 1 if bad else 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

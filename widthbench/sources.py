@@ -155,6 +155,11 @@ class Source:
         return int(max(self.train.labels.max(), self.test.labels.max())) + 1
 
     @property
+    def image(self) -> str:
+        """``"3 x 32 x 32"``, or that sizes differ."""
+        return " x ".join(map(str, self.train.images.shape[1:])) if isinstance(self.train, Arrays) else "3 channels, files"
+
+    @property
     def channels(self) -> int:
         """Image channels."""
         return self.train.images.shape[1] if isinstance(self.train, Arrays) else 3
@@ -228,6 +233,18 @@ def _load(name: str, root: Path) -> Source:
     if name == "imagenet":
         raise UsageError(f"dataset 'imagenet' is not there: put {wanted(name)}, or set WIDTHBENCH_DATA or --data")
     raise UsageError(f"unknown dataset '{name}'{did_you_mean(name, names())}; for one of your own put {wanted(name)}")
+
+
+def verify(source: Source) -> None:
+    """Read every image of a data set that is not in memory already.
+
+    Raises:
+        UsageError: At the first damaged file; it is named.
+    """
+    for part in (source.train, source.test):
+        if isinstance(part, Files):
+            for index in range(len(part)):
+                part.open(index).close()
 
 
 def in_memory(name: str, where: str, layout: str, train: Arrays, test: Arrays) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -267,8 +268,12 @@ def parse(text: str, where: str) -> Suite:
         raise UsageError(f"{where}: {key + ': ' if key else ''}{problem}{given}") from error
 
 
-def check(suite: Suite) -> None:
+def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
     """Name what does not work before anything runs: every network is built, its groups are certified, its data are split.
+
+    Args:
+        suite: The suite.
+        chosen: Check only what these of its cells need; all if None.
 
     Raises:
         UsageError: On an unknown or refused technique, parameter, model, setting or data set, a budget out of a technique's
@@ -278,10 +283,13 @@ def check(suite: Suite) -> None:
     classes = {entry.id: registry.load(entry.id) for entry in suite.techniques}
     for entry in suite.techniques:
         build(classes[entry.id], entry.params)
+    cells = suite.cells() if chosen is None else chosen
     try:
         for dataset in suite.datasets:
             for network in suite.models:
-                cell = next(c for c in suite.cells() if c.dataset == dataset and c.model == network.name)
+                cell = next((c for c in cells if c.dataset == dataset and c.model == network.name), None)
+                if cell is None:
+                    continue
                 model = protocol.fresh_model(cell, 0)
                 if not cell.trains_base:
                     protocol.load_weights(cell, model)

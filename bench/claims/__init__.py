@@ -1,1 +1,1 @@
-"""The built-in suites, one TOML file each."""
+"""What the source documents claim, one TOML file each, and the checks that measure it."""

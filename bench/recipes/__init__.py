@@ -1,1 +1,1 @@
-"""The built-in suites, one TOML file each."""
+"""The built-in recipes, one TOML file each."""

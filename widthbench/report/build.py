@@ -52,7 +52,7 @@ def collect(suite: Suite, store: Store) -> list[Record]:
 
 
 def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True) -> Report:
-    """Write ``records.jsonl``, ``timings.jsonl``, ``leaderboard.md`` and the figures of a suite.
+    """Write ``records.jsonl``, ``timings.jsonl``, ``leaderboard.md``, ``paired.md`` (citable suites) and figures.
 
     Args:
         suite: The suite.
@@ -73,8 +73,12 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
     expected = len(suite.cells())
     write_atomic(folder / "leaderboard.md", tables.leaderboard(suite, records, timings, expected))
+    pages = [folder / "leaderboard.md"]
+    if suite.citable:
+        pages.append(folder / "paired.md")
+        write_atomic(pages[-1], tables.paired(suite, records))
     drawn = figures.write(records, folder / "figures", suite.title or suite.name)
-    files = [folder / "leaderboard.md", folder / "records.jsonl", folder / "timings.jsonl", *drawn]
+    files = [*pages, folder / "records.jsonl", folder / "timings.jsonl", *drawn]
     return Report(records, folder, files, tables.terminal(suite, records, expected))
 
 

@@ -67,6 +67,62 @@ def paired_p(a: Mapping[object, float], b: Mapping[object, float]) -> float | No
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A paired comparison of two rows over the bases that both have.
+
+    Attributes:
+        first: A row's name.
+        second: Another's.
+        mean: Mean of ``first - second``.
+        low: Lower end of its 95 % t-interval.
+        high: Upper end.
+        adjusted: p-value of the paired t-test after Holm's correction over all pairs.
+        n: Shared bases.
+    """
+
+    first: str
+    second: str
+    mean: float
+    low: float
+    high: float
+    adjusted: float
+    n: int
+
+    def verdict(self, level: float = 0.05) -> str:
+        """The row that is higher, or "tied"."""
+        if self.adjusted >= level or self.mean == 0:
+            return "tied"
+        return self.first if self.mean > 0 else self.second
+
+
+def interval(values: Sequence[float], level: float = 0.05) -> tuple[float, float]:
+    """The t-interval of the mean of at least two values; a point where they are all equal."""
+    mean = statistics.fmean(values)
+    half = float(stats.t.ppf(1 - level / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def differences(scores: Mapping[str, Mapping[object, float]]) -> list[Difference]:
+    """All pairs of rows that share at least ``LEAST`` bases, compared.
+
+    Args:
+        scores: For each row one score per base.
+    """
+    found = []
+    names = list(scores)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            if (p := paired_p(scores[a], scores[b])) is not None:
+                gaps = [scores[a][k] - scores[b][k] for k in scores[a] if k in scores[b]]
+                found.append((a, b, gaps, p))
+    adjusted = holm([p for *_, p in found])
+    return [
+        Difference(a, b, statistics.fmean(gaps), *interval(gaps), q, len(gaps))
+        for (a, b, gaps, _), q in zip(found, adjusted, strict=True)
+    ]
+
+
 def ranks(scores: Mapping[str, Mapping[object, float]], *, level: float = 0.05) -> dict[str, int] | None:
     """Ranks of rows by their mean, higher first, tied unless a paired difference says otherwise.
 

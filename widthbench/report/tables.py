@@ -9,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from widthbench.records import FINAL, Record, Stage
-from widthbench.report.statistics import Summary, ranks, summarise
+from widthbench.report.statistics import LEAST, Summary, differences, ranks, summarise
 from widthbench.suites import Suite
 
 ACCESS_ORDER = ("none", "unlabelled", "labelled", "training", "")
@@ -27,6 +27,12 @@ by the base's recipe; `scratch:X` trains the shape that X found from fresh weigh
 and fine-tuning took; `scratch-budget:X` for as many MACs. Where a technique spreads its budget uniformly, `scratch` and
 `uniform-width` train the same widths (with other draws, for other numbers of epochs); channels outside the suite's
 scope keep their width in every row."""
+
+
+PAIRED = """\
+Each row compares two rows of the [leaderboard](leaderboard.md) on the same base networks (seeds): the mean of the paired
+differences of test top-1 at the last stage, in points; its 95 % t-interval; the p-value of the paired t-test after Holm's
+correction over all pairs of this table; n; and which row is higher, "tied" where the corrected p-value is 0.05 or more."""
 
 
 @dataclass
@@ -50,6 +56,14 @@ class Line:
         """Top-1 at a stage (the last one if None); None if no record has it."""
         values = {k: row.top1 for k, r in self.done.items() if (row := r.row(stage)) is not None}
         return summarise(values) if values else None
+
+    def final(self) -> Summary | None:
+        """Top-1 after training of some kind; None where a suite trains nothing after the resize."""
+        return next((s for stage in FINAL if (s := self.summary(stage)) is not None), None)
+
+    def scores(self) -> dict[object, float]:
+        """Top-1 at the last stage by base."""
+        return {k: row.top1 for k, r in self.done.items() if (row := r.row()) is not None}
 
     def first(self) -> Record:
         """Any record: a finished one if there is one."""
@@ -92,6 +106,8 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
     parts = [f"# {suite.name}: {suite.title}" if suite.title else f"# {suite.name}", ""]
     if not suite.citable:
         parts += ["**A smoke suite: not for citation.** Few seeds, small data; no ranks are given.", ""]
+    if suite.citable:
+        parts += ["Paired differences of all rows: [paired.md](paired.md).", ""]
     state = f"{done} of {expected} cells done"
     for status in ("skipped", "failed"):
         if count := sum(r.status == status for r in records):
@@ -119,15 +135,16 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
             rows.append([f"{line.label}", _access(line), line.budget or "–", f"{r.status}", *[""] * 9])
             continue
         macs, params = _mean(line, "macs"), _mean(line, "params")
-        final = line.summary(None)
+        final = line.final()
+        place = f" ({places[line.label, line.budget]})" if (line.label, line.budget) in places else ""
         rows.append(
             [
                 line.label + _flags(line),
                 _access(line),
                 line.budget or "–",
                 _text(line.summary("resized")),
-                _text(line.summary("recalibrated")),
-                f"**{_text(final)}**" + (f" ({places[line.label, line.budget]})" if places.get((line.label, line.budget)) else ""),
+                _text(line.summary("recalibrated")) + ("" if final else place),
+                f"**{_text(final)}**{place}" if final else "",
                 _count(params),
                 _count(macs),
                 f"{_ratio(r.base_params, params)}x",
@@ -145,6 +162,29 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
     return tabulate(rows, headers=headers, tablefmt="pipe", colalign=text, disable_numparse=True)
 
 
+def paired(suite: Suite, records: Sequence[Record]) -> str:
+    """The markdown page of paired differences between all rows of each network and budget, controls included."""
+    parts = [f"# {suite.name}: paired differences", "", PAIRED, ""]
+    grouped: dict[tuple[str, str, str | None], list[Line]] = {}
+    for line in lines(records):
+        if line.done and line.budget:
+            grouped.setdefault((line.dataset, line.model, line.budget), []).append(line)
+    for (dataset, model, budget), block in grouped.items():
+        parts += [f"## {model} on {dataset}, {budget}", ""]
+        compared = differences({line.label: line.scores() for line in block})
+        if not compared:
+            parts += [f"Fewer than {LEAST} shared bases: nothing is compared.", ""]
+            continue
+        rows = [
+            [f"{d.first} - {d.second}", f"{d.mean:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}", f"{d.adjusted:.2g}", d.n, d.verdict()]
+            for d in compared
+        ]
+        headers = ["difference of test top-1", "mean", "95 % interval", "p, Holm", "n", "which is higher"]
+        align = ("left", "right", "right", "right", "right", "left")
+        parts += [tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True), ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
 def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
     """The short table that a terminal shows at the end of a run."""
     rows: list[list[Any]] = []
@@ -153,7 +193,7 @@ def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
             rows.append([line.model, line.label, line.budget or "–", line.first().status, "", "", ""])
             continue
         cost = f"{_count(_mean(line, 'params'))} / {_count(_mean(line, 'macs'))}"
-        after, final = _text(line.summary("resized")), _text(line.summary(None))
+        after, final = _text(line.summary("resized")), _text(line.final())
         rows.append([line.model, line.label + _flags(line), line.budget or "–", after, final, cost, len(line.done)])
     headers = ["model", "technique", "budget", "top-1 % resized", "fine-tuned / trained", "params / MACs", "n"]
     done = sum(r.status == "done" for r in records)
@@ -167,10 +207,7 @@ def _ranks(block: Sequence[Line]) -> dict[tuple[str, str | None], str]:
     found: dict[tuple[str, str | None], str] = {}
     for budget in {line.budget for line in block if line.budget}:
         rows = {ln.label: ln for ln in block if ln.budget == budget and not ln.control}
-        scores = {
-            label: {k: row.top1 for k, r in ln.done.items() if (row := r.row()) is not None and row.stage in FINAL}
-            for label, ln in rows.items()
-        }
+        scores = {label: ln.scores() for label, ln in rows.items() if ln.done}
         for label, rank in (ranks(scores) or {}).items():
             found[label, budget] = str(rank)
     return found
@@ -183,7 +220,8 @@ def _access(line: Line) -> str:
 def _flags(line: Line) -> str:
     records = line.done.values()
     missed = " †" if any(not r.met for r in records) else ""
-    return missed + (" ‡" if any(r.coupled for r in records) else "")
+    at_floor = " §" if any(r.floor for r in records) else ""
+    return missed + (" ‡" if any(r.coupled for r in records) else "") + at_floor
 
 
 def _text(summary: Summary | None) -> str:
@@ -210,6 +248,8 @@ def _cost(line: Line) -> str:
     """Everything spent over the cost of the base network's training, ``"1.08x"``."""
     shares = {}
     for k, r in line.done.items():
+        if r.provenance.get("checkpoint"):  # what published weights cost is unknown
+            continue
         total = sum(s.forward_macs + s.backward_macs for s in r.spent.values())
         epochs = r.cell.base.epochs
         base = r.spent["base"]
@@ -243,11 +283,15 @@ def shape_of(record: Record) -> str:
 
 def _problems(records: Sequence[Record]) -> list[str]:
     parts = []
-    flagged = [r for r in records if r.status == "done" and (not r.met or r.coupled)]
+    flagged = [r for r in records if r.status == "done" and (not r.met or r.coupled or r.floor)]
     if any(not r.met for r in flagged):
         parts.append("† leaves more than 5 % of its budget unused.")
     if any(r.coupled for r in flagged):
         parts.append("‡ resizes channels under a norm across channels (grade *coupled*).")
+    if any(r.floor for r in flagged):
+        parts.append("§ the budget lies below the feasible floor (one channel per block of each group) and was run at the floor.")
+    if any(r.provenance.get("val_seen") for r in records if r.status == "done"):
+        parts.append("Base networks from published weights may have seen this suite's val split in their training (`val_seen`).")
     bad = [r for r in records if r.status != "done"]
     if bad:
         parts += ["", "## Cells without a result", ""]

@@ -1,0 +1,101 @@
+"""The page of claims: reported against measured, with verdicts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from widthbench.claims import VERDICTS, Claim, Document, Judged, overall
+
+NOTES = """\
+Each row is one number or one statement of a source document, with what was measured here and a verdict by a rule that was
+committed before the run that it judges ([bench/claims](../bench/claims)). *Value*: within the tolerance of the reported number
+(the same weights ±0.01 points; ImageNet ±0.3; own base networks ±1.0, gains ±3.0). *Order*: the paired difference over at least
+five base networks has a 95 % t-interval beyond the bound. *Ratio*: the median of paired runs. *Property*: every value within
+the bound. *Proxy scale*: smaller work than the document's; the direction is shown, and it is never called reproduced. *Not run*
+names what it needs. Measured: mean ± sample standard deviation over n distinct base networks, from the committed records named
+beside it."""
+
+
+def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
+    """The markdown page of all claims.
+
+    Args:
+        judged: Documents and claims with their judged rows, in order.
+    """
+    counted = Counter(overall(rows) for _, _, rows in judged)
+    state = ", ".join(f"{counted[v]} {v}" for v in VERDICTS if counted[v])
+    parts = ["# Claims", "", f"{len(judged)} claims: {state}.", "", NOTES, ""]
+    last = None
+    for document, claim, rows in judged:
+        if document.document != last:
+            last = document.document
+            parts += [f"## {document.document}: {document.title}", ""]
+        parts += [f"### {claim.id}: {overall(rows)}", "", claim.text, ""]
+        if claim.note:
+            parts += [claim.note, ""]
+        if {j.verdict for j in rows} == {"not run"}:
+            parts += [f"Needs: {claim.needs}.", ""]
+        body = [[_cell(j.row.what), _reported(j), _measured(j), f"**{j.verdict}**", _cell(_why(j)), _records(j)] for j in rows]
+        headers = ["what", "reported", "measured", "verdict", "rule", "records"]
+        align = ("left", "right", "right", "left", "left", "left")
+        parts += [tabulate(body, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True), ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def rows_of(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> list[dict[str, str]]:
+    """The rows as plain text, for a terminal or JSON."""
+    return [
+        {
+            "claim": claim.id, "what": j.row.what, "reported": _reported(j), "measured": _measured(j), "verdict": j.verdict,
+            "why": _why(j) if j.verdict != "not run" else f"needs {claim.needs}",
+        }
+        for _, claim, rows in judged
+        for j in rows
+    ]  # fmt: skip
+
+
+def _reported(judged: Judged) -> str:
+    row = judged.row
+    if row.reported is not None:
+        return _number(row.reported, row.unit)
+    return "–"
+
+
+def _measured(judged: Judged) -> str:
+    found = judged.measured
+    if found is None:
+        return "–"
+    spread = "" if found.std is None else f" ± {found.std:.2f}"
+    small = found.mean and abs(found.mean) < 0.01
+    value = f"{found.mean:.2e}" if small else f"{found.mean:.2f}"
+    return f"{value}{spread}{_unit(judged.row.unit)} (n={found.n})"
+
+
+def _why(judged: Judged) -> str:
+    row = judged.row
+    if judged.detail and judged.verdict != "not run":
+        return judged.detail
+    if row.kind in ("value", "gain"):
+        return f"±{row.tolerance:g}"
+    return f"{row.kind}, {row.direction} {row.bound or 0:g}"
+
+
+def _records(judged: Judged) -> str:
+    keys = [f"`{key[:8]}`" for key in judged.records]
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return ", ".join(keys[:4]) + more
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.2f}".removesuffix(".00") + _unit(unit) if unit != "%" else f"{value:.2f}%"
+
+
+def _unit(unit: str) -> str:
+    return f" {unit}" if unit and unit != "%" else unit
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
