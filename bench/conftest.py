@@ -1,4 +1,4 @@
-"""`pytest bench`: suites as test items, cells of one base network on one worker, a report at the end."""
+"""`pytest bench`: suites and claims as test items, cells of one base network on one worker, a report at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from widthbench import suites
+from widthbench import claims, suites
 from widthbench.errors import UsageError
 from widthbench.paths import require_writable
 
@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="suite name or TOML path, repeatable, or 'all' (default: digits)",
     )
     group.addoption("--results", metavar="DIR", help="where results go (default: results/ beside bench/)")
+    group.addoption("--data", metavar="DIR", help="where data sets lie (default: WIDTHBENCH_DATA, or the cache)")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,13 +41,16 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): items that one worker runs")
+    if folder := config.getoption("--data"):
+        os.environ["WIDTHBENCH_DATA"] = folder  # workers inherit it
     names = config.getoption("--suite") or ["digits"]
     try:
         chosen = [suites.load(n) for n in (suites.names() if "all" in names else dict.fromkeys(names))]
         if not WORKER:
             require_writable(_results(config))
-            for suite in chosen:  # what does not work is named before anything runs
-                suites.check(suite)
+            if any("test_claims" not in str(arg) for arg in config.args):
+                for suite in chosen:  # what does not work is named before anything runs
+                    suites.check(suite)
     except UsageError as error:
         pytest.exit(str(error), returncode=2)
     config.stash[SUITES] = chosen
@@ -56,7 +60,15 @@ def _results(config: pytest.Config) -> Path:
     return Path(config.getoption("--results") or Path(__file__).resolve().parent.parent / "results")
 
 
+@pytest.fixture(scope="session")
+def evidence(request: pytest.FixtureRequest) -> claims.Evidence:
+    return claims.Evidence(_results(request.config))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "claim" in metafunc.fixturenames:
+        found = claims.choose(claims.load())
+        metafunc.parametrize("claim", [pytest.param(claim, id=claim.id) for _, claim in found])
     if "cell" not in metafunc.fixturenames:
         return
     seen = {}
@@ -68,8 +80,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    ran = any(terminalreporter.stats.get(k) for k in ("passed", "failed", "skipped"))
-    if WORKER or config.option.collectonly or not ran:
+    items = [r.nodeid for k in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(k, [])]
+    if WORKER or config.option.collectonly or not items:
         return
     if exitstatus == pytest.ExitCode.INTERRUPTED:
         terminalreporter.write_line("interrupted: finished cells are kept, run again for the rest and for the report")
@@ -77,7 +89,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     from widthbench.records import Store
     from widthbench.report.build import build
 
-    for suite in config.stash[SUITES]:
+    for suite in config.stash[SUITES] if any("test_comparisons" in i for i in items) else ():
         try:
             report = build(suite, _results(config), Store())
         except UsageError as error:
@@ -89,3 +101,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         for file in report.files:
             shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
             terminalreporter.write_line(f"wrote {shown}")
+    if any("test_claims" in i for i in items):
+        _show_claims(terminalreporter, _results(config))
+
+
+def _show_claims(terminalreporter: pytest.TerminalReporter, results: Path) -> None:
+    """Count the verdicts, and write the page of claims."""
+    from widthbench.paths import write_atomic
+    from widthbench.report.claims import page
+
+    found = claims.Evidence(results)
+    try:
+        judged = [(d, c, claims.judge(c, found)) for d, c in claims.choose(claims.load())]
+    except UsageError as error:
+        terminalreporter.write_line(str(error))
+        return
+    terminalreporter.section("claims")
+    for verdict in claims.VERDICTS:
+        ids = [c.id for _, c, rows in judged if claims.overall(rows) == verdict]
+        if ids:
+            terminalreporter.write_line(f"{verdict}: {', '.join(ids)}")
+    write_atomic(results / "claims.md", page(judged))
+    terminalreporter.write_line(f"wrote {results / 'claims.md'}")

@@ -3,8 +3,12 @@ import timm
 import torch
 from torch import nn
 
-from widthbench import models
+import widthbench
+from widthbench import data, models, sources, weights
 from widthbench.errors import UsageError
+from widthbench.measure import accuracy
+from widthbench.width.certify import find_groups
+from widthbench.width.cost import count_macs
 
 
 @pytest.mark.parametrize(
@@ -72,3 +76,88 @@ def test_unknown_networks_get_a_suggestion(name, message):
 def test_settings_that_a_network_refuses_are_named():
     with pytest.raises(UsageError, match=r"model 'lenet5' refuses 10 classes, 1 x 28 x 28 px: .*depth"):
         models.create("lenet5", classes=10, channels=1, size=28, depth=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "params"),
+    [
+        ("vgg16_cifar", 313.2, 14_724_042),  # Li et al. 2017: 313 M
+        ("resnet20_cifar", 40.6, 269_722),  # He et al. 2016: 0.27 M parameters
+        ("resnet56_cifar", 125.5, 853_018),  # 0.85 M; Li et al. 2017: 125 M
+        ("mobilenetv1_100_cifar", 46.4, 3_217_226),  # the neuron merging document: 3.2 M
+        ("mobilenetv2_100_cifar", 88.0, 2_236_682),
+    ],
+)
+def test_networks_for_32_px_have_the_published_size(name, macs, params):
+    model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == params
+    assert count_macs(model.eval(), torch.randn(1, 3, 32, 32)) / 1e6 == pytest.approx(macs, abs=0.06)
+    assert models.native(name) == (3, 32, 32, 10)
+
+
+@pytest.mark.parametrize(("name", "side"), [("mobilenetv1_100_cifar", 2), ("mobilenetv2_100_cifar", 4)])
+def test_32_px_mobilenets_keep_timms_tensors_and_more_resolution(name, side):
+    model, plain = timm.create_model(name), timm.create_model(name.removesuffix("_cifar"), num_classes=10)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    assert model.forward_features(torch.randn(2, 3, 32, 32)).shape[-2:] == (side, side)
+
+
+def test_shortcuts_a_and_b():
+    a, b = timm.create_model("resnet20_cifar"), timm.create_model("resnet20_cifar", shortcut="B")
+    assert sum(p.numel() for p in b.parameters()) - sum(p.numel() for p in a.parameters()) == 16 * 32 + 64 + 32 * 64 + 128
+    x = torch.randn(1, 16, 8, 8)
+    out = a.layer2[0].shortcut(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert float(out[:, :8].abs().sum() + out[:, 24:].abs().sum()) == 0
+    with pytest.raises(UsageError, match="shortcut must be 'A' or 'B', not 'C'"):
+        models.create("resnet20_cifar", classes=10, channels=3, size=32, shortcut="C")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tanh", nn.Tanh), ("softsign", nn.Softsign), ("elu", nn.ELU), ("selu", nn.SELU), ("leaky_relu", nn.LeakyReLU),
+        ("hardswish", nn.Hardswish), ("ReLU", nn.ReLU), ("gelu", nn.GELU),
+    ],
+)  # fmt: skip
+def test_activations_go_by_name(name, kind):
+    found = [m for m in timm.create_model("vgg16_cifar", act_layer=name).modules() if isinstance(m, kind)]
+    assert len(found) == 13
+    assert len({id(m) for m in found}) == 13
+
+
+def test_unknown_activations_suggest_others():
+    with pytest.raises(UsageError, match="unknown activation 'tanhh'; did you mean 'tanh'"):
+        models.create("vgg16_cifar", classes=10, channels=3, size=32, act_layer="tanhh")
+
+
+@pytest.mark.parametrize("name", ["vgg16_cifar", "resnet20_cifar", "mobilenetv1_100_cifar", "mobilenetv2_100_cifar"])
+def test_networks_for_32_px_are_resized_on_proven_groups(name):
+    model = models.create(name, classes=10, channels=3, size=32)
+    x = torch.randn(1, 3, 32, 32)
+    groups = find_groups(model, x).select("inner")
+    assert len(groups) >= 9
+    assert all(g.grade == "exact" for g in groups.values())
+    small = widthbench.apply("l1-norm", model, budget="channels:0.5", example_input=x)
+    assert count_macs(small, x) < 0.7 * count_macs(model, x)
+
+
+PUBLIC = [
+    ("resnet20_cifar", "resnet20-cifar10", "cifar10", 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 91.73),
+    ("resnet56_cifar", "resnet56-cifar10", "cifar10", 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 93.39),
+    ("lenet_300_100", "lenet_300_100-fashionmnist", "fashionmnist", 28, (0.5,), (0.5,), 89.80),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "dataset", "size", "mean", "std", "published"), PUBLIC, ids=[p[0] for p in PUBLIC])
+def test_public_weights_score_exactly_what_was_published(name, file, dataset, size, mean, std, published):
+    if sources.locate(dataset) is None:
+        pytest.skip(f"{dataset} is not in WIDTHBENCH_DATA")
+    try:
+        path = weights.find(file)
+    except UsageError:
+        pytest.skip(f"{file}.safetensors is not in WIDTHBENCH_WEIGHTS")
+    split = data.load(dataset, size, val=0, mean=mean, std=std)
+    model = models.create(name, classes=10, channels=split.channels, size=size)
+    weights.load_into(model, path)
+    assert round(accuracy(model, split.test).top1, 2) == published

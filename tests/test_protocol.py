@@ -3,15 +3,18 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from widthbench import data, protocol, registry
+from widthbench import data, models, protocol, registry, training, weights
 from widthbench.errors import UsageError
 from widthbench.measure import accuracy
+from widthbench.paths import cache_dir
 from widthbench.protocol import base_key, cell_key, obtain_base, run_cell
 from widthbench.provenance import source_digest
 from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
 from widthbench.technique import Outcome, Technique
+from widthbench.training import fit
 from widthbench.width import keep
 
 BASE, TUNE = Recipe(epochs=2, lr=0.05), Recipe(epochs=1, lr=0.01)
@@ -303,3 +306,102 @@ def test_an_interrupted_cell_leaves_nothing_and_a_rerun_does_the_rest(store, mon
     monkeypatch.setattr(protocol, "adapt", real)
     assert store.get(cell_key(cell())).status == "done"
     assert run_cell(other, store).status == "done"
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A weights folder with a trained LeNet-300-100 for digits, normalised with 0.5 and 0.5."""
+    monkeypatch.setenv("WIDTHBENCH_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    split = data.load("digits", 8, mean=(0.5,), std=(0.5,))
+    model = models.create("lenet_300_100", classes=10, channels=1, size=8)
+    fit(model, split.train, BASE, macs=1)
+    save_file(model.state_dict(), tmp_path / "weights" / "public.safetensors")
+    return accuracy(model, split.test).top1
+
+
+def test_a_checkpoint_is_the_base_of_all_its_cells_and_says_so(store, published):
+    where = {"checkpoint": "public", "mean": (0.5,), "std": (0.5,), "finetune": Recipe(epochs=0, lr=0.1)}
+    base = run_cell(cell(technique="base", budget=None, **where), store)
+    assert base.status == "done", base.trace
+    assert base.row("base").top1 == published
+    pruned = run_cell(cell(**where), store)
+    assert [r.stage for r in pruned.rows] == ["resized", "recalibrated"]
+    for record in (base, pruned):
+        assert record.provenance["val_seen"] is True
+        assert record.provenance["checkpoint"] == record.provenance["base_digest"] == weights.digest(weights.find("public"))
+        assert record.spent["base"].forward_macs == 0
+
+
+def test_another_file_under_the_same_name_is_another_base(store, published, tmp_path):
+    one = cell(checkpoint="public", sha256=None)
+    before = cell_key(one)
+    save_file(
+        models.create("lenet_300_100", classes=10, channels=1, size=8).state_dict(), tmp_path / "weights" / "public.safetensors"
+    )
+    assert cell_key(one) != before
+    wrong = run_cell(cell(checkpoint="public", sha256="0" * 12), store)
+    assert (wrong.status, "it is another file" in wrong.reason) == ("failed", True)
+
+
+def test_scratch_of_a_checkpoint_trains_by_the_bases_recipe(store, published):
+    record = run_cell(cell(technique="scratch", of="l1-norm", checkpoint="public"), store)
+    assert record.status == "done", record.trace
+    assert record.spent["adaptation"].epochs == pytest.approx(BASE.epochs + TUNE.epochs, abs=0.1)
+
+
+def test_scratch_budget_can_be_held_to_a_multiple_of_the_bases_epochs(store):
+    free, held = (run_cell(cell(technique="scratch-budget", of="l1-norm", budget="macs:0.25", longest=n), store) for n in (None, 2))
+    assert free.spent["adaptation"].epochs > 8
+    assert held.spent["adaptation"].epochs == pytest.approx(4, abs=0.1)
+
+
+@pytest.mark.parametrize("technique", ["l1-norm", "uniform-width", "random-channels"])
+def test_budgets_below_the_floor_are_run_at_it_where_the_suite_says_so(store, technique):
+    small = {"technique": technique, "budget": "macs:0.0001", "base": BASE, "finetune": TUNE}
+    assert run_cell(cell(**small), store).status == "skipped"
+    record = run_cell(cell(**small, floor=True), store)
+    assert (record.status, record.floor) == ("done", True), record.reason
+    assert set(record.widths.values()) == {1}
+    assert record.met
+    assert run_cell(cell(technique=technique, floor=True), store).floor is False
+
+
+def test_nothing_held_out_trains_on_everything_and_leaves_val_scores_empty(store):
+    record = run_cell(cell(technique="base", budget=None, val=0), store)
+    row = record.row("base")
+    assert (row.val_top1, row.val_loss) == (None, None)
+    assert record.spent["base"].forward_macs == 2 * record.macs * 1347
+    task = protocol.task_of(cell(val=0), obtain_base(cell(val=0)), registry.create("l1-norm"))
+    with pytest.raises(UsageError, match=r"holds nothing of 'digits' out \(val = 0\)"):
+        next(task.val.batches(4))
+
+
+def test_a_killed_cell_goes_on_where_its_training_stopped(store, monkeypatch):
+    monkeypatch.setattr(training, "STATE_EVERY_S", 0)
+    one = cell(technique="base", budget=None, base=BASE.model_copy(update={"epochs": 4}))
+    seen = []
+
+    def progress(steps, /, *, desc):
+        for epoch in steps:
+            seen.append(epoch)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            yield epoch
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(one, store, progress=progress)
+    state = cache_dir() / "training" / f"{base_key(one)}.state"
+    assert state.is_file()
+    record = run_cell(one, store, progress=progress)
+    assert seen == [0, 1, 2, 2, 3]
+    assert not state.exists()
+    assert record.spent["base"].epochs == 4
+
+
+def test_cells_ask_for_deterministic_algorithms_and_leave_the_setting_as_it_was():
+    with protocol.pinned(cell()):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    with protocol.pinned(cell(deterministic=False)):
+        assert not torch.are_deterministic_algorithms_enabled()

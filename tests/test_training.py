@@ -11,7 +11,7 @@ from widthbench import data, models
 from widthbench.errors import UsageError
 from widthbench.measure import accuracy
 from widthbench.recipe import Recipe
-from widthbench.training import batch_norms, fit, recalibrate, steps_of
+from widthbench.training import Resume, batch_norms, fit, recalibrate, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,73 @@ def test_recalibration_gives_the_statistics_of_the_training_data(digits):
 def test_recalibration_without_batch_norm_is_free(digits):
     assert recalibrate(small(), digits.train, samples=100, macs=7).forward_macs == 0
     assert isinstance(zoo.Plain().bn2, nn.BatchNorm2d)
+
+
+class Killed(Exception):
+    pass
+
+
+def trained(digits, path, stop_after=None, **changes):
+    """A network trained with a state after every epoch; "killed" after an epoch if that is asked for."""
+    recipe = Recipe(**{"epochs": 5, "batch_size": 64, "lr": 0.02, "crop": 1, "warmup_epochs": 1, **changes})
+    model = models.create("test_resnet", classes=10, channels=1, size=8)
+    model.add_module("drop", nn.Dropout(0.1))  # draws on the global generator
+    plain = type(model).forward
+    model.forward = lambda x: model.drop(plain(model, x))
+
+    def after(epoch):
+        if epoch == stop_after:
+            raise Killed
+
+    spent = fit(model, digits.train, recipe, macs=1, seed=4, after_epoch=after, resume=Resume(path, every_s=0))
+    return model, spent
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(digits, tmp_path):
+    whole, spent = trained(digits, tmp_path / "whole")
+    for epoch in (1, 3, 4):
+        with pytest.raises(Killed):
+            trained(digits, tmp_path / "killed", stop_after=epoch)
+        assert (tmp_path / "killed").is_file()
+    resumed, again = trained(digits, tmp_path / "killed")
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert (again.epochs, again.forward_macs) == (spent.epochs, spent.forward_macs)
+    assert again.seconds > spent.seconds / 10
+
+
+def test_states_that_are_damaged_or_of_another_run_are_named_and_not_used(digits, tmp_path):
+    whole, _ = trained(digits, tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained(digits, tmp_path / "a", stop_after=2)
+    content = bytearray((tmp_path / "a").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"training state .*a is of no use \(its digest does not match\)"):
+        again, _ = trained(digits, tmp_path / "a")
+    assert torch.equal(again.fc.weight, whole.fc.weight)
+    with pytest.raises(Killed):
+        trained(digits, tmp_path / "b", stop_after=2, lr=0.03)
+    with pytest.warns(UserWarning, match="belongs to another recipe"):
+        again, _ = trained(digits, tmp_path / "b")
+    assert torch.equal(again.fc.weight, whole.fc.weight)
+
+
+def test_augmented_training_learns_and_changes_what_is_seen(digits):
+    a, b = small("lenet5", 16), small("lenet5", 16)
+    split = data.load("digits", 16)
+    fit(a, split.train, Recipe(epochs=3, lr=0.05), macs=1)
+    fit(b, split.train, Recipe(epochs=3, lr=0.05, crop=1), macs=1)
+    assert not torch.equal(a.conv1.weight, b.conv1.weight)
+    assert accuracy(b, split.test).top1 > 80
+
+
+@pytest.mark.parametrize("name", ["lenet5", "test_resnet"])
+def test_accuracy_is_the_same_at_any_batch_size(name):
+    split = data.load("digits", 16)
+    model = small(name, 16)
+    fit(model, split.train, Recipe(epochs=1, lr=0.05), macs=1)
+    scores = [accuracy(model, split.test, batch_size=size) for size in (1, 7, 64, 450, 1000)]
+    assert {s.top1 for s in scores} == {scores[0].top1}
+    assert {s.samples for s in scores} == {450}
+    assert max(s.loss for s in scores) - min(s.loss for s in scores) < 1e-6

@@ -249,8 +249,10 @@ def _read_weights(path: Path, model: nn.Module) -> Spent | None:
 
 def score(model: nn.Module, split: data.Data, stage: Stage) -> Row:
     """Test and val scores of a network."""
-    test = accuracy(model, split.test)
-    val = accuracy(model, split.val) if len(split.val) else None
+    small = isinstance(split.test, data.ImageSamples)
+    size = 512 if small else 64  # large images would fill the memory
+    test = accuracy(model, split.test, batch_size=size)
+    val = accuracy(model, split.val, batch_size=size) if len(split.val) else None
     return Row(
         stage=stage, top1=test.top1, top5=test.top5, loss=test.loss, samples=test.samples,
         val_top1=val.top1 if val else None, val_loss=val.loss if val else None,

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from widthbench.paths import write_atomic
 from widthbench.randomness import seeded
 from widthbench.recipe import Recipe, Spent
 from widthbench.task import Progress, Samples
+
+STATE_EVERY_S = 10.0  # writing a state costs far less than what is lost without it
 
 
 def steps_of(recipe: Recipe, samples: int) -> tuple[int, int]:
@@ -154,7 +156,7 @@ class Resume:
     """
 
     path: Path
-    every_s: float = 10.0
+    every_s: float = field(default_factory=lambda: STATE_EVERY_S)
 
     def __post_init__(self) -> None:
         self._last = time.perf_counter()

@@ -1,0 +1,267 @@
+import csv
+import gzip
+import shutil
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from widthbench import data, sources
+from widthbench.errors import UsageError
+from widthbench.recipe import Recipe
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch, fresh_cache):
+    monkeypatch.setenv("WIDTHBENCH_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def picture(label, index, size=(20, 20)):
+    generator = np.random.default_rng(1000 * label + index)
+    return Image.fromarray(generator.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def folder(
+    root, name="own", *, suffix=".png", classes=("ant", "bee", "cat"), train=6, test=3, size=(20, 20), parts=("train", "test")
+):
+    for part, count in zip(parts, (train, test), strict=True):
+        for label, one in enumerate(classes):
+            (root / name / part / one).mkdir(parents=True)
+            for index in range(count):
+                shape = size(index) if callable(size) else size
+                options = {"lossless": True} if suffix == ".webp" else {}
+                picture(label, index + 100 * (part != "train"), shape).save(
+                    root / name / part / one / f"{index}{suffix}", **options
+                )
+    return root / name
+
+
+def to_tars(place):
+    for part in [p for p in place.iterdir() if p.is_dir()]:
+        with tarfile.open(place / f"{part.name}.tar", "w") as tar:
+            for file in sorted(part.rglob("*.*")):
+                tar.add(file, file.relative_to(part))
+        shutil.rmtree(part)
+
+
+def idx(root, cls="MNIST", train=40, test=20, zipped=False):
+    raw = root / cls / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for stem, count in (("train", train), ("t10k", test)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        content = {
+            f"{stem}-images-idx3-ubyte": struct.pack(">IIII", 0x803, count, 28, 28) + images.tobytes(),
+            f"{stem}-labels-idx1-ubyte": struct.pack(">II", 0x801, count) + labels.tobytes(),
+        }
+        for name, blob in content.items():
+            if zipped:
+                (raw / f"{name}.gz").write_bytes(gzip.compress(blob))
+            else:
+                (raw / name).write_bytes(blob)
+    return raw
+
+
+@pytest.mark.parametrize("cls", ["MNIST", "FashionMNIST"])
+def test_idx_files_are_read_through_torchvision(root, cls):
+    idx(root, cls)
+    source = sources.load(cls.lower())
+    assert (source.train.images.shape, source.test.images.shape) == ((40, 1, 28, 28), (20, 1, 28, 28))
+    assert (source.classes, source.channels, source.layout) == (10, 1, "idx files")
+    assert source.train.labels.tolist() == [n % 10 for n in range(40)]
+    assert len(source.digest) == 64
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_truncated_idx_file_is_named(root, name):
+    file = idx(root) / name
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(UsageError, match=f"dataset 'mnist': damaged file .*{name}"):
+        sources.load("mnist")
+
+
+def test_a_set_that_is_not_there_and_cannot_be_downloaded_says_what_to_put_where(root, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", offline)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    with pytest.raises(
+        UsageError, match=r"'mnist' is not there and could not be downloaded .*train-images-idx3-ubyte.*MNIST/raw.*WIDTHBENCH_DATA"
+    ):
+        sources.load("mnist")
+    with pytest.raises(UsageError, match=r"'cifar100'.*cifar-100-python.tar.gz.*train.tar and test.tar"):
+        sources.load("cifar100")
+    with pytest.raises(UsageError, match=r"'imagenet' is not there: put train and val folders"):
+        sources.load("imagenet")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+def test_folders_and_tars_of_small_images_give_the_same_arrays(root, suffix):
+    place = folder(root, suffix=suffix)
+    folders = sources.load("own")
+    to_tars(place)
+    sources._load.cache_clear()
+    tars = sources.load("own")
+    assert (folders.layout, tars.layout) == ("folders", "tars")
+    assert (folders.classes, folders.channels, len(folders.train), len(folders.test)) == (3, 3, 18, 9)
+    # a tar's own order may differ from the folder's: compare as sets
+    for a, b in ((folders.train, tars.train), (folders.test, tars.test)):
+        pairs = [sorted((bytes(x.numpy()), int(y)) for x, y in zip(p.images, p.labels, strict=True)) for p in (a, b)]
+        assert pairs[0] == pairs[1]
+    if suffix != ".jpg":
+        want = torch.tensor(np.asarray(picture(1, 0))).permute(2, 0, 1)
+        assert any(torch.equal(want, x) for x, y in zip(folders.train.images, folders.train.labels, strict=True) if y == 1)
+
+
+def test_decoded_images_are_kept_and_a_changed_folder_is_read_anew(root, monkeypatch):
+    place = folder(root)
+    first = sources.load("own")
+    sources._load.cache_clear()
+    real, opened = sources.Files.open, []
+    monkeypatch.setattr(sources.Files, "open", lambda self, *a: opened.append(a) or real(self, *a))
+    assert sources.load("own").digest == first.digest
+    assert len(opened) < 5
+    picture(0, 77).save(place / "train" / "ant" / "more.png")
+    sources._load.cache_clear()
+    again = sources.load("own")
+    assert (len(again.train), again.digest != first.digest) == (19, True)
+
+
+@pytest.mark.parametrize("size", [(20, 20), (90, 70)])
+def test_a_damaged_image_is_named(root, size):
+    file = folder(root, size=size) / "train" / "bee" / "3.png"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UsageError, match=r"damaged file .*train/bee/3.png"):
+        sources.verify(sources.load("own"))
+
+
+def test_a_damaged_image_in_a_tar_is_named(root):
+    place = folder(root)
+    (place / "test" / "cat" / "1.png").write_bytes(b"no image")
+    to_tars(place)
+    with pytest.raises(UsageError, match=r"damaged file .*test.tar:.*cat/1.png"):
+        sources.load("own")
+
+
+def test_parts_must_have_the_same_classes(root):
+    place = folder(root)
+    shutil.rmtree(place / "test" / "bee")
+    with pytest.raises(UsageError, match=r"test has no images of class 'bee'.*which .*train has"):
+        sources.load("own")
+
+
+@pytest.mark.parametrize("name", ["../own", "/etc", "a/b", ""])
+def test_names_do_not_leave_the_folder(root, name):
+    folder(root)
+    with pytest.raises(UsageError, match=r"dataset name|unknown dataset"):
+        sources.load(name)
+
+
+def test_an_unknown_name_suggests_what_there_is(root):
+    folder(root, "flowers")
+    with pytest.raises(UsageError, match=r"unknown dataset 'flower'; did you mean 'flowers'.*put train and test"):
+        sources.load("flower")
+    assert "flowers" in sources.names()
+
+
+LARGE = {"size": lambda index: (90 + index, 80), "suffix": ".jpg"}
+
+
+def test_imagenet_in_all_layouts_has_the_same_images_and_labels(root):
+    place = folder(root, "imagenet", classes=("n01", "n02", "n03"), parts=("train", "val"), **LARGE)
+    seen = {}
+
+    def look(layout):
+        sources._load.cache_clear()
+        source = sources.load("imagenet")
+        seen[layout] = [
+            sorted((int(part.labels[i]), bytes(np.asarray(part.open(i)))) for i in range(len(part)))
+            for part in (source.train, source.test)
+        ]
+
+    look("class folders")
+    competition = root / "imagenet" / "ILSVRC" / "Data" / "CLS-LOC"
+    competition.mkdir(parents=True)
+    shutil.copytree(place / "train", competition / "train")
+    (competition / "val").mkdir()
+    with (root / "imagenet" / "LOC_val_solution.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["ImageId", "PredictionString"])
+        for one in sorted((place / "val").rglob("*.jpg")):
+            name = f"ILSVRC2012_val_{one.parent.name}_{one.stem}"
+            shutil.copy(one, competition / "val" / f"{name}.JPEG")
+            rows.writerow([name, f"{one.parent.name} 1 2 3 4"])
+    look("competition")
+    shutil.rmtree(root / "imagenet" / "ILSVRC")
+    to_tars(place)
+    look("tars")
+    assert seen["class folders"] == seen["competition"] == seen["tars"]
+
+
+def test_unsorted_validation_images_without_a_list_are_refused(root):
+    place = folder(root, "imagenet", parts=("train", "val"), **LARGE)
+    for one in list((place / "val").rglob("*.jpg")):
+        one.rename(place / "val" / f"{one.parent.name}{one.name}")
+    for empty in [p for p in (place / "val").iterdir() if p.is_dir()]:
+        empty.rmdir()
+    with pytest.raises(UsageError, match=r"not sorted into classes: put the competition's LOC_val_solution.csv"):
+        sources.load("imagenet")
+
+
+def large(root, workers=None, tars=False):
+    if not (root / "big").exists():
+        place = folder(root, "big", train=10, test=5, **LARGE)
+        if tars:
+            to_tars(place)
+    split = data.load("big", 48, val=0.2)
+    if workers is not None:
+        for part in (split.train, split.val, split.test):
+            object.__setattr__(part, "workers", workers)
+    return split
+
+
+@pytest.mark.parametrize("tars", [False, True])
+def test_large_images_are_read_by_workers_whose_number_changes_nothing(root, tars):
+    recipe = Recipe(epochs=1, lr=0.1, resized_crop=0.3, flip=True, crop=4)
+    passes = []
+    for workers in (0, 1, 2):
+        train = large(root, workers, tars).train
+        assert isinstance(train, data.FileSamples)
+        state = torch.get_rng_state()
+        passes.append(list(train.batches(7, generator=torch.Generator().manual_seed(0), augment=recipe)))
+        assert torch.equal(state, torch.get_rng_state())
+    assert [len(y) for _, y in passes[0]] == [7, 7, 7, 3]
+    for other in passes[1:]:
+        for (xa, ya), (xb, yb) in zip(passes[0], other, strict=True):
+            assert torch.equal(xa, xb)
+            assert torch.equal(ya, yb)
+    plain = torch.cat([x for x, _ in large(root).train.batches(7, generator=torch.Generator().manual_seed(0))])
+    assert not torch.equal(plain, torch.cat([x for x, _ in passes[0]]))
+
+
+def test_large_images_are_resized_and_cropped_as_timm_does_it(root):
+    from timm.data import create_transform
+
+    split = large(root)
+    part = split.test
+    reference = create_transform(
+        48, is_training=False, mean=part.mean, std=part.std, interpolation=part.interpolation, crop_pct=part.crop_pct
+    )
+    x, y = next(part.batches(4))
+    for n in range(4):
+        assert torch.allclose(x[n], reference(part.files.open(n)), atol=1e-5)
+        assert int(y[n]) == int(part.files.labels[n])
+
+
+def test_a_random_resized_crop_of_images_in_memory_is_refused(root):
+    samples = data.load("digits", 8).train
+    with pytest.raises(UsageError, match="resized_crop is for images that are read from files"):
+        next(samples.batches(4, generator=torch.Generator(), augment=Recipe(epochs=1, lr=0.1, resized_crop=0.5)))
+    with pytest.raises(UsageError, match="give batches"):
+        next(samples.batches(4, augment=Recipe(epochs=1, lr=0.1, flip=True)))
