@@ -1,6 +1,8 @@
 import json
+import re
 
 import pytest
+from PIL import Image
 
 from widthbench.cli import main
 
@@ -61,7 +63,7 @@ def test_list_names_techniques_suites_and_datasets(capsys):
     listed = json.loads(capsys.readouterr().out)
     assert {"l1-norm", "random-channels"} <= {t["technique"] for t in listed["techniques"]}
     assert {"digits", "smoke", "digits-full"} <= {s["suite"] for s in listed["suites"]}
-    assert {"dataset": "digits"} in listed["datasets"]
+    assert {"dataset": "digits", "where": "built in"} in listed["datasets"]
     assert main(["list", "suites"]) == 0
     assert "a one-minute selection" in capsys.readouterr().out
 
@@ -146,3 +148,49 @@ def test_help_and_version(capsys):
             main(arguments)
         assert stop.value.code == 0
     assert "exit codes: 0 done, 1 a check fell short, 2 bad input" in capsys.readouterr().out
+
+
+def test_data_lists_what_is_there_and_what_to_put_where(here, capsys, monkeypatch):
+    monkeypatch.setenv("WIDTHBENCH_DATA", str(here / "nothing"))
+    assert main(["data"]) == 0
+    out = capsys.readouterr().out
+    assert f"data are looked for in {here / 'nothing'}" in out
+    assert re.search(r"digits\s+built in\s+in the package\s+10\s+1,347\s+450\s+1 x 8 x 8", out)
+    assert "cifar100: put the unpacked cifar-100-python.tar.gz" in out
+    assert main(["data", "digits", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["train"], len(row["digest"])) == ("1,347", 64)
+
+
+def test_data_names_a_damaged_file_and_exits_with_1(here, capsys):
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            folder = here / "data" / "own" / part / label
+            folder.mkdir(parents=True)
+            Image.new("RGB", (90, 70)).save(folder / "0.png")
+    assert main(["data", "own", "--data", str(here / "data")]) == 0
+    (here / "data" / "own" / "test" / "b" / "0.png").write_bytes(b"no image")
+    assert main(["data", "own", "--data", str(here / "data")]) == 1
+    assert re.search(r"widthbench: damaged file .*test/b/0.png", capsys.readouterr().err)
+
+
+def test_claims_writes_the_page_and_names_what_is_unknown(here, capsys):
+    assert main(["claims", "--results", str(here / "results")]) == 0
+    page = (here / "results" / "claims.md").read_text()
+    assert "claims: " in page
+    assert "### A8: not run" in page
+    (here / "results" / "claims.md").unlink()
+    assert main(["claims", "--id", "M1", "--results", str(here / "results"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.partition("wrote")[2].partition("\n")[2])
+    assert {r["claim"] for r in rows} == {"M1"}
+    assert {r["measured"] for r in rows} == {"–"}
+    assert not (here / "results" / "claims.md").exists()
+    assert main(["claims", "--id", "M77"]) == 2
+    assert "unknown claim 'M77'" in capsys.readouterr().err
+
+
+def test_lists_of_recipes_and_data_sets(capsys):
+    assert main(["list", "recipes"]) == 0
+    assert re.search(r"lenet5\s+6", capsys.readouterr().out)
+    assert main(["list", "datasets", "--json"]) == 0
+    assert "digits" in [d["dataset"] for d in json.loads(capsys.readouterr().out)["datasets"]]

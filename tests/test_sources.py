@@ -152,7 +152,7 @@ def test_a_damaged_image_in_a_tar_is_named(root):
 def test_parts_must_have_the_same_classes(root):
     place = folder(root)
     shutil.rmtree(place / "test" / "bee")
-    with pytest.raises(UsageError, match=r"test has no images of class 'bee'.*which .*train has"):
+    with pytest.raises(UsageError, match=r"test has no images of class 'bee', which the training part has"):
         sources.load("own")
 
 
@@ -265,3 +265,44 @@ def test_a_random_resized_crop_of_images_in_memory_is_refused(root):
         next(samples.batches(4, generator=torch.Generator(), augment=Recipe(epochs=1, lr=0.1, resized_crop=0.5)))
     with pytest.raises(UsageError, match="give batches"):
         next(samples.batches(4, augment=Recipe(epochs=1, lr=0.1, flip=True)))
+
+
+def test_a_class_that_only_the_test_part_has_is_not_dropped_in_silence(root):
+    place = folder(root)
+    (place / "test" / "wasp").mkdir()
+    picture(9, 9).save(place / "test" / "wasp" / "0.png")
+    with pytest.raises(UsageError, match=r"test has an image class 'wasp', which the training part lacks"):
+        sources.load("own")
+
+
+def test_labels_follow_class_names_not_positions(root):
+    place = folder(root)
+    to_tars(place)  # tars list classes in an order of their own
+    source = sources.load("own")
+    for index, label in enumerate(("ant", "bee", "cat")):
+        want = torch.tensor(np.asarray(picture(index, 100))).permute(2, 0, 1)
+        found = [int(y) for x, y in zip(source.test.images, source.test.labels, strict=True) if torch.equal(x, want)]
+        assert found == [source.train.labels.unique().tolist()[index]], label
+
+
+@pytest.mark.parametrize(("grey", "channels"), [(6, 1), (5, 3)])
+def test_images_are_grey_only_if_all_of_them_are(root, grey, channels):
+    place = folder(root, classes=("ant", "bee"), train=3, test=0)
+    files = sorted(place.rglob("*.png"))
+    for part in ("ant", "bee"):
+        picture(0, 1).convert("L").save(place / "test" / part / "0.png")
+    for file in files[:grey]:
+        Image.open(file).convert("L").save(file)
+    assert sources.load("own").channels == channels
+
+
+def test_the_digest_of_a_large_set_does_not_hang_on_dates_or_places(root, tmp_path, monkeypatch):
+    place = folder(root, "big", **LARGE)
+    first = sources.load("big").digest
+    shutil.copytree(root, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    monkeypatch.setenv("WIDTHBENCH_DATA", str(tmp_path / "elsewhere"))
+    assert sources.load("big").digest == first
+    (tmp_path / "elsewhere" / "big" / "test" / "ant" / "0.jpg").unlink()
+    sources._load.cache_clear()
+    assert sources.load("big").digest != first
+    assert place.is_dir()

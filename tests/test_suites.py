@@ -83,3 +83,48 @@ def test_built_in_suites_are_sound(name):
 def test_smoke_is_a_selection_of_digits_and_digits_of_digits_full():
     smoke, digits, full = ({c.model_dump_json() for c in suites.load(n).cells()} for n in ("smoke", "digits", "digits-full"))
     assert smoke < digits < full
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ('checkpoint = "x"\npretrained = true', "checkpoint and pretrained exclude each other"),
+        ('sha256 = "0123456789"', "sha256 needs a checkpoint"),
+        ("mean = [0.5]", "equally many numbers, not 1 and 0"),
+        ("mean = [0.5]\nstd = [0]", "greater than 0"),
+        ("base = { epochs = 0 }", r"base.epochs = 0 trains nothing: name a checkpoint"),
+        ("seeds = []", "at least 1"),
+        ('controls = ["scratch:nothing"]', "must name one of the suite's techniques"),
+    ],
+)
+def test_networks_with_weights_and_settings_of_their_own_are_checked(added, message):
+    with pytest.raises(UsageError, match=message):
+        suites.parse(GOOD.replace("size = 20\n", f"size = 20\n{added}\n"), "tiny.toml")
+
+
+def test_networks_override_seeds_and_controls():
+    text = GOOD.replace("size = 20\n", 'size = 20\nseeds = [7]\ncontrols = ["base"]\ncheckpoint = "x"\n').replace("citable", "")
+    cells = [c for c in suites.parse(text, "tiny.toml").cells() if c.model == "lenet5"]
+    assert {c.seed for c in cells} == {7}
+    assert {c.technique for c in cells} == {"base", "l1-norm", "random-channels"}
+    assert {c.checkpoint for c in cells} == {"x"}
+    assert not any(c.trains_base for c in cells)
+
+
+@pytest.mark.parametrize("name", ["lenet", "cifar10", "imagenet"])
+def test_citable_suites_have_five_budgets_and_five_seeds_where_bases_are_trained(name):
+    suite = suites.load(name)
+    assert suite.citable
+    assert suite.budgets == ("macs:0.5", "macs:0.25", "macs:0.125", "macs:0.0625", "macs:0.03125")
+    seeds = {}
+    for c in suite.cells():
+        assert c.floor
+        seeds.setdefault((c.dataset, c.model, c.trains_base), set()).add(c.seed)
+    assert all(len(s) == (5 if trained else 1) for (_, _, trained), s in seeds.items())
+
+
+def test_a_missing_checkpoint_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("WIDTHBENCH_WEIGHTS", str(tmp_path))
+    text = GOOD.replace("size = 20\n", 'size = 20\ncheckpoint = "nowhere"\n')
+    with pytest.raises(UsageError, match=r"suite tiny: checkpoint 'nowhere' is not in .*put nowhere.safetensors there"):
+        suites.check(suites.parse(text, "tiny.toml"))

@@ -59,22 +59,22 @@ class Files:
 
     Args:
         root: Folder or tar.
-        class_map: Class name to label; from the folder names, sorted, if None.
-        answers: File stem to class name, for a part whose images are not sorted into classes.
+        classes: Class name to label for a part whose images are not sorted into classes; else from the folder names, sorted.
+        answers: File stem to class name for such a part.
     """
 
-    def __init__(self, root: Path, class_map: dict[str, int] | None = None, answers: dict[str, str] | None = None) -> None:
+    def __init__(self, root: Path, classes: dict[str, int] | None = None, answers: dict[str, str] | None = None) -> None:
         add_img_extensions(".webp")
         self.root = root
         try:
-            reader = create_dataset("", root=str(root), class_map=class_map if class_map and not answers else {}).reader
+            reader = create_dataset("", root=str(root), class_map={}).reader
         except (RuntimeError, AssertionError, OSError, ValueError, EOFError) as error:
             raise UsageError(f"cannot read images from {root}: {error}") from error
         except Exception as error:  # tarfile's own errors have no common ground with these
             raise UsageError(f"damaged file {root}: {type(error).__name__}: {error}") from error
         self._reader, self._pid = reader, os.getpid()
         names: dict[str, int] = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
-        self.classes = class_map or names
+        self.classes = classes or names
         if answers is None:
             found = getattr(reader, "targets", None)
             self.labels = np.asarray([s[1] for s in reader.samples] if found is None else found, dtype=np.int64)
@@ -109,16 +109,36 @@ class Files:
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             raise UsageError(f"damaged file {self.name(index)}: {error}; restore it, or take it out") from error
 
-    def listing(self) -> str:
-        """SHA-256 over names and labels, and over the size and date of a tar or the sizes of files."""
+    def relabel(self, classes: dict[str, int]) -> None:
+        """Take the labels of another part, by class name.
+
+        Raises:
+            UsageError: If this part has a class that the other lacks, or the other way round.
+        """
+        for own, other, has in ((self.classes, classes, "an image class"), (classes, self.classes, "no images of class")):
+            if absent := sorted(set(own) - set(other)):
+                more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+                lacks = "which the training part lacks" if own is self.classes else "which the training part has"
+                raise UsageError(f"{self.root} has {has} '{absent[0]}'{more}, {lacks}: both parts need the same classes")
+        new = np.zeros(len(classes), dtype=np.int64)
+        for name, label in self.classes.items():
+            new[label] = classes[name]
+        self.labels, self.classes = new[self.labels], classes
+
+    def listing(self, *, dates: bool = False) -> str:
+        """SHA-256 over names, sizes and labels; with ``dates`` also over when files were changed."""
         digest = hashlib.sha256()
-        if self.root.is_file():
-            stat = self.root.stat()
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        packed = self.root.is_file()
+        if packed and dates:
+            digest.update(str(self.root.stat().st_mtime_ns).encode())
         for index, label in enumerate(self.labels):
             name = self._reader.filename(index)
-            size = "" if self.root.is_file() else os.path.getsize(self.root / name)
-            digest.update(f"{name}\0{size}\0{label}\n".encode())
+            if packed:
+                size, date = self._reader.samples[index][0].size, 0
+            else:
+                stat = (self.root / name).stat()
+                size, date = stat.st_size, stat.st_mtime_ns if dates else 0
+            digest.update(f"{name}\0{size}\0{date}\0{label}\n".encode())
         return digest.hexdigest()
 
 
@@ -291,12 +311,11 @@ def _images(name: str, train_at: Path, test_at: Path) -> Source:
     layout = "tars" if train_at.is_file() else "folders"
     train = Files(train_at)
     flat = name == "imagenet" and test_at.is_dir() and not any(p.is_dir() for p in test_at.iterdir())
-    test = Files(test_at, train.classes, _answers(test_at) if flat else None)
     if len(train.classes) < 2:
         raise UsageError(f"{train_at} holds {len(train.classes)} class(es): images must lie in one folder per class")
-    if missing := sorted(set(range(len(train.classes))) - set(test.labels.tolist())):
-        absent = next(c for c, i in train.classes.items() if i == missing[0])
-        raise UsageError(f"{test_at} has no images of class '{absent}' (and {len(missing) - 1} more), which {train_at} has")
+    test = Files(test_at, train.classes, _answers(test_at)) if flat else Files(test_at)
+    if not flat:
+        test.relabel(train.classes)
     where = str(train_at.parent)
     sizes = {train.open(0, None).size, test.open(0, None).size}
     if len(sizes) == 1 and max(*sizes) and max(next(iter(sizes))) <= SMALL:
@@ -322,7 +341,7 @@ def _answers(val: Path) -> dict[str, str]:
 
 def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | None:
     """Small images as arrays, kept decoded in the cache; None if they differ in size or are too many."""
-    key = hashlib.sha256(f"{train.root} {train.listing()} {test.listing()}".encode()).hexdigest()[:40]
+    key = hashlib.sha256(f"{train.root} {train.listing(dates=True)} {test.listing(dates=True)}".encode()).hexdigest()[:40]
     path = cache_dir() / "decoded" / f"{name}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -332,21 +351,23 @@ def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | No
                 return Arrays(t["train"], t["train_labels"]), Arrays(t["test"], t["test_labels"])
         except (OSError, SafetensorError, KeyError):
             path.unlink(missing_ok=True)
-        parts = []
         first = train.open(0, None)
-        mode = "L" if first.mode in ("1", "L") else "RGB"
-        if (len(train) + len(test)) * len(first.getbands()) * first.size[0] * first.size[1] > MEMORY:
+        if (len(train) + len(test)) * 3 * first.size[0] * first.size[1] > MEMORY:
             return None
+        stacked, grey = [], True
         for part in (train, test):
-            images = []
+            images = np.empty((len(part), *first.size[::-1], 3), dtype=np.uint8)
             for index in range(len(part)):
-                image = np.asarray(part.open(index, mode))
-                if image.shape[:2] != first.size[::-1]:
+                image = part.open(index, None)
+                if image.size != first.size:
                     return None
-                images.append(image)
-            stacked = torch.from_numpy(np.stack(images))
-            stacked = stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2)
-            parts.append(Arrays(stacked.contiguous(), torch.from_numpy(part.labels)))
+                grey = grey and image.mode in ("1", "L")
+                images[index] = np.asarray(image.convert("RGB"))
+            stacked.append(torch.from_numpy(images).permute(0, 3, 1, 2))
+        parts = [
+            Arrays((x[:, :1] if grey else x).contiguous(), torch.from_numpy(part.labels))
+            for x, part in zip(stacked, (train, test), strict=True)
+        ]
         tensors = {"train": parts[0].images, "train_labels": parts[0].labels}
         write_atomic(path, save({**tensors, "test": parts[1].images, "test_labels": parts[1].labels}))
         return parts[0], parts[1]

@@ -74,7 +74,7 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     expected = len(suite.cells())
     write_atomic(folder / "leaderboard.md", tables.leaderboard(suite, records, timings, expected))
     pages = [folder / "leaderboard.md"]
-    if suite.citable:
+    if tables.comparable(suite):
         pages.append(folder / "paired.md")
         write_atomic(pages[-1], tables.paired(suite, records))
     drawn = figures.write(records, folder / "figures", suite.title or suite.name)

@@ -24,7 +24,7 @@ pass of one image. *Data* is the most that the decision looked at. *Train cost* 
 there (base, decision, adaptation; forward MACs plus backward MACs counted as twice the forward) over the cost of
 training the base network. *Controls* are not techniques: `uniform-width` is the base scaled down uniformly and trained
 by the base's recipe; `scratch:X` trains the shape that X found from fresh weights for as many epochs as base, decision
-and fine-tuning took; `scratch-budget:X` for as many MACs. Where a technique spreads its budget uniformly, `scratch` and
+and fine-tuning took; `scratch-budget:X` for as many MACs{longest}. Where a technique spreads its budget uniformly, `scratch` and
 `uniform-width` train the same widths (with other draws, for other numbers of epochs); channels outside the suite's
 scope keep their width in every row."""
 
@@ -106,7 +106,7 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
     parts = [f"# {suite.name}: {suite.title}" if suite.title else f"# {suite.name}", ""]
     if not suite.citable:
         parts += ["**A smoke suite: not for citation.** Few seeds, small data; no ranks are given.", ""]
-    if suite.citable:
+    if comparable(suite):
         parts += ["Paired differences of all rows: [paired.md](paired.md).", ""]
     state = f"{done} of {expected} cells done"
     for status in ("skipped", "failed"):
@@ -114,7 +114,11 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
             state += f", {count} {status}"
     images = {row.samples for r in records for row in r.rows}
     grain = f" Test sets of {', '.join(map(str, sorted(images)))} images: one is {100 / min(images):.2g} points." if images else ""
-    parts += [f"{state}; {len(suite.seeds)} seeds.{grain}", "", NOTES, ""]
+    bases = {(r.cell.dataset, r.cell.model, r.provenance.get("checkpoint") or r.cell.seed) for r in records}
+    most = max((len([b for b in bases if b[:2] == net]) for net in {b[:2] for b in bases}), default=0)
+    longest = f", but at most {suite.longest:g} times the base's epochs" if suite.longest else ""
+    bases_each = f"{most} base networks each at most" if most > 1 else "one base network each: no ± and no ranks"
+    parts += [f"{state}; {bases_each}.{grain}", "", NOTES.format(longest=longest), ""]
     speeds = {(t["dataset"], t["model"], t["shape"]): t for t in timings}
     grouped: dict[tuple[str, str], list[Line]] = {}
     for line in lines(records):
@@ -160,6 +164,13 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
     ]  # fmt: skip
     text = ("left",) * 3 + ("right",) * 10
     return tabulate(rows, headers=headers, tablefmt="pipe", colalign=text, disable_numparse=True)
+
+
+def comparable(suite: Suite) -> bool:
+    """Whether some network of a suite has enough bases for paired statistics, and the suite is there for them."""
+    trained = [n for n in suite.models if not (n.checkpoint or n.pretrained)]
+    most = max((len(suite.seeds if n.seeds is None else n.seeds) for n in trained), default=0)
+    return suite.citable and most >= LEAST
 
 
 def paired(suite: Suite, records: Sequence[Record]) -> str:
