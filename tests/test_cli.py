@@ -194,3 +194,11 @@ def test_lists_of_recipes_and_data_sets(capsys):
     assert re.search(r"lenet5\s+6", capsys.readouterr().out)
     assert main(["list", "datasets", "--json"]) == 0
     assert "digits" in [d["dataset"] for d in json.loads(capsys.readouterr().out)["datasets"]]
+
+
+def test_run_can_be_held_to_some_cells(here, fresh_cache, capsys):
+    assert main(["run", "tiny.toml", "--only", "base"]) == 0
+    out = capsys.readouterr()
+    assert "suite tiny: 1 of 3 cells done" in out.out
+    assert main(["run", "tiny.toml", "--only", "nothing"]) == 2
+    assert "suite tiny has no cell whose name holds 'nothing'" in capsys.readouterr().err

@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("run", help="run the cells of a suite that have no result yet, then write its report")
     _suites(verb)
     verb.add_argument("--jobs", type=_positive, default=1, metavar="N", help="worker processes (default: 1)")
+    verb.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="only cells whose name holds one of these (as in the log)"
+    )
     verb.add_argument("--engine", choices=["local"], default="local", help="where cells run (default: local)")
     _results(verb)
     _json(verb)
@@ -184,10 +187,12 @@ def _run(args: argparse.Namespace) -> int:
     from widthbench.engines import local
     from widthbench.paths import require_writable
 
-    chosen = [suites.load(name) for name in args.suite]
-    for suite in chosen:
-        suites.check(suite)
-    cells = list({c.model_dump_json(): c for suite in chosen for c in suite.cells()}.values())
+    chosen = {s.name: (s, [c for c in s.cells() if _wanted(c.id, args.only)]) for s in map(suites.load, args.suite)}
+    for suite, cells in chosen.values():
+        if not cells:
+            raise UsageError(f"suite {suite.name} has no cell whose name holds {' or '.join(map(repr, args.only))}")
+        suites.check(suite, cells)
+    cells = list({c.model_dump_json(): c for _, some in chosen.values() for c in some}.values())
     counted: Counter[str] = Counter()
 
     def done(record: Any) -> None:
@@ -204,6 +209,10 @@ def _run(args: argparse.Namespace) -> int:
     return _report(args)
 
 
+def _wanted(name: str, only: Sequence[str]) -> bool:
+    return not only or any(text in name for text in only)
+
+
 def _report(args: argparse.Namespace) -> int:
     from widthbench import suites
     from widthbench.records import Store
@@ -212,7 +221,6 @@ def _report(args: argparse.Namespace) -> int:
     failed = 0
     for name in args.suite:
         suite = suites.load(name)
-        suites.check(suite)
         report = build(suite, args.results, Store())
         failed += sum(r.status == "failed" for r in report.records)
         if args.json:

@@ -94,14 +94,18 @@ def pinned(cell: Cell) -> Iterator[None]:
     """The cell's number of threads and its determinism, and the old ones afterwards."""
     before, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    debug: Any = torch.utils.deterministic
+    fills = debug.fill_uninitialized_memory
     torch.set_num_threads(cell.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
     torch.use_deterministic_algorithms(cell.deterministic, warn_only=True)
+    debug.fill_uninitialized_memory = False  # a debugging aid that costs time
     try:
         yield
     finally:
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(exact, warn_only=only_warns)
+        debug.fill_uninitialized_memory = fills
 
 
 def base_key(cell: Cell) -> str:
