@@ -306,3 +306,9 @@ def test_the_digest_of_a_large_set_does_not_hang_on_dates_or_places(root, tmp_pa
     sources._load.cache_clear()
     assert sources.load("big").digest != first
     assert place.is_dir()
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("MNIST", "mnist"), ("Fashion-MNIST", "fashionmnist"), ("CIFAR-10", "cifar10")])
+def test_names_as_people_write_them_lead_to_ours(root, typed, meant):
+    with pytest.raises(UsageError, match=f"unknown dataset '{typed}'; did you mean '{meant}'"):
+        sources.load(typed)

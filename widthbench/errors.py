@@ -33,10 +33,16 @@ class AccessError(UsageError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, else the list of known names (at most 20)."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    folded = {_folded(n): n for n in reversed(names)}
+    close = difflib.get_close_matches(_folded(name), list(folded), n=1)
     if close:
-        return f"; did you mean '{close[0]}'?"
+        return f"; did you mean '{folded[close[0]]}'?"
     if not names:
         return "; none is known"
     shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
     return f"; known: {shown}"
+
+
+def _folded(name: str) -> str:
+    """Without case and separators, in which people differ: MNIST, fashion-mnist."""
+    return name.casefold().replace("-", "").replace("_", "")

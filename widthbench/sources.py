@@ -106,7 +106,7 @@ class Files:
                 image = Image.open(file)
                 image.load()
                 return image.convert(mode) if mode else image
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise UsageError(f"damaged file {self.name(index)}: {error}; restore it, or take it out") from error
 
     def relabel(self, classes: dict[str, int]) -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from widthbench.report.statistics import holm, paired_p, ranks, summarise
+from widthbench.report.statistics import differences, holm, paired_p, ranks, summarise
 
 
 def test_a_single_base_has_no_spread():
@@ -46,3 +46,20 @@ def test_constant_differences_do_not_divide_by_zero():
     assert paired_p(a, b) == 0.0
     assert paired_p(a, a) == 1.0
     assert not math.isnan(paired_p(a, b))
+
+
+def test_differences_have_scipys_intervals_and_holms_p_values():
+    seeds = range(5)
+    a = {k: 98 + v for k, v in zip(seeds, [0.0, 0.3, -0.2, 0.1, -0.1], strict=True)}
+    b = {k: 97 + v for k, v in zip(seeds, [0.1, 0.2, -0.1, 0.3, -0.2], strict=True)}
+    c = {k: 98 + v for k, v in zip(seeds, [0.1, 0.1, -0.1, 0.2, -0.2], strict=True)}
+    ab, ac, bc = differences({"a": a, "b": b, "c": c})
+    whole = stats.ttest_rel(list(a.values()), list(b.values()))
+    low, high = whole.confidence_interval()
+    assert (ab.first, ab.second, ab.n) == ("a", "b", 5)
+    assert (ab.low, ab.high) == pytest.approx((low, high))
+    assert ab.mean == pytest.approx(0.96, abs=1e-9)
+    raw = [stats.ttest_rel(list(x.values()), list(y.values())).pvalue for x, y in ((a, b), (a, c), (b, c))]
+    assert [d.adjusted for d in (ab, ac, bc)] == pytest.approx(holm(raw))
+    assert (ab.verdict(), ac.verdict(), bc.verdict()) == ("a", "tied", "c")
+    assert differences({"a": {0: 1.0}, "b": {0: 2.0}}) == []

@@ -121,3 +121,45 @@ def test_figures_are_drawn_and_the_front_is_what_nothing_beats(tmp_path):
     assert all(f.read_bytes()[:4] == b"\x89PNG" for f in files)
     assert figures.write([], tmp_path, "title") == []
     assert figures.pareto([(3, 90), (1, 80), (2, 95), (2, 70), (4, 96)]) == [(1, 80), (2, 95), (4, 96)]
+
+
+def citable(**changes):
+    return {"citable": True, "seeds": list(range(5)), **changes}
+
+
+def test_rows_at_the_floor_are_flagged_and_explained():
+    page = board([record(seed=s, floor=True) for s in range(2)])
+    assert row_of(page, "l1-norm")[0] == "l1-norm §"
+    assert "§ the budget lies below the feasible floor" in page
+    assert "§" not in board([record()])
+
+
+def test_a_public_checkpoint_counts_once_has_no_cost_and_says_that_val_may_be_seen():
+    where = {**WHERE, "checkpoint": "abc", "val_seen": True}
+    stages = tuple(Row(stage=s, top1=50.0, loss=1, samples=9) for s in ("resized", "recalibrated"))
+    page = board([record(seed=s, provenance=where, rows=stages) for s in range(3)])
+    cells = row_of(page, "l1-norm")
+    assert cells[3:6] == ["50.00", "50.00", ""]  # nothing was fine-tuned
+    assert cells[-2:] == ["–", "1"]
+    assert "may have seen this suite's val split" in page
+    assert "one base network each: no ± and no ranks" in page
+
+
+def test_paired_differences_compare_all_rows_of_a_budget_controls_included():
+    gaps = [0.0, 0.1, -0.1, 0.05, 0.02]
+    records = [record(seed=s, top1=90.0 + gaps[s]) for s in range(5)]
+    records += [record("uniform-width", seed=s, top1=92.0 - gaps[s]) for s in range(5)]
+    page = tables.paired(suite(**citable()), records)
+    (line,) = [ln for ln in page.splitlines() if ln.startswith("| l1-norm - uniform-width")]
+    cells = [c.strip() for c in line.strip("|").split("|")]
+    assert cells[1] == "-1.97"
+    assert cells[4:] == ["5", "uniform-width"]
+    few = tables.paired(suite(**citable()), records[:3] + records[5:8])
+    assert "Fewer than 5 shared bases" in few
+    assert tables.comparable(suite(**citable()))
+    assert not tables.comparable(suite(**citable(seeds=[0])))
+
+
+def test_a_held_scratch_budget_is_said():
+    assert "for as many MACs, but at most 2 times the base's epochs." in board([record()], longest=2)
+    assert "for as many MACs. Where" in board([record()])
