@@ -68,7 +68,7 @@ def evidence(request: pytest.FixtureRequest) -> claims.Evidence:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "claim" in metafunc.fixturenames:
         found = claims.choose(claims.load())
-        metafunc.parametrize("claim", [pytest.param(claim, id=claim.id) for _, claim in found])
+        metafunc.parametrize(("claim", "calibrates"), [pytest.param(c, d.calibrates, id=c.id) for d, c in found])
     if "cell" not in metafunc.fixturenames:
         return
     seen = {}

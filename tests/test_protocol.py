@@ -10,7 +10,7 @@ from widthbench.errors import UsageError
 from widthbench.measure import accuracy
 from widthbench.paths import cache_dir
 from widthbench.protocol import base_key, cell_key, obtain_base, run_cell
-from widthbench.provenance import source_digest
+from widthbench.provenance import source_digest, versions
 from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
 from widthbench.technique import Outcome, Technique
@@ -405,3 +405,35 @@ def test_cells_ask_for_deterministic_algorithms_and_leave_the_setting_as_it_was(
     assert not torch.are_deterministic_algorithms_enabled()
     with protocol.pinned(cell(deterministic=False)):
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mean": (0.5,), "std": (0.5,)}, {"deterministic": False}, {"seed": 1}, {"val": 0.1}, {"threads": 2}, {"size": 9},
+        {"model_args": {"act_layer": "tanh"}}, {"base": BASE.model_copy(update={"crop": 1})},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_everything_that_a_base_depends_on_is_in_its_key(changes):
+    assert base_key(cell(**changes)) != base_key(cell())
+
+
+def test_seeding_and_image_decoding_are_in_the_keys(monkeypatch):
+    assert "randomness.py" in protocol.BASE_CODE
+    before = base_key(cell())
+    monkeypatch.setattr(protocol, "versions", lambda: {"pillow": "0"})
+    assert base_key(cell()) != before
+    assert {"pillow", "timm", "torch", "torchvision"} <= set(versions())
+
+
+def test_pretrained_networks_see_images_as_they_were_trained():
+    plain, published = (protocol.load_data(cell(model="lenet5", size=28, pretrained=p)).test for p in (False, True))
+    assert (published.mean, published.std) == ((0.5,), (0.5,))
+    assert plain.mean != published.mean
+
+
+def test_networks_that_differ_in_their_arguments_have_names_of_their_own():
+    tanh = cell(model_args={"act_layer": "tanh"})
+    assert tanh.id == "digits-lenet_300_100(act_layer=tanh)-l1-norm-macs:0.5-s0"
+    assert tanh.group != cell().group

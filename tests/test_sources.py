@@ -201,7 +201,31 @@ def test_imagenet_in_all_layouts_has_the_same_images_and_labels(root):
     shutil.rmtree(root / "imagenet" / "ILSVRC")
     to_tars(place)
     look("tars")
-    assert seen["class folders"] == seen["competition"] == seen["tars"]
+    published(root / "imagenet")
+    look("as published")
+    for layout, found in seen.items():
+        assert found == seen["class folders"], layout
+
+
+def published(place):
+    """ImageNet's own archives: a tar of a tar per class, and a flat tar of validation images."""
+    with tarfile.open(place / "train.tar") as tar:
+        tar.extractall(place / "x", filter="data")
+    with tarfile.open(place / "ILSVRC2012_img_train.tar", "w") as outer:
+        for one in sorted((place / "x").iterdir()):
+            with tarfile.open(place / f"{one.name}.tar", "w") as inner:
+                for file in sorted(one.iterdir()):
+                    inner.add(file, file.name)
+            outer.add(place / f"{one.name}.tar", f"{one.name}.tar")
+            (place / f"{one.name}.tar").unlink()
+    shutil.rmtree(place / "x")
+    with tarfile.open(place / "val.tar") as tar:
+        tar.extractall(place / "x", filter="data")
+    with tarfile.open(place / "ILSVRC2012_img_val.tar", "w") as flat:
+        for file in sorted((place / "x").rglob("*.jpg")):
+            flat.add(file, f"ILSVRC2012_val_{file.parent.name}_{file.stem}.JPEG")
+    for old in ("x", "train.tar", "val.tar"):
+        shutil.rmtree(place / old) if (place / old).is_dir() else (place / old).unlink()
 
 
 def test_unsorted_validation_images_without_a_list_are_refused(root):
@@ -312,3 +336,122 @@ def test_the_digest_of_a_large_set_does_not_hang_on_dates_or_places(root, tmp_pa
 def test_names_as_people_write_them_lead_to_ours(root, typed, meant):
     with pytest.raises(UsageError, match=f"unknown dataset '{typed}'; did you mean '{meant}'"):
         sources.load(typed)
+
+
+def test_zipped_idx_files_are_read_without_touching_the_folder(root):
+    raw = idx(root, zipped=True)
+    before = sorted(p.name for p in raw.iterdir())
+    zipped = sources.load("mnist")
+    assert sorted(p.name for p in raw.iterdir()) == before
+    for file in list(raw.iterdir()):
+        file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
+        file.unlink()
+    sources._load.cache_clear()
+    assert sources.load("mnist").digest == zipped.digest
+
+
+def test_a_truncated_zipped_file_is_named(root):
+    file = idx(root, zipped=True) / "train-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UsageError, match=r"damaged file .*train-images-idx3-ubyte.gz"):
+        sources.load("mnist")
+
+
+def deep(place):
+    for kind in ("in", "out"):
+        (place / "train" / "ant" / kind).mkdir()
+        picture(0, 5).save(place / "train" / "ant" / kind / "0.png")
+
+
+def alike(place):
+    for label in ("ant", "bee", "cat"):
+        for part in ("train", "test"):
+            (place / part / label / "in").mkdir()
+            for file in (place / part / label).glob("*.png"):
+                file.rename(file.parent / "in" / file.name)
+
+
+def sixteen(place):
+    Image.fromarray(np.full((20, 20), 40_000, dtype=np.uint16)).save(place / "train" / "ant" / "0.png")
+
+
+def unreadable(place):
+    for part in ("train", "test"):
+        (place / part / "wasp").mkdir()
+        picture(0, 5).save(place / part / "wasp" / "0.bmp")
+
+
+def empty(place):
+    for part in ("train", "test"):
+        (place / part / "wasp").mkdir()
+
+
+def stray(place):
+    picture(0, 5).save(place / "train" / "stray.png")
+
+
+def nested(place):
+    for part in ("train", "test"):
+        for index, label in enumerate(("ant", "bee", "cat")):
+            old = place / part / label
+            old.rename(place / part / f"x{label}")
+            (place / part / f"y{index}").mkdir()
+            (place / part / f"x{label}").rename(place / part / f"y{index}" / label)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (deep, r"class folders lie in '\.' and 'ant': put them side by side"),
+        (alike, r"images lie in ant/in and in bee/in: put them directly into one folder per class"),
+        (nested, "class folders lie in 'y0' and 'y1': put them side by side"),
+        (sixteen, r"train/ant/0.png has more than 8 bits per channel"),
+        (unreadable, r"wasp/0.bmp is neither PNG, JPEG nor WebP"),
+        (empty, r"train/wasp holds no PNG, JPEG or WebP image"),
+        (stray, r"train/stray.png lies outside of the class folders"),
+    ],
+)
+def test_images_that_would_be_mislabelled_or_left_out_are_refused(root, spoil, message):
+    spoil(folder(root))
+    with pytest.raises(UsageError, match=message):
+        sources.load("own")
+
+
+@pytest.mark.parametrize(("setting", "value"), [("crop", 8), ("flip", True), ("cutout", 20), ("resized_crop", 0.2)])
+def test_each_augmentation_reaches_images_that_are_read_from_files(root, setting, value):
+    train = large(root, 0).train
+    plain, changed = (
+        torch.cat([x for x, _ in train.batches(10, generator=torch.Generator().manual_seed(0), augment=recipe)])
+        for recipe in (None, Recipe(epochs=1, lr=0.1, **{setting: value}))
+    )
+    assert not torch.equal(plain, changed)
+
+
+def test_images_from_files_are_viewed_as_their_network_was_trained(root):
+    folder(root, "big", train=10, test=5, **LARGE)
+    settings = (("bicubic", 0.9, 0.5), ("bilinear", 0.9, 0.5), ("bicubic", 0.7, 0.5), ("bicubic", 0.9, 0.4))
+    views = [{"interpolation": i, "crop_pct": c, "mean": (m,) * 3, "std": (0.5,) * 3} for i, c, m in settings]
+    batches = [next(data.load("big", 48, view=view).test.batches(4))[0] for view in views]
+    assert len({x.sum().item() for x in batches}) == 4
+    assert torch.allclose(batches[0] + 0.2, batches[3], atol=1e-5)
+
+
+def test_workers_leave_gpus_alone(root, monkeypatch):
+    """A forked worker cannot initialise CUDA: with a GPU in the parent, seeding it there would end the run."""
+
+    def touched(*args, **kwargs):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    train = large(root, 2).train
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("get_rng_state", "set_rng_state"):  # what fork_rng touches
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert len(list(train.batches(7, generator=torch.Generator().manual_seed(0)))) == 4
+
+
+def test_a_damaged_image_is_named_in_one_line_from_a_worker_too(root):
+    split = large(root, 2)
+    file = next((root / "big" / "train").rglob("*.jpg"))
+    file.write_bytes(file.read_bytes()[:400])
+    with pytest.raises(UsageError, match=r"^damaged file [^\n]*jpg: [^\n]*take it out$"):
+        [list(part.batches(2)) for part in (split.train, split.val)]

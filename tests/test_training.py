@@ -175,3 +175,23 @@ def test_accuracy_is_the_same_at_any_batch_size(name):
     assert {s.top1 for s in scores} == {scores[0].top1}
     assert {s.samples for s in scores} == {450}
     assert max(s.loss for s in scores) - min(s.loss for s in scores) < 1e-6
+
+
+def test_one_adamw_step_with_label_smoothing_equals_torchs_own(digits):
+    model, reference = small(), small()
+    recipe = Recipe(epochs=1, batch_size=len(digits.train), optimizer="adamw", lr=0.01, weight_decay=0.1, label_smoothing=0.2)
+    fit(model, digits.train, recipe, macs=1, seed=3)
+    ((x, y),) = digits.train.batches(len(digits.train), generator=torch.Generator().manual_seed(3))
+    matrices = [p for p in reference.parameters() if p.dim() > 1]
+    vectors = [p for p in reference.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], lr=0.01)
+    loss = -(0.8 * F.log_softmax(reference(x), 1)[range(len(y)), y] + 0.02 * F.log_softmax(reference(x), 1).sum(1)).mean()
+    loss.backward()
+    optimizer.step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_batches_of_one_are_refused():
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        Recipe(epochs=1, lr=0.1, batch_size=1)

@@ -1,4 +1,7 @@
+import copy
+
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -84,11 +87,38 @@ def test_published_weights_come_from_a_file_of_that_name_or_say_what_to_do_witho
     assert same(source, target)
     with pytest.raises(UsageError, match="timm publishes no weights for 'vgg16_cifar': train it"):
         weights.pretrained("vgg16_cifar", nn.Identity())
-    import timm
 
+
+def test_downloaded_weights_are_loaded_and_must_fit(folder, monkeypatch):
+    source = timm.create_model("test_resnet")
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: source)
+    fresh = copy.deepcopy(source)
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.zero_()
+    digest = weights.pretrained("test_resnet", fresh)
+    assert same(source, fresh)
+    assert len(digest) == 64
+    with torch.no_grad():
+        source.fc.bias[0] += 1
+    assert weights.pretrained("test_resnet", fresh) != digest
+    source.fc = nn.Linear(source.fc.in_features, 7)
+    with pytest.raises(UsageError, match=r"timm's weights of 'test_resnet' do not fit: fc.weight is \[7, "):
+        weights.pretrained("test_resnet", fresh)
+
+
+def test_without_a_network_the_message_says_where_to_put_the_file(folder, monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UsageError, match=r"'resnet18' could not be downloaded \(ConnectionError: no route.*resnet18.safetensors"):
         weights.pretrained("resnet18", nn.Identity())
+
+
+def test_values_that_are_not_finite_are_refused(folder):
+    state = net().state_dict()
+    state["ip1.bias"][3] = float("nan")
+    save_file(state, folder / "nan.safetensors")
+    with pytest.raises(UsageError, match=r"values that are not finite in ip1.bias"):
+        weights.read(folder / "nan.safetensors")

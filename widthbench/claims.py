@@ -24,6 +24,8 @@ Verdict = Literal["reproduced", "not reproduced", "inconclusive", "proxy scale",
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "inconclusive", "proxy scale", "not run")
 Direction = Literal["<", "<=", ">", ">="]
 METRICS = ("top1", "top5", "loss", "val_top1", "val_loss")
+SIZES = ("params", "macs")
+LEAST_RUNS = 3  # a median of fewer is none
 
 
 class _Strict(BaseModel):
@@ -43,8 +45,8 @@ class Pick(_Strict):
         params: The technique's parameters that the cell must have.
         budget: Of the cell.
         stage: Which row of the record; the last one if absent.
-        metric: A score of that row (top1, top5, loss, val_top1, val_loss), "params" or "macs" of the record (in millions), or the
-            name of a series that the technique recorded, whose last entry is taken.
+        metric: A score of that row (top1, top5, loss, val_top1, val_loss), "params" or "macs" of the record (in millions), or
+            "series:NAME", the last entry of a series that the technique recorded.
     """
 
     suite: str
@@ -56,7 +58,7 @@ class Pick(_Strict):
     params: dict[str, Any] = Field(default_factory=dict)
     budget: str | None = None
     stage: Stage | None = None
-    metric: str = "top1"
+    metric: str = Field(default="top1", pattern=f"^({'|'.join((*METRICS, *SIZES))}|series:.+)$")
 
     def matches(self, cell: Cell) -> bool:
         """Whether a cell is one of those meant."""
@@ -69,13 +71,13 @@ class Pick(_Strict):
 
     def value(self, record: Record) -> float | None:
         """The number of one record; None if it has none."""
-        if self.metric in ("params", "macs"):
+        if self.metric in SIZES:
             size = getattr(record, self.metric)
             return None if size is None else size / 1e6
         if self.metric in METRICS:
             row = record.row(self.stage)
             return None if row is None else getattr(row, self.metric)
-        series = record.series.get(self.metric)
+        series = record.series.get(self.metric.removeprefix("series:"))
         return float(series[-1]) if series else None
 
 
@@ -85,8 +87,8 @@ class Row(_Strict):
     Attributes:
         what: What is measured.
         kind: "value": within ``tolerance`` of ``reported``. "gain": ``at - minus``, likewise. "order": the paired difference
-            ``at - minus`` over at least five bases has a 95 % t-interval beyond ``bound`` (0). "ratio": the median of paired
-            runs against ``bound``. "property": every value against ``bound``.
+            ``at - minus`` over at least five bases has a 95 % t-interval beyond ``bound`` (0). "ratio": the median of at least
+            three paired runs against ``bound``. "property": every value (or every ``at - minus``) against ``bound``.
         reported: What the document says; absent where it gives no number.
         tolerance: Largest difference that counts as reproduced.
         bound: What order, ratio and property are held against.
@@ -95,7 +97,7 @@ class Row(_Strict):
         at: Where the number is read.
         minus: What is subtracted, base by base.
         check: ``module:function`` that measures it instead, as a list of numbers, one per base or pair of runs.
-        proxy: Smaller work than the document's: the direction is shown, and it is never "reproduced".
+        proxy: Smaller work than the document's: where it shows the direction, the verdict is "proxy scale" and never "reproduced".
     """
 
     what: str
@@ -123,9 +125,12 @@ class Row(_Strict):
             raise ValueError(f"'{self.what}': at and check exclude each other")
         if self.minus and not self.at:
             raise ValueError(f"'{self.what}': minus needs at")
-        if self.at and (self.kind in ("gain", "order")) != bool(self.minus):
-            needed = "needs" if self.kind in ("gain", "order") else "takes no"
-            raise ValueError(f"'{self.what}': kind = '{self.kind}' {needed} minus")
+        if self.at and self.kind in ("gain", "order") and not self.minus:
+            raise ValueError(f"'{self.what}': kind = '{self.kind}' needs minus")
+        if self.at and self.kind == "value" and self.minus:
+            raise ValueError(f"'{self.what}': kind = 'value' takes no minus")
+        if self.at and self.kind == "ratio":
+            raise ValueError(f"'{self.what}': kind = 'ratio' is measured by a check")
         return self
 
 
@@ -154,12 +159,14 @@ class Document(_Strict):
         document: Its number or short name.
         title: What it is.
         technique: The technique that it is about; "" if none.
+        calibrates: Whether these are no findings but what the suite itself must reproduce; then a failure is an error.
         claims: Its claims.
     """
 
     document: str
     title: str
     technique: str = ""
+    calibrates: bool = False
     claims: tuple[Claim, ...] = Field(min_length=1)
 
 
@@ -204,18 +211,46 @@ class Evidence:
             self._read[suite] = read_records(path) if path.is_file() else []
         return self._read[suite]
 
-    def pick(self, pick: Pick) -> tuple[dict[object, float], list[str]]:
-        """``{base: value}`` and the keys of the records, one per distinct base network."""
-        values: dict[object, float] = {}
-        keys: list[str] = []
-        for record in self.of(pick.suite):
-            if record.status == "done" and pick.matches(record.cell) and (value := pick.value(record)) is not None:
-                base = record.provenance.get("checkpoint") or record.cell.seed
-                if base in values and not math.isclose(values[base], value):
-                    raise UsageError(f"two records with different values match {pick.model_dump(exclude_defaults=True)}: say more")
-                values[base] = value
-                keys.append(record.key)
-        return values, keys
+    def pick(self, pick: Pick) -> Picked:
+        """What a pick finds.
+
+        Raises:
+            UsageError: If it matches no cell of its suite (a mistyped name must not read "not run"), or records that differ in more
+                than the base network.
+        """
+        records = [r for r in self.of(pick.suite) if pick.matches(r.cell)]
+        if not records and not any(pick.matches(c) for c in suites.load(pick.suite).cells()):
+            raise UsageError(f"{pick.model_dump(exclude_defaults=True)} matches no cell of suite '{pick.suite}'")
+        found = Picked()
+        kinds = {r.cell.model_copy(update={"seed": 0}).model_dump_json() for r in records}
+        if len(kinds) > 1:
+            raise UsageError(
+                f"{pick.model_dump(exclude_defaults=True)} matches {len(kinds)} kinds of cells that differ in more than their seed "
+                f"({', '.join(sorted({r.cell.id for r in records})[:3])}, ...): say more"
+            )
+        for record in records:
+            value = pick.value(record) if record.status == "done" else None
+            if value is None:
+                found.missing += 1
+                continue
+            found.values[record.provenance.get("checkpoint") or record.cell.seed] = value
+            found.records.append(record)
+        return found
+
+
+@dataclass
+class Picked:
+    """What a pick finds: one value per distinct base network.
+
+    Attributes:
+        values: By base.
+        records: The records that they come from.
+        missing: How many records that match have no such value: failed or skipped cells.
+    """
+
+    values: dict[object, float] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    missing: int = 0
 
 
 def load() -> list[Document]:
@@ -281,24 +316,43 @@ def judge(claim: Claim, evidence: Evidence) -> list[Judged]:
 
 def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     """One row with its verdict: measured where there are records or a check, else "not run"."""
-    keys: list[str] = []
+    records: list[Record] = []
+    remarks: list[str] = []
     if row.check:
         values: Mapping[object, float] = dict(enumerate(_function(row.check)()))
     elif row.at:
-        values, keys = evidence.pick(row.at)
+        picked = evidence.pick(row.at)
+        values, records, missing = picked.values, picked.records, picked.missing
         if row.minus:
-            others, more = evidence.pick(row.minus)
-            values = {k: v - others[k] for k, v in values.items() if k in others}
-            keys += more
+            other = evidence.pick(row.minus)
+            pairs = {k: v - other.values[k] for k, v in values.items() if k in other.values}
+            missing = max(missing, other.missing, max(len(values), len(other.values)) - len(pairs))
+            values, records = pairs, records + other.records
+        remarks = _remarks(records, missing)
     else:
         values = {}
     if not values:
         return Judged(row, "not run", detail=claim.needs)
     verdict, measured, detail = _verdict(row, values)
-    if row.proxy and verdict != "inconclusive":
-        detail = f"direction {'shown' if verdict == 'reproduced' else 'not shown'}; {detail}".removesuffix("; ")
-        verdict = "proxy scale"
-    return Judged(row, verdict, measured, detail, tuple(sorted(set(keys))))
+    if remarks and remarks[0].startswith("incomplete") and verdict == "reproduced":
+        verdict = "inconclusive"  # what failed might have said otherwise
+    if row.proxy and verdict in ("reproduced", "not reproduced"):
+        detail = f"direction {'shown' if verdict == 'reproduced' else 'not shown'} on smaller work; {detail}"
+        verdict = "proxy scale" if verdict == "reproduced" else "not reproduced"
+    return Judged(row, verdict, measured, "; ".join([detail, *remarks]), tuple(sorted({r.key for r in records})))
+
+
+def _remarks(records: Sequence[Record], missing: int) -> list[str]:
+    """What the reader of a verdict must know of its records."""
+    found = [f"incomplete: {missing} base(s) without a result"] if missing else []
+    for flag, text in (("floor", "at the feasible floor"), ("coupled", "with coupled groups")):
+        if count := sum(getattr(r, flag) for r in records):
+            found.append(f"{count} record(s) {text}")
+    if count := sum(not r.met for r in records):
+        found.append(f"{count} record(s) below their budget")
+    if count := sum(bool(r.provenance.get("dirty")) for r in records):
+        found.append(f"{count} record(s) from uncommitted code")
+    return found
 
 
 def _verdict(row: Row, values: Mapping[object, float]) -> tuple[Verdict, Summary, str]:
@@ -319,8 +373,11 @@ def _verdict(row: Row, values: Mapping[object, float]) -> tuple[Verdict, Summary
     if row.kind == "order":
         return _order(row, numbers, found)
     if row.kind == "ratio":
-        middle = Summary(statistics.median(numbers), found.std, len(numbers))
-        return ("reproduced" if _holds(row, middle.mean) else "not reproduced"), middle, f"median of {len(numbers)}, {_rule(row)}"
+        middle = Summary(statistics.median(numbers), None, len(numbers))
+        detail = f"median of {len(numbers)}, {_rule(row)}"
+        if len(numbers) < LEAST_RUNS:
+            return "inconclusive", middle, f"{detail}; at least {LEAST_RUNS} are needed"
+        return ("reproduced" if _holds(row, middle.mean) else "not reproduced"), middle, detail
     held = all(_holds(row, v) for v in numbers)
     return (
         ("reproduced" if held else "not reproduced"),

@@ -133,7 +133,14 @@ class FileSamples(_Normalised):
             generator=torch.Generator(),  # the workers' seeds must not draw on the global state
             pin_memory=self.device.type == "cuda",
         )
-        for x, y in loader:
+        batches = iter(loader)
+        while True:
+            try:
+                x, y = next(batches)
+            except StopIteration:
+                return
+            except UsageError as error:  # torch wraps a worker's error in its traceback
+                raise UsageError(str(error).rpartition("UsageError: ")[2].strip()) from None
             yield self._finish(x, augment, generator), y.to(self.device)
 
     def _transform(self, least_area: float) -> Any:
@@ -159,7 +166,7 @@ class _Decoded(Dataset[tuple[Tensor, int]]):
         state = random.getstate()
         try:
             random.seed(self.seed + position)  # timm's transforms draw from Python's and torch's generators
-            with seeded((self.seed + position) % 2**63):
+            with seeded((self.seed + position) % 2**63, gpu=False):
                 x = torch.from_numpy(np.ascontiguousarray(self.transform(image)))
         finally:
             random.setstate(state)

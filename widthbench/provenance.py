@@ -15,7 +15,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("widthbench", "torch", "torchvision", "timm", "torch-pruning", "scikit-learn", "numpy")
+PACKAGES = (
+    "widthbench",
+    "torch",
+    "torchvision",
+    "timm",
+    "torch-pruning",
+    "scikit-learn",
+    "scipy",
+    "numpy",
+    "pillow",
+    "safetensors",
+)
 ROOT = Path(__file__).resolve().parent
 
 

@@ -12,7 +12,7 @@ class Recipe(BaseModel):
 
     Attributes:
         epochs: Passes over the training samples; 0 for no training, where a suite fine-tunes nothing.
-        batch_size: Samples per step; a last batch of one sample is skipped (BatchNorm cannot normalise it).
+        batch_size: Samples per step, at least 2; a last batch of one sample is skipped (BatchNorm cannot normalise it).
         optimizer: "sgd" (Nesterov momentum) or "adamw".
         lr: Peak learning rate.
         momentum: Of SGD.
@@ -30,7 +30,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: float = Field(ge=0, le=10_000)
-    batch_size: int = Field(default=64, gt=0)
+    batch_size: int = Field(default=64, ge=2)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)

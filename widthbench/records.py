@@ -97,15 +97,21 @@ class Cell(_Frozen):
         return f"{self.technique}:{name}" if self.of else name
 
     @property
+    def network(self) -> str:
+        """The network's name, with the arguments that the suite gives it: ``vgg16_cifar(act_layer=tanh)``."""
+        inside = ",".join(f"{k}={v}" for k, v in sorted(self.model_args.items()))
+        return self.model + (f"({inside})" if inside else "")
+
+    @property
     def id(self) -> str:
         """A readable name, unique within a suite."""
-        parts = [self.dataset, self.model, self.label, self.budget or "", f"s{self.seed}"]
+        parts = [self.dataset, self.network, self.label, self.budget or "", f"s{self.seed}"]
         return "-".join(p for p in parts if p)
 
     @property
     def group(self) -> str:
         """Cells of one group share a base network, so one worker runs them."""
-        return f"{self.dataset}-{self.model}-s{self.seed}"
+        return f"{self.dataset}-{self.network}-s{self.seed}"
 
 
 class Row(_Frozen):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import functools
+import gzip
 import hashlib
 import os
 import re
+import zlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,9 @@ from torchvision.datasets.utils import check_integrity
 
 from widthbench.errors import UsageError, did_you_mean
 from widthbench.paths import cache_dir, data_dir, write_atomic
+from widthbench.provenance import code_digest
 
+READABLE = (".png", ".jpg", ".jpeg", ".webp")
 SMALL = 64  # px: sets of images up to this size are held in memory
 MEMORY = 2**31  # bytes: as long as they fit
 
@@ -58,31 +63,82 @@ class Files:
     """Images that are read when they are needed.
 
     Args:
-        root: Folder or tar.
-        classes: Class name to label for a part whose images are not sorted into classes; else from the folder names, sorted.
-        answers: File stem to class name for such a part.
+        root: Folder or tar; class names are those of the folders inside, sorted.
     """
 
-    def __init__(self, root: Path, classes: dict[str, int] | None = None, answers: dict[str, str] | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         add_img_extensions(".webp")
         self.root = root
+        options: Any = {"cache_tarinfo": False} if root.is_file() else {}  # timm would pickle an index beside the tar
         try:
-            reader = create_dataset("", root=str(root), class_map={}).reader
+            reader = create_dataset("", root=str(root), class_map={}, **options).reader
         except (RuntimeError, AssertionError, OSError, ValueError, EOFError) as error:
             raise UsageError(f"cannot read images from {root}: {error}") from error
         except Exception as error:  # tarfile's own errors have no common ground with these
             raise UsageError(f"damaged file {root}: {type(error).__name__}: {error}") from error
         self._reader, self._pid = reader, os.getpid()
-        names: dict[str, int] = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
-        self.classes = classes or names
-        if answers is None:
-            found = getattr(reader, "targets", None)
-            self.labels = np.asarray([s[1] for s in reader.samples] if found is None else found, dtype=np.int64)
-        else:
-            stems = [Path(reader.filename(i)).stem for i in range(len(reader))]
-            if unknown := [s for s in stems if answers.get(s) not in self.classes]:
-                raise UsageError(f"{root}: no label for {unknown[0]} (and {len(unknown) - 1} more) in the list of answers")
-            self.labels = np.asarray([self.classes[answers[s]] for s in stems], dtype=np.int64)
+        found = getattr(reader, "targets", None)
+        self.labels = np.asarray([s[1] for s in reader.samples] if found is None else found, dtype=np.int64)
+        self.classes: dict[str, int] = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
+
+    @property
+    def unsorted(self) -> bool:
+        """Whether no image lies in a class folder."""
+        return set(self.classes) == {""}
+
+    def answer(self, classes: dict[str, int], answers: dict[str, str]) -> None:
+        """Label images that are not sorted into classes.
+
+        Args:
+            classes: Class name to label.
+            answers: File stem to class name.
+
+        Raises:
+            UsageError: If an image has no answer.
+        """
+        stems = [Path(self._reader.filename(i)).stem for i in range(len(self))]
+        if unknown := [s for s in stems if answers.get(s) not in classes]:
+            raise UsageError(f"{self.root}: no label for {unknown[0]} (and {len(unknown) - 1} more) in the list of answers")
+        self.labels, self.classes = np.asarray([classes[answers[s]] for s in stems], dtype=np.int64), classes
+
+    def require_one_folder_per_class(self) -> None:
+        """Refuse what timm's readers would mislabel or leave out in silence.
+
+        Raises:
+            UsageError: If images lie outside of class folders or deeper than them, or a class folder holds none that can be read.
+        """
+        folders: dict[int, str] = {}
+        for index, label in enumerate(self.labels.tolist()):
+            if self._inner_tar(index):
+                continue
+            above = os.path.dirname(self._reader.filename(index))
+            if not above:
+                raise UsageError(f"{self.name(index)} lies outside of the class folders: move it into one, or take it out")
+            if folders.setdefault(label, above) != above:
+                raise UsageError(
+                    f"{self.root}: images lie in {folders[label]} and in {above}: put them directly into one folder per class, "
+                    "without folders inside"
+                )
+        parents = {os.path.dirname(above) for above in folders.values()}
+        if len(parents) > 1:
+            both = " and ".join(repr(p or ".") for p in sorted(parents)[:2])
+            raise UsageError(f"{self.root}: class folders lie in {both}: put them side by side, with the images directly inside")
+        if self.root.is_dir():
+            self._require_readable()
+
+    def _inner_tar(self, index: int) -> bool:
+        sample = self._reader.samples[index]
+        return self.root.is_file() and sample[2] is not None
+
+    def _require_readable(self) -> None:
+        others = {ext for ext in Image.registered_extensions() if ext not in READABLE}
+        for folder in sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            with os.scandir(folder) as entries:
+                odd = next((e.name for e in entries if os.path.splitext(e.name)[1].lower() in others), None)
+            if odd:
+                raise UsageError(f"{folder / odd} is neither PNG, JPEG nor WebP: convert it, or take it out")
+            if folder.name not in self.classes:
+                raise UsageError(f"{folder} holds no PNG, JPEG or WebP image: fill it, or take it out")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,6 +161,8 @@ class Files:
             with self._reader[index][0] as file:
                 image = Image.open(file)
                 image.load()
+                if image.mode.startswith(("I", "F")):
+                    raise UsageError(f"{self.name(index)} has more than 8 bits per channel: convert it to 8 bits")
                 return image.convert(mode) if mode else image
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise UsageError(f"damaged file {self.name(index)}: {error}; restore it, or take it out") from error
@@ -309,12 +367,14 @@ def _parts(folder: Path) -> tuple[Path, Path] | None:
 
 def _images(name: str, train_at: Path, test_at: Path) -> Source:
     layout = "tars" if train_at.is_file() else "folders"
-    train = Files(train_at)
-    flat = name == "imagenet" and test_at.is_dir() and not any(p.is_dir() for p in test_at.iterdir())
+    train, test = Files(train_at), Files(test_at)
+    train.require_one_folder_per_class()
     if len(train.classes) < 2:
         raise UsageError(f"{train_at} holds {len(train.classes)} class(es): images must lie in one folder per class")
-    test = Files(test_at, train.classes, _answers(test_at)) if flat else Files(test_at)
-    if not flat:
+    if name == "imagenet" and test.unsorted:
+        test.answer(train.classes, _answers(test_at))
+    else:
+        test.require_one_folder_per_class()
         test.relabel(train.classes)
     where = str(train_at.parent)
     sizes = {train.open(0, None).size, test.open(0, None).size}
@@ -335,13 +395,17 @@ def _answers(val: Path) -> dict[str, str]:
             f"{val} is not sorted into classes: put the competition's LOC_val_solution.csv beside it, "
             "or one folder per class inside"
         )
-    with path.open(newline="") as file:
-        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    try:
+        with path.open(newline="") as file:
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    except (KeyError, IndexError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} is not the competition's list: it needs the columns ImageId and PredictionString") from error
 
 
 def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | None:
     """Small images as arrays, kept decoded in the cache; None if they differ in size or are too many."""
-    key = hashlib.sha256(f"{train.root} {train.listing(dates=True)} {test.listing(dates=True)}".encode()).hexdigest()[:40]
+    stamp = f"{train.root} {train.listing(dates=True)} {test.listing(dates=True)} {version('pillow')} {code_digest('sources.py')}"
+    key = hashlib.sha256(stamp.encode()).hexdigest()[:40]
     path = cache_dir() / "decoded" / f"{name}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -386,15 +450,12 @@ def _torchvision(name: str, root: Path) -> Source:
     cls = TORCHVISION[name]
     if locate(name) is None:
         _download(name, root)
+    there = _unzipped(name, root) if hasattr(cls, "resources") else root
     try:
-        loaded = [cls(str(root), train=train, download=False) for train in (True, False)]
+        loaded = [cls(str(there), train=train, download=False) for train in (True, False)]
     except Exception as error:  # torchvision raises whatever its parsing runs into
-        if (culprit := _damaged(name, root)) is None and "not found" in str(error):
-            _download(name, root)  # zipped files that torchvision wants unpacked
-            loaded = [cls(str(root), train=train, download=False) for train in (True, False)]
-        else:
-            detail = culprit or f"in {_torchvision_folder(name, root)}: {error}"
-            raise UsageError(f"dataset '{name}': damaged file {detail}; remove it and put {wanted(name)}") from error
+        detail = _damaged(name, there) or f"in {_torchvision_folder(name, root)}: {error}"
+        raise UsageError(f"dataset '{name}': damaged file {detail}; remove it and put {wanted(name)}") from error
     parts = []
     for one in loaded:
         images = torch.as_tensor(one.data)
@@ -404,6 +465,28 @@ def _torchvision(name: str, root: Path) -> Source:
             raise UsageError(f"dataset '{name}': {len(images)} images but {len(one.targets)} labels in {root}")
     where, layout = locate(name) or (str(root), "")
     return in_memory(name, where, layout, parts[0], parts[1])
+
+
+def _unzipped(name: str, root: Path) -> Path:
+    """A root with plain idx files, which torchvision wants: the given one, or one in the cache if some are there only zipped."""
+    folder = _torchvision_folder(name, root)
+    files = [folder / Path(url).name for url, _ in _idx(TORCHVISION[name])]
+    if all(f.with_suffix("").is_file() for f in files):
+        return root
+    digest = hashlib.sha256()
+    contents = {}
+    for file in files:
+        plain = file.with_suffix("")
+        try:
+            contents[plain.name] = plain.read_bytes() if plain.is_file() else gzip.decompress(file.read_bytes())
+        except (OSError, EOFError, zlib.error) as error:
+            raise UsageError(f"dataset '{name}': damaged file {file}: {error}; remove it and put {wanted(name)}") from error
+        digest.update(contents[plain.name])
+    place = cache_dir() / "unzipped" / digest.hexdigest()[:16]
+    for plain_name, content in contents.items():
+        if not (path := _torchvision_folder(name, place) / plain_name).is_file():
+            write_atomic(path, content)
+    return place
 
 
 def _download(name: str, root: Path) -> None:

@@ -287,7 +287,8 @@ def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
     try:
         for dataset in suite.datasets:
             for network in suite.models:
-                cell = next((c for c in cells if c.dataset == dataset and c.model == network.name), None)
+                mine = (dataset, network.name, network.args)
+                cell = next((c for c in cells if (c.dataset, c.model, c.model_args) == mine), None)
                 if cell is None:
                     continue
                 model = protocol.fresh_model(cell, 0)

@@ -39,11 +39,11 @@ def find(name: str) -> Path:
         raise UsageError(f"checkpoint '{name}' must be a plain name, or the path of a file ending in {', '.join(SUFFIXES)}")
     if found := _in_folder(name):
         return found
-    folder = weights_dir()
+    folder, file = weights_dir(), name if name.endswith(SUFFIXES) else f"{name}.safetensors"
     known = sorted(p.stem for p in folder.iterdir() if p.suffix in SUFFIXES) if folder.is_dir() else []
     raise UsageError(
         f"checkpoint '{name}' is not in {folder}{did_you_mean(name, known)}: "
-        f"put {name}.safetensors there, or set WIDTHBENCH_WEIGHTS"
+        f"put {file} there, set WIDTHBENCH_WEIGHTS, or give a path with a '/' in it"
     )
 
 
@@ -99,6 +99,8 @@ def read(path: Path) -> dict[str, Tensor]:
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise UsageError(f"checkpoint {path} holds no tensors by name: save model.state_dict()")
+    if broken := [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
+        raise UsageError(f"checkpoint {path} has values that are not finite in {_some(broken)}")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     return tensors

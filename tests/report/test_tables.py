@@ -163,3 +163,24 @@ def test_paired_differences_compare_all_rows_of_a_budget_controls_included():
 def test_a_held_scratch_budget_is_said():
     assert "for as many MACs, but at most 2 times the base's epochs." in board([record()], longest=2)
     assert "for as many MACs. Where" in board([record()])
+
+
+def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, monkeypatch):
+    from widthbench.records import Store, read_records, write_records
+
+    whole = suite(techniques=["l1-norm", "random-channels"], controls=["base"])
+    records = [Record(key=f"{i:040d}", cell=c, status="done", provenance=WHERE) for i, c in enumerate(whole.cells())]
+    store = Store(tmp_path / "cells")
+    new = records[0].model_copy(update={"reason": "new"})
+    store.put(new)
+    monkeypatch.setattr(build.protocol, "cell_key", lambda cell: next(r.key for r in records if r.cell == cell))
+    assert build.collect(whole, store) == [new]
+    assert build.collect(whole, store, records) == [new, *records[1:]]
+    other = suite(techniques=["l1-norm"], controls=["base"], seeds=[1])
+    monkeypatch.setattr(build.protocol, "cell_key", lambda cell: "0" * 40 + "x")
+    assert build.collect(other, store, records) == []
+    write_records(tmp_path / "records.jsonl", records)
+    assert build._before(tmp_path / "records.jsonl") == sorted(read_records(tmp_path / "records.jsonl"), key=lambda r: r.cell.id)
+    (tmp_path / "records.jsonl").write_text("nonsense")
+    with pytest.warns(UserWarning, match="the earlier results are not taken over: .*records.jsonl:1"):
+        assert build._before(tmp_path / "records.jsonl") == []

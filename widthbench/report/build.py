@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from widthbench.errors import UsageError
 from widthbench.measure import latency_ms, peak_memory_mib
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, hardware, versions
-from widthbench.records import Record, Store, digest_of, write_records
+from widthbench.records import Record, Store, digest_of, read_records, write_records
 from widthbench.report import figures, tables
 from widthbench.suites import Suite
 
@@ -40,12 +41,20 @@ class Report:
     text: str
 
 
-def collect(suite: Suite, store: Store) -> list[Record]:
-    """The finished records of a suite's cells, and the failures of those that are not finished."""
+def collect(suite: Suite, store: Store, before: Sequence[Record] = ()) -> list[Record]:
+    """The finished records of a suite's cells, and the failures of those that are not finished.
+
+    Args:
+        suite: The suite.
+        store: Where finished cells are.
+        before: Records of an earlier report, which stand in for cells that the store has nothing of, so that running a part of a
+            suite loses nothing. Each says which commit it comes from.
+    """
+    old = {r.cell.model_dump_json(): r for r in before}
     found = []
     for cell in suite.cells():
         key = protocol.cell_key(cell)
-        record = store.get(key) or store.failure(key)
+        record = store.get(key) or store.failure(key) or old.get(cell.model_dump_json())
         if record is not None:
             found.append(record)
     return found
@@ -64,7 +73,7 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
         UsageError: If no cell of the suite has a record.
     """
     folder = results / suite.name
-    records = collect(suite, store)
+    records = collect(suite, store, _before(folder / "records.jsonl"))
     if not records:
         raise UsageError(f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)")
     timings = timings_of(records, measure=time_shapes)
@@ -82,6 +91,17 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     return Report(records, folder, files, tables.terminal(suite, records, expected))
 
 
+def _before(path: Path) -> list[Record]:
+    """The records of an earlier report; none, with a warning, if they cannot be read."""
+    if not path.is_file():
+        return []
+    try:
+        return read_records(path)
+    except UsageError as error:
+        warnings.warn(f"the earlier results are not taken over: {error}", stacklevel=2)
+        return []
+
+
 def timings_of(records: Sequence[Record], *, measure: bool) -> list[dict[str, Any]]:
     """Latency and peak memory per distinct shape: from the cache, or measured now, one after the other.
 
@@ -89,7 +109,7 @@ def timings_of(records: Sequence[Record], *, measure: bool) -> list[dict[str, An
     """
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for record in records:
-        key = (record.cell.dataset, record.cell.model, tables.shape_of(record))
+        key = (record.cell.dataset, record.cell.network, tables.shape_of(record))
         if record.status != "done" or key in found:
             continue
         path = cache_dir() / "timings" / f"{_timing_key(record)}.json"
@@ -128,7 +148,7 @@ def _measure(record: Record) -> dict[str, Any]:
         ]
         return {
             "dataset": cell.dataset,
-            "model": cell.model,
+            "model": cell.network,
             "shape": tables.shape_of(record),
             "widths": record.widths,
             "macs": record.macs,

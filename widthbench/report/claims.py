@@ -13,10 +13,10 @@ NOTES = """\
 Each row is one number or one statement of a source document, with what was measured here and a verdict by a rule that was
 committed before the run that it judges ([bench/claims](../bench/claims)). *Value*: within the tolerance of the reported number
 (the same weights ±0.01 points; ImageNet ±0.3; own base networks ±1.0, gains ±3.0). *Order*: the paired difference over at least
-five base networks has a 95 % t-interval beyond the bound. *Ratio*: the median of paired runs. *Property*: every value within
-the bound. *Proxy scale*: smaller work than the document's; the direction is shown, and it is never called reproduced. *Not run*
-names what it needs. Measured: mean ± sample standard deviation over n distinct base networks, from the committed records named
-beside it."""
+five base networks has a 95 % t-interval beyond the bound. *Ratio*: the median of at least three paired runs. *Property*: every
+value within the bound. *Proxy scale*: the direction is shown, on smaller work than the document's, and never called reproduced.
+*Not run* names what it needs. Measured: mean ± sample standard deviation over n distinct base networks (ratios: the median of n
+runs), from the committed records named beside it. A claim is reproduced only if each of its rows is."""
 
 
 def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
@@ -68,9 +68,9 @@ def _measured(judged: Judged) -> str:
     found = judged.measured
     if found is None:
         return "–"
-    spread = "" if found.std is None else f" ± {found.std:.2f}"
     small = found.mean and abs(found.mean) < 0.01
     value = f"{found.mean:.2e}" if small else f"{found.mean:.2f}"
+    spread = "" if found.std is None else f" ± {found.std:.2e}" if small else f" ± {found.std:.2f}"
     return f"{value}{spread}{_unit(judged.row.unit)} (n={found.n})"
 
 

@@ -76,10 +76,10 @@ def lines(records: Iterable[Record]) -> list[Line]:
     order: dict[tuple[str, str], int] = {}
     for r in records:
         c = r.cell
-        order.setdefault((c.dataset, c.model), len(order))
+        order.setdefault((c.dataset, c.network), len(order))
         control = c.technique in ("base", "uniform-width", "scratch", "scratch-budget")
-        key = (c.dataset, c.model, c.label, c.budget)
-        line = found.setdefault(key, Line(c.dataset, c.model, c.label, c.budget, "", control))
+        key = (c.dataset, c.network, c.label, c.budget)
+        line = found.setdefault(key, Line(c.dataset, c.network, c.label, c.budget, "", control))
         # a base is what seeds make distinct; one public checkpoint under many seeds is still one base
         line.records[r.provenance.get("checkpoint") or c.seed] = r
         line.access = line.access or r.access
@@ -114,7 +114,7 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
             state += f", {count} {status}"
     images = {row.samples for r in records for row in r.rows}
     grain = f" Test sets of {', '.join(map(str, sorted(images)))} images: one is {100 / min(images):.2g} points." if images else ""
-    bases = {(r.cell.dataset, r.cell.model, r.provenance.get("checkpoint") or r.cell.seed) for r in records}
+    bases = {(r.cell.dataset, r.cell.network, r.provenance.get("checkpoint") or r.cell.seed) for r in records}
     most = max((len([b for b in bases if b[:2] == net]) for net in {b[:2] for b in bases}), default=0)
     longest = f", but at most {suite.longest:g} times the base's epochs" if suite.longest else ""
     bases_each = f"{most} base networks each at most" if most > 1 else "one base network each: no ± and no ranks"
