@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("dest", type=Path)
     parser.add_argument("--images", type=int, default=20, help="training images per class; a quarter as many for validation")
     parser.add_argument("--jobs", default="2")
+    parser.add_argument("--only", nargs="+", default=[], help="only cells whose name holds one of these")
     args = parser.parse_args()
     from widthbench import models, suites
 
@@ -54,6 +55,7 @@ def main() -> int:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights / f"{network.name}.safetensors")
     environment = {**os.environ, "WIDTHBENCH_DATA": str(args.dest / "data"), "WIDTHBENCH_WEIGHTS": str(weights)}
     command = ["widthbench", "run", "imagenet", "--jobs", args.jobs, "--results", str(args.dest / "results")]
+    command += ["--only", *args.only] if args.only else []
     return subprocess.run([sys.executable, "-m", *command], env=environment, check=False).returncode
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -32,7 +33,6 @@ class Images(Dataset):
 
     def __init__(self, samples: data.ImageSamples, pad: int) -> None:
         self.images, self.labels = samples.images.numpy(), samples.labels.tolist()
-        self.to_pil = transforms.ToPILImage()
         self.transform = transforms.Compose(
             [
                 transforms.RandomCrop(samples.images.shape[-1], padding=pad),
@@ -46,7 +46,9 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.to_pil(self.images[index].transpose(1, 2, 0))), self.labels[index]
+        image = self.images[index]
+        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+        return self.transform(picture), self.labels[index]
 
 
 class Loaded:

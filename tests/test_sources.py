@@ -89,6 +89,9 @@ def test_a_set_that_is_not_there_and_cannot_be_downloaded_says_what_to_put_where
     def offline(*args, **kwargs):
         raise OSError("<urlopen error [Errno -2] Name or service not known>")
 
+    with pytest.raises(UsageError, match=r"the data folder .* does not exist: make it"):
+        sources.load("mnist")
+    root.mkdir()
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", offline)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
     with pytest.raises(

@@ -491,6 +491,8 @@ def _unzipped(name: str, root: Path) -> Path:
 
 def _download(name: str, root: Path) -> None:
     cls = TORCHVISION[name]
+    if os.environ.get("WIDTHBENCH_DATA") and not root.is_dir():
+        raise UsageError(f"the data folder {root} does not exist: make it, or correct WIDTHBENCH_DATA or --data")
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{name}.lock"):

@@ -1,0 +1,38 @@
+"""The measuring scripts of bench/ in small: that they run and say what they found."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from widthbench import sources
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / script), *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_pipeline():
+    if any(sources.locate(name) is None for name in ("fashionmnist", "cifar10")):
+        pytest.skip("fashionmnist and cifar10 are not in WIDTHBENCH_DATA")
+    out = run("pipeline.py", "--epochs", "0.02", "--seeds", "0", "--rounds", "1")
+    assert "| cifar10 " in out
+
+
+@pytest.mark.slow
+def test_kills():
+    assert "the same as of a run left alone" in run("kills.py", "--kills", "2")
+
+
+@pytest.mark.slow
+def test_imagenet_generated(tmp_path):
+    out = run("imagenet_generated.py", str(tmp_path), "--only", "mobilenetv1")
+    assert "suite imagenet: 11 of 55 cells done" in out
