@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from widthbench.errors import UsageError
 from widthbench.randomness import seeded
 from widthbench.recipe import Recipe
 
+# inside an engine's own worker Python would start anew, and import torch, for every pass over the data
+FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 CENTRE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.875}
 
 
@@ -125,11 +128,13 @@ class FileSamples(_Normalised):
         if generator is not None:
             order = torch.randperm(len(self), generator=generator)
             seed = int(torch.randint(2**62, (), generator=generator))
+        workers = self.workers if len(self) > size else 0
         transform = self._transform(0 if augment is None else augment.resized_crop)
         loader = DataLoader(
             _Decoded(self.files, self.index, transform, seed),
             batch_sampler=_Batches(order, size),
-            num_workers=self.workers if len(self) > size else 0,
+            num_workers=workers,
+            multiprocessing_context=FORK if workers else None,
             generator=torch.Generator(),  # the workers' seeds must not draw on the global state
             pin_memory=self.device.type == "cuda",
         )

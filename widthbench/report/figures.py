@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
     panels: dict[tuple[str, str], list[Line]] = {}
     for line in found:
         panels.setdefault((line.dataset, line.model), []).append(line)
+    panels = {k: block for k, block in panels.items() if any(ln.budget for ln in block)}  # a lone base is no picture
     if not panels:
         return []
     return [_figure(panels, axis, folder / f"accuracy-{axis}.png", title) for axis in AXES]
@@ -59,7 +61,8 @@ def _figure(panels: dict[tuple[str, str], list[Line]], axis: str, path: Path, ti
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     seeds = max(len(ln.done) for block in panels.values() for ln in block)
     spread = f"mean ± std over {seeds} base networks" if seeds > 1 else "one base network"
-    figure.suptitle(f"{title}: after adaptation, {spread}\n(points of one size are set side by side)", fontsize=12)
+    heading = textwrap.fill(f"{title}: after adaptation, {spread}", 50 * columns)
+    figure.suptitle(f"{heading}\n(points of one size are set side by side)", fontsize=12)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
     write_atomic(path, buffer.getvalue())
