@@ -76,7 +76,7 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     records = collect(suite, store, _before(folder / "records.jsonl"))
     if not records:
         raise UsageError(f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)")
-    timings = timings_of(records, measure=time_shapes)
+    timings = timings_of(records, measure=time_shapes, before=_lines(folder / "timings.jsonl"))
     write_records(folder / "records.jsonl", records)
     lines = sorted(json.dumps(t, sort_keys=True) for t in timings)
     write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
@@ -91,6 +91,14 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     return Report(records, folder, files, tables.terminal(suite, records, expected))
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; none if the file is absent or damaged, since what it holds can be measured again."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
 def _before(path: Path) -> list[Record]:
     """The records of an earlier report; none, with a warning, if they cannot be read."""
     if not path.is_file():
@@ -102,11 +110,17 @@ def _before(path: Path) -> list[Record]:
         return []
 
 
-def timings_of(records: Sequence[Record], *, measure: bool) -> list[dict[str, Any]]:
-    """Latency and peak memory per distinct shape: from the cache, or measured now, one after the other.
+def timings_of(records: Sequence[Record], *, measure: bool, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Latency and peak memory per distinct shape: from the cache, from an earlier report, or measured now, one after the other.
 
     A resized network's speed-up is the median over rounds that time base and resized network in turn.
+
+    Args:
+        records: Finished ones count.
+        measure: Whether to measure what is missing.
+        before: An earlier report's; those of this hardware stand in for what the cache has nothing of.
     """
+    old = {(t["dataset"], t["model"], t["shape"]): t for t in before if t.get("hardware") == hardware()}
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for record in records:
         key = (record.cell.dataset, record.cell.network, tables.shape_of(record))
@@ -115,6 +129,8 @@ def timings_of(records: Sequence[Record], *, measure: bool) -> list[dict[str, An
         path = cache_dir() / "timings" / f"{_timing_key(record)}.json"
         if path.is_file():
             found[key] = json.loads(path.read_text())
+        elif key in old:
+            found[key] = old[key]
         elif measure:
             found[key] = _measure(record)
             write_atomic(path, json.dumps(found[key], indent=1))
