@@ -61,7 +61,7 @@ def _figure(panels: dict[tuple[str, str], list[Line]], axis: str, path: Path, ti
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     seeds = max(len(ln.done) for block in panels.values() for ln in block)
     spread = f"mean ± std over {seeds} base networks" if seeds > 1 else "one base network"
-    heading = textwrap.fill(f"{title}: after adaptation, {spread}", 50 * columns)
+    heading = textwrap.fill(f"{title}: after adaptation, {spread}", 52 * columns)
     figure.suptitle(f"{heading}\n(points of one size are set side by side)", fontsize=12)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
