@@ -157,10 +157,11 @@ def _measure(record: Record) -> dict[str, Any]:
         resized, _, _ = fresh_at(cell, record.widths, 0)
         resized.eval()
         one = protocol.example_input(cell)
-        batch = one.expand(BATCH, -1, -1, -1).contiguous()
+        heavy = one.device.type == "cpu" and cell.size > 64  # a batch of 64 would take a CPU most of an hour
+        size, rounds, warm_up = (1, 2, 1) if heavy else (BATCH, ROUNDS, 5)
+        batch = one.expand(size, -1, -1, -1).contiguous()
         pairs = [
-            (latency_ms(full, batch, rounds=15, limit_s=0.4), latency_ms(resized, batch, rounds=15, limit_s=0.4))
-            for _ in range(ROUNDS)
+            tuple(latency_ms(m, batch, rounds=15, limit_s=0.4, warm_up=warm_up) for m in (full, resized)) for _ in range(rounds)
         ]
         return {
             "dataset": cell.dataset,
@@ -169,11 +170,11 @@ def _measure(record: Record) -> dict[str, Any]:
             "widths": record.widths,
             "macs": record.macs,
             "params": record.params,
-            "batch": BATCH,
+            "batch": size,
             "latency_ms": statistics.median(b for _, b in pairs),
             "base_latency_ms": statistics.median(a for a, _ in pairs),
             "speed_up": statistics.median(a / b for a, b in pairs),
-            "latency_ms_batch_1": latency_ms(resized, one, rounds=30, limit_s=0.4),
+            "latency_ms_batch_1": latency_ms(resized, one, rounds=30, limit_s=0.4, warm_up=warm_up),
             "peak_memory_mib": peak_memory_mib(resized, batch),
             "threads": cell.threads,
             "device": str(protocol.device_of(cell)),

@@ -327,5 +327,8 @@ def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> lis
         facts.setdefault("date", set()).add(str(p.get("when"))[:10])
     rows = [f"- {name}: {'; '.join(sorted(values))}" for name, values in facts.items()]
     if timings:
-        rows.append("- measured speed-up: median latency of a batch of 64, taken one shape at a time after all cells had ended")
+        sizes = " or ".join(str(b) for b in sorted({t.get("batch", 64) for t in timings}))
+        rows.append(
+            f"- measured speed-up: median latency of a batch of {sizes}, taken one shape at a time after all cells had ended"
+        )
     return ["---", "", *rows]
