@@ -110,9 +110,8 @@ def _show_claims(terminalreporter: pytest.TerminalReporter, results: Path) -> No
     from widthbench.paths import write_atomic
     from widthbench.report.claims import page
 
-    found = claims.Evidence(results)
     try:
-        judged = [(d, c, claims.judge(c, found)) for d, c in claims.choose(claims.load())]
+        judged = claims.judge_all(results)
     except UsageError as error:
         terminalreporter.write_line(str(error))
         return

@@ -314,6 +314,16 @@ def judge(claim: Claim, evidence: Evidence) -> list[Judged]:
     return [judge_row(row, claim, evidence) for row in claim.rows]
 
 
+def judge_all(results: Path, ids: Sequence[str] = ()) -> list[tuple[Document, Claim, list[Judged]]]:
+    """The claims with the given ids, or all, judged by the records in a results folder.
+
+    Raises:
+        UsageError: If there is no such claim, or the records are damaged or ambiguous.
+    """
+    evidence = Evidence(results)
+    return [(document, claim, judge(claim, evidence)) for document, claim in choose(load(), ids)]
+
+
 def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     """One row with its verdict: measured where there are records or a check, else "not run"."""
     records: list[Record] = []

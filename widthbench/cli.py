@@ -241,8 +241,7 @@ def _claims(args: argparse.Namespace) -> int:
     require_writable(args.results)
     if args.first:
         _run_claims([claim for _, claim in chosen], args)
-    evidence = claims.Evidence(args.results)
-    judged = [(document, claim, claims.judge(claim, evidence)) for document, claim in chosen]
+    judged = claims.judge_all(args.results, args.id)
     _show(rows_of(judged), args.json)
     if not args.id:
         write_atomic(args.results / "claims.md", page(judged))

@@ -152,8 +152,8 @@ class FileSamples(_Normalised):
         common: dict[str, Any] = {
             "input_size": self.size,
             "interpolation": self.interpolation,
-            "use_prefetcher": True,
-        }  # uint8 arrays
+            "use_prefetcher": True,  # bytes, not floats: normalised on the device
+        }
         if not least_area:
             return create_transform(**common, is_training=False, crop_pct=self.crop_pct)
         return create_transform(**common, is_training=True, scale=(least_area, 1.0), hflip=0.0, color_jitter=0.0)

@@ -378,7 +378,7 @@ def _images(name: str, train_at: Path, test_at: Path) -> Source:
         test.relabel(train.classes)
     where = str(train_at.parent)
     sizes = {train.open(0, None).size, test.open(0, None).size}
-    if len(sizes) == 1 and max(*sizes) and max(next(iter(sizes))) <= SMALL:
+    if len(sizes) == 1 and max(sizes.pop()) <= SMALL:
         arrays = _decoded(name, train, test)
         if arrays is not None:
             return in_memory(name, where, layout, *arrays)

@@ -17,7 +17,8 @@ CONTROL_ACCESS = "control"
 
 NOTES = """\
 How to read this: one row is one technique at one budget, mean ± sample standard deviation over n distinct base networks
-(seeds: each has its own train/val split, base and decision). *Top-1* is on the test set, which no choice has looked at:
+(seeds: each has its own train/val split, base and decision). *Top-1* is on the test set, which decides nothing in a
+run (how its recipes were chosen, `widthbench list recipes` and their files say):
 right after the *resize*, after batch-norm *recalibration* (equal to the former in networks without batch norm), and
 after the suite's *fine-tuning*, the same for every technique. *FLOPs (as MACs)* are multiply-accumulates of one forward
 pass of one image. *Data* is the most that the decision looked at. *Train cost* is everything that was spent to get
