@@ -37,11 +37,12 @@ def pick(technique):
     return Pick(suite="tiny", technique=technique, stage="resized")
 
 
-def record(technique, seed, top1, **provenance):
+def record(technique, seed, top1, budget="macs:0.5", params=None, **provenance):
     recipe = Recipe(epochs=1, lr=0.1)
     cell = Cell(
-        dataset="digits", model="lenet5", size=28, technique=technique, budget="macs:0.5", seed=seed, base=recipe, finetune=recipe
-    )
+        dataset="digits", model="lenet5", size=28, technique=technique, params=params or {}, budget=budget, seed=seed,
+        base=recipe, finetune=recipe,
+    )  # fmt: skip
     row = Scores(stage="resized", top1=top1, loss=0.1, samples=450)
     return Record(key=f"{technique}{seed}" + "0" * 30, cell=cell, status="done", rows=(row,), provenance=provenance)
 
@@ -160,6 +161,38 @@ def test_pairs_share_a_base_and_a_checkpoint_counts_once(tmp_path):
     assert (seeds.measured.mean, seeds.measured.n) == (2.0, 2)
     one = judge_row(row, claim(), evidence(tmp_path, {"a": [92, 92, 92], "b": [90, 90, 90]}, checkpoint="abc"))
     assert (one.measured.n, one.measured.std) == (1, None)
+
+
+def test_a_list_of_budgets_and_seeds_on_one_base_are_averaged(tmp_path):
+    scores = {("macs:0.5", 0): 90.0, ("macs:0.5", 1): 92.0, ("macs:0.25", 0): 80.0, ("macs:0.25", 1): 70.0}
+    row = value(at=Pick(suite="tiny", budget=["macs:0.5", "macs:0.25"]))
+    for provenance, expected in (({}, {0: 85.0, 1: 81.0}), ({"checkpoint": "abc"}, {"abc": 83.0})):
+        records = [record("a", seed, top1, budget, **provenance) for (budget, seed), top1 in scores.items()]
+        write_records(tmp_path / "tiny" / "records.jsonl", records)
+        assert Evidence(tmp_path).pick(row.at).values == expected
+    write_records(tmp_path / "tiny" / "records.jsonl", [record("a", s, t, b) for (b, s), t in scores.items()][:3])
+    picked = Evidence(tmp_path).pick(row.at)
+    assert (picked.values, picked.missing) == ({0: 85.0}, 1)  # a base without all budgets has no mean over them
+
+
+def test_a_pick_knows_the_defaults_of_parameters(tmp_path):
+    rows = [record("neuron-merging", 0, 90.0), record("neuron-merging", 0, 80.0, params={"merge": False})]
+    write_records(tmp_path / "tiny" / "records.jsonl", rows)
+    for merge, expected in ((True, 90.0), (False, 80.0)):
+        pick = Pick(suite="tiny", technique="neuron-merging", params={"merge": merge, "bn_scale": "released"})
+        assert Evidence(tmp_path).pick(pick).values == {0: expected}
+
+
+def test_a_claim_holds_in_the_reading_that_holds_and_the_page_says_which():
+    def judged(verdict, reading=""):
+        return Judged(value(reading=reading), verdict, summarise({0: 1.0}))
+
+    rows = [judged("reproduced", "one"), judged("not reproduced", "two"), judged("reproduced")]
+    assert overall(rows) == "reproduced"
+    assert "Read as one: reproduced; Read as two: not reproduced." in page([(claims.load()[0], claim(value()), rows)])
+    assert overall([*rows, judged("not reproduced")]) == "not reproduced"
+    assert overall([judged("not run", "one"), judged("not reproduced", "two")]) == "not reproduced"
+    assert overall([judged("not run", "one"), judged("not run", "two")]) == "not run"
 
 
 def test_ambiguous_picks_are_refused_even_where_the_values_agree(tmp_path):

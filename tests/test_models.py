@@ -1,10 +1,11 @@
 import pytest
 import timm
 import torch
+import zoo
 from torch import nn
 
 import widthbench
-from widthbench import data, models, sources, weights
+from widthbench import data, models, weights
 from widthbench.errors import UsageError
 from widthbench.measure import accuracy
 from widthbench.width.certify import find_groups
@@ -151,12 +152,7 @@ PUBLIC = [
 
 @pytest.mark.parametrize(("name", "file", "dataset", "size", "mean", "std", "published"), PUBLIC, ids=[p[0] for p in PUBLIC])
 def test_public_weights_score_exactly_what_was_published(name, file, dataset, size, mean, std, published):
-    if sources.locate(dataset) is None:
-        pytest.skip(f"{dataset} is not in WIDTHBENCH_DATA")
-    try:
-        path = weights.find(file)
-    except UsageError:
-        pytest.skip(f"{file}.safetensors is not in WIDTHBENCH_WEIGHTS")
+    path = zoo.public(file, dataset)
     split = data.load(dataset, size, val=0, mean=mean, std=std)
     model = models.create(name, classes=10, channels=split.channels, size=size)
     weights.load_into(model, path)

@@ -3,9 +3,13 @@
 import copy
 import functools
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from widthbench import data, sources, weights
+from widthbench.errors import UsageError
 from widthbench.width import find_groups
 from widthbench.width.certify import randomised
 
@@ -156,3 +160,37 @@ def certified(cls):
 def error(a, b):
     """Largest difference relative to the largest value of b."""
     return float((a - b).detach().abs().max() / b.detach().abs().max())
+
+
+def public(file, dataset):
+    """Path of a public weights file; skips the test where it or its data set is absent."""
+    if sources.locate(dataset) is None:
+        pytest.skip(f"{dataset} is not in WIDTHBENCH_DATA")
+    try:
+        return weights.find(file)
+    except UsageError:
+        pytest.skip(f"{file}.safetensors is not in WIDTHBENCH_WEIGHTS")
+
+
+class PublicLenet(nn.Module):
+    """The LeNet-300-100 as anybody would write it, with the tensor names of the published weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.ip1, self.ip2, self.ip3 = nn.Linear(784, 300), nn.Linear(300, 100), nn.Linear(100, 10)
+
+    def forward(self, x):
+        return self.ip3(torch.relu(self.ip2(torch.relu(self.ip1(x.flatten(1))))))
+
+
+def public_lenet():
+    """(the published LeNet-300-100 as a plain module, Fashion-MNIST as it was trained on)."""
+    path = public("lenet_300_100-fashionmnist", "fashionmnist")
+    net = PublicLenet().eval()
+    net.load_state_dict(load_file(path))
+    return net, data.load("fashionmnist", 28, val=0, mean=(0.5,), std=(0.5,))
+
+
+def first(split):
+    """The first test image, ``[1, C, H, W]``."""
+    return next(split.test.batches(1))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import statistics
 import tomllib
@@ -10,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from widthbench import suites
+from widthbench import registry, suites
 from widthbench.errors import UsageError, did_you_mean
-from widthbench.records import Cell, Record, Stage, read_records
+from widthbench.records import CONTROLS, Cell, Record, Stage, read_records
 from widthbench.report.statistics import LEAST, Summary, interval, summarise
 
 Kind = Literal["value", "gain", "order", "ratio", "property"]
@@ -42,8 +43,8 @@ class Pick(_Strict):
         args: Arguments of the network's constructor that the cell must have.
         technique: Of the cell.
         of: For scratch controls, whose shape they train.
-        params: The technique's parameters that the cell must have.
-        budget: Of the cell.
+        params: Values that the technique's parameters must have in the cell, set there or by default.
+        budget: Of the cell; a list means the mean over those budgets.
         stage: Which row of the record; the last one if absent.
         metric: A score of that row (top1, top5, loss, val_top1, val_loss), "params" or "macs" of the record (in millions), or
             "series:NAME", the last entry of a series that the technique recorded.
@@ -56,18 +57,24 @@ class Pick(_Strict):
     technique: str | None = None
     of: str | None = None
     params: dict[str, Any] = Field(default_factory=dict)
-    budget: str | None = None
+    budget: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     stage: Stage | None = None
     metric: str = Field(default="top1", pattern=f"^({'|'.join((*METRICS, *SIZES))}|series:.+)$")
 
     def matches(self, cell: Cell) -> bool:
         """Whether a cell is one of those meant."""
-        named = ("dataset", "model", "technique", "of", "budget")
+        named = ("dataset", "model", "technique", "of")
         return (
             all(getattr(self, n) in (None, getattr(cell, n)) for n in named)
+            and (self.budget is None or cell.budget in self.budgets)
             and all(cell.model_args.get(k) == v for k, v in self.args.items())
-            and all(cell.params.get(k) == v for k, v in self.params.items())
+            and all(_parameter(cell, k) == v for k, v in self.params.items())
         )
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """The budgets that are named."""
+        return (self.budget,) if isinstance(self.budget, str) else self.budget or ()
 
     def value(self, record: Record) -> float | None:
         """The number of one record; None if it has none."""
@@ -79,6 +86,14 @@ class Pick(_Strict):
             return None if row is None else getattr(row, self.metric)
         series = record.series.get(self.metric.removeprefix("series:"))
         return float(series[-1]) if series else None
+
+
+def _parameter(cell: Cell, name: str) -> Any:
+    """A parameter of a cell's technique: what the cell sets, else the technique's default."""
+    if name in cell.params or cell.technique in CONTROLS:
+        return cell.params.get(name)
+    parameter = inspect.signature(registry.load(cell.technique)).parameters.get(name)
+    return None if parameter is None else parameter.default
 
 
 class Row(_Strict):
@@ -98,6 +113,7 @@ class Row(_Strict):
         minus: What is subtracted, base by base.
         check: ``module:function`` that measures it instead, as a list of numbers, one per base or pair of runs.
         proxy: Smaller work than the document's: where it shows the direction, the verdict is "proxy scale" and never "reproduced".
+        reading: Which of several readings of an ambiguous sentence the row belongs to; rows without one belong to all.
     """
 
     what: str
@@ -111,6 +127,7 @@ class Row(_Strict):
     minus: Pick | None = None
     check: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
     proxy: bool = False
+    reading: str = ""
 
     @model_validator(mode="after")
     def _complete(self) -> Row:
@@ -221,20 +238,28 @@ class Evidence:
         records = [r for r in self.of(pick.suite) if pick.matches(r.cell)]
         if not records and not any(pick.matches(c) for c in suites.load(pick.suite).cells()):
             raise UsageError(f"{pick.model_dump(exclude_defaults=True)} matches no cell of suite '{pick.suite}'")
-        found = Picked()
-        kinds = {r.cell.model_copy(update={"seed": 0}).model_dump_json() for r in records}
+        spread = {"seed": 0} | ({"budget": None} if len(pick.budgets) > 1 else {})
+        kinds = {r.cell.model_copy(update=spread).model_dump_json() for r in records}
         if len(kinds) > 1:
             raise UsageError(
                 f"{pick.model_dump(exclude_defaults=True)} matches {len(kinds)} kinds of cells that differ in more than their seed "
                 f"({', '.join(sorted({r.cell.id for r in records})[:3])}, ...): say more"
             )
+        found = Picked()
+        values: dict[object, dict[str | None, list[float]]] = {}
         for record in records:
             value = pick.value(record) if record.status == "done" else None
             if value is None:
                 found.missing += 1
                 continue
-            found.values[record.provenance.get("checkpoint") or record.cell.seed] = value
+            base = record.provenance.get("checkpoint") or record.cell.seed
+            values.setdefault(base, {}).setdefault(record.cell.budget, []).append(value)
             found.records.append(record)
+        for base, by_budget in values.items():  # seeds on one base, then budgets: each base counts once
+            if len(by_budget) < len(pick.budgets):
+                found.missing += 1
+                continue
+            found.values[base] = statistics.fmean(statistics.fmean(v) for v in by_budget.values())
         return found
 
 
@@ -243,7 +268,7 @@ class Picked:
     """What a pick finds: one value per distinct base network.
 
     Attributes:
-        values: By base.
+        values: By base; the mean over seeds where several share one (the ten random starts of NMF on one checkpoint).
         records: The records that they come from.
         missing: How many records that match have no such value: failed or skipped cells.
     """
@@ -435,9 +460,22 @@ def overall(judged: Sequence[Judged]) -> Verdict:
     """The verdict on a claim from those on its rows.
 
     Reproduced only if every row is; not reproduced if any row is not; else the weakest of what is left. Rows that were not run
-    leave the claim "not run" if nothing was, else "inconclusive".
+    leave the claim "not run" if nothing was, else "inconclusive". Where the document's sentence has several readings, the best of
+    their verdicts (see ``readings``).
     """
-    found = {j.verdict for j in judged}
+    return min(readings(judged).values(), key=_ORDER.index)
+
+
+_ORDER: tuple[Verdict, ...] = ("reproduced", "proxy scale", "inconclusive", "not reproduced", "not run")
+
+
+def readings(judged: Sequence[Judged]) -> dict[str, Verdict]:
+    """The verdict on each reading of a claim; one without a name where there is but one."""
+    names = dict.fromkeys(j.row.reading for j in judged if j.row.reading) or {"": None}
+    return {name: _together({j.verdict for j in judged if j.row.reading in ("", name)}) for name in names}
+
+
+def _together(found: set[Verdict]) -> Verdict:
     if "not reproduced" in found:
         return "not reproduced"
     if found == {"not run"}:

@@ -69,9 +69,10 @@ def test_one_base_prints_no_spread():
     assert "±" not in row_of(board([record()]), "l1-norm")[5]
 
 
-def test_one_public_checkpoint_under_many_seeds_is_one_base():
-    records = [record(seed=s, provenance={**WHERE, "checkpoint": "sha"}) for s in range(5)]
-    assert row_of(board(records), "l1-norm")[-1] == "1"
+def test_one_public_checkpoint_under_many_seeds_is_one_base_with_their_mean():
+    records = [record(seed=s, top1=90.0 + s, provenance={**WHERE, "checkpoint": "sha"}) for s in range(5)]
+    cells = row_of(board(records), "l1-norm")
+    assert (cells[5], cells[-1]) == ("**92.00**", "1")
 
 
 def test_ranks_only_where_the_suite_is_citable_and_five_bases_carry_them():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from widthbench.claims import VERDICTS, Claim, Document, Judged, overall
+from widthbench.claims import VERDICTS, Claim, Document, Judged, overall, readings
 
 NOTES = """\
 Each row is one number or one statement of a source document, with what was measured here and a verdict by a rule that was
@@ -16,7 +16,9 @@ committed before the run that it judges ([bench/claims](../bench/claims)). *Valu
 five base networks has a 95 % t-interval beyond the bound. *Ratio*: the median of at least three paired runs. *Property*: every
 value within the bound. *Proxy scale*: the direction is shown, on smaller work than the document's, and never called reproduced.
 *Not run* names what it needs. Measured: mean ± sample standard deviation over n distinct base networks (ratios: the median of n
-runs), from the committed records named beside it. A claim is reproduced only if each of its rows is."""
+runs), from the committed records named beside it, or by the named check, which runs whenever this page is written. A claim is
+reproduced only if each of its rows is; one whose sentence can be read in several ways, only if each row of one reading is, and
+the page says of which."""
 
 
 def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
@@ -36,10 +38,12 @@ def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
         parts += [f"### {claim.id}: {overall(rows)}", "", claim.text, ""]
         if claim.note:
             parts += [claim.note, ""]
+        if len(found := readings(rows)) > 1:
+            parts += ["; ".join(f"Read as {name}: {verdict}" for name, verdict in found.items()) + ".", ""]
         if {j.verdict for j in rows} == {"not run"}:
             parts += [f"Needs: {claim.needs}.", ""]
         body = [[_cell(j.row.what), _reported(j), _measured(j), f"**{j.verdict}**", _cell(_why(j)), _records(j)] for j in rows]
-        headers = ["what", "reported", "measured", "verdict", "rule", "records"]
+        headers = ["what", "reported", "measured", "verdict", "rule", "evidence"]
         align = ("left", "right", "right", "left", "left", "left")
         parts += [tabulate(body, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True), ""]
     return "\n".join(parts).rstrip() + "\n"
@@ -84,6 +88,8 @@ def _why(judged: Judged) -> str:
 
 
 def _records(judged: Judged) -> str:
+    if judged.row.check and judged.measured:
+        return f"check `{judged.row.check}`"
     keys = [f"`{key[:8]}`" for key in judged.records]
     more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
     return ", ".join(keys[:4]) + more

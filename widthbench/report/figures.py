@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 
 from widthbench.paths import write_atomic
 from widthbench.records import Record
-from widthbench.report.statistics import summarise
-from widthbench.report.tables import Line, lines
+from widthbench.report.tables import Line, lines, over_bases
 
 # Okabe and Ito's palette, told apart by colour-blind eyes; markers tell the rows apart in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -59,7 +58,7 @@ def _figure(panels: dict[tuple[str, str], list[Line]], axis: str, path: Path, ti
         place.set_visible(False)
     handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    seeds = max(len(ln.done) for block in panels.values() for ln in block)
+    seeds = max(ln.bases for block in panels.values() for ln in block)
     spread = f"mean ± std over {seeds} base networks" if seeds > 1 else "one base network"
     heading = textwrap.fill(f"{title}: after adaptation, {spread}", 52 * columns)
     figure.suptitle(f"{heading}\n(points of one size are set side by side)", fontsize=12)
@@ -116,8 +115,9 @@ def _short(value: float) -> str:
 def _point(line: Line, axis: str) -> tuple[float, float, float]:
     """(size, mean accuracy, standard deviation or 0)."""
     final = line.summary(None)
-    size = summarise({k: float(getattr(r, axis)) for k, r in line.done.items()})
+    size = over_bases({k: float(getattr(r, axis)) for k, r in line.done.items()})
     assert final is not None  # only finished lines are drawn
+    assert size is not None
     return size.mean, final.mean, final.std or 0.0
 
 

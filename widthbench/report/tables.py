@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from tabulate import tabulate
@@ -17,7 +18,8 @@ CONTROL_ACCESS = "control"
 
 NOTES = """\
 How to read this: one row is one technique at one budget, mean ± sample standard deviation over n distinct base networks
-(seeds: each has its own train/val split, base and decision). *Top-1* is on the test set, which decides nothing in a
+(seeds: each has its own train/val split, base and decision; seeds on one published checkpoint are averaged and count as one).
+*Top-1* is on the test set, which decides nothing in a
 run (how its recipes were chosen, `widthbench list recipes` and their files say):
 right after the *resize*, after batch-norm *recalibration* (equal to the former in networks without batch norm), and
 after the suite's *fine-tuning*, the same for every technique. *FLOPs (as MACs)* are multiply-accumulates of one forward
@@ -36,9 +38,12 @@ differences of test top-1 at the last stage, in points; its 95 % t-interval; the
 correction over all pairs of this table; n; and which row is higher, "tied" where the corrected p-value is 0.05 or more."""
 
 
+Key = tuple[object, int]  # the base network (a checkpoint's digest, else the seed that it was trained with), and the seed
+
+
 @dataclass
 class Line:
-    """All records of one technique on one network at one budget, one per base."""
+    """All records of one technique on one network at one budget; several seeds may share a base, which then counts once."""
 
     dataset: str
     model: str
@@ -46,17 +51,21 @@ class Line:
     budget: str | None
     access: str
     control: bool
-    records: dict[object, Record] = field(default_factory=dict)
+    records: dict[Key, Record] = field(default_factory=dict)
 
     @property
-    def done(self) -> dict[object, Record]:
-        """The finished ones by base."""
+    def done(self) -> dict[Key, Record]:
+        """The finished ones by base and seed."""
         return {k: r for k, r in self.records.items() if r.status == "done"}
+
+    @property
+    def bases(self) -> int:
+        """Distinct base networks of the finished ones."""
+        return len({base for base, _ in self.done})
 
     def summary(self, stage: Stage | None) -> Summary | None:
         """Top-1 at a stage (the last one if None); None if no record has it."""
-        values = {k: row.top1 for k, r in self.done.items() if (row := r.row(stage)) is not None}
-        return summarise(values) if values else None
+        return over_bases({k: row.top1 for k, r in self.done.items() if (row := r.row(stage)) is not None})
 
     def final(self) -> Summary | None:
         """Top-1 after training of some kind; None where a suite trains nothing after the resize."""
@@ -64,11 +73,24 @@ class Line:
 
     def scores(self) -> dict[object, float]:
         """Top-1 at the last stage by base."""
-        return {k: row.top1 for k, r in self.done.items() if (row := r.row()) is not None}
+        return by_base({k: row.top1 for k, r in self.done.items() if (row := r.row()) is not None})
 
     def first(self) -> Record:
         """Any record: a finished one if there is one."""
         return next(iter(self.done.values()), next(iter(self.records.values())))
+
+
+def by_base(values: Mapping[Key, float]) -> dict[object, float]:
+    """One value per base: the mean over the seeds that share it."""
+    grouped: dict[object, list[float]] = {}
+    for (base, _), value in values.items():
+        grouped.setdefault(base, []).append(value)
+    return {base: fmean(v) for base, v in grouped.items()}
+
+
+def over_bases(values: Mapping[Key, float]) -> Summary | None:
+    """Mean and spread over distinct bases; None where there is nothing."""
+    return summarise(by_base(values)) if values else None
 
 
 def lines(records: Iterable[Record]) -> list[Line]:
@@ -82,7 +104,7 @@ def lines(records: Iterable[Record]) -> list[Line]:
         key = (c.dataset, c.network, c.label, c.budget)
         line = found.setdefault(key, Line(c.dataset, c.network, c.label, c.budget, "", control))
         # a base is what seeds make distinct; one public checkpoint under many seeds is still one base
-        line.records[r.provenance.get("checkpoint") or c.seed] = r
+        line.records[r.provenance.get("checkpoint") or c.seed, c.seed] = r
         line.access = line.access or r.access
 
     def place(line: Line) -> tuple[Any, ...]:
@@ -156,7 +178,7 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
                 f"{_ratio(r.base_macs, macs)}x",
                 _speed_up(line, speeds),
                 _cost(line),
-                len(line.done),
+                line.bases,
             ]
         )
     headers = [
@@ -206,7 +228,7 @@ def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
             continue
         cost = f"{_count(_mean(line, 'params'))} / {_count(_mean(line, 'macs'))}"
         after, final = _text(line.summary("resized")), _text(line.final())
-        rows.append([line.model, line.label + _flags(line), line.budget or "–", after, final, cost, len(line.done)])
+        rows.append([line.model, line.label + _flags(line), line.budget or "–", after, final, cost, line.bases])
     headers = ["model", "technique", "budget", "top-1 % resized", "fine-tuned / trained", "params / MACs", "n"]
     done = sum(r.status == "done" for r in records)
     head = f"suite {suite.name}: {done} of {expected} cells done, test accuracy, mean ± std over n base networks"
@@ -241,7 +263,9 @@ def _text(summary: Summary | None) -> str:
 
 
 def _mean(line: Line, name: str) -> float:
-    return summarise({k: float(getattr(r, name)) for k, r in line.done.items()}).mean
+    found = over_bases({k: float(getattr(r, name)) for k, r in line.done.items()})
+    assert found is not None  # asked of finished lines only
+    return found.mean
 
 
 def _count(value: float) -> str:
@@ -271,7 +295,8 @@ def _cost(line: Line) -> str:
             whole = round((own.forward_macs + own.backward_macs) / own.epochs * epochs * r.base_macs / r.macs) if own.epochs else 0
         if whole:
             shares[k] = total / whole
-    return f"{summarise(shares).mean:.2f}x" if shares else "–"
+    found = over_bases(shares)
+    return f"{found.mean:.2f}x" if found else "–"
 
 
 def _speed_up(line: Line, speeds: dict[tuple[str, str, str], dict[str, Any]]) -> str:
@@ -283,7 +308,8 @@ def _speed_up(line: Line, speeds: dict[tuple[str, str, str], dict[str, Any]]) ->
         entry = speeds.get((line.dataset, line.model, shape_of(r)))
         if entry:
             found[k] = entry["speed_up"]
-    return f"{summarise(found).mean:.2f}x" if found else "–"
+    summary = over_bases(found)
+    return f"{summary.mean:.2f}x" if summary else "–"
 
 
 def shape_of(record: Record) -> str:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -96,12 +97,16 @@ class Groups(Mapping[str, Group]):
             leaves the axes whole: they describe the network, not the selection.
         output_shapes: Shapes of the network's output tensors for the example input.
         problem: Why there are no groups at all, if the network could not be traced.
+        behind: For every layer, the nearest layers that it reads from, through operations without weights.
+        adjacent: BatchNorms whose input is the output of the layer before, with no operation in between.
     """
 
     members: Mapping[str, Group]
     axes: Mapping[tuple[str, Side], Axis] = field(repr=False)
     output_shapes: tuple[tuple[int, ...], ...] = ()
     problem: str = ""
+    behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    adjacent: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __getitem__(self, name: str) -> Group:
         try:
@@ -140,6 +145,40 @@ class Groups(Mapping[str, Group]):
                 offset += segment.size
             if found:
                 yield layer, found
+
+    @cached_property
+    def readers(self) -> Mapping[str, tuple[str, ...]]:
+        """The layers that read each layer's output next: ``behind`` the other way round."""
+        found: dict[str, tuple[str, ...]] = {}
+        for reader, before in self.behind.items():
+            for layer in before:
+                found[layer] = (*found.get(layer, ()), reader)
+        return found
+
+    def paths(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """The ways that a group's channels take from their producers towards the consumers.
+
+        Args:
+            name: The group.
+
+        Returns:
+            One tuple of layers per way: a producer, then the riders that it passes one after the other (``("conv_pw", "bn1",
+            "conv_dw", "bn2")``), in forward order. A way ends where a consumer, or several branches together, read
+            the channels; it forks where several riders read the same layer (the norms of DenseNet).
+        """
+        group = self[name]
+        members = {*group.producers, *group.riders}
+        following: dict[str, list[str]] = {}
+        for rider in group.riders:
+            before = [b for b in self.behind.get(rider, ()) if b in members]
+            if len(before) == 1:
+                following.setdefault(before[0], []).append(rider)
+
+        def onward(path: tuple[str, ...]) -> list[tuple[str, ...]]:
+            further = [r for r in following.get(path[-1], ()) if r not in path]
+            return [way for rider in further for way in onward((*path, rider))] or [path]
+
+        return tuple(way for producer in group.producers for way in onward((producer,)))
 
     def select(self, scope: Scope = "inner", include: str | Sequence[str] | None = None) -> Groups:
         """The certified groups that may be resized.
@@ -223,6 +262,30 @@ def tensors_on(module: nn.Module, side: Side) -> list[tuple[str, int]]:
     return [(n, 0) for n in names if isinstance(getattr(module, n, None), Tensor)]
 
 
+def channel_rows(groups: Groups, name: str, layer: str, tensor: Tensor) -> Tensor:
+    """What a tensor of a producer or rider holds for each channel of a group.
+
+    Args:
+        groups: The groups of the network.
+        name: The group.
+        layer: One of its producers or riders.
+        tensor: ``[O, ...]``, running along that layer's output axis.
+
+    Returns:
+        ``[N, D]``; D counts repeats and copies of the channel too. A view where the layer holds nothing else.
+    """
+    axis = groups.axes[layer, "out"]
+    copies = [s for s in axis if s.group == name]
+    tensor = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
+    if len(copies) < len(axis):
+        ends = itertools.accumulate(s.size for s in axis)
+        tensor = torch.cat([tensor[end - s.size : end] for s, end in zip(axis, ends, strict=True) if s.group == name])
+    if len(copies) > 1 or copies[0].repeat > 1:  # [copies, N, repeat, D] -> [N, copies * repeat * D]
+        cube = tensor.reshape(len(copies), groups[name].channels, copies[0].repeat, -1)
+        tensor = cube.transpose(0, 1).flatten(1)
+    return tensor
+
+
 def producer_rows(model: nn.Module, groups: Groups, name: str, *, bias: bool = False) -> list[Tensor]:
     """The producer weights of each channel, flattened, one part per producer.
 
@@ -237,21 +300,11 @@ def producer_rows(model: nn.Module, groups: Groups, name: str, *, bias: bool = F
         the channel's whole filter. Parts are views where the layer holds nothing else.
     """
     parts = []
-    for layer, positions in groups.places(name, "out"):
+    for layer in groups[name].producers:
         module: Any = model.get_submodule(layer)
-        if kind_of(module) not in ("conv", "linear"):
-            continue
-        tensors = [module.weight.detach().flatten(1)]
+        parts.append(channel_rows(groups, name, layer, module.weight))
         if bias and module.bias is not None:
-            tensors.append(module.bias.detach()[:, None])
-        copies = [segment for segment in groups.axes[layer, "out"] if segment.group == name]
-        for tensor in tensors:
-            if len(positions) < len(tensor):
-                tensor = tensor[torch.tensor(positions, device=tensor.device)]
-            if len(copies) > 1 or copies[0].repeat > 1:  # [copies, N, repeat, D] -> [N, copies * repeat * D]
-                cube = tensor.reshape(len(copies), groups[name].channels, copies[0].repeat, -1)
-                tensor = cube.transpose(0, 1).flatten(1)
-            parts.append(tensor)
+            parts.append(channel_rows(groups, name, layer, module.bias))
     return parts
 
 
@@ -335,6 +388,7 @@ def discover(model: nn.Module, example_input: Tensor, *, time_limit: float = 60.
                 ignored_layers=[],
                 verbose=False,
             )
+            behind, adjacent = _flow(graph, names)
             raws = _enumerate(graph, names, time_limit)
         except UsageError:
             raise
@@ -344,12 +398,39 @@ def discover(model: nn.Module, example_input: Tensor, *, time_limit: float = 60.
             return Groups({}, {}, shapes_of(outputs[-1]), problem)
     tracked = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(outputs[-1]))
     problem = "" if tracked else "its output has no gradient (a forward pass under no_grad?), so it cannot be traced"
-    return replace(_assemble(model, raws), output_shapes=shapes_of(outputs[-1]), problem=problem)
+    return replace(_assemble(model, raws), output_shapes=shapes_of(outputs[-1]), problem=problem, behind=behind, adjacent=adjacent)
 
 
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
     """Shapes of all tensors in a network's output."""
     return tuple(tuple(t.shape) for t in tree_leaves(output) if isinstance(t, Tensor))
+
+
+def _flow(graph: Any, names: Mapping[nn.Module, str]) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+    """What each resizable layer reads from, and the BatchNorms that sit right behind a layer."""
+    behind: dict[str, tuple[str, ...]] = {}
+    adjacent: set[str] = set()
+    for module, node in graph.module2node.items():
+        if module not in names or kind_of(module) is None:
+            continue
+        found: dict[str, None] = {}
+        between = 0
+        seen, waiting = {node}, list(node.inputs)
+        while waiting:
+            at = waiting.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            if at.module in names and kind_of(at.module) is not None:
+                found[names[at.module]] = None
+                continue
+            # a norm with an activation inside (timm's BatchNormAct2d) shows its own normalisation as one operation more
+            between += "BatchNorm" not in str(at.name)
+            waiting.extend(at.inputs)
+        behind[names[module]] = tuple(found)
+        if kind_of(module) == "batchnorm" and len(found) == 1 and not between:
+            adjacent.add(names[module])
+    return behind, frozenset(adjacent)
 
 
 def _enumerate(graph: Any, names: Mapping[nn.Module, str], time_limit: float) -> list[_Raw]:

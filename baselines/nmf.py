@@ -1,0 +1,118 @@
+"""NMF: each layer's non-negative weights as a product of fewer new filters and a mixing matrix for the next layer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.decomposition import NMF as Factorisation
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor, nn
+
+from widthbench.task import Task
+from widthbench.technique import Outcome, Technique
+from widthbench.width.groups import Groups, kind_of
+from widthbench.width.norms import filter_rows, norm_behind
+from widthbench.width.resize import Resize
+
+
+class NMF(Technique):
+    """Factorise each layer's weights by non-negative matrix factorisation (Lee and Seung 1999).
+
+    The alternative to MostSim that Kim et al. tried (author response to neuron merging, reviewer 4): "we tried to decompose the
+    weight using NMF algorithm by zeroizing negative weights". BatchNorm is folded in, the bias appended, negative entries become
+    zero, and ``W₊ ≈ Y Z``, columns being channels: Y ``[D, P]`` are the new filters (a folded BatchNorm stays as the identity), the
+    consumers absorb Z ``[P, N]``. Z is dense, so that nothing makes ``relu(Zᵀ Yᵀ x)`` equal ``Zᵀ relu(Yᵀ x)``. Convolutions are
+    flattened to one row per channel.
+
+    Args:
+        iterations: The most that scikit-learn's coordinate descent may take.
+        tolerance: Where it stops: the relative change of the violation of the optimality conditions.
+    """
+
+    id = "nmf"
+    access = "none"
+    bibtex = """@article{lee1999learning,
+  title = {Learning the parts of objects by non-negative matrix factorization},
+  author = {Lee, Daniel D. and Seung, H. Sebastian},
+  journal = {Nature},
+  volume = {401},
+  pages = {788--791},
+  year = {1999}
+}"""
+
+    def __init__(self, *, iterations: int = 500, tolerance: float = 1e-4) -> None:
+        self.iterations = iterations
+        self.tolerance = tolerance
+
+    def skip(self, task: Task) -> str | None:
+        """The first group that cannot be factorised, and why."""
+        for name in task.groups:
+            if reason := obstacle(task.model, task.groups, name):
+                return f"channel group '{name}': {reason}"
+        return None
+
+    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+        """Factorise every group at its width, from a random start by the task's seed."""
+        plan, residuals = {}, {}
+        for name, width in task.widths().items():
+            weights = non_negative(task.model, task.groups, name)
+            if width == len(weights):
+                continue
+            mix, filters, residuals[name] = self.factorise(weights, width, task.seed)
+            plan[name] = replaced(task.model, task.groups, name, mix, filters)
+        shares = {f"residual {name}": [value] for name, value in residuals.items()}
+        return Outcome(plan, series=shares)
+
+    def factorise(self, weights: np.ndarray, width: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """``W₊ᵀ [N, D]`` as ``Zᵀ [N, P]`` times ``Yᵀ [P, D]``, and ``‖W₊ - Y Z‖`` (Frobenius)."""
+        model = Factorisation(width, init="random", random_state=seed, max_iter=self.iterations, tol=self.tolerance)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are a parameter
+            mix = model.fit_transform(weights)
+        return mix, model.components_, float(model.reconstruction_err_)
+
+
+def obstacle(model: nn.Module, groups: Groups, name: str) -> str | None:
+    """Why a group's weights are not one matrix whose factor can take their place; None if they are."""
+    group = groups[name]
+    if len(group.producers) > 1:
+        return f"{len(group.producers)} layers make its channels"
+    (producer,) = group.producers
+    if group.blocks > 1:
+        return f"its {group.blocks} blocks must not be mixed"
+    if any(s.repeat > 1 for s in groups.axes[producer, "out"]) or sum(s.group == name for s in groups.axes[producer, "out"]) > 1:
+        return f"layer {producer} holds each channel more than once"
+    if others := [rider for rider in group.riders if rider != norm_behind(groups, producer)]:
+        return f"layer {others[0]} ({kind_of(model.get_submodule(others[0]))}) rides along, which has no part in the factorisation"
+    return None
+
+
+def non_negative(model: nn.Module, groups: Groups, name: str) -> np.ndarray:
+    """``W₊ᵀ [N, D]``: one row per channel, BatchNorm folded, bias last, negative entries set to zero."""
+    return filter_rows(model, groups, name, groups[name].producers[0], fold=True).clamp_min(0).cpu().numpy()
+
+
+def replaced(model: nn.Module, groups: Groups, name: str, mix: np.ndarray, filters: np.ndarray) -> Resize:
+    """The resize that gives a group's producer the filters ``[P, D]`` and its consumers ``mix [N, P]``."""
+    (producer,) = groups[name].producers
+    layer: Any = model.get_submodule(producer)
+    rows = torch.from_numpy(filters).to(layer.weight)
+    size = layer.weight[0].numel()
+    weights, bias = rows[:, :size], rows[:, size:].sum(dim=1)
+    tensors = {f"{producer}.weight": weights.reshape(-1, *layer.weight.shape[1:])}
+    norm = norm_behind(groups, producer)
+    if layer.bias is not None:
+        tensors[f"{producer}.bias"] = bias if norm is None else torch.zeros_like(bias)
+    if norm is not None:  # the identity but for the bias
+        module: Any = model.get_submodule(norm)
+        ones = torch.ones_like(bias)
+        if module.affine:
+            values = {"weight": ones * math.sqrt(1 + module.eps), "bias": bias, "running_mean": 0 * ones, "running_var": ones}
+        else:
+            values = {"running_mean": -bias, "running_var": ones * (1 - module.eps)}
+        tensors |= {f"{norm}.{key}": value for key, value in values.items()}
+    return Resize(torch.arange(len(rows)), torch.from_numpy(mix), tensors)

@@ -1,0 +1,217 @@
+"""Neuron merging: what a removed channel did is given to the kept channel that is most like it."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from widthbench.budget import Allocation
+from widthbench.task import Task
+from widthbench.technique import Outcome, Technique
+from widthbench.width.groups import Groups, kind_of
+from widthbench.width.norms import filter_rows, norm_of
+from widthbench.width.resize import Resize
+
+Criterion = Literal["l1", "l2", "geometric-median"]
+BnScale = Literal["released", "derived"]
+
+
+class NeuronMerging(Technique):
+    """Remove channels by a criterion, then merge each into its most similar kept one (Kim et al., NeurIPS 2020).
+
+    With W ≈ Y Z, Y the kept filters and Z ``[P, N]`` = mixᵀ, the consumers absorb Z: exact under ReLU if Z is non-negative with at
+    most one positive entry per column (Theorem 1, Corollary 1.1). MostSim (algorithm 2) gives removed filter ``w_n`` to
+    ``p = argmax cos(w_n, w_p)`` with the scale ``s = ‖w_n‖ / ‖w_p‖`` if that cosine is at least t, else to none. Where a layer
+    has a bias and no norm, the bias is one more weight.
+
+    With BatchNorm, ``p = argmin λ(1 - cos) + (1 - λ) B̂``, B̂ the mismatch of biases scaled to [0, 1] over the candidates.
+    With σ = √(var + eps), ``w_n = s w_p`` gives ``y_n = S y_p + B`` (section 3.3):
+
+    - derived: ``S = s (γ_n/γ_p)(σ_p/σ_n)``, ``B = (γ_n/σ_n)(s(μ_p - σ_p β_p/γ_p) - μ_n) + β_n``;
+    - released: what the published code computes, variances v in the place of σ and the two channels' roles exchanged,
+      ``S = s (γ_p/γ_n)(v_n/v_p)``, ``B = ((γ_p/v_p)(s(μ_n - v_n β_n/γ_n) - μ_p) + β_p) / S``.
+
+    A depthwise convolution behind the producer makes one filter with it, their outer product (author response, reviewer 3):
+    cosines and norms multiply; "released" looks at the last norm alone, "derived" at each in turn. In "derived" a pair needs
+    S > 0; the published code asks for no sign, so that channels whose γ differ in sign get negative scales, which Theorem 1 does
+    not cover.
+
+    Args:
+        criterion: What is kept: the largest L1 or L2 norms, or the largest sums of distances to all others (geometric median).
+        bn_scale: "released" reproduces the paper's tables; "derived" is exact for filters that are multiples of each other.
+        threshold: t; None takes the published settings, 0.45 without BatchNorm and 0.1 with it.
+        lam: λ in [0, 1], the weight of the cosine against that of the biases.
+        merge: False prunes by the same criterion and merges nothing: the control of the paper's tables.
+        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of all groups together,
+            each group's scores divided by their mean.
+    """
+
+    id = "neuron-merging"
+    access = "none"
+    bibtex = """@inproceedings{kim2020neuron,
+  title = {Neuron Merging: Compensating for Pruned Neurons},
+  author = {Kim, Woojeong and Kim, Suhyun and Park, Mincheol and Jeon, Geonseok},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2020}
+}"""
+
+    def __init__(
+        self,
+        *,
+        criterion: Criterion = "l1",
+        bn_scale: BnScale = "released",
+        threshold: float | None = None,
+        lam: float = 0.85,
+        merge: bool = True,
+        allocation: Allocation = "uniform",
+    ) -> None:
+        self.criterion: Criterion = criterion
+        self.bn_scale: BnScale = bn_scale
+        self.threshold = threshold
+        self.lam = lam
+        self.merge = merge
+        self.allocation: Allocation = allocation
+        if not 0 <= lam <= 1:
+            raise ValueError(f"lam must lie in [0, 1], not {lam}")
+        if threshold is not None and not -1 <= threshold <= 1:
+            raise ValueError(f"threshold is a cosine and must lie in [-1, 1], not {threshold}")
+
+    def skip(self, task: Task) -> str | None:
+        """A norm whose statistics are not among the weights, if there is one."""
+        for rider in {rider for group in task.groups.values() for rider in group.riders}:
+            module = task.model.get_submodule(rider)
+            if kind_of(module) == "batchnorm" and module.running_var is None:
+                return f"layer {rider} ({type(module).__name__}) keeps no running statistics"
+        return None
+
+    def prepare(self, task: Task) -> dict[str, Tensor]:
+        """Scores ``[N]`` per group, from the original weights of every layer."""
+        return {name: score(filters(task.model, task.groups, name), self.criterion) for name in task.groups}
+
+    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+        """Keep the best within the budget, and merge the others into them."""
+        if self.allocation == "global":
+            state = {name: value / value.mean().clamp_min(1e-30) for name, value in state.items()}
+        plan = task.keep_best(state, self.allocation)
+        if not self.merge:
+            return Outcome(plan)
+        return Outcome({name: self.merged(task.model, task.groups, name, change.rows) for name, change in plan.items()})
+
+    def merged(self, model: nn.Module, groups: Groups, name: str, kept: Tensor) -> Resize:
+        """The resize of one group that keeps the channels ``kept [P]`` and merges the others into them."""
+        group = groups[name]
+        removed = torch.ones(group.channels, dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
+        cosine, scale, mismatch = similarity(model, groups, name, removed, kept, self.bn_scale)
+        same_block = (removed * group.blocks // group.channels)[:, None] == kept * group.blocks // group.channels
+        possible = same_block.to(scale.device) & scale.isfinite() & (scale != 0)
+        badness = 1 - cosine
+        if mismatch is not None:
+            possible &= mismatch.isfinite()
+            badness = self.lam * badness + (1 - self.lam) * _rescaled(mismatch, possible)
+        threshold = self.threshold if self.threshold is not None else 0.45 if mismatch is None else 0.1
+        scale = scale.where(possible & (cosine >= threshold), 0)
+        mix = scale.new_zeros(group.channels, len(kept))
+        mix[kept, torch.arange(len(kept))] = 1
+        if len(removed):
+            best = badness.where(possible, math.inf).argmin(dim=1, keepdim=True)
+            mix[removed] = torch.zeros_like(scale).scatter(1, best, scale.gather(1, best))
+        return Resize(kept, mix)
+
+
+Pairs = tuple[Tensor, Tensor, Tensor | None]
+"""Each removed with each kept channel, ``[R, P]`` in float64: cosine, scale S, mismatch |B| of biases (None without BatchNorm)."""
+
+
+def filters(model: nn.Module, groups: Groups, name: str, *, fold: bool = False) -> list[Tensor]:
+    """The filter of each channel of a group as the factors of an outer product, ``[N, D]`` each.
+
+    One producer, and the depthwise convolutions that its channels pass. Where an addition joins several producers, one factor: all
+    of them side by side. Producers that multiply (squeeze-excite) are left out.
+    """
+    if not groups[name].inner:
+        return [torch.cat([filter_rows(model, groups, name, p, fold=fold) for p in groups[name].producers], dim=1)]
+    convolutions = [x for x in groups.paths(name)[0] if kind_of(model.get_submodule(x)) in ("conv", "linear", "depthwise")]
+    return [filter_rows(model, groups, name, layer) for layer in convolutions]
+
+
+def score(factors: list[Tensor], criterion: Criterion) -> Tensor:
+    """What the criterion gives each channel, ``[N]``; higher is kept.
+
+    Args:
+        factors: ``[N, D]`` each, of an outer product: its norms are the products of theirs, its inner products likewise.
+        criterion: "l1", "l2" or "geometric-median" (He et al., CVPR 2019): the sum of distances to all channels.
+    """
+    if criterion != "geometric-median":
+        return torch.stack([f.norm(p=1 if criterion == "l1" else 2, dim=1) for f in factors]).prod(dim=0)
+    gram = torch.stack([f @ f.T for f in factors]).prod(dim=0)
+    squares = gram.diagonal()
+    return (squares[:, None] + squares - 2 * gram).clamp_min(0).sqrt().sum(dim=1)
+
+
+def similarity(model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: Tensor, bn_scale: BnScale) -> Pairs:
+    """What merging each of the channels ``removed [R]`` into each of ``kept [P]`` would do; scales of impossible pairs are NaN.
+
+    Where several norms read the channels side by side (DenseNet), the means over them. Where an addition joins several producers,
+    their BatchNorms are folded and all of them compared at once.
+    """
+    if not groups[name].inner:
+        (rows,) = filters(model, groups, name, fold=True)
+        return *_compared(rows, removed, kept), None
+    ways = [way for way in groups.paths(name) if way[0] == groups[name].producers[0]]
+    found = [_along(model, groups, name, way, removed, kept, bn_scale) for way in ways]
+    cosine, scale, mismatch = (torch.stack(parts).mean(dim=0) for parts in zip(*found, strict=True))
+    normed = any(kind_of(model.get_submodule(layer)) == "batchnorm" for way in ways for layer in way)
+    return cosine, scale, mismatch if normed else None
+
+
+def _along(
+    model: nn.Module, groups: Groups, name: str, way: tuple[str, ...], removed: Tensor, kept: Tensor, bn_scale: BnScale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine, scale and mismatch along one way from the producer to the consumers."""
+    cosine, s = _compared(filter_rows(model, groups, name, way[0]), removed, kept)
+    scale, mismatch = s, torch.zeros_like(s)
+    for layer in way[1:]:
+        kind = kind_of(model.get_submodule(layer))
+        if kind == "depthwise":
+            rows = filter_rows(model, groups, name, layer)
+            other, ratio = _compared(rows, removed, kept)
+            if bn_scale == "derived":  # opposite filters are not multiples through the activation between them
+                scale = scale.where((cosine > 0) & (other > 0), math.nan)
+            cosine, s, scale = cosine * other, s * ratio, scale * ratio
+            mismatch = mismatch * rows.sum(dim=1)[removed, None].abs()
+        elif kind == "batchnorm":
+            norm = norm_of(model, groups, name, layer)
+            (gn, gp), (bn, bp), (mn, mp) = (_pair(v, removed, kept) for v in (norm.gamma, norm.beta, norm.mean))
+            if bn_scale == "released":
+                vn, vp = _pair(norm.var, removed, kept)
+                scale = s * (gp / gn) * (vn / vp)
+                mismatch = ((gp / vp) * (s * (mn - vn * bn / gn) - mp) + bp).abs() / scale
+            else:
+                sn, sp = _pair(norm.sigma, removed, kept)
+                shift = (gn / sn) * (scale * (mp - sp * bp / gp) - mn) + bn
+                mismatch = mismatch * (gn / sn).abs() + shift.abs()
+                scale = scale * (gn / gp) * (sp / sn)
+                scale = scale.where(scale > 0, math.nan)
+    return cosine, scale, mismatch
+
+
+def _compared(rows: Tensor, removed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines, and ratios of norms ``‖w_n‖ / ‖w_p‖``, ``[R, P]``; the cosine with a zero filter is 0."""
+    norms = rows.norm(dim=1)
+    n, p = _pair(norms, removed, kept)
+    return (rows[removed] @ rows[kept].T / (n * p)).nan_to_num(0.0), n / p
+
+
+def _pair(values: Tensor, removed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Values ``[N]`` of the removed and of the kept channels, to be broadcast to ``[R, P]``."""
+    return values[removed][:, None], values[kept]
+
+
+def _rescaled(values: Tensor, possible: Tensor) -> Tensor:
+    """Each row's possible values scaled to [0, 1]; 0 where they are all equal."""
+    low = values.where(possible, math.inf).amin(dim=1, keepdim=True)
+    high = values.where(possible, -math.inf).amax(dim=1, keepdim=True)
+    return ((values - low) / (high - low)).nan_to_num(0.0)
