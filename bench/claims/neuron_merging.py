@@ -18,12 +18,12 @@ from widthbench.width.certify import find_groups
 SEEDS = range(5)
 
 
-def planted() -> list[float]:
+def planted(activation: str = "relu") -> list[float]:
     """Relative error of an MLP and of a LeNet-5 whose small channels are positive multiples of others, bias included."""
     errors = []
     for seed in SEEDS:
         for name, size in (("lenet_300_100", 12), ("lenet5", 20)):
-            net = create(name, classes=5, channels=1, size=size, seed=seed).double().eval()
+            net = create(name, classes=5, channels=1, size=size, seed=seed, act_layer=activation).double().eval()
             for layer in [m for m in net.children() if isinstance(m, nn.Linear | nn.Conv2d)][:-1]:
                 plant(layer, seed)
             errors.append(moved(net, torch.randn(8, 1, size, size, dtype=torch.float64, generator=generator(seed))))

@@ -40,6 +40,13 @@ def test_planted_multiples_merge_exactly(check):
     assert max(check()) < 1e-9
 
 
+@pytest.mark.parametrize("activation", ["tanh", "softsign", "elu", "selu", "leaky_relu", "hardswish", "gelu", "sigmoid"])
+def test_any_activation_merges_and_exactly_where_it_is_positively_homogeneous(activation):
+    errors = checks.planted(activation)
+    assert max(errors) < (1e-9 if activation == "leaky_relu" else 1)
+    assert activation == "leaky_relu" or max(errors) > 1e-9
+
+
 def test_pruning_does_not_pass_for_merging(monkeypatch):
     """The planted channels matter: without the merge the same networks move."""
     apply = widthbench.apply
@@ -324,7 +331,7 @@ def test_public_lenet_gives_the_published_table_to_the_hundredth(kept, pruned, m
         assert round(accuracy(small, split.test).top1, 2) == published
 
 
-# measured with this code on the public ResNet-56 of CIFAR-10, inner channels, floor rounding: results/merging-cifar10
+# measured with this code on the public ResNet-56 of CIFAR-10, inner channels, floor rounding; see results/merging-cifar10
 @pytest.mark.slow
 @pytest.mark.parametrize(("params", "at_80"), [({"merge": False}, 89.86), ({}, 91.06), ({"bn_scale": "derived"}, 91.47)])
 def test_public_resnet_56_at_20_percent(params, at_80):

@@ -152,3 +152,30 @@ def test_an_enumeration_that_takes_too_long_is_stopped():
     assert groups
     assert {g.grade for g in groups.values()} == {"frozen"}
     assert all("took too long" in g.reason for g in groups.values())
+
+
+def test_paths_pass_norms_and_depthwise_convolutions_in_order():
+    groups = zoo.certified(zoo.Residual)[2]
+    assert groups.paths("expand") == (("expand", "bn1", "depth", "bn2"),)
+    assert groups.paths("stem") == (("stem", "bn"), ("project", "bn3"))  # an addition ends both
+    assert groups.readers["stem"] == ("bn",)
+    assert set(groups.behind["head"]) == {"bn", "bn3"}
+    assert groups.adjacent == {"bn", "bn1", "bn2", "bn3"}
+
+
+def test_paths_fork_where_norms_read_side_by_side_and_know_concatenations():
+    model = timm.create_model("densenet121").eval()
+    groups = discover(model, torch.randn(1, 3, 64, 64))
+    ways = groups.paths("features.denseblock1.denselayer1.conv2")
+    assert len(ways) == 6
+    assert all(len(way) == 2 and way[1].endswith(("norm1", "transition1.norm")) for way in ways)
+    assert zoo.certified(zoo.Dense)[2].paths("a") == (("a", "bn"),)
+
+
+def test_a_norm_with_an_activation_inside_is_adjacent_and_one_behind_an_activation_is_not():
+    groups = discover(timm.create_model("test_efficientnet").eval(), torch.randn(1, 3, 64, 64))
+    assert "bn1" in groups.adjacent
+    late = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).eval()
+    groups = discover(late, torch.randn(1, 3, 8, 8))
+    assert not groups.adjacent
+    assert groups.paths("0") == (("0", "2"),)
