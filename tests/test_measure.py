@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from widthbench import data, models
+from widthbench.api import Batches
 from widthbench.measure import MIB, Meter, accuracy, latency_ms, peak_memory_mib
 
 
@@ -40,6 +41,23 @@ class Rank(nn.Module):
 class Hundred:
     def batches(self, size):
         yield torch.tensor([[3.0], [3.0], [50.0]]), torch.tensor([3, 5, 3])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_accuracy_runs_in_the_fastest_layout_and_puts_the_old_one_back(layout):
+    model = models.create("resnet20_cifar", classes=10, channels=3, size=32).to(memory_format=layout)
+    seen = []
+    fast = {"memory_format": torch.channels_last}
+    model.conv1.register_forward_hook(
+        lambda m, args, out: seen.append(m.weight.is_contiguous(**fast) and args[0].is_contiguous(**fast))
+    )
+    x, y = torch.randn(6, 3, 32, 32), torch.arange(6)
+    strides = [p.stride() for p in model.parameters()]
+    score = accuracy(model, Batches((x, y), torch.device("cpu")), batch_size=4)
+    assert seen == [True, True]
+    assert [p.stride() for p in model.parameters()] == strides
+    loss = nn.functional.cross_entropy(model.eval().double()(x.double()), y)
+    assert score.loss == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_top5_counts_from_a_hundred_classes():

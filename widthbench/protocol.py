@@ -254,7 +254,8 @@ def _read_weights(path: Path, model: nn.Module) -> Spent | None:
 def score(model: nn.Module, split: data.Data, stage: Stage) -> Row:
     """Test and val scores of a network."""
     small = isinstance(split.test, data.ImageSamples)
-    size = 512 if small else 64  # large images would fill the memory
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    size = 512 if small and on_gpu else 64  # large images would fill the memory, and many small ones a CPU's cache
     test = accuracy(model, split.test, batch_size=size)
     val = accuracy(model, split.val, batch_size=size) if len(split.val) else None
     return Row(

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from widthbench.errors import UsageError
+from widthbench.measure import fastest_layout
 from widthbench.paths import write_atomic
 from widthbench.randomness import seeded
 from widthbench.recipe import Recipe, Spent
@@ -88,9 +89,8 @@ def fit(
         t_in_epochs=False,
     )
     begin, seen, step, first = time.perf_counter(), 0, 0, 0
-    layout = torch.channels_last if any(isinstance(m, nn.Conv2d) for m in model.modules()) else None
-    if layout is not None:
-        model.to(memory_format=layout)
+    layout = fastest_layout(model)
+    model.to(memory_format=layout)
     order = torch.Generator().manual_seed(seed)
     with seeded(seed):
         if resume is not None and (state := resume.read(recipe, len(train))) is not None:
@@ -110,7 +110,7 @@ def fit(
                 if len(y) < 2:
                     continue
                 schedule.step_update(step)
-                if layout is not None and x.dim() == 4:
+                if x.dim() == 4:
                     x = x.contiguous(memory_format=layout)
                 loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
                 if not torch.isfinite(loss):
@@ -134,8 +134,7 @@ def fit(
                 )  # fmt: skip
             if after_epoch is not None:
                 after_epoch(epoch + 1)
-    if layout is not None:
-        model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format)
     model.eval()
     optimizer.zero_grad(set_to_none=True)
     return Spent(
