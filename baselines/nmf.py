@@ -29,8 +29,8 @@ class NMF(Technique):
     flattened to one row per channel.
 
     Args:
-        iterations: The most that scikit-learn's coordinate descent may take.
-        tolerance: Where it stops: the relative change of the violation of the optimality conditions.
+        iterations: The most that scikit-learn's coordinate descent may take; its own default.
+        tolerance: Where it stops before: the violation of the optimality conditions over that at the start; its own default.
     """
 
     id = "nmf"
@@ -44,7 +44,7 @@ class NMF(Technique):
   year = {1999}
 }"""
 
-    def __init__(self, *, iterations: int = 500, tolerance: float = 1e-4) -> None:
+    def __init__(self, *, iterations: int = 200, tolerance: float = 1e-4) -> None:
         self.iterations = iterations
         self.tolerance = tolerance
 

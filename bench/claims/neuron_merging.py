@@ -72,7 +72,7 @@ def residual() -> list[float]:
             product = change.mix @ torch.cat(tensors, dim=1).double()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                a, b, _ = non_negative_factorization(weights, n_components=width, init="random", max_iter=500, random_state=1)
+                a, b, _ = non_negative_factorization(weights, n_components=width, init="random", random_state=1)
             ours, own = np.linalg.norm(weights - product.numpy()), np.linalg.norm(weights - a @ b)
             differences.append(float(abs(ours - own) / own))
     return differences
