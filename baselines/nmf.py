@@ -47,6 +47,10 @@ class NMF(Technique):
     def __init__(self, *, iterations: int = 200, tolerance: float = 1e-4) -> None:
         self.iterations = iterations
         self.tolerance = tolerance
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, not {iterations}")
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance must be at least 0, not {tolerance}")
 
     def skip(self, task: Task) -> str | None:
         """The first group that cannot be factorised, and why."""
@@ -84,9 +88,10 @@ def obstacle(model: nn.Module, groups: Groups, name: str) -> str | None:
     (producer,) = group.producers
     if group.blocks > 1:
         return f"its {group.blocks} blocks must not be mixed"
-    if any(s.repeat > 1 for s in groups.axes[producer, "out"]) or sum(s.group == name for s in groups.axes[producer, "out"]) > 1:
-        return f"layer {producer} holds each channel more than once"
-    if others := [rider for rider in group.riders if rider != norm_behind(groups, producer)]:
+    norm = norm_behind(groups, producer)
+    if norm is not None and model.get_submodule(norm).running_var is None:
+        return f"layer {norm} keeps no running statistics that could be folded"
+    if others := [rider for rider in group.riders if rider != norm]:
         return f"layer {others[0]} ({kind_of(model.get_submodule(others[0]))}) rides along, which has no part in the factorisation"
     return None
 

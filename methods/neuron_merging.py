@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,7 +14,7 @@ from widthbench.budget import Allocation
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
 from widthbench.width.groups import Groups, kind_of
-from widthbench.width.norms import filter_rows, norm_of
+from widthbench.width.norms import Norm, bias_of, filter_rows, norm_behind, norm_of
 from widthbench.width.resize import Resize
 
 Criterion = Literal["l1", "l2", "geometric-median"]
@@ -80,7 +82,9 @@ class NeuronMerging(Technique):
             raise ValueError(f"threshold is a cosine and must lie in [-1, 1], not {threshold}")
 
     def skip(self, task: Task) -> str | None:
-        """A norm whose statistics are not among the weights, if there is one."""
+        """A norm whose statistics are not among the weights, if there is one and channels are to be merged."""
+        if not self.merge:
+            return None
         for rider in {rider for group in task.groups.values() for rider in group.riders}:
             module = task.model.get_submodule(rider)
             if kind_of(module) == "batchnorm" and module.running_var is None:
@@ -104,15 +108,13 @@ class NeuronMerging(Technique):
         """The resize of one group that keeps the channels ``kept [P]`` and merges the others into them."""
         group = groups[name]
         removed = torch.ones(group.channels, dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
-        cosine, scale, mismatch = similarity(model, groups, name, removed, kept, self.bn_scale)
+        pairs = compare(model, groups, name, removed, kept, self.bn_scale)
         same_block = (removed * group.blocks // group.channels)[:, None] == kept * group.blocks // group.channels
-        possible = same_block.to(scale.device) & scale.isfinite() & (scale != 0)
-        badness = 1 - cosine
-        if mismatch is not None:
-            possible &= mismatch.isfinite()
-            badness = self.lam * badness + (1 - self.lam) * _rescaled(mismatch, possible)
-        threshold = self.threshold if self.threshold is not None else 0.45 if mismatch is None else 0.1
-        scale = scale.where(possible & (cosine >= threshold), 0)
+        possible = same_block.to(pairs.scale.device) & pairs.scale.isfinite() & pairs.mismatch.isfinite()
+        lam = self.lam if bool((pairs.mismatch != 0).any()) else 1.0
+        badness = lam * (1 - pairs.cosine) + (1 - lam) * _rescaled(pairs.mismatch, possible)
+        threshold = self.threshold if self.threshold is not None else 0.1 if _normed(model, group.riders) else 0.45
+        scale = pairs.scale.where(possible & (pairs.cosine >= threshold), 0)
         mix = scale.new_zeros(group.channels, len(kept))
         mix[kept, torch.arange(len(kept))] = 1
         if len(removed):
@@ -121,20 +123,20 @@ class NeuronMerging(Technique):
         return Resize(kept, mix)
 
 
-Pairs = tuple[Tensor, Tensor, Tensor | None]
-"""Each removed with each kept channel, ``[R, P]`` in float64: cosine, scale S, mismatch |B| of biases (None without BatchNorm)."""
-
-
-def filters(model: nn.Module, groups: Groups, name: str, *, fold: bool = False) -> list[Tensor]:
+def filters(model: nn.Module, groups: Groups, name: str) -> list[Tensor]:
     """The filter of each channel of a group as the factors of an outer product, ``[N, D]`` each.
 
-    One producer, and the depthwise convolutions that its channels pass. Where an addition joins several producers, one factor: all
-    of them side by side. Producers that multiply (squeeze-excite) are left out.
+    The producer, and the depthwise convolutions that its channels pass. Where an addition joins several producers, they are
+    one factor, side by side; where they multiply, a factor each, but for the gates of squeeze-excite, which are left out.
     """
     if not groups[name].inner:
-        return [torch.cat([filter_rows(model, groups, name, p, fold=fold) for p in groups[name].producers], dim=1)]
-    convolutions = [x for x in groups.paths(name)[0] if kind_of(model.get_submodule(x)) in ("conv", "linear", "depthwise")]
-    return [filter_rows(model, groups, name, layer) for layer in convolutions]
+        return [torch.cat([filter_rows(model, groups, name, p) for p in groups[name].producers], dim=1)]
+    sources = groups.sources(name)
+    way = groups.paths(name, sources)[0]
+    depthwise = [layer for layer in way if kind_of(model.get_submodule(layer)) == "depthwise"]
+    return [filter_rows(model, groups, name, p) for p in sources] + [
+        filter_rows(model, groups, name, layer, bias=False) for layer in depthwise
+    ]
 
 
 def score(factors: list[Tensor], criterion: Criterion) -> Tensor:
@@ -151,51 +153,98 @@ def score(factors: list[Tensor], criterion: Criterion) -> Tensor:
     return (squares[:, None] + squares - 2 * gram).clamp_min(0).sqrt().sum(dim=1)
 
 
-def similarity(model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: Tensor, bn_scale: BnScale) -> Pairs:
-    """What merging each of the channels ``removed [R]`` into each of ``kept [P]`` would do; scales of impossible pairs are NaN.
+@dataclass
+class Pairs:
+    """What merging each removed channel n into each kept channel p would do, ``[R, P]`` in float64 each.
 
-    Where several norms read the channels side by side (DenseNet), the means over them. Where an addition joins several producers,
-    their BatchNorms are folded and all of them compared at once.
+    Attributes:
+        removed: ``[R]``.
+        kept: ``[P]``.
+        cosine: Of their filters.
+        ratio: s, the ratio of their norms.
+        scale: S, what p's output is to be multiplied by; NaN where the pair is impossible.
+        mismatch: The size of B, what then remains of n's output.
     """
-    if not groups[name].inner:
-        (rows,) = filters(model, groups, name, fold=True)
-        return *_compared(rows, removed, kept), None
-    ways = [way for way in groups.paths(name) if way[0] == groups[name].producers[0]]
-    found = [_along(model, groups, name, way, removed, kept, bn_scale) for way in ways]
-    cosine, scale, mismatch = (torch.stack(parts).mean(dim=0) for parts in zip(*found, strict=True))
-    normed = any(kind_of(model.get_submodule(layer)) == "batchnorm" for way in ways for layer in way)
-    return cosine, scale, mismatch if normed else None
+
+    removed: Tensor
+    kept: Tensor
+    cosine: Tensor
+    ratio: Tensor
+    scale: Tensor
+    mismatch: Tensor
+
+    @classmethod
+    def of(cls, factors: list[Tensor], removed: Tensor, kept: Tensor) -> Pairs:
+        """From the filters that make the channels."""
+        cosine = ratio = torch.ones((), dtype=torch.float64, device=factors[0].device)
+        for rows in factors:
+            c, s = _compared(rows, removed, kept)
+            cosine, ratio = cosine * c, ratio * s
+        return cls(removed, kept, cosine, ratio, ratio, torch.zeros_like(ratio))
+
+    def through_depthwise(self, rows: Tensor, bias: Tensor, bn_scale: BnScale) -> Pairs:
+        """After a depthwise convolution: filters ``[N, D]``, and what its bias ``[N]`` adds where no norm takes it."""
+        c, s = _compared(rows, self.removed, self.kept)
+        scale = self.scale * s
+        if bn_scale == "derived":  # opposite filters are no multiples through the activation between them
+            scale = scale.where((self.cosine > 0) & (c > 0), math.nan)
+        n, p = _pair(bias, self.removed, self.kept)
+        carried = self.mismatch * rows.sum(dim=1)[self.removed, None].abs()
+        return replace(self, cosine=self.cosine * c, ratio=self.ratio * s, scale=scale, mismatch=carried + (n - scale * p).abs())
+
+    def through_norm(self, norm: Norm, bn_scale: BnScale) -> Pairs:
+        """After a BatchNorm, by the formulas of the class above."""
+        (gn, gp), (bn, bp), (mn, mp), (vn, vp), (sn, sp) = (
+            _pair(v, self.removed, self.kept) for v in (norm.gamma, norm.beta, norm.mean, norm.var, norm.sigma)
+        )
+        if bn_scale == "released":
+            s = self.ratio
+            scale = s * (gp / gn) * (vn / vp)
+            rest = (gp / vp) * (s * (mn - vn * bn / gn) - mp) + bp
+            return replace(self, scale=scale, mismatch=rest.abs() / scale)
+        scale = self.scale * (gn / gp) * (sp / sn)
+        rest = (gn / sn) * (self.scale * (mp - sp * bp / gp) - mn) + bn
+        carried = self.mismatch * (gn / sn).abs()
+        return replace(self, scale=scale.where(scale > 0, math.nan), mismatch=carried + rest.abs())
 
 
-def _along(
-    model: nn.Module, groups: Groups, name: str, way: tuple[str, ...], removed: Tensor, kept: Tensor, bn_scale: BnScale
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine, scale and mismatch along one way from the producer to the consumers."""
-    cosine, s = _compared(filter_rows(model, groups, name, way[0]), removed, kept)
-    scale, mismatch = s, torch.zeros_like(s)
-    for layer in way[1:]:
-        kind = kind_of(model.get_submodule(layer))
-        if kind == "depthwise":
-            rows = filter_rows(model, groups, name, layer)
-            other, ratio = _compared(rows, removed, kept)
-            if bn_scale == "derived":  # opposite filters are not multiples through the activation between them
-                scale = scale.where((cosine > 0) & (other > 0), math.nan)
-            cosine, s, scale = cosine * other, s * ratio, scale * ratio
-            mismatch = mismatch * rows.sum(dim=1)[removed, None].abs()
-        elif kind == "batchnorm":
-            norm = norm_of(model, groups, name, layer)
-            (gn, gp), (bn, bp), (mn, mp) = (_pair(v, removed, kept) for v in (norm.gamma, norm.beta, norm.mean))
-            if bn_scale == "released":
-                vn, vp = _pair(norm.var, removed, kept)
-                scale = s * (gp / gn) * (vn / vp)
-                mismatch = ((gp / vp) * (s * (mn - vn * bn / gn) - mp) + bp).abs() / scale
-            else:
-                sn, sp = _pair(norm.sigma, removed, kept)
-                shift = (gn / sn) * (scale * (mp - sp * bp / gp) - mn) + bn
-                mismatch = mismatch * (gn / sn).abs() + shift.abs()
-                scale = scale * (gn / gp) * (sp / sn)
-                scale = scale.where(scale > 0, math.nan)
-    return cosine, scale, mismatch
+def compare(model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: Tensor, bn_scale: BnScale) -> Pairs:
+    """What merging each of the channels ``removed [R]`` into each of ``kept [P]`` would do.
+
+    Where several norms read the channels side by side (DenseNet; a residual stream before each block), the means over them. Where
+    an addition joins several producers, the norms right behind those are folded and all are compared at once.
+    """
+    group = groups[name]
+    if group.inner:
+        first, *others = groups.sources(name)
+        factors = [filter_rows(model, groups, name, first), *(filter_rows(model, groups, name, p, fold=True) for p in others)]
+        ways = [way[1:] for way in groups.paths(name, [first])]
+    else:
+        factors = [torch.cat([filter_rows(model, groups, name, p, fold=True) for p in group.producers], dim=1)]
+        folded = {norm_behind(groups, p) for p in group.producers}
+        reading = [r for r in group.riders if _normed(model, [r]) and r not in folded]
+        ways = list(groups.paths(name, reading))
+        passed = {layer for way in ways for layer in way}
+        if any({*group.producers, *group.riders} & set(groups.behind[c]) - passed for c in group.consumers):
+            ways.append(())  # some consumers read the sum itself
+    found = []
+    for way in ways:
+        pairs = Pairs.of(factors, removed, kept)
+        for layer in way:
+            kind = kind_of(model.get_submodule(layer))
+            if kind == "depthwise":
+                rows = filter_rows(model, groups, name, layer, bias=False)
+                bias = bias_of(model, groups, name, layer) * (norm_behind(groups, layer) is None)
+                pairs = pairs.through_depthwise(rows, bias, bn_scale)
+            elif kind == "batchnorm":
+                pairs = pairs.through_norm(norm_of(model, groups, name, layer), bn_scale)
+        found.append(pairs)
+    mean = {k: torch.stack([getattr(p, k) for p in found]).mean(dim=0) for k in ("cosine", "ratio", "scale", "mismatch")}
+    return Pairs(removed, kept, **mean)
+
+
+def _normed(model: nn.Module, layers: Iterable[str]) -> bool:
+    return any(kind_of(model.get_submodule(layer)) == "batchnorm" for layer in layers)
 
 
 def _compared(rows: Tensor, removed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,15 @@ EXPECTED = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    """The suite "tiny" has the cells that its records have, and no others."""
+    cells = Evidence.cells
+    monkeypatch.setattr(
+        Evidence, "cells", lambda self, name: [r.cell for r in self.of(name)] if name == "tiny" else cells(self, name)
+    )
+
+
 def claim(*rows):
     return Claim(id="X1", text="a test", needs="nothing", rows=rows or (order(),))
 
@@ -172,7 +181,7 @@ def test_a_list_of_budgets_and_seeds_on_one_base_are_averaged(tmp_path):
         assert Evidence(tmp_path).pick(row.at).values == expected
     write_records(tmp_path / "tiny" / "records.jsonl", [record("a", s, t, b) for (b, s), t in scores.items()][:3])
     picked = Evidence(tmp_path).pick(row.at)
-    assert (picked.values, picked.missing) == ({0: 85.0}, 1)  # a base without all budgets has no mean over them
+    assert picked.values == {0: 85.0}  # a base without all budgets has no mean over them
 
 
 def test_a_pick_knows_the_defaults_of_parameters(tmp_path):
@@ -217,12 +226,29 @@ def test_bases_that_failed_leave_an_order_open(tmp_path):
     write_records(tmp_path / "tiny" / "records.jsonl", records)
     judged = judge_row(order(), claim(), Evidence(tmp_path))
     assert (judged.verdict, judged.measured.n) == ("inconclusive", 5)
-    assert "incomplete: 1 base(s) without a result" in judged.detail
+    assert "incomplete: 1 cell(s) without a result" in judged.detail
+
+
+def test_a_part_of_the_cells_reproduces_nothing_and_cells_of_no_suite_do_not_count(tmp_path, monkeypatch):
+    whole = evidence(tmp_path, {"a": [91.73] * 5})
+    assert judge_row(value(), claim(), whole).verdict == "reproduced"
+    meant = [r.cell for r in whole.of("tiny")]
+    monkeypatch.setattr(Evidence, "cells", lambda self, name: meant)
+    records = read_records(tmp_path / "tiny" / "records.jsonl")
+    for kept, verdict, missing in ((records[:1], "inconclusive", 4), (records[:4], "inconclusive", 1)):
+        write_records(tmp_path / "tiny" / "records.jsonl", kept)
+        judged = judge_row(value(), claim(), Evidence(tmp_path))
+        assert judged.verdict == verdict
+        assert f"incomplete: {missing} cell(s) without a result" in judged.detail
+    foreign = records[0].model_copy(update={"cell": meant[0].model_copy(update={"base": Recipe(epochs=2, lr=0.1)})})
+    write_records(tmp_path / "tiny" / "records.jsonl", [foreign])
+    assert judge_row(value(), claim(), Evidence(tmp_path)).verdict == "not run"
 
 
 def test_a_verdict_names_what_is_odd_about_its_records(tmp_path):
-    found = evidence(tmp_path, {"a": [91.73]}, dirty=True)
-    assert "1 record(s) from uncommitted code" in judge_row(value(), claim(), found).detail
+    judged = judge_row(value(), claim(), evidence(tmp_path, {"a": [91.73]}, dirty=True))
+    assert "1 record(s) from uncommitted code" in judged.detail
+    assert judged.verdict == "inconclusive"
     records = [r.model_copy(update={"floor": True, "met": False}) for r in read_records(tmp_path / "tiny" / "records.jsonl")]
     write_records(tmp_path / "tiny" / "records.jsonl", records)
     detail = judge_row(value(), claim(), Evidence(tmp_path)).detail
@@ -230,7 +256,7 @@ def test_a_verdict_names_what_is_odd_about_its_records(tmp_path):
 
 
 def test_without_records_a_claim_is_not_run_and_shows_no_number(tmp_path):
-    judged = judge_row(value(at=Pick(suite="digits", technique="base")), claim(), Evidence(tmp_path))
+    judged = judge_row(value(at=Pick(suite="digits", technique="base", model="lenet5")), claim(), Evidence(tmp_path))
     assert (judged.verdict, judged.measured, judged.detail) == ("not run", None, "nothing")
     last = page([(claims.load()[0], claim(value()), [judged])]).splitlines()[-1].split("|")
     assert [c.strip() for c in last[2:5]] == ["91.73", "–", "**not run**"]

@@ -216,6 +216,7 @@ class Evidence:
 
     results: Path
     _read: dict[str, list[Record]] = field(default_factory=dict)
+    _cells: dict[str, list[Cell]] = field(default_factory=dict)
 
     def of(self, suite: str) -> list[Record]:
         """A suite's records; none if it was not run.
@@ -228,38 +229,42 @@ class Evidence:
             self._read[suite] = read_records(path) if path.is_file() else []
         return self._read[suite]
 
+    def cells(self, suite: str) -> list[Cell]:
+        """A suite's cells as its file has them now."""
+        if suite not in self._cells:
+            self._cells[suite] = suites.load(suite).cells()
+        return self._cells[suite]
+
     def pick(self, pick: Pick) -> Picked:
-        """What a pick finds.
+        """What a pick finds: the records of those cells of the suite that it means, and how many of these have none.
 
         Raises:
-            UsageError: If it matches no cell of its suite (a mistyped name must not read "not run"), or records that differ in more
+            UsageError: If it means no cell of its suite (a mistyped name must not read "not run"), or cells that differ in more
                 than the base network.
         """
-        records = [r for r in self.of(pick.suite) if pick.matches(r.cell)]
-        if not records and not any(pick.matches(c) for c in suites.load(pick.suite).cells()):
+        meant = {c.model_dump_json(): c for c in self.cells(pick.suite) if pick.matches(c)}
+        if not meant:
             raise UsageError(f"{pick.model_dump(exclude_defaults=True)} matches no cell of suite '{pick.suite}'")
         spread = {"seed": 0} | ({"budget": None} if len(pick.budgets) > 1 else {})
-        kinds = {r.cell.model_copy(update=spread).model_dump_json() for r in records}
+        kinds = {c.model_copy(update=spread).model_dump_json() for c in meant.values()}
         if len(kinds) > 1:
             raise UsageError(
                 f"{pick.model_dump(exclude_defaults=True)} matches {len(kinds)} kinds of cells that differ in more than their seed "
-                f"({', '.join(sorted({r.cell.id for r in records})[:3])}, ...): say more"
+                f"({', '.join(sorted({c.id for c in meant.values()})[:3])}, ...): say more"
             )
-        found = Picked()
+        found = Picked(missing=len(meant))
         values: dict[object, dict[str | None, list[float]]] = {}
-        for record in records:
+        for record in self.of(pick.suite):
             value = pick.value(record) if record.status == "done" else None
-            if value is None:
-                found.missing += 1
+            if value is None or record.cell.model_dump_json() not in meant:
                 continue
             base = record.provenance.get("checkpoint") or record.cell.seed
             values.setdefault(base, {}).setdefault(record.cell.budget, []).append(value)
             found.records.append(record)
+            found.missing -= 1
         for base, by_budget in values.items():  # seeds on one base, then budgets: each base counts once
-            if len(by_budget) < len(pick.budgets):
-                found.missing += 1
-                continue
-            found.values[base] = statistics.fmean(statistics.fmean(v) for v in by_budget.values())
+            if len(by_budget) >= len(pick.budgets):
+                found.values[base] = statistics.fmean(statistics.fmean(v) for v in by_budget.values())
         return found
 
 
@@ -270,7 +275,7 @@ class Picked:
     Attributes:
         values: By base; the mean over seeds where several share one (the ten random starts of NMF on one checkpoint).
         records: The records that they come from.
-        missing: How many records that match have no such value: failed or skipped cells.
+        missing: How many of the cells that are meant have no such value: failed, skipped or not run.
     """
 
     values: dict[object, float] = field(default_factory=dict)
@@ -353,6 +358,7 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     """One row with its verdict: measured where there are records or a check, else "not run"."""
     records: list[Record] = []
     remarks: list[str] = []
+    missing = 0
     if row.check:
         values: Mapping[object, float] = dict(enumerate(_function(row.check)()))
     elif row.at:
@@ -361,7 +367,7 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
         if row.minus:
             other = evidence.pick(row.minus)
             pairs = {k: v - other.values[k] for k, v in values.items() if k in other.values}
-            missing = max(missing, other.missing, max(len(values), len(other.values)) - len(pairs))
+            missing += other.missing
             values, records = pairs, records + other.records
         remarks = _remarks(records, missing)
     else:
@@ -369,8 +375,8 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     if not values:
         return Judged(row, "not run", detail=claim.needs)
     verdict, measured, detail = _verdict(row, values)
-    if remarks and remarks[0].startswith("incomplete") and verdict == "reproduced":
-        verdict = "inconclusive"  # what failed might have said otherwise
+    if verdict == "reproduced" and (missing or any(r.provenance.get("dirty") for r in records)):
+        verdict = "inconclusive"  # what is missing might say otherwise, and nobody can look up uncommitted code
     if row.proxy and verdict in ("reproduced", "not reproduced"):
         detail = f"direction {'shown' if verdict == 'reproduced' else 'not shown'} on smaller work; {detail}"
         verdict = "proxy scale" if verdict == "reproduced" else "not reproduced"
@@ -379,7 +385,7 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
 
 def _remarks(records: Sequence[Record], missing: int) -> list[str]:
     """What the reader of a verdict must know of its records."""
-    found = [f"incomplete: {missing} base(s) without a result"] if missing else []
+    found = [f"incomplete: {missing} cell(s) without a result"] if missing else []
     for flag, text in (("floor", "at the feasible floor"), ("coupled", "with coupled groups")):
         if count := sum(getattr(r, flag) for r in records):
             found.append(f"{count} record(s) {text}")

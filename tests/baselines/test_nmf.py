@@ -26,6 +26,11 @@ def test_residual_is_that_of_scikit_learn():
     assert max(checks.residual()) < 0.01
 
 
+def test_residual_on_public_weights_is_that_of_scikit_learn():
+    net, _ = zoo.public_lenet()
+    assert max(checks.residuals(net, kept=(0.2, 0.3))) < 0.01
+
+
 def test_linear_layer_by_hand():
     net, x, mix, filters, small = factorised(zoo.Mlp, "fc1")
     y = F.relu(x.flatten(1) @ torch.from_numpy(filters[:, :-1].T) + torch.from_numpy(filters[:, -1]))
@@ -93,6 +98,19 @@ def test_what_cannot_be_factorised_is_named(cls, name, reason):
     assert reason.replace("\\", "") in (obstacle(net, groups, name) or "")
     with pytest.raises(UsageError, match=f"technique 'nmf' cannot run here: channel group '{name}': .*{reason}"):
         widthbench.apply("nmf", net, budget="channels:0.5", example_input=x, include=name, scope="all")
+
+
+@pytest.mark.parametrize(("name", "value"), [("iterations", 0), ("tolerance", -1.0)])
+def test_bad_parameters_are_named(name, value):
+    net, x, _ = zoo.certified(zoo.Plain)
+    with pytest.raises(UsageError, match=f"technique 'nmf': {name} must be at least"):
+        widthbench.apply("nmf", net, budget="channels:0.5", example_input=x, **{name: value})
+
+
+def test_norms_without_statistics_cannot_be_folded():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    groups = find_groups(net, torch.randn(2, 3, 8, 8))
+    assert obstacle(net, groups, "0") == "layer 1 keeps no running statistics that could be folded"
 
 
 def test_public_network_falls_to_chance():

@@ -10,15 +10,17 @@ import zoo
 from merging_speed import loop
 from torch import nn
 from widthbench._claims import neuron_merging as checks
-from widthbench.methods.neuron_merging import NeuronMerging, filters, score, similarity
+from widthbench.methods.neuron_merging import NeuronMerging, Pairs, compare, filters, score
 from zoo import error
 
 import widthbench
 from widthbench import data, models, weights
 from widthbench.errors import UsageError
 from widthbench.measure import accuracy
-from widthbench.width import find_groups, resize
+from widthbench.randomness import seeded
+from widthbench.width import Resize, find_groups, resize
 from widthbench.width.certify import randomised
+from widthbench.width.norms import filter_rows, norm_of
 
 BN_SCALES = ("released", "derived")
 
@@ -76,9 +78,9 @@ def test_opposite_filters_of_a_depthwise_block_are_no_multiples():
         net.expand.weight[6:] = -net.expand.weight[:6]
         net.depth.weight[6:] = -net.depth.weight[:6]
     pair = (torch.tensor([6]), torch.tensor([0]))
-    cosine, scale, _ = similarity(net, groups, "expand", *pair, "derived")
-    assert float(cosine) == pytest.approx(1.0)
-    assert scale.isnan().all()
+    pairs = compare(net, groups, "expand", *pair, "derived")
+    assert float(pairs.cosine) == pytest.approx(1.0)
+    assert pairs.scale.isnan().all()
 
 
 @pytest.mark.parametrize("bn_scale", BN_SCALES)
@@ -120,15 +122,28 @@ def test_bias_of_a_convolution_before_a_norm_counts_as_part_of_the_mean(block):
 def test_criteria_equal_brute_force_on_explicit_outer_products(criterion):
     a, b = (torch.randn(7, d, dtype=torch.float64) for d in (5, 4))
     outer = torch.einsum("ni,nj->nij", a, b).flatten(1)
-    expected = {
-        "l1": outer.abs().sum(1),
-        "l2": outer.square().sum(1).sqrt(),
-        "geometric-median": torch.stack([sum((outer[n] - outer[m]).norm() for m in range(7)) for n in range(7)]),
-    }
-    assert torch.allclose(score([a, b], criterion), expected[criterion], rtol=1e-10)
+    assert torch.allclose(score([a, b], criterion), brute_force(outer, criterion), rtol=1e-10)
     if criterion == "geometric-median":  # duplicates lie at distance 0, not at that of rounding errors
         twice = score([torch.ones(3, 5).double() * math.pi], criterion)
         assert torch.allclose(twice, torch.zeros(3).double(), atol=1e-6)
+
+
+def brute_force(filters, criterion):
+    if criterion == "geometric-median":
+        return torch.stack([sum((f - g).norm() for g in filters) for f in filters])
+    return filters.abs().sum(1) if criterion == "l1" else filters.square().sum(1).sqrt()
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "geometric-median"])
+def test_depthwise_blocks_are_ranked_by_the_outer_product(criterion):
+    net, x, _ = zoo.certified(zoo.Residual)
+    with torch.no_grad():
+        net.depth.weight *= torch.linspace(3, 0.3, 12).double().view(-1, 1, 1, 1)  # so that the 1x1 alone would rank otherwise
+    outer = torch.einsum("ni,nj->nij", net.expand.weight.detach().flatten(1), net.depth.weight.detach().flatten(1)).flatten(1)
+    best = brute_force(outer, criterion).topk(6).indices.sort().values
+    small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, include="expand", criterion=criterion)
+    assert torch.equal(small.expand.weight, net.expand.weight[best])
+    assert not torch.equal(best, brute_force(net.expand.weight.detach().flatten(1), criterion).topk(6).indices.sort().values)
 
 
 def test_the_criterion_decides_what_is_kept():
@@ -143,13 +158,163 @@ def test_depthwise_similarity_is_that_of_the_outer_product():
     net, _, groups = zoo.certified(zoo.Residual)
     outer = torch.einsum("ni,nj->nij", net.expand.weight.detach().flatten(1), net.depth.weight.detach().flatten(1)).flatten(1)
     removed, kept = torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5, 6])
-    cosine, scale, mismatch = similarity(net, groups, "expand", removed, kept, "released")
-    assert torch.allclose(cosine, torch.cosine_similarity(outer[removed][:, None], outer[kept][None], dim=2), rtol=1e-12)
+    pairs = compare(net, groups, "expand", removed, kept, "released")
+    assert torch.allclose(pairs.cosine, torch.cosine_similarity(outer[removed][:, None], outer[kept][None], dim=2), rtol=1e-12)
     norm = net.bn2
     expected = loop(outer, vars_of(norm), norm.eps, kept.tolist(), "released", -1.0, 0.85)
     ours = NeuronMerging(threshold=-1.0).merged(net, groups, "expand", kept).mix
     assert torch.allclose(ours, torch.from_numpy(expected), rtol=1e-10)
-    assert scale.shape == mismatch.shape == (3, 4)
+
+
+def test_derived_passes_both_norms_of_a_depthwise_block_as_a_loop_does():
+    net, _, groups = zoo.certified(zoo.Residual)
+    removed, kept = torch.arange(6, 12), torch.arange(6)
+    pairs = compare(net, groups, "expand", removed, kept, "derived")
+    for at, n in enumerate(removed):
+        for p in kept:
+            scale = net.expand.weight[n].norm() / net.expand.weight[p].norm()
+            left = 0.0
+            for norm, layer in ((net.bn1, None), (net.bn2, net.depth)):
+                if layer is not None:
+                    left = left * layer.weight[n].sum().abs()
+                    scale = scale * layer.weight[n].norm() / layer.weight[p].norm()
+                sigma = (norm.running_var + norm.eps).sqrt()
+                gain_n, gain_p = norm.weight[n] / sigma[n], norm.weight[p] / sigma[p]
+                # y_n = gain_n (s x_p - mean_n) + beta_n with x_p = (y_p - beta_p) / gain_p + mean_p
+                rest = gain_n * (scale * (norm.running_mean[p] - norm.bias[p] / gain_p) - norm.running_mean[n]) + norm.bias[n]
+                left = left * gain_n.abs() + rest.abs()
+                scale = scale * gain_n / gain_p
+            if not pairs.scale[at, p].isnan():
+                assert float(pairs.mismatch[at, p]) == pytest.approx(float(left), rel=1e-9)
+                assert float(pairs.scale[at, p]) == pytest.approx(float(scale), rel=1e-9)
+    assert (~pairs.scale.isnan()).sum() > 5
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_depthwise_bias_without_a_norm_merges_exactly(relu):
+    act = nn.ReLU() if relu else nn.Identity()
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), act, nn.Conv2d(8, 8, 3, groups=8), act, nn.Conv2d(8, 4, 1)).double()
+    with torch.no_grad():
+        for layer, scale in ((net[0], 0.5), (net[2], 0.3)):
+            layer.weight[4:] = scale * layer.weight[:4]
+        net[0].bias[4:] = 0.5 * net[0].bias[:4]
+        net[2].bias[4:] = 0.5 * 0.3 * net[2].bias[:4]
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for bn_scale in BN_SCALES:
+        small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, bn_scale=bn_scale, threshold=0.9)
+        assert error(small(x), net(x)) < 1e-9
+
+
+class Forked(nn.Module):
+    """Two norms that read the same channels side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3)
+        self.bn1, self.b = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.bn2, self.c = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        return torch.cat([self.b(self.bn1(x).relu()), self.c(self.bn2(x).relu())], 1).mean((2, 3))
+
+
+@pytest.mark.parametrize("bn_scale", BN_SCALES)
+def test_norms_side_by_side_are_averaged(bn_scale):
+    net = randomised(Forked())
+    groups = find_groups(net, torch.randn(1, 3, 8, 8, dtype=torch.float64), cache=False)
+    removed, kept = torch.arange(4, 8), torch.arange(4)
+    pairs = compare(net, groups, "a", removed, kept, bn_scale)
+    single = [
+        Pairs.of([filter_rows(net, groups, "a", "a")], removed, kept).through_norm(norm_of(net, groups, "a", norm), bn_scale)
+        for norm in ("bn1", "bn2")
+    ]
+    assert torch.allclose(pairs.scale, (single[0].scale + single[1].scale) / 2, equal_nan=True)
+    assert torch.allclose(pairs.mismatch, (single[0].mismatch + single[1].mismatch) / 2, equal_nan=True)
+    assert not torch.allclose(single[0].scale, single[1].scale, equal_nan=True)
+
+
+class PreActivation(nn.Module):
+    """A residual stream that is read through norms only."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 8, 3, padding=1)
+        self.bn3, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.conv2(self.conv1(self.bn1(x).relu()).relu())
+        return self.head(self.bn3(x).relu().mean((2, 3)))
+
+
+def test_norms_that_read_a_residual_stream_count():
+    net = randomised(PreActivation())
+    half = torch.arange(4)
+    with torch.no_grad():
+        for layer in (net.stem, net.conv2):
+            layer.weight[4:], layer.bias[4:] = 0.02 * layer.weight[:4], 0.02 * layer.bias[:4]
+        for norm in (net.bn1, net.bn3):
+            sigma = (norm.running_var + norm.eps).sqrt()
+            norm.weight[4:] = 0.7 * norm.weight[:4] / sigma[:4] * sigma[4:] / 0.02  # S = 0.7 through both
+            checks.agree(norm, 0.02, half)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    groups = find_groups(net, x, cache=False)
+    assert groups.paths("stem") == (("stem", "bn1"), ("conv2",))  # bn3 reads the sum
+    kwargs = {"budget": "channels:0.5", "example_input": x, "scope": "all", "include": "stem"}
+    small = widthbench.apply("neuron-merging", net, bn_scale="derived", **kwargs)
+    assert small.stem.weight.shape[0] == 4
+    assert error(small(x), net(x)) < 1e-9
+    assert error(widthbench.apply("neuron-merging", net, merge=False, **kwargs)(x), net(x)) > 1e-3
+
+
+class Gated(nn.Module):
+    """Channels that are a product: of two layers, or of one and its squeeze-excite, which is registered first."""
+
+    def __init__(self, excite):
+        super().__init__()
+        self.excite = excite
+        self.gate = nn.Linear(4, 8) if excite else nn.Linear(5, 8)
+        self.squeeze = nn.Linear(8, 4) if excite else None
+        self.value, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.value(x)
+        gate = self.gate(self.squeeze(y).relu() if self.excite else x)
+        return self.out(y * gate.sigmoid())
+
+
+@pytest.mark.parametrize("excite", [True, False])
+def test_products_merge_by_what_is_multiplied_and_not_by_squeeze_excite(excite):
+    with seeded(0):
+        net = Gated(excite).double()
+        x = torch.randn(4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        net.value.weight[4:], net.value.bias[4:] = 0.01 * net.value.weight[:4], 0.01 * net.value.bias[:4]
+        net.gate.weight[4:], net.gate.bias[4:] = net.gate.weight[:4], net.gate.bias[:4]
+    groups = find_groups(net, x, cache=False)
+    name = next(n for n, g in groups.items() if "value" in g.producers)
+    assert groups.sources(name) == (("value",) if excite else ("gate", "value"))
+    mix = NeuronMerging().merged(net, groups, name, torch.arange(4)).mix
+    assert torch.allclose(mix[4:], 0.01 * torch.eye(4).double(), rtol=1e-9)
+    if not excite:
+        assert error(resize(net, groups, {name: Resize(torch.arange(4), mix)})(x), net(x)) < 1e-9
+        with torch.no_grad():
+            net.value.weight[4:] = net.value.weight[4:].flip(0, 1)  # equal gates do not make equal channels
+        assert not torch.allclose(NeuronMerging().merged(net, groups, name, torch.arange(4)).mix, mix)
+
+
+def test_global_allocation_compares_groups_by_their_means():
+    net, x, _ = zoo.certified(zoo.Plain)
+    kwargs = {"budget": "params:0.5", "example_input": x, "allocation": "global"}
+    before = widthbench.apply("neuron-merging", net, **kwargs)
+    with torch.no_grad():
+        net.conv1.weight *= 1000
+        net.conv1.bias *= 1000
+    after = widthbench.apply("neuron-merging", net, **kwargs)
+    assert [p.shape for p in after.parameters()] == [p.shape for p in before.parameters()]
 
 
 def vars_of(norm):
@@ -193,20 +358,27 @@ def test_blocks_do_not_mix():
 
 
 def test_added_branches_are_compared_by_their_effective_filters():
-    """Channels of a residual stream merge exactly where every branch into it is planted."""
-    net, x, _ = zoo.certified(zoo.Residual)
+    """Channels of a residual stream merge exactly where every branch into it is planted, its norm included."""
+    net, x, groups = zoo.certified(zoo.Residual)
     with torch.no_grad():
-        for layer, norm in ((net.stem, net.bn), (net.project, net.bn3)):
-            layer.weight[3:] = 0.01 * layer.weight[:3]
-            for tensor in (norm.running_mean, norm.running_var, norm.bias, norm.weight):
-                tensor[3:] = tensor[:3]
-            norm.running_mean[3:] *= 0.01
-            norm.running_var[3:] = 1e-4 * (norm.running_var[:3] + norm.eps) - norm.eps
-            norm.weight[3:] *= 0.01
-            norm.bias[3:] *= 0.01
+        for layer, norm, raw in ((net.stem, net.bn, 0.01), (net.project, net.bn3, 0.03)):
+            layer.weight[3:] = raw * layer.weight[:3]
+            sigma = (norm.running_var + norm.eps).sqrt()
+            norm.weight[3:] = 0.02 / raw * norm.weight[:3] / sigma[:3] * sigma[3:]
+            kept = norm.bias[:3] - norm.weight[:3] / sigma[:3] * norm.running_mean[:3]
+            norm.bias[3:] = 0.02 * kept + norm.weight[3:] / sigma[3:] * norm.running_mean[3:]
+    mix = NeuronMerging().merged(net, groups, "stem", torch.arange(3)).mix
+    assert torch.allclose(mix[3:], 0.02 * torch.eye(3).double(), rtol=1e-9)
     small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, scope="all", include="stem")
     assert small.stem.weight.shape[0] == 3
     assert error(small(x), net(x)) < 1e-9
+
+
+def test_streams_with_norms_have_their_threshold():
+    net, _, groups = zoo.certified(zoo.Residual)
+    own, published, other = (NeuronMerging(threshold=t).merged(net, groups, "stem", torch.arange(2)).mix for t in (None, 0.1, 0.45))
+    assert torch.equal(own, published)
+    assert not torch.equal(own, other)
 
 
 @pytest.mark.parametrize("bn_scale", BN_SCALES)
@@ -259,8 +431,10 @@ def test_bad_parameters_are_named(params, message):
 
 def test_norms_without_statistics_are_named():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    with pytest.raises(UsageError, match=r"layer 1 \(BatchNorm2d\) keeps no running statistics"):
-        widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=torch.randn(2, 3, 8, 8))
+    kwargs = {"budget": "channels:0.5", "example_input": torch.randn(2, 3, 8, 8)}
+    with pytest.raises(UsageError, match=r"technique 'neuron-merging' cannot run here: layer 1 \(BatchNorm2d\) keeps no running"):
+        widthbench.apply("neuron-merging", net, **kwargs)
+    assert widthbench.apply("neuron-merging", net, merge=False, **kwargs)[0].out_channels == 4  # nothing is merged
 
 
 MODELS = ("test_resnet", "test_efficientnet", "test_vit", "resnetv2_18", "mobilenetv3_small_050", "regnetx_002")

@@ -155,11 +155,30 @@ class Groups(Mapping[str, Group]):
                 found[layer] = (*found.get(layer, ()), reader)
         return found
 
-    def paths(self, name: str) -> tuple[tuple[str, ...], ...]:
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The producers that do not read the group's own channels: without the gates of squeeze-excite, which do."""
+        group = self[name]
+        members = {*group.producers, *group.riders}
+
+        def reads(layer: str) -> bool:
+            waiting, seen = list(self.behind.get(layer, ())), set()
+            while waiting:
+                at = waiting.pop()
+                if at in members:
+                    return True
+                if at not in seen:
+                    seen.add(at)
+                    waiting.extend(self.behind.get(at, ()))
+            return False
+
+        return tuple(p for p in group.producers if not reads(p)) or group.producers
+
+    def paths(self, name: str, start: Sequence[str] | None = None) -> tuple[tuple[str, ...], ...]:
         """The ways that a group's channels take from their producers towards the consumers.
 
         Args:
             name: The group.
+            start: Where the ways begin: producers or riders; all producers if None.
 
         Returns:
             One tuple of layers per way: a producer, then the riders that it passes one after the other (``("conv_pw", "bn1",
@@ -178,7 +197,7 @@ class Groups(Mapping[str, Group]):
             further = [r for r in following.get(path[-1], ()) if r not in path]
             return [way for rider in further for way in onward((*path, rider))] or [path]
 
-        return tuple(way for producer in group.producers for way in onward((producer,)))
+        return tuple(way for first in (group.producers if start is None else start) for way in onward((first,)))
 
     def select(self, scope: Scope = "inner", include: str | Sequence[str] | None = None) -> Groups:
         """The certified groups that may be resized.

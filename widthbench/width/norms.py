@@ -58,9 +58,7 @@ def norm_of(model: nn.Module, groups: Groups, name: str, layer: str) -> Norm:
     beta = torch.zeros_like(mean) if module.bias is None else _entries(groups, name, layer, module.bias)
     before = next(iter(groups.behind.get(layer, ())), None)
     if before is not None and norm_behind(groups, before) == layer:
-        bias: Any = model.get_submodule(before).bias
-        if bias is not None:
-            mean = mean - _entries(groups, name, before, bias)
+        mean = mean - bias_of(model, groups, name, before)
     return Norm(gamma, beta, mean, _entries(groups, name, layer, module.running_var), module.eps)
 
 
@@ -70,7 +68,7 @@ def norm_behind(groups: Groups, layer: str) -> str | None:
     return readers[0] if len(readers) == 1 and readers[0] in groups.adjacent else None
 
 
-def filter_rows(model: nn.Module, groups: Groups, name: str, layer: str, *, fold: bool = False) -> Tensor:
+def filter_rows(model: nn.Module, groups: Groups, name: str, layer: str, *, fold: bool = False, bias: bool = True) -> Tensor:
     """A layer's weights by channel, with its bias as one more weight where no BatchNorm comes right behind it.
 
     Args:
@@ -79,6 +77,7 @@ def filter_rows(model: nn.Module, groups: Groups, name: str, layer: str, *, fold
         name: The group.
         layer: A producer, or a depthwise convolution among the riders.
         fold: Fold the BatchNorm right behind the layer into it: weights ``γ/σ · w``, bias ``β + γ/σ · (b - μ)``.
+        bias: False leaves an unfolded bias out.
 
     Returns:
         ``[N, D]`` in float64, the bias last.
@@ -87,7 +86,7 @@ def filter_rows(model: nn.Module, groups: Groups, name: str, layer: str, *, fold
     rows = channel_rows(groups, name, layer, module.weight).double()
     behind = norm_behind(groups, layer)
     if behind is None:
-        if module.bias is None:
+        if module.bias is None or not bias:
             return rows
         return torch.cat([rows, channel_rows(groups, name, layer, module.bias).double()], dim=1)
     if not fold:
@@ -95,6 +94,14 @@ def filter_rows(model: nn.Module, groups: Groups, name: str, layer: str, *, fold
     norm = norm_of(model, groups, name, behind)
     factor = norm.gamma / norm.sigma
     return torch.cat([factor[:, None] * rows, (norm.beta - factor * norm.mean)[:, None]], dim=1)
+
+
+def bias_of(model: nn.Module, groups: Groups, name: str, layer: str) -> Tensor:
+    """A layer's bias by channel, ``[N]`` in float64; zeros where it has none."""
+    module: Any = model.get_submodule(layer)
+    if module.bias is None:
+        return module.weight.new_zeros(groups[name].channels, dtype=torch.float64)
+    return _entries(groups, name, layer, module.bias)
 
 
 def _entries(groups: Groups, name: str, layer: str, tensor: Tensor) -> Tensor:
