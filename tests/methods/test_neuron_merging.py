@@ -205,6 +205,29 @@ def test_a_depthwise_bias_without_a_norm_merges_exactly(relu):
         assert error(small(x), net(x)) < 1e-9
 
 
+def test_a_depthwise_bias_is_a_mismatch_without_a_norm_and_part_of_its_mean_with_one():
+    removed, kept = torch.arange(4, 8), torch.arange(4)
+    with seeded(0):
+        bare = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        normed = nn.Sequential(*list(bare)[:3], nn.BatchNorm2d(8), *list(bare)[3:]).double().eval()
+    bare = bare.double()
+    groups = find_groups(bare, torch.randn(1, 3, 8, 8, dtype=torch.float64), cache=False)
+    pairs = compare(bare, groups, "0", removed, kept, "released")
+    bias = bare[2].bias.detach()
+    assert torch.allclose(pairs.mismatch, (bias[removed][:, None] - pairs.scale * bias[kept]).abs())
+    found = find_groups(normed, torch.randn(1, 3, 8, 8, dtype=torch.float64), cache=False)
+    for bn_scale in BN_SCALES:
+        before = compare(normed, found, "0", removed, kept, bn_scale)
+        with torch.no_grad():  # the same function, the bias moved into the mean
+            normed[3].running_mean -= normed[2].bias
+            normed[2].bias.zero_()
+        after = compare(normed, found, "0", removed, kept, bn_scale)
+        assert torch.allclose(after.mismatch, before.mismatch, equal_nan=True)
+        with torch.no_grad():
+            normed[2].bias.copy_(bias)
+            normed[3].running_mean += bias
+
+
 class Forked(nn.Module):
     """Two norms that read the same channels side by side."""
 
@@ -293,7 +316,8 @@ def test_products_merge_by_what_is_multiplied_and_not_by_squeeze_excite(excite):
         x = torch.randn(4, 5, dtype=torch.float64)
     with torch.no_grad():
         net.value.weight[4:], net.value.bias[4:] = 0.01 * net.value.weight[:4], 0.01 * net.value.bias[:4]
-        net.gate.weight[4:], net.gate.bias[4:] = net.gate.weight[:4], net.gate.bias[:4]
+        if not excite:
+            net.gate.weight[4:], net.gate.bias[4:] = net.gate.weight[:4], net.gate.bias[:4]
     groups = find_groups(net, x, cache=False)
     name = next(n for n, g in groups.items() if "value" in g.producers)
     assert groups.sources(name) == (("value",) if excite else ("gate", "value"))
@@ -336,6 +360,13 @@ def test_mostsim_without_a_norm_takes_the_bias_as_a_weight():
         if cosines[best] >= 0:
             expected[best] = float(rows[n].norm() / rows[kept[best]].norm())
         assert mix[n].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_lam_weighs_nothing_where_no_norm_is():
+    net, _, groups = zoo.certified(zoo.Mlp)
+    kept = torch.arange(5)
+    mixes = [NeuronMerging(lam=lam, threshold=0.0).merged(net, groups, "fc1", kept).mix for lam in (0.0, 0.85)]
+    assert torch.equal(*mixes)
 
 
 def test_published_thresholds_are_the_defaults(block):
@@ -393,6 +424,8 @@ def test_degenerate_channels_give_no_nan(block, bn_scale):
     for kept in ([0, 1, 2, 3, 4, 5, 6], [0], [3], [4]):
         change = NeuronMerging(bn_scale=bn_scale, threshold=-1.0).merged(net, groups, name, torch.tensor(kept))
         assert change.mix.isfinite().all()
+        expected = loop(net[0].weight.detach().flatten(1), vars_of(net[1]), net[1].eps, kept, bn_scale, -1.0, 0.85)
+        assert torch.allclose(change.mix, torch.from_numpy(expected), rtol=1e-10)
         assert resize(net, groups, {name: change})(torch.ones(1, 3, 8, 8).double()).isfinite().all()
         assert (change.mix[8] == 0).all()  # a channel without weights has nothing to give
 
