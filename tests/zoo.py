@@ -139,7 +139,25 @@ class Normed(nn.Module):
         return self.head(self.ln(x.flatten(2).transpose(1, 2)).mean(1))
 
 
-ALL = [Mlp, Plain, Residual, Dense, JoinedConcat, Grouped, Normed]
+class PreActivation(nn.Module):
+    """A residual stream that is read through norms only."""
+
+    size = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 8, 3, padding=1)
+        self.bn3, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.conv2(self.conv1(self.bn1(x).relu()).relu())
+        return self.head(self.bn3(x).relu().mean((2, 3)))
+
+
+ALL = [Mlp, Plain, Residual, Dense, JoinedConcat, Grouped, PreActivation, Normed]
 EXACT = [c for c in ALL if c is not Normed]
 
 

@@ -257,24 +257,8 @@ def test_norms_side_by_side_are_averaged(bn_scale):
     assert not torch.allclose(single[0].scale, single[1].scale, equal_nan=True)
 
 
-class PreActivation(nn.Module):
-    """A residual stream that is read through norms only."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3, padding=1)
-        self.conv2 = nn.Conv2d(6, 8, 3, padding=1)
-        self.bn3, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.stem(x)
-        x = x + self.conv2(self.conv1(self.bn1(x).relu()).relu())
-        return self.head(self.bn3(x).relu().mean((2, 3)))
-
-
 def test_norms_that_read_a_residual_stream_count():
-    net = randomised(PreActivation())
+    net = randomised(zoo.PreActivation())
     half = torch.arange(4)
     with torch.no_grad():
         for layer in (net.stem, net.conv2):
@@ -325,9 +309,12 @@ def test_products_merge_by_what_is_multiplied_and_not_by_squeeze_excite(excite):
     assert torch.allclose(mix[4:], 0.01 * torch.eye(4).double(), rtol=1e-9)
     if not excite:
         assert error(resize(net, groups, {name: Resize(torch.arange(4), mix)})(x), net(x)) < 1e-9
-        with torch.no_grad():
-            net.value.weight[4:] = net.value.weight[4:].flip(0, 1)  # equal gates do not make equal channels
-        assert not torch.allclose(NeuronMerging().merged(net, groups, name, torch.arange(4)).mix, mix)
+        for layer in (net.value, net.gate):  # one equal factor does not make equal channels
+            with torch.no_grad():
+                layer.weight[4:] = layer.weight[4:].flip(0, 1)
+            assert not torch.allclose(NeuronMerging().merged(net, groups, name, torch.arange(4)).mix, mix)
+            with torch.no_grad():
+                layer.weight[4:] = layer.weight[4:].flip(0, 1)
 
 
 def test_global_allocation_compares_groups_by_their_means():
