@@ -217,7 +217,7 @@ def test_a_depthwise_bias_is_a_mismatch_without_a_norm_and_part_of_its_mean_with
             layer.weight.abs_()  # all filters point the same way, so that every pair is possible
     groups = find_groups(bare, torch.randn(1, 3, 8, 8, dtype=torch.float64), cache=False)
     pairs = compare(bare, groups, "0", removed, kept, "released")
-    bias = bare[2].bias.detach()
+    bias = bare[2].bias.detach().clone()
     assert torch.allclose(pairs.mismatch, (bias[removed][:, None] - pairs.scale * bias[kept]).abs())
     found = find_groups(normed, torch.randn(1, 3, 8, 8, dtype=torch.float64), cache=False)
     for bn_scale in BN_SCALES:
