@@ -185,3 +185,13 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
     (tmp_path / "records.jsonl").write_text("nonsense")
     with pytest.warns(UserWarning, match="the earlier results are not taken over: .*records.jsonl:1"):
         assert build._before(tmp_path / "records.jsonl") == []
+
+
+def test_rows_far_below_do_not_flatten_a_figure(tmp_path):
+    assert figures.floor_of([98, 97, 99, 10]) == pytest.approx(96)  # a quarter of 2 is less than a point
+    assert figures.floor_of([98, 70, 99, 90, 10]) == pytest.approx(70 - 29 / 4)
+    assert figures.floor_of([98, 97, 10, 11]) is None  # half of them
+    assert figures.floor_of([98, 80, 70, 60]) is None
+    assert figures.floor_of([98]) is None
+    records = [record(seed=0, budget=b, top1=t) for b, t in (("macs:0.5", 98.0), ("macs:0.25", 97.0), ("macs:0.125", 10.0))]
+    assert all(path.stat().st_size > 10_000 for path in figures.write(records, tmp_path, "x"))

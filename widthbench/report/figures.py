@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ def _figure(panels: dict[tuple[str, str], list[Line]], axis: str, path: Path, ti
 
 def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str]) -> None:
     points: list[tuple[float, float]] = []
+    dots: list[tuple[float, float, str]] = []  # as drawn
     shown = [label for label in labels if any(ln.label == label for ln in block)]
     for label in ["base", *shown]:
         rows = sorted((_point(ln, axis) for ln in block if ln.label == label), key=lambda p: p[0])
@@ -88,6 +90,7 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
             [x * shift for x in xs], ys, yerr=errors, label=label, color=colour, marker=marker, markersize=5.5,
             linestyle=style, linewidth=1.2, capsize=3,
         )  # fmt: skip
+        dots += [(x * shift, y, colour) for x, y in zip(xs, ys, strict=True)]
     front = pareto(points)
     front.append((max(p[0] for p in points), front[-1][1]))  # larger networks without better scores are behind it
     place.plot(
@@ -103,6 +106,27 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
     place.set_xticks(apart, [_short(t) for t in apart])
     place.minorticks_off()
     place.grid(alpha=0.3)
+    if (bottom := floor_of([y for _, y in points])) is not None:
+        top = max(y for _, y in points)
+        place.set_ylim(bottom, top + max(0.5, 0.1 * (top - bottom)))
+        for x, y, colour in dots:
+            if y < bottom:  # off the scale: an arrow with its value
+                place.annotate(
+                    f"{y:.0f} %", (x, 0.0), xytext=(0, 16), xycoords=place.get_xaxis_transform(), textcoords="offset points",
+                    color=colour, fontsize=8, ha="center", arrowprops={"arrowstyle": "-|>", "color": colour},
+                )  # fmt: skip
+
+
+def floor_of(accuracies: Sequence[float]) -> float | None:
+    """Where an axis of accuracies is to begin so that a few rows far below do not flatten all others; None for all of it."""
+    ranked = sorted(accuracies)
+    gaps = [b - a for a, b in itertools.pairwise(ranked)]
+    if not gaps or max(gaps) < 20 or max(gaps) < 0.6 * (ranked[-1] - ranked[0]):
+        return None
+    above = ranked[gaps.index(max(gaps)) + 1 :]
+    if len(above) <= len(ranked) / 2:
+        return None
+    return above[0] - max(1.0, 0.25 * (above[-1] - above[0]))
 
 
 def _short(value: float) -> str:
