@@ -59,8 +59,9 @@ def _figure(panels: dict[tuple[str, str], list[Line]], axis: str, path: Path, ti
         place.set_visible(False)
     handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    seeds = max(ln.bases for block in panels.values() for ln in block)
-    spread = f"mean ± std over {seeds} base networks" if seeds > 1 else "one base network"
+    seeds = {ln.bases for block in panels.values() for ln in block}
+    most = f"up to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
+    spread = f"mean ± std over {most} base networks" if max(seeds) > 1 else "one base network"
     heading = textwrap.fill(f"{title}: after adaptation, {spread}", 52 * columns)
     figure.suptitle(f"{heading}\n(points of one size are set side by side)", fontsize=12)
     buffer = io.BytesIO()
@@ -102,7 +103,8 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
     narrowest = min(p[0] for p in points)
     place.set_xlim(narrowest / 1.15, widest * 1.15)
     ticks = sorted({float(f"{p[0]:.3g}") for p in points})
-    apart = [t for i, t in enumerate(ticks) if i == 0 or t > 1.12 * ticks[i - 1]]
+    room = max(1.12, (widest / narrowest) ** 0.09)  # labels closer than this would overlap
+    apart = [t for i, t in enumerate(ticks) if i == 0 or t > room * ticks[i - 1]]
     place.set_xticks(apart, [_short(t) for t in apart])
     place.minorticks_off()
     place.grid(alpha=0.3)
