@@ -107,7 +107,7 @@ def replaced(model: nn.Module, groups: Groups, name: str, mix: np.ndarray, filte
     layer: Any = model.get_submodule(producer)
     rows = torch.from_numpy(filters).to(layer.weight)
     size = layer.weight[0].numel()
-    weights, bias = rows[:, :size], rows[:, size:].sum(dim=1)
+    weights, bias = rows[:, :size], rows[:, size:].sum(dim=1)  # one column of biases, or none: zeros
     tensors = {f"{producer}.weight": weights.reshape(-1, *layer.weight.shape[1:])}
     norm = norm_behind(groups, producer)
     if layer.bias is not None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from widthbench import data, models
 from widthbench.api import Batches
-from widthbench.measure import MIB, Meter, accuracy, latency_ms, peak_memory_mib
+from widthbench.measure import MIB, Meter, accuracy, fastest_layout, latency_ms, peak_memory_mib
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,16 @@ def test_accuracy_runs_in_the_fastest_layout_and_puts_the_old_one_back(layout):
     assert [p.stride() for p in model.parameters()] == strides
     loss = nn.functional.cross_entropy(model.eval().double()(x.double()), y)
     assert score.loss == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_networks_with_volumes_keep_the_usual_layout():
+    flat = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+    assert fastest_layout(flat) is torch.channels_last
+    assert fastest_layout(nn.Sequential(flat, nn.Conv3d(1, 2, 1))) is torch.contiguous_format
+    assert fastest_layout(nn.Linear(3, 2)) is torch.contiguous_format
+    net = nn.Sequential(nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 1, 1), nn.Flatten(1, 2), flat)
+    samples = Batches((torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])), torch.device("cpu"))
+    assert accuracy(net, samples).samples == 5
 
 
 def test_top5_counts_from_a_hundred_classes():

@@ -36,7 +36,9 @@ class Accuracy:
 
 def fastest_layout(model: nn.Module) -> torch.memory_format:
     """The memory layout that a network runs fastest in: channels-last where it has convolutions of images."""
-    return torch.channels_last if any(isinstance(m, nn.Conv2d) for m in model.modules()) else torch.contiguous_format
+    images = any(isinstance(m, nn.Conv2d) for m in model.modules())
+    volumes = any(p.dim() == 5 for p in model.parameters())  # that layout is for tensors of four dimensions only
+    return torch.channels_last if images and not volumes else torch.contiguous_format
 
 
 def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accuracy:

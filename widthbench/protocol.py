@@ -36,9 +36,10 @@ from widthbench.width.groups import Groups
 from widthbench.width.resize import resize
 
 BASE_CODE = (
-    "randomness.py", "sources.py", "data.py", "augment.py", "networks.py", "models.py", "weights.py", "training.py", "recipe.py",
+    "randomness.py", "sources.py", "data.py", "augment.py", "networks.py", "models.py", "weights.py", "measure.py", "training.py",
+    "recipe.py",
 )  # fmt: skip
-CELL_CODE = (*BASE_CODE, "width", "budget.py", "task.py", "technique.py", "measure.py", "protocol.py", "controls.py")
+CELL_CODE = (*BASE_CODE, "width", "budget.py", "task.py", "technique.py", "protocol.py", "controls.py")
 
 
 def quiet(steps: Any, /, *, desc: str) -> Any:

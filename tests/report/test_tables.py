@@ -187,6 +187,12 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
         assert build._before(tmp_path / "records.jsonl") == []
 
 
+def test_a_legend_takes_the_columns_that_fit():
+    assert figures.legend_columns(["l1-norm", "nmf"], 10.8) == 3
+    assert figures.legend_columns(["l1-norm", "nmf"], 5.4) == 2
+    assert figures.legend_columns(["neuron-merging(bn_scale=derived)"], 5.4) == 1
+
+
 def test_rows_far_below_do_not_flatten_a_figure(tmp_path):
     assert figures.floor_of([98, 97, 99, 10]) == pytest.approx(96)  # a quarter of 2 is less than a point
     assert figures.floor_of([98, 70, 99, 90, 10]) == pytest.approx(70 - 29 / 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,12 @@ def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
 def _figure(panels: dict[tuple[str, str], list[Line]], axis: str, path: Path, title: str) -> Path:
     columns = min(2, len(panels))
     height = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.4 * columns, 3.6 * height + 1.3), layout="constrained")
+    labels = sorted({ln.label for block in panels.values() for ln in block if ln.label != "base"})
+    abreast = legend_columns(labels, 5.4 * columns)
+    below = 0.2 * max(0, math.ceil((len(labels) + 2) / abreast) - 3)  # what a longer legend takes
+    figure = Figure(figsize=(5.4 * columns, 3.6 * height + 1.3 + below), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(height, columns, squeeze=False)
-    labels = sorted({ln.label for block in panels.values() for ln in block if ln.label != "base"})
     for place, ((dataset, model), block) in zip(axes.flat, panels.items(), strict=False):
         _panel(place, block, axis, labels)
         place.set_title(f"{model} on {dataset}", fontsize=11)
@@ -58,16 +61,27 @@ def _figure(panels: dict[tuple[str, str], list[Line]], axis: str, path: Path, ti
     for place in list(axes.flat)[len(panels) :]:
         place.set_visible(False)
     handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=abreast, frameon=False, fontsize=9)
     seeds = {ln.bases for block in panels.values() for ln in block}
     most = f"up to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
     spread = f"mean ± std over {most} base networks" if max(seeds) > 1 else "one base network"
-    heading = textwrap.fill(f"{title}: after adaptation, {spread}", 52 * columns)
+    heading = textwrap.fill(f"{title}: after adaptation, {spread}", 52 * columns, break_on_hyphens=False)
     figure.suptitle(f"{heading}\n(points of one size are set side by side)", fontsize=12)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
     write_atomic(path, buffer.getvalue())
     return path
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many entries of a legend fit beside each other.
+
+    Args:
+        labels: Their texts, in 9 point.
+        width: Of the figure, in inches.
+    """
+    longest = max(map(len, [*labels, "Pareto front of the means"]))
+    return max(1, min(3, int(width / (0.075 * longest + 0.6))))
 
 
 def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str]) -> None:
