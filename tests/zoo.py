@@ -11,6 +11,7 @@ from torch import nn
 from widthbench import data, sources, weights
 from widthbench.errors import UsageError
 from widthbench.width import find_groups
+from widthbench.width.ablation import Sample
 from widthbench.width.certify import randomised
 
 
@@ -173,6 +174,21 @@ def certified(cls):
     """(network, example input, certified groups); the network is a copy."""
     model, x, groups = _made(cls)
     return copy.deepcopy(model), x, groups
+
+
+def sample_for(x, classes=5, count=6):
+    """Random labelled inputs like a network's example input."""
+    generator = torch.Generator().manual_seed(1)
+    xs = torch.randn(count, *x.shape[1:], generator=generator, dtype=x.dtype)
+    return Sample(xs, torch.randint(0, classes, (count,), generator=generator))
+
+
+def started(groups, x):
+    """Gates with one channel closed in each group, and the candidates that are left."""
+    gates = {n: x.new_ones(g.channels) for n, g in groups.items()}
+    for gate in gates.values():
+        gate[1] = 0
+    return gates, {n: g.nonzero().flatten() for n, g in gates.items()}
 
 
 def error(a, b):

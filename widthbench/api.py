@@ -13,7 +13,7 @@ from widthbench.augment import augment as augmented
 from widthbench.budget import Budget
 from widthbench.errors import UsageError
 from widthbench.recipe import Recipe
-from widthbench.task import Samples, Task
+from widthbench.task import Samples, Task, bar, quiet
 from widthbench.technique import Technique, runs
 from widthbench.training import fit
 from widthbench.width.certify import find_groups
@@ -70,6 +70,7 @@ def apply(
     scope: Scope = "inner",
     include: str | Sequence[str] | None = None,
     seed: int = 0,
+    progress: bool = False,
     **params: Any,
 ) -> nn.Module:
     """Resize a network with a registered technique.
@@ -84,6 +85,7 @@ def apply(
         scope: "inner" leaves residual streams alone; "all" resizes every certified group.
         include: Pattern(s) on group names (``widthbench doctor`` shows them); None means all in the scope.
         seed: Seeds everything random in the decision.
+        progress: Show bars with the time left, where a technique has them.
         **params: The technique's parameters.
 
     Returns:
@@ -137,6 +139,7 @@ def apply(
         device=device,
         fit=training,
         regroup=lambda grown: find_groups(grown, example_input, cache=False),
+        progress=bar if progress else quiet,
     )
     modes = {m: m.training for m in model.modules()}
     model.eval()

@@ -40,26 +40,33 @@ class Pick(_Strict):
         suite: Its committed results are read.
         dataset: Of the cell.
         model: Of the cell.
-        args: Arguments of the network's constructor that the cell must have.
+        args: Arguments of the network's constructor that the cell must have; all of them, if ``exactly``.
+        exactly: Whether the cell may have no other arguments.
+        variant: Of the cell's network.
         technique: Of the cell.
         of: For scratch controls, whose shape they train.
         params: Values that the technique's parameters must have in the cell, set there or by default.
         budget: Of the cell; a list means the mean over those budgets.
         stage: Which row of the record; the last one if absent.
         metric: A score of that row (top1, top5, loss, val_top1, val_loss), "params" or "macs" of the record (in millions), or
-            "series:NAME", the last entry of a series that the technique recorded.
+            "series:NAME", an entry of a series that the record holds.
+        entry: Which entry of the series; the last one if absent. Series along a path begin with the network as it was, so that
+            entry k is what k removals left.
     """
 
     suite: str
     dataset: str | None = None
     model: str | None = None
     args: dict[str, Any] = Field(default_factory=dict)
+    exactly: bool = False
+    variant: str = ""
     technique: str | None = None
     of: str | None = None
     params: dict[str, Any] = Field(default_factory=dict)
     budget: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     stage: Stage | None = None
     metric: str = Field(default="top1", pattern=f"^({'|'.join((*METRICS, *SIZES))}|series:.+)$")
+    entry: int = -1
 
     def matches(self, cell: Cell) -> bool:
         """Whether a cell is one of those meant."""
@@ -68,6 +75,8 @@ class Pick(_Strict):
             all(getattr(self, n) in (None, getattr(cell, n)) for n in named)
             and (self.budget is None or cell.budget in self.budgets)
             and all(cell.model_args.get(k) == v for k, v in self.args.items())
+            and (not self.exactly or len(cell.model_args) == len(self.args))
+            and cell.variant == self.variant
             and all(_parameter(cell, k) == v for k, v in self.params.items())
         )
 
@@ -84,8 +93,8 @@ class Pick(_Strict):
         if self.metric in METRICS:
             row = record.row(self.stage)
             return None if row is None else getattr(row, self.metric)
-        series = record.series.get(self.metric.removeprefix("series:"))
-        return float(series[-1]) if series else None
+        series = record.series.get(self.metric.removeprefix("series:")) or []
+        return float(series[self.entry]) if -len(series) <= self.entry < len(series) else None
 
 
 def _parameter(cell: Cell, name: str) -> Any:
@@ -111,7 +120,8 @@ class Row(_Strict):
         unit: Of the numbers.
         at: Where the number is read.
         minus: What is subtracted, base by base.
-        check: ``module:function`` that measures it instead, as a list of numbers, one per base or pair of runs.
+        check: ``module:function`` that measures it instead, as a list of numbers, one per base or pair of runs. A function that
+            takes an argument is given the evidence and returns a ``Picked``, for what no single pick can say.
         proxy: Smaller work than the document's: where it shows the direction, the verdict is "proxy scale" and never "reproduced".
         reading: Which of several readings of an ambiguous sentence the row belongs to; rows without one belong to all.
     """
@@ -360,7 +370,11 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     remarks: list[str] = []
     missing = 0
     if row.check:
-        values: Mapping[object, float] = dict(enumerate(_function(row.check)()))
+        check = _function(row.check)
+        picked = check(evidence) if inspect.signature(check).parameters else Picked(dict(enumerate(check())))
+        values: Mapping[object, float] = picked.values
+        records, missing = picked.records, picked.missing
+        remarks = _remarks(records, missing)
     elif row.at:
         picked = evidence.pick(row.at)
         values, records, missing = picked.values, picked.records, picked.missing
@@ -451,7 +465,7 @@ def _holds(row: Row, value: float) -> bool:
     ]
 
 
-def _function(name: str) -> Callable[[], Iterable[float]]:
+def _function(name: str) -> Callable[..., Any]:
     """A check by ``module:function``; plain module names lie beside the claims."""
     module, _, function = name.partition(":")
     if "." not in module:

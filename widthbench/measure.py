@@ -126,7 +126,8 @@ def peak_memory_mib(model: nn.Module, x: Tensor) -> float:
 class Meter:
     """Counts the MACs that pass through a network and its copies, forward and backward, and the seconds, in a ``with`` block.
 
-    Whole passes of the network count, at the cost of its original shape; a backward pass counts as two forward passes.
+    Whole passes of the network count, at the cost of its original shape; a backward pass counts as two forward passes. What else
+    is computed is told by ``add``.
 
     Args:
         model: The network.
@@ -136,7 +137,7 @@ class Meter:
     def __init__(self, model: nn.Module, macs: int) -> None:
         self.model, self.macs = model, macs
         self.forward_macs = self.backward_macs = 0
-        self.seconds = 0.0
+        self.seconds = self._earlier = 0.0
 
     def __enter__(self) -> Meter:
         self._handle = self.model.register_forward_hook(self._count)
@@ -144,8 +145,19 @@ class Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self._begin
+        self.seconds = self.elapsed
         self.leave(self.model)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return self._earlier + time.perf_counter() - self._begin
+
+    def add(self, *, forward_macs: int = 0, backward_macs: int = 0, seconds: float = 0.0) -> None:
+        """Count what is not a pass of the network, or was done by an earlier run."""
+        self.forward_macs += forward_macs
+        self.backward_macs += backward_macs
+        self._earlier += seconds
 
     def leave(self, model: nn.Module) -> None:
         """Take the counting hook off the network, or off a copy of it that was made inside the block."""

@@ -9,7 +9,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, source_digest, stamp, versions
 from widthbench.recipe import Recipe, Spent
 from widthbench.records import CONTROLS, Cell, Record, Row, Stage, Store, digest_of
-from widthbench.task import Nothing, Progress, Task
+from widthbench.task import Nothing, Progress, Task, quiet
 from widthbench.technique import Outcome, Technique, runs
 from widthbench.training import Resume, batch_norms, fit, recalibrate
 from widthbench.width.certify import find_groups
@@ -40,11 +41,6 @@ BASE_CODE = (
     "recipe.py",
 )  # fmt: skip
 CELL_CODE = (*BASE_CODE, "width", "budget.py", "task.py", "technique.py", "protocol.py", "controls.py")
-
-
-def quiet(steps: Any, /, *, desc: str) -> Any:
-    """No progress bar."""
-    return steps
 
 
 @dataclass(frozen=True)
@@ -330,7 +326,7 @@ def task_of(cell: Cell, base: Base, technique: Technique, *, progress: Progress 
         fit=_fit_for(base, cell, progress),
         regroup=lambda model: find_groups(model, base.example_input, cache=False),
         progress=progress,
-        checkpoint=_checkpoint_for(cell),
+        curves=cell.curves,
     )
 
 
@@ -350,13 +346,46 @@ def _fit_for(base: Base, cell: Cell, progress: Progress) -> Callable[..., Spent]
     return training
 
 
-def _checkpoint_for(cell: Cell) -> Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]:
-    """Intermediate states of a decision under the cell's key, so that a killed run does not start over."""
+def _metered(task: Task, key: str, meter: Meter) -> Task:
+    """A task that bills by a meter, and keeps intermediate states with their bills, so that a killed run does not start over."""
 
     def checkpoint(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        return _cached_tensors(f"{cell_key(cell)}-{digest_of(name)[:8]}", make)
+        made = False
 
-    return checkpoint
+        def work() -> tuple[dict[str, Tensor], Spent]:
+            nonlocal made
+            made = True
+            forward, backward, begin = meter.forward_macs, meter.backward_macs, meter.elapsed
+            state = make()
+            return state, Spent(
+                forward_macs=meter.forward_macs - forward,
+                backward_macs=meter.backward_macs - backward,
+                seconds=meter.elapsed - begin,
+            )
+
+        state, spent = _billed(f"{key}-{digest_of(name)[:8]}", work)
+        if not made:
+            meter.add(forward_macs=spent.forward_macs, backward_macs=spent.backward_macs, seconds=spent.seconds)
+        return state
+
+    return replace(task, checkpoint=checkpoint, spend=meter.add)
+
+
+def _billed(key: str, work: Callable[[], tuple[dict[str, Tensor], Spent]]) -> tuple[dict[str, Tensor], Spent]:
+    """A state and what it cost, from the cache or computed now."""
+    bill = cache_dir() / "states" / f"{key}.spent.json"
+
+    def make() -> dict[str, Tensor]:
+        state, spent = work()
+        write_atomic(bill, spent.model_dump_json())
+        return state
+
+    state = _cached_tensors(key, make)
+    try:
+        return state, Spent.model_validate_json(bill.read_text())
+    except (OSError, ValueError):
+        _cached_path(key).unlink(missing_ok=True)
+        return _cached_tensors(key, make), Spent.model_validate_json(bill.read_text())
 
 
 def _cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -377,20 +406,13 @@ def _prepared(cell: Cell, technique: Technique, task: Task, base: Base) -> tuple
     """What does not depend on the budget: computed once per base, technique, parameters and seed; and its bill."""
     shared = cell.model_copy(update={"budget": None, "finetune": cell.base, "calibration": 0})
     key = cell_key(shared)
-    bill = cache_dir() / "states" / f"{key}.spent.json"
 
-    def make() -> dict[str, Tensor]:
+    def work() -> tuple[dict[str, Tensor], Spent]:
         with Meter(task.model, base.cost.original.macs) as meter:
-            state = technique.prepared(task)
-        write_atomic(bill, _bill(meter, base).model_dump_json())
-        return state
+            state = technique.prepared(_metered(task, key, meter))
+        return state, _bill(meter, base)
 
-    state = _cached_tensors(key, make)
-    try:
-        return state, Spent.model_validate_json(bill.read_text())
-    except (OSError, ValueError):
-        _cached_path(key).unlink(missing_ok=True)
-        return _cached_tensors(key, make), Spent.model_validate_json(bill.read_text())
+    return _billed(key, work)
 
 
 def _cached_path(key: str) -> Path:
@@ -412,7 +434,7 @@ def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where
     state, prepared = _prepared(cell, technique, task, base)
     try:
         with Meter(task.model, base.cost.original.macs) as meter:
-            outcome = technique.apply(task, state)
+            outcome = technique.apply(_metered(task, key, meter), state)
     except InfeasibleBudgetError as error:
         raise NotApplicableError(str(error)) from error
     model = outcome.resized
@@ -420,7 +442,7 @@ def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where
     meter.leave(model)
     if not runs(model, base.example_input, base.groups.output_shapes):
         raise UsageError(f"technique '{technique.id}' changed the output's shape or made it non-finite")
-    path = replay(task, outcome, base)
+    path = replay(task, outcome, base) if cell.curves else {}
     rows, adaptation, cost = adapt(model, cell, base, progress, key)
     return Record(
         key=key,
@@ -448,8 +470,14 @@ def _run_technique(cell: Cell, key: str, store: Store, progress: Progress, where
     )
 
 
+STOP = 0.25  # points of val accuracy that a path may lose at its stopping point
+
+
 def replay(task: Task, outcome: Outcome, base: Base) -> dict[str, list[Any]]:
-    """Test and val scores along the technique's path of plans, taken after the decision is made; {} if there is no path."""
+    """Test and val scores along the technique's path of plans, taken after the decision is made; {} if there is no path.
+
+    Where a path shrinks, its stopping point, too: the last one whose val accuracy is at most ``STOP`` points below the first one's.
+    """
     model = task.model if outcome.model is None else outcome.model
     found: dict[str, list[Any]] = {}
     for plan in outcome.path:
@@ -457,6 +485,11 @@ def replay(task: Task, outcome: Outcome, base: Base) -> dict[str, list[Any]]:
         point = {"channels": sum(len(r.rows) for r in plan.values()), **row.model_dump(exclude={"stage", "samples", "top5"})}
         for name, value in point.items():
             found.setdefault(f"path.{name}", []).append(value)
+    channels, val = found.get("path.channels", []), found.get("path.val_top1", [])
+    if channels and None not in val and all(a >= b for a, b in pairwise(channels)):
+        last = max(i for i, top1 in enumerate(val) if top1 >= val[0] - STOP)
+        found |= {f"stop.{name}": [found[f"path.{name}"][last]] for name in ("channels", "top1", "val_top1")}
+        found["stop.removed"] = [100 * (channels[0] - channels[last]) / channels[0]]
     return found
 
 

@@ -38,6 +38,7 @@ class Cell(_Frozen):
         technique: A registered technique, or a control: base, uniform-width, scratch, scratch-budget.
         params: The technique's parameters; for scratch controls those of the technique whose shape they train.
         of: For scratch controls, the technique whose shape they train.
+        variant: Tells networks apart that are trained by different recipes.
         budget: What is kept, ``kind:fraction``; None for base.
         seed: Of the split, the base network, the decision and the adaptation.
         scope: Which groups may be resized.
@@ -56,11 +57,13 @@ class Cell(_Frozen):
         threads: CPU threads.
         device: "auto" takes a GPU where there is one.
         deterministic: Ask torch for deterministic algorithms.
+        curves: Replay the technique's path of plans, and have it record what makes pictures.
     """
 
     dataset: str
     model: str
     model_args: dict[str, Any] = Field(default_factory=dict)
+    variant: str = ""
     size: int
     technique: str
     params: dict[str, Any] = Field(default_factory=dict)
@@ -83,6 +86,7 @@ class Cell(_Frozen):
     threads: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
+    curves: bool = False
 
     @property
     def trains_base(self) -> bool:
@@ -98,9 +102,9 @@ class Cell(_Frozen):
 
     @property
     def network(self) -> str:
-        """The network's name, with the arguments that the suite gives it: ``vgg16_cifar(act_layer=tanh)``."""
+        """The network's name, with the arguments and the variant that the suite gives it: ``vgg16_cifar(act_layer=tanh)``."""
         inside = ",".join(f"{k}={v}" for k, v in sorted(self.model_args.items()))
-        return self.model + (f"({inside})" if inside else "")
+        return self.model + (f"({inside})" if inside else "") + (f", {self.variant}" if self.variant else "")
 
     @property
     def id(self) -> str:

@@ -36,6 +36,10 @@ class Entry(_Strict):
     params: dict[str, Any] = Field(default_factory=dict)
 
 
+def _entries(value: Any) -> Any:
+    return [{"id": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+
+
 class Network(_Strict):
     """A network in a suite; what it does not set, the suite's own settings give.
 
@@ -43,6 +47,8 @@ class Network(_Strict):
         name: Any timm model name.
         size: Input height and width in pixels.
         args: Further arguments of its constructor.
+        variant: Printed behind its name; tells entries apart that differ in their recipes only.
+        techniques: Overrides the suite's.
         budgets: Overrides the suite's.
         seeds: Overrides the suite's.
         controls: Overrides the suite's.
@@ -59,6 +65,8 @@ class Network(_Strict):
     name: str
     size: int = Field(ge=4, le=4096)
     args: dict[str, Any] = Field(default_factory=dict)
+    variant: str = Field(default="", pattern=r"^[A-Za-z0-9_. -]*$")
+    techniques: tuple[Entry, ...] | None = None
     budgets: tuple[str, ...] | None = None
     seeds: Seeds | None = None
     controls: tuple[str, ...] | None = None
@@ -72,6 +80,7 @@ class Network(_Strict):
     std: tuple[Annotated[float, Field(gt=0)], ...] = ()
 
     _settings = field_validator("base", "finetune", mode="before")(recipes.settings)
+    _named = field_validator("techniques", mode="before")(_entries)
 
     @model_validator(mode="after")
     def _consistent(self) -> Network:
@@ -115,6 +124,7 @@ class Suite(_Strict):
         threads: CPU threads per cell.
         device: "auto", "cpu" or "cuda".
         deterministic: Ask torch for deterministic algorithms.
+        curves: Replay each technique's path of plans on val and test, and have techniques record what makes pictures; takes time.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -135,13 +145,10 @@ class Suite(_Strict):
     threads: int = Field(default=1, ge=1, le=256)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
+    curves: bool = False
 
     _settings = field_validator("base", "finetune", mode="before")(recipes.settings)
-
-    @field_validator("techniques", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        return [{"id": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+    _named = field_validator("techniques", mode="before")(_entries)
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
@@ -152,20 +159,27 @@ class Suite(_Strict):
                 except BudgetError as error:
                     raise ValueError(f"models[{at}] ({network.name}): {error}") from error
             self.recipes(network)
-        known = [e.id for e in self.techniques]
-        for control in (*self.controls, *(c for n in self.models for c in n.controls or ())):
-            name, _, source = control.partition(":")
-            if name not in CONTROLS:
-                raise ValueError(f"unknown control '{name}'{did_you_mean(name, CONTROLS)}")
-            if name.startswith("scratch") and source not in known:
-                raise ValueError(f"control '{control}' must name one of the suite's techniques, as in '{name}:l1-norm'")
-            if not name.startswith("scratch") and source:
-                raise ValueError(f"control '{name}' takes no technique")
+        for network in self.models:
+            known = [e.id for e in self.entries(network)]
+            for control in self.controls if network.controls is None else network.controls:
+                name, _, source = control.partition(":")
+                if name not in CONTROLS:
+                    raise ValueError(f"unknown control '{name}'{did_you_mean(name, CONTROLS)}")
+                if name.startswith("scratch") and source not in known:
+                    raise ValueError(
+                        f"control '{control}' of {network.name} must name one of the suite's techniques, as in '{name}:l1-norm'"
+                    )
+                if not name.startswith("scratch") and source:
+                    raise ValueError(f"control '{name}' takes no technique")
         if len(cells := self.cells()) > MAX_CELLS:
             raise ValueError(f"{len(cells)} cells are more than {MAX_CELLS}")
         if len({c.id for c in cells}) < len(cells):
             raise ValueError("two cells have the same name: a dataset, model, technique, budget or seed is listed twice")
         return self
+
+    def entries(self, network: Network) -> tuple[Entry, ...]:
+        """The techniques that run on one of the suite's networks."""
+        return self.techniques if network.techniques is None else network.techniques
 
     def recipes(self, network: Network) -> tuple[Recipe, Recipe]:
         """(base, fine-tuning) recipe of one of the suite's networks."""
@@ -189,6 +203,7 @@ class Suite(_Strict):
                 for seed in self.seeds if network.seeds is None else network.seeds:
                     shared: dict[str, Any] = {
                         "dataset": dataset, "model": network.name, "model_args": network.args, "size": network.size,
+                        "variant": network.variant, "curves": self.curves,
                         "seed": seed, "scope": self.scope, "include": network.include, "base": base,
                         "checkpoint": network.checkpoint, "sha256": network.sha256, "pretrained": network.pretrained,
                         "mean": network.mean, "std": network.std, "floor": self.citable, "longest": self.longest,
@@ -206,13 +221,13 @@ class Suite(_Strict):
         if "base" in controls:
             rows.append({"technique": "base"})
         for budget in budgets:
-            rows += [{"technique": e.id, "params": e.params, "budget": budget} for e in self.techniques]
+            rows += [{"technique": e.id, "params": e.params, "budget": budget} for e in self.entries(network)]
         for control in controls:
             name, _, source = control.partition(":")
             for budget in budgets if name != "base" else ():
                 row: dict[str, Any] = {"technique": name, "budget": budget}
                 if source:
-                    entry = next(e for e in self.techniques if e.id == source)
+                    entry = next(e for e in self.entries(network) if e.id == source)
                     row |= {"of": source, "params": entry.params}
                 rows.append(row)
         return rows
@@ -280,8 +295,9 @@ def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
             range, an input size that does not fit, a network without a group to resize, a missing GPU.
     """
     require_writable(cache_dir())
-    classes = {entry.id: registry.load(entry.id) for entry in suite.techniques}
-    for entry in suite.techniques:
+    entries = [*suite.techniques, *(e for n in suite.models for e in n.techniques or ())]
+    classes = {entry.id: registry.load(entry.id) for entry in entries}
+    for entry in entries:
         build(classes[entry.id], entry.params)
     cells = suite.cells() if chosen is None else chosen
     try:
@@ -298,8 +314,8 @@ def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
                 groups = find_groups(model, protocol.example_input(cell))
                 groups.select(cell.scope, cell.include or None)
                 for budget in suite.budgets if network.budgets is None else network.budgets:
-                    for cls in classes.values():
-                        Budget.parse(budget, grows=cls.grows)
+                    for entry in suite.entries(network):
+                        Budget.parse(budget, grows=classes[entry.id].grows)
     except UsageError as error:
         raise type(error)(f"suite {suite.name}: {error}") from error
 

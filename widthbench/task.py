@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from widthbench.budget import Allocation, Budget, Costed, global_widths, top_channels, uniform_widths
 from widthbench.errors import AccessError, UsageError
@@ -43,6 +44,16 @@ class Progress(Protocol):
         ...
 
 
+def bar(steps: Any, /, *, desc: str) -> Any:
+    """A progress bar with the time left, on stderr where that is a terminal."""
+    return tqdm(steps, desc=desc, leave=False, disable=None)
+
+
+def quiet(steps: Any, /, *, desc: str) -> Any:
+    """No progress bar."""
+    return steps
+
+
 @dataclass(frozen=True)
 class Task:
     """One decision to take.
@@ -63,6 +74,9 @@ class Task:
         regroup: ``regroup(model) -> Groups``: discovery and certification of a network that was grown.
         progress: Progress bar.
         checkpoint: ``checkpoint(name, make) -> dict[str, Tensor]``: keep an intermediate state so that a killed run resumes.
+        spend: ``spend(forward_macs=..., backward_macs=...)``: bill what was computed besides whole passes of ``model``, which the
+            harness counts itself.
+        curves: Whether to record what makes pictures, at extra cost (a suite's ``curves = true``).
     """
 
     model: nn.Module
@@ -78,8 +92,10 @@ class Task:
     recipe: Any = None
     fit: Callable[..., Any] | None = None
     regroup: Callable[[nn.Module], Groups] | None = None
-    progress: Progress = lambda steps, /, *, desc: steps
+    progress: Progress = quiet
     checkpoint: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda name, make: make()
+    spend: Callable[..., None] = lambda **macs: None
+    curves: bool = False
 
     def with_access(self, technique: str, access: Access) -> Task:
         """This task as a technique of the given data access sees it; data beyond it raise ``AccessError`` on touch."""

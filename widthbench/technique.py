@@ -28,7 +28,7 @@ class Outcome:
     Attributes:
         plan: One resize per group; groups that it does not name keep their width.
         model: The network that the plan applies to, where the technique trained or grew one; None means ``task.model``.
-        path: Intermediate plans, in order; the harness replays them on the test set afterwards.
+        path: Intermediate plans, in order; where a suite wants curves, the harness replays them on the test set afterwards.
         series: Anything to plot, by name.
         resized: The resized network. Filled in by ``Technique.apply``.
         widths: Channels per group of the resized network. Filled in by ``Technique.apply``.

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from widthbench.records import Cell, Record
@@ -66,12 +66,9 @@ def _group(cells: list[Cell]) -> list[Record]:
 
 
 def _one(cell: Cell, *, bar: bool) -> Record:
-    from tqdm import tqdm
-
-    from widthbench.protocol import quiet, run_cell
+    from widthbench.protocol import run_cell
     from widthbench.records import Store
+    from widthbench.task import bar as shown
+    from widthbench.task import quiet
 
-    def progress(steps: Any, /, *, desc: str) -> Any:
-        return tqdm(steps, desc=desc, leave=False, disable=None)
-
-    return run_cell(cell, Store(), progress=progress if bar else quiet)
+    return run_cell(cell, Store(), progress=shown if bar else quiet)

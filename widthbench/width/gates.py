@@ -51,7 +51,7 @@ def gated(
         yield model
 
 
-def _vector(axis: Axis, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
+def along_axis(axis: Axis, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
     """The gates along a whole axis, ``[I]``: each segment's values repeated, ones where nothing is gated."""
     parts = []
     for s in axis:
@@ -66,7 +66,7 @@ def _vector(axis: Axis, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
 def _on_input(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> list[Any]:
     def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        gate = _vector(axis, values, x)
+        gate = along_axis(axis, values, x)
         if kind_of(module) != "linear":  # channels come second: [B, C, ...]
             gate = gate.reshape(-1, *[1] * (x.dim() - 2))
         return (x * gate, *args[1:])
@@ -77,7 +77,7 @@ def _on_input(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> li
 def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> list[Any]:
     def swap_in(module: Any, args: Any) -> None:
         weight = module._parameters["weight"]
-        gate = _vector(axis, values, weight)
+        gate = along_axis(axis, values, weight)
         count = getattr(module, "groups", 1)
         if count > 1:  # [I] -> [O, I/G]: each block of outputs reads its own block of inputs
             gate = gate.view(count, 1, -1).expand(-1, weight.shape[0] // count, -1).flatten(0, 1)

@@ -1,0 +1,378 @@
+"""Neuron removal: take whole neurons out of a trained network, one after another, by what each removal does to the loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from widthbench.budget import Allocation
+from widthbench.errors import UsageError
+from widthbench.randomness import seeded
+from widthbench.task import Task
+from widthbench.technique import Outcome, Technique
+from widthbench.width.ablation import Ablation, Sample
+from widthbench.width.backprop_diagonal import BackpropDiagonal
+from widthbench.width.derivatives import GateDerivatives, kinked
+from widthbench.width.groups import Groups
+from widthbench.width.resize import Plan, keep
+
+Ranking = Literal["oracle", "first_order", "second_order", "random"]
+GATES = tuple(i / 8 for i in range(9))  # where error curves are sampled
+SAVE_EVERY = 30.0  # seconds between the states that a killed run resumes from
+
+Scores = dict[str, Tensor]  # [N] per group
+
+
+class NeuronRemoval(Technique):
+    """Remove the neurons that the loss misses least, without retraining (Sharma, Wolfe and Raj, 2017).
+
+    With a gate g on each channel, where its consumers read it, removal changes the loss by ``ΔE = E(g=0) - E(g=1)``. Rankings:
+
+    - oracle: ΔE itself, by brute force;
+    - first_order: ``-∂E/∂g`` (Mozer and Smolensky, NeurIPS 1988);
+    - second_order: ``-∂E/∂g + ½ ∂²E/∂g²`` (the parabola through g = 1, evaluated at 0);
+    - random: any order, the control.
+
+    E is the mean cross-entropy over training samples. Channels of all groups are ranked together, and each group keeps at least one
+    (of each block, where blocks must keep equal counts: then one of each goes at a time, for the sum of their ΔE).
+
+    Args:
+        ranking: As above.
+        rerank: "single": one ranking of the whole network. "iterative": a new one after each removal.
+        diagonal: Of the second order: "backprop" drops off-diagonal terms (the document's; LeCun et al. 1989), "exact" does
+            not; with piecewise linear activations exact holds almost everywhere, and the series says so.
+        softplus_beta: For "backprop": ReLU takes the second derivative of softplus with this β; without it, ReLU behind a gate is
+            refused.
+        samples: Training samples that E is the mean of, drawn by the task's seed.
+        step: Removals between two rankings of "iterative".
+        allocation: "global" cuts where the ranking says; "uniform" keeps the same fraction of every group.
+        memory_mib: Limit on the activations of a batch, in MiB; None: 64 on a CPU and a quarter of what is free on a GPU for the
+            oracle, 256 for derivatives.
+        processes: Worker processes (or GPUs) that share the oracle's candidates.
+    """
+
+    id = "neuron-removal"
+    access = "labelled"
+    bibtex = """@inproceedings{sharma2017incredible,
+  title = {The Incredible Shrinking Neural Network: New Perspectives on Learning Representations Through the Lens of Pruning},
+  author = {Sharma, Aditya and Wolfe, Nikolas and Raj, Bhiksha},
+  booktitle = {arXiv preprint arXiv:1701.04465},
+  year = {2017}
+}"""
+
+    def __init__(
+        self,
+        *,
+        ranking: Ranking = "oracle",
+        rerank: Literal["single", "iterative"] = "iterative",
+        diagonal: Literal["backprop", "exact"] = "backprop",
+        softplus_beta: float | None = None,
+        samples: int = 10_000,
+        step: int = 1,
+        allocation: Allocation = "global",
+        memory_mib: float | None = None,
+        processes: int = 1,
+    ) -> None:
+        self.ranking: Ranking = ranking
+        self.rerank = rerank
+        self.diagonal = diagonal
+        self.softplus_beta = softplus_beta
+        self.samples = samples
+        self.step = step
+        self.allocation: Allocation = allocation
+        self.memory_mib = memory_mib
+        self.processes = processes
+        for name in ("samples", "step", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if memory_mib is not None and not memory_mib > 0:
+            raise ValueError(f"memory_mib must be above 0, not {memory_mib}")
+        if softplus_beta is not None and not (softplus_beta > 0 and diagonal == "backprop" and ranking == "second_order"):
+            raise ValueError("softplus_beta must be above 0, and needs ranking='second_order' with diagonal='backprop'")
+
+    def skip(self, task: Task) -> str | None:
+        """A layer that the back-propagated diagonal cannot pass, where that is asked for."""
+        if self.ranking != "second_order" or self.diagonal != "backprop":
+            return None
+        x = task.example_input
+        try:
+            BackpropDiagonal(task.model, task.groups, Sample(x, x.new_zeros(len(x))), softplus_beta=self.softplus_beta)
+        except UsageError as error:
+            return str(error)
+        return None
+
+    def prepare(self, task: Task) -> dict[str, Tensor]:
+        """The order of removal: ``[N]`` per group, 0 for what goes first and infinity for what stays; and curves, if wanted."""
+        order = {n: torch.full((g.channels,), math.inf, dtype=torch.float64) for n, g in task.groups.items()}
+        with ranker(self, task) as work:
+            if self.rerank == "single" or self.ranking == "random":
+                work.expect(sum(len(o) for o in order.values()))
+                remove(order, work.changes(order, save=True), task.groups)
+            else:
+                work.expect(self.rankings(task.groups))
+                while unfinished(order, task.groups):
+                    order = task.checkpoint(f"{removed(order)} removals", partial(self.further, order, work, task.groups))
+            return order | (work.curves(order) if task.curves else {})
+
+    def rankings(self, groups: Groups) -> int:
+        """How many candidates all rankings of "iterative" have together, about: the bar's length."""
+        there = sum(g.channels for g in groups.values())
+        gone = sum(g.blocks for g in groups.values()) / len(groups) * self.step
+        return int(sum(there - k * gone for k in range(int(sum(g.channels - g.blocks for g in groups.values()) // gone))))
+
+    def further(self, order: Scores, work: Ranker, groups: Groups) -> Scores:
+        """The order after as many more removals as half a minute takes."""
+        order, begin = {n: o.clone() for n, o in order.items()}, time.monotonic()
+        while True:
+            remove(order, work.changes(order), groups, self.step)
+            if time.monotonic() - begin >= SAVE_EVERY or not unfinished(order, groups):
+                return order
+
+    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+        """Keep what would go last."""
+        order = {n: state[n] for n in task.groups}
+        plan = task.keep_best(order, self.allocation)
+        if not task.curves:
+            return Outcome(plan)
+        path = [kept_after(order, k) for k in range(removed(order) + 1)]
+        return Outcome(plan, path=path, series=self.series(task, order, state))
+
+    def series(self, task: Task, order: Scores, state: dict[str, Tensor]) -> dict[str, list[Any]]:
+        """What makes pictures, as plain numbers (see ``Ranker.curves``), and what follows from them.
+
+        Beside the curves: "joint", the increase of the loss after k removals; "summed", that of the same channels removed each
+        alone; "correlation", Spearman's, of the predicted with the true changes.
+        """
+        found: dict[str, list[Any]] = {k.strip(): _rounded(v) for k, v in state.items() if k.startswith(" ")}
+        loss = state[" loss"]
+        alone = torch.zeros(len(loss), dtype=torch.float64)
+        for name, position in order.items():
+            gone = position.isfinite()
+            alone.index_add_(0, position[gone].long() + 1, state[f" change {name}"][gone])
+        found |= {"joint": _rounded(loss - loss[0]), "summed": _rounded(alone.cumsum(0))}
+        if self.ranking in ("first_order", "second_order"):
+            pairs = [torch.cat([state[f" {what} {n}"] for n in task.groups]) for what in ("score", "change")]
+            found["correlation"] = [float(spearmanr(*pairs).statistic)]
+        if self.ranking == "second_order" and self.diagonal == "exact":
+            found["almost_everywhere"] = kinked(task.model)
+        return found
+
+
+class Ranker:
+    """Ranks the channels that are still there, by one of the rankings.
+
+    Args:
+        method: Says how.
+        task: The network, its groups and data.
+        sample: What the loss is averaged over.
+        brute: Brute force on it.
+    """
+
+    def __init__(self, method: NeuronRemoval, task: Task, sample: Sample, brute: Ablation) -> None:
+        self.method, self.task, self.sample, self.brute = method, task, sample, brute
+        limit = {} if method.memory_mib is None else {"memory_mib": method.memory_mib}
+        if method.ranking in ("first_order", "second_order"):
+            self.slopes = GateDerivatives(task.model, task.groups, sample, **limit)
+            self.curvature: GateDerivatives | BackpropDiagonal = self.slopes
+        if method.ranking == "second_order" and method.diagonal == "backprop":
+            beta = method.softplus_beta
+            self.curvature = BackpropDiagonal(task.model, task.groups, sample, softplus_beta=beta, **limit)
+        self._bar: Iterator[int] = iter(())
+
+    def expect(self, count: int) -> None:
+        """Start a bar over that many candidates."""
+        self._bar = iter(self.task.progress(range(count), desc=f"{self.method.id} by {self.method.ranking}"))
+
+    def tick(self, count: int) -> None:
+        """That many candidates have been ranked."""
+        for _ in range(count):
+            next(self._bar, None)
+
+    def changes(self, order: Scores, *, save: bool = False) -> Scores:
+        """What removing each channel that is still there would do to the loss, up to a constant: ``[N]``, infinity for the others.
+
+        Args:
+            order: When each channel was removed; infinity for those that are there.
+            save: Keep what each group took, so that a killed run resumes at the next one.
+        """
+        method = self.method
+        if method.ranking == "random":
+            with seeded(self.task.seed):
+                return {n: torch.rand(len(o), dtype=torch.float64) for n, o in order.items()}
+        gates, here = open_gates(order, self.sample.x), candidates(order, self.task.groups)
+        if method.ranking == "oracle":
+            return self._brute_force(gates, here, save)
+        with self._billed(self.slopes):
+            first = self.slopes.first(gates)
+        found = {n: -d for n, d in first.items()}
+        if method.ranking == "second_order":
+            with self._billed(self.curvature):
+                second = self.second(gates, here)
+            found = {n: d + 0.5 * second[n] for n, d in found.items()}
+        self.tick(sum(map(len, here.values())))
+        return {n: torch.full_like(d, math.inf).index_copy(0, here[n], d[here[n]]) for n, d in found.items()}
+
+    def second(self, gates: Scores, here: Scores) -> Scores:
+        """``∂²E/∂g²`` by the method's diagonal."""
+        work = self.curvature
+        return work.second(gates) if isinstance(work, BackpropDiagonal) else work.second(gates, here)
+
+    def curves(self, order: Scores) -> dict[str, Tensor]:
+        """The loss after each removal and, of the whole network, the true and predicted changes and error curves over the gate.
+
+        Returns:
+            " loss" ``[U+1]``; for each group " change NAME" ``[N]`` by brute force and, for Taylor rankings, " score NAME"
+            ``[N]`` as predicted; for the single second order also " gate" ``[9]``, " error NAME" ``[N, 9]``, the loss at those
+            values of a channel's gate, " first NAME" and " second NAME" ``[N]``, the derivatives. Nothing here decides
+            anything, nor is it billed.
+        """
+        steps = range(removed(order) + 1)
+        losses = [self.brute.loss(open_gates(after(order, k), self.sample.x)) for k in steps]
+        found = {" loss": torch.tensor(losses, dtype=torch.float64)}
+        whole = after(order, 0)
+        gates, everything = open_gates(whole, self.sample.x), {n: torch.arange(len(o)) for n, o in order.items()}
+        closed = self.brute.losses(gates, everything)
+        found |= {f" change {n}": e - losses[0] for n, e in closed.items()}
+        if self.method.ranking in ("first_order", "second_order"):
+            first = self.slopes.first(gates)
+            found |= {f" score {n}": -d for n, d in first.items()}
+        if self.method.ranking == "second_order":
+            second = self.second(gates, everything)
+            found |= {f" score {n}": -first[n] + 0.5 * d for n, d in second.items()}
+            if self.method.rerank == "single":
+                between = [self.brute.losses(gates, everything, value) for value in GATES[1:-1]]
+                for n, e in closed.items():
+                    at = [e, *(b[n] for b in between), torch.full_like(e, losses[0])]
+                    found |= {f" error {n}": torch.stack(at, dim=1), f" first {n}": first[n], f" second {n}": second[n]}
+                found[" gate"] = torch.tensor(GATES, dtype=torch.float64)
+        return found
+
+    def _brute_force(self, gates: Scores, here: Scores, save: bool) -> Scores:
+        found = {}
+        now = 0.0
+        if save or any(g.blocks > 1 for g in self.task.groups.values()):  # else a constant that orders nothing
+            with self._billed(self.brute):
+                now = self.brute.loss(gates)
+        for name, index in here.items():
+
+            def work(name: str = name, index: Tensor = index) -> dict[str, Tensor]:
+                with self._billed(self.brute):
+                    return self.brute.losses(gates, {name: index})
+
+            losses = (self.task.checkpoint(f"brute force on {name}", work) if save else work())[name]
+            found[name] = torch.full((len(gates[name]),), math.inf, dtype=torch.float64).index_copy(0, index, losses - now)
+            self.tick(len(index))
+        return found
+
+    @contextmanager
+    def _billed(self, work: Any) -> Iterator[None]:
+        """Bill what is computed in the block."""
+        before = work.forward_macs, work.backward_macs
+        try:
+            yield
+        finally:
+            self.task.spend(forward_macs=work.forward_macs - before[0], backward_macs=work.backward_macs - before[1])
+
+
+@contextmanager
+def ranker(method: NeuronRemoval, task: Task) -> Iterator[Ranker]:
+    """A ranker on a sample of the training data; its worker processes end with the block."""
+    split = method.processes if method.ranking == "oracle" else 1
+    sample = drawn(task, method.samples)
+    with Ablation(task.model, task.groups, sample, memory_mib=method.memory_mib, processes=split) as brute:
+        yield Ranker(method, task, sample, brute)
+
+
+def drawn(task: Task, count: int) -> Sample:
+    """At most ``count`` training samples, drawn by the task's seed.
+
+    Raises:
+        UsageError: If there are none.
+    """
+    xs, ys, have = [], [], 0
+    for x, y in task.train.batches(min(count, 1000), generator=torch.Generator().manual_seed(task.seed)):
+        xs.append(x)
+        ys.append(y)
+        have += len(x)
+        if have >= count:
+            break
+    if not have:
+        raise UsageError("neuron-removal ranks by the loss on training samples, but there are none")
+    return Sample(torch.cat(xs)[:count], torch.cat(ys)[:count])
+
+
+def open_gates(order: Scores, like: Tensor) -> Scores:
+    """1 for channels that are there, 0 for those that were removed: ``[N]`` per group, of the type and device of a tensor."""
+    return {n: o.isinf().to(like) for n, o in order.items()}
+
+
+def left(order: Tensor, blocks: int) -> int:
+    """How many more removals a group bears: each takes a channel of every block, and each block keeps one."""
+    return int(order.isinf().sum()) // blocks - 1
+
+
+def unfinished(order: Scores, groups: Groups) -> bool:
+    """Whether some group bears more removals."""
+    return any(left(order[n], g.blocks) for n, g in groups.items())
+
+
+def candidates(order: Scores, groups: Groups) -> dict[str, Tensor]:
+    """The channels that may go next: long ``[C]`` per group, none where the group bears no more removals."""
+    return {n: o.isinf().nonzero().flatten() if left(o, groups[n].blocks) else torch.zeros(0).long() for n, o in order.items()}
+
+
+def removed(order: Scores) -> int:
+    """The number of removals so far."""
+    return 1 + int(max((float(o[o.isfinite()].max()) for o in order.values() if o.isfinite().any()), default=-1))
+
+
+def after(order: Scores, count: int) -> Scores:
+    """The order as it was after so many removals."""
+    return {n: o.where(o < count, math.inf) for n, o in order.items()}
+
+
+def kept_after(order: Scores, count: int) -> Plan:
+    """The network after so many removals, as a plan."""
+    return {n: keep((o >= count).nonzero().flatten()) for n, o in order.items()}
+
+
+def remove(order: Scores, changes: Scores, groups: Groups, count: int | None = None) -> None:
+    """Enter the next removals into the order, in place: those that change the loss least, of all groups together.
+
+    Args:
+        order: ``[N]`` per group.
+        changes: ``[N]`` per group, what removing each channel does to the loss.
+        groups: The groups.
+        count: How many; None: all, until each group is left with one channel per block.
+
+    Raises:
+        UsageError: If a change is NaN.
+    """
+    units: list[tuple[float, str, list[int]]] = []
+    for name, position in order.items():
+        blocks = groups[name].blocks
+        if bool(changes[name].isnan().any()):
+            raise UsageError(
+                f"channel group '{name}': the loss or its derivatives are not finite, so its channels cannot be ranked"
+            )
+        table = changes[name].where(position.isinf(), math.inf).view(blocks, -1).sort(dim=1, stable=True)
+        channels = table.indices + torch.arange(blocks)[:, None] * table.indices.shape[1]
+        least = left(position, blocks)
+        costs = table.values[:, :least].sum(dim=0).tolist()
+        units += [(cost, name, channels[:, i].tolist()) for i, cost in enumerate(costs)]
+    done = removed(order)
+    for at, (_, name, gone) in enumerate(sorted(units, key=lambda u: u[0])[:count], done):
+        order[name][gone] = at
+
+
+def _rounded(values: Tensor) -> list[Any]:
+    """Plain numbers of six digits."""
+    return [_rounded(v) if v.dim() else float(f"{float(v):.6g}") for v in values]

@@ -1,0 +1,161 @@
+import os
+import signal
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.nn import functional as F
+
+from widthbench import models
+from widthbench.errors import UsageError
+from widthbench.measure import MIB, Meter, _LiveStorage
+from widthbench.width import find_groups, gated
+from widthbench.width.ablation import Ablation, Sample, channel_positions, cross_entropy, replica
+from widthbench.width.cost import count_macs
+
+
+def naive(model, groups, sample, gates, candidates, value=0.0):
+    """One candidate after the other, with gates on the whole network."""
+    found = {}
+    for name, index in candidates.items():
+        losses = []
+        for channel in index.tolist():
+            gate = gates[name].clone()
+            gate[channel] = value
+            with gated(model, groups, {**gates, name: gate}), torch.no_grad():
+                losses.append(float(F.cross_entropy(model(sample.x), sample.y)))
+        found[name] = torch.tensor(losses, dtype=torch.float64)
+    return found
+
+
+def close(found, expected, tolerance):
+    return found.keys() == expected.keys() and all(float((found[n] - e).abs().max()) < tolerance for n, e in expected.items())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.5])
+@pytest.mark.parametrize("way", [None, "update", "gates", "loop"])
+def test_every_way_equals_the_naive_loop_on_every_network(net, way, value):
+    model, x, groups = net
+    if way == "update" and any(getattr(m, "groups", 1) not in (1, getattr(m, "in_channels", 1)) for m in model.modules()):
+        with pytest.raises(UsageError, match="grouped convolutions"):
+            Ablation(model, groups, zoo.sample_for(x), way=way).losses({}, {n: torch.tensor([0]) for n in groups})
+        return
+    sample, (gates, candidates) = zoo.sample_for(x), zoo.started(groups, x)
+    found = Ablation(model, groups, sample, way=way).losses(gates, candidates, value)
+    assert close(found, naive(model, groups, sample, gates, candidates, value), 1e-12)
+
+
+@pytest.mark.parametrize(("name", "size", "channels"), [("lenet_300_100", 28, 1), ("lenet5", 28, 1), ("test_resnet", 32, 3)])
+def test_the_batched_oracle_equals_the_naive_loop_on_real_networks(name, size, channels):
+    model = models.create(name, classes=10, channels=channels, size=size, seed=0).eval()
+    x = torch.randn(8, channels, size, size)
+    sample = Sample(x, torch.arange(8))
+    groups = find_groups(model, x[:1])
+    gates, candidates = zoo.started(groups.select(), x)
+    candidates = {n: index[:12] for n, index in candidates.items()}
+    assert close(Ablation(model, groups, sample).losses(gates, candidates), naive(model, groups, sample, gates, candidates), 1e-6)
+
+
+def test_cross_entropy_is_torchs_also_where_the_network_is_sure():
+    torch.manual_seed(0)
+    logits, y = 30 * torch.randn(200, 7), torch.randint(0, 7, (200,))
+    expected = F.cross_entropy(logits.double(), y, reduction="none")
+    assert torch.allclose(cross_entropy(logits, y).double(), expected, rtol=1e-5, atol=1e-7)
+    assert float(expected.min()) < 1e-9
+
+
+def test_the_memory_limit_holds_and_changes_nothing():
+    model = models.create("lenet5", classes=10, channels=1, size=28, seed=0).eval()
+    x = torch.randn(64, 1, 28, 28)
+    groups, sample = find_groups(model, x[:1]), Sample(x, torch.arange(64) % 10)
+    candidates = {n: torch.arange(g.channels) for n, g in groups.items()}
+    expected = Ablation(model, groups, sample).losses({}, candidates)
+    for limit in (2.0, 8.0):
+        for way in ("update", "gates"):
+            work = Ablation(model, groups, sample, memory_mib=limit, way=way)
+            with _LiveStorage() as live:
+                found = work.losses({}, candidates)
+            assert close(found, expected, 1e-6)
+            assert live.peak < limit * MIB + 4 * (x.numel() + sum(p.numel() for p in model.parameters()))
+
+
+def test_two_processes_share_the_candidates():
+    model, x, groups = zoo.certified(zoo.Plain)
+    sample, (gates, candidates) = zoo.sample_for(x), zoo.started(groups, x)
+    alone, told = Ablation(model, groups, sample), []
+    with Ablation(model, groups, sample, processes=2) as work:
+        found = work.losses(gates, candidates, done=told.append)
+        assert close(found, alone.losses(gates, candidates), 1e-12)
+        assert sum(told) == sum(map(len, candidates.values()))
+        assert work.forward_macs > 0
+        for process in work._pool._processes.values():
+            os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(UsageError, match="worker processes of processes > 1 died"):
+            work.losses(gates, candidates)
+
+
+class Peeking(nn.Module):
+    """Takes a number out of a tensor on the way, which vmap cannot batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        z = self.b(self.a(x).relu())
+        return z + float(z.sum()) * 0
+
+
+def test_operations_without_a_batching_rule_are_run_one_by_one():
+    torch.manual_seed(0)
+    model, x = Peeking().eval(), torch.randn(5, 4)
+    groups = find_groups(model, x)
+    work = Ablation(model, groups, Sample(x, torch.tensor([0, 1, 2, 0, 1])))
+    found = work.losses({}, {"a": torch.arange(6)})
+    assert work._chosen == {"a": "loop"}
+    assert close(found, naive(model, groups, work.sample, {"a": torch.ones(6)}, {"a": torch.arange(6)}), 1e-6)
+
+
+def test_what_is_billed():
+    model, x, groups = zoo.certified(zoo.Mlp)
+    sample, index = zoo.sample_for(x), {"fc1": torch.arange(12)}
+    loop = Ablation(model, groups, sample, way="loop")
+    loop.losses({}, index)
+    assert loop.forward_macs == 12 * 6 * count_macs(model, x)
+    loop.loss({})
+    assert loop.forward_macs == 13 * 6 * count_macs(model, x)
+    update = Ablation(model, groups, sample, way="update")
+    update.losses({}, index)
+    front, tail, rank_1 = 16 * 12 + 12 * 8, 8 * 5, 8
+    assert update.forward_macs == 6 * (front + 12 * (tail + rank_1))
+    gates = Ablation(model, groups, sample, way="gates")
+    gates.losses({}, index)
+    assert gates.forward_macs == 6 * (16 * 12 + 12 * (12 * 8 + 8 * 5))
+
+
+def test_a_replica_shares_its_tensors_and_counts_nothing():
+    model, x, _ = zoo.certified(zoo.Plain)
+    with Meter(model, 7) as meter:
+        twin = replica(model)
+        twin(x)
+        assert meter.forward_macs == 0
+        model(x)
+    assert meter.forward_macs == 7 * len(x)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_closed_candidate_is_refused():
+    model, x, groups = zoo.certified(zoo.Mlp)
+    gates, _ = zoo.started(groups, x)
+    with pytest.raises(UsageError, match="channel group 'fc1': a candidate's gate must be 1"):
+        Ablation(model, groups, zoo.sample_for(x)).losses(gates, {"fc1": torch.tensor([0, 1])})
+
+
+def test_channel_positions_are_those_of_places(net):
+    _, _, groups = net
+    for name, group in groups.items():
+        for layer, places in groups.places(name, "in"):
+            rows = channel_positions(groups, name, layer)
+            assert len(rows) == group.channels
+            assert sorted(rows.flatten().tolist()) == sorted(places)
