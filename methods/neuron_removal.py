@@ -288,6 +288,8 @@ def ranker(method: NeuronRemoval, task: Task) -> Iterator[Ranker]:
     split = method.processes if method.ranking == "oracle" else 1
     sample = drawn(task, method.samples)
     with Ablation(task.model, task.groups, sample, memory_mib=method.memory_mib, processes=split) as brute:
+        if method.ranking == "oracle":
+            task.spend(forward_macs=brute.forward_macs)
         yield Ranker(method, task, sample, brute)
 
 

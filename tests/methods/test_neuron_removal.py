@@ -219,10 +219,10 @@ def test_a_killed_run_resumes_half_way_to_the_same_order_and_bill(params, fresh_
 def test_the_bill_of_brute_force_is_what_its_passes_take():
     record = run_cell(cell(params={"rerank": "single"}), Store())
     first, second, front = 7, 6, 64 * 7
-    whole = front + 7 * 6 + 6 * 10
-    one = front + 7 * 6 + first * (6 + 6 * 10)  # rank-1 updates of 6 outputs, then the last layer
+    whole = 7 * 6 + 6 * 10  # behind the first layer, which is computed once
+    one = 7 * 6 + first * (6 + 6 * 10)  # rank-1 updates of 6 outputs, then the last layer
     two = whole + second * 10
-    assert record.spent["decision"].forward_macs == 200 * (whole + one + two)
+    assert record.spent["decision"].forward_macs == 200 * (front + whole + whole + one + two)
 
 
 def test_curves_are_what_the_resized_networks_score(fresh_cache):

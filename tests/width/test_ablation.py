@@ -120,18 +120,41 @@ def test_operations_without_a_batching_rule_are_run_one_by_one():
 def test_what_is_billed():
     model, x, groups = zoo.certified(zoo.Mlp)
     sample, index = zoo.sample_for(x), {"fc1": torch.arange(12)}
+    first, second, last, whole = 16 * 12, 12 * 8, 8 * 5, count_macs(model, x)
+    made = 6 * whole  # one pass, from which the first layer's outputs are kept
     loop = Ablation(model, groups, sample, way="loop")
+    assert loop.forward_macs == made
     loop.losses({}, index)
-    assert loop.forward_macs == 12 * 6 * count_macs(model, x)
+    assert loop.forward_macs == made + 12 * 6 * (second + last)
     loop.loss({})
-    assert loop.forward_macs == 13 * 6 * count_macs(model, x)
+    assert loop.forward_macs == made + 13 * 6 * (second + last)
     update = Ablation(model, groups, sample, way="update")
     update.losses({}, index)
-    front, tail, rank_1 = 16 * 12 + 12 * 8, 8 * 5, 8
-    assert update.forward_macs == 6 * (front + 12 * (tail + rank_1))
+    assert update.forward_macs == made + 6 * (second + 12 * (last + 8))  # rank-1 updates of 8 outputs
     gates = Ablation(model, groups, sample, way="gates")
     gates.losses({}, index)
-    assert gates.forward_macs == 6 * (16 * 12 + 12 * (12 * 8 + 8 * 5))
+    assert gates.forward_macs == made + 6 * 12 * (second + last)
+    forgetful = Ablation(model, groups, sample, way="gates", memory_mib=1e-4)
+    forgetful.losses({}, index)
+    assert forgetful.forward_macs == 6 * 12 * (first + second + last)  # a candidate at a time
+
+
+@pytest.mark.parametrize("memory_mib", [64.0, 0.05])
+def test_what_no_gate_reaches_is_computed_once_and_only_that(net, memory_mib):
+    model, x, groups = net
+    some = groups.select("all", list(groups)[-1:])
+    work = Ablation(model, some, zoo.sample_for(x), memory_mib=memory_mib, way="loop")
+    kept = {n for n, m in work.model.named_modules() if "forward" in vars(m)}
+    consumers = {c for g in some.values() for c in g.consumers}
+    assert not kept & consumers
+    assert kept or memory_mib < 1
+    gates, candidates = zoo.started(some, x)
+    for index in (candidates, {n: i[:2] for n, i in candidates.items()}):  # parts of other sizes
+        assert close(work.losses(gates, index), naive(model, groups, work.sample, gates, index), 1e-12)
+    assert work.loss(gates) == pytest.approx(
+        float(naive(model, groups, work.sample, gates, {n: torch.tensor([1]) for n in some})[next(iter(some))])
+    )
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_a_replica_shares_its_tensors_and_counts_nothing():

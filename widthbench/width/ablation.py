@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -118,7 +119,8 @@ def footprint(model: nn.Module, x: Tensor) -> list[tuple[str, int]]:
 class Ablation:
     """The loss with channels closed one at a time (brute force), over a fixed sample.
 
-    What lies before the closed channel's consumers is computed once for all candidates. Where the consumers are linear layers or
+    What lies before the closed channel's consumers is computed once for all candidates; what no gate can reach, once and for all,
+    where it fits into memory. Where the consumers are linear layers or
     ungrouped convolutions, closing channel c subtracts what they make of it: ``W x - W[:, c] x_c``, a rank-1 update (way
     "update"); elsewhere the consumers run once per candidate, with gates (way "gates"). Both batch the candidates by
     ``torch.func.vmap``. A plain loop over candidates (way "loop") is taken where it is faster on the first batch, or where
@@ -129,8 +131,9 @@ class Ablation:
         model: In eval mode; it is left alone.
         groups: Its channel groups.
         sample: What the loss is averaged over; on the model's device.
-        memory_mib: Limit on the activations of a batch of candidates, in MiB; None: 64 on a CPU (more does not fit its caches),
-            a quarter of what is free on a GPU. One candidate on 16 samples runs whatever that takes.
+        memory_mib: Limit on the activations of a batch of candidates, in MiB, and once more on what is kept of all samples; None:
+            64 on a CPU (more does not fit its caches), a quarter of what is free on a GPU. One candidate on 16 samples runs
+            whatever that takes.
         way: Force one way; "update" and "gates" raise where they do not apply.
         processes: Share the candidates among this many worker processes, each on its own GPU where there are GPUs, else with as
             many threads as this process has now. Scripts need the usual ``if __name__ == "__main__"``.
@@ -157,13 +160,53 @@ class Ablation:
         self.forward_macs = 0
         self._limit = _memory(sample.x.device) if memory_mib is None else memory_mib * MIB
         self._footprint = footprint(self.model, sample.x)
-        self._whole = count_macs(self.model, sample.x[:1])
+        self._rows = slice(0, 1)
         self._chosen: dict[str, Way] = {}
         self._costs: dict[tuple[str, Way], tuple[int, int]] = {}
         self._pool = None
         if processes > 1:
             self._pool = _pool(processes, self.model, groups, sample, {"memory_mib": memory_mib, "way": way})
             self._processes = processes
+        self._remember()
+        self._whole = count_macs(self.model, sample.x[:1])
+
+    def _remember(self) -> None:
+        """Compute the convolutions and linear layers that no gate can reach, keep what they give, and give that from here on."""
+        consumers = {c for g in self.groups.values() for c in g.consumers}
+        behind = self.groups.behind
+
+        def reached(layer: str, seen: set[str]) -> bool:
+            if layer in seen:
+                return False
+            seen.add(layer)
+            return layer not in behind or layer in consumers or any(reached(b, seen) for b in behind[layer])
+
+        times = Counter(layer for layer, _ in self._footprint)
+        kinds = {n: kind_of(m) for n, m in self.model.named_modules()}
+        front = [n for n in times if times[n] == 1 and kinds[n] in ("conv", "depthwise", "linear") and not reached(n, set())]
+        size = sum(dict(self._footprint)[n] for n in front) * len(self.sample)
+        if not front or size > self._limit:
+            return
+        kept: dict[str, list[Tensor]] = {n: [] for n in front}
+        with ExitStack() as stack, torch.no_grad():
+            for name in front:
+                handle = self.model.get_submodule(name).register_forward_hook(partial(_keep, kept[name]))
+                stack.callback(handle.remove)
+            for x, _ in self.sample.batches(LOOP_BATCH):
+                self.model(x)
+        self.forward_macs += count_macs(self.model, self.sample.x[:1]) * len(self.sample)
+        for name, parts in kept.items():
+            self.model.get_submodule(name).forward = partial(self._recall, torch.cat(parts))
+
+    def _recall(self, values: Tensor, *_: Any) -> Tensor:
+        return values[self._rows]
+
+    def _batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The sample in parts; what is remembered is that of the part at hand."""
+        for i, batch in enumerate(self.sample.batches(size)):
+            self._rows = slice(i * size, i * size + len(batch[0]))
+            yield batch
+        self._rows = slice(0, 1)
 
     def __enter__(self) -> Ablation:
         return self
@@ -184,7 +227,7 @@ class Ablation:
         """
         total = 0.0
         with torch.no_grad(), gated(self.model, self.groups, gates) as net:
-            for x, y in self.sample.batches(LOOP_BATCH):
+            for x, y in self._batches(LOOP_BATCH):
                 total += float(self.sample.criterion(net(x), y).sum(dtype=torch.float64))
         self.forward_macs += self._whole * len(self.sample)
         return total / len(self.sample)
@@ -253,7 +296,7 @@ class Ablation:
         parts, size = self._parts(name, len(index)) if chosen != "loop" else (len(index), LOOP_BATCH)
         total = torch.zeros(len(index), dtype=torch.float64)
         for at in range(0, len(index), parts):
-            for x, y in self.sample.batches(size):
+            for x, y in self._batches(size):
                 total[at : at + parts] += self._batch(chosen, name, index[at : at + parts], gates, value, x, y)
         once, each = self._cost(name, chosen)
         self.forward_macs += len(self.sample) * (once * -(-len(index) // parts) + each * len(index))
@@ -269,7 +312,8 @@ class Ablation:
         parts, size = self._parts(name, len(index))
         index = index[:parts]
         few = index[: max(1, min(4, len(index)))]
-        x, y = next(iter(self.sample.batches(size)))
+        x, y = self.sample.x[:size], self.sample.y[:size]
+        self._rows = slice(0, len(x))
         try:
             self._batch(batched, name, index, gates, value, x, y)
         except torch.OutOfMemoryError as error:
@@ -340,6 +384,7 @@ class Ablation:
             return 0, self._whole
         if (name, way) not in self._costs:
             x, y = self.sample.x[:1], self.sample.y[:1]
+            self._rows = slice(0, 1)
             counts = []
             for some in (1, 2):
                 index = torch.arange(self.groups[name].channels).repeat(2)[:some]
@@ -358,6 +403,10 @@ class Ablation:
             if kind_of(module) == "linear" and channel_positions(self.groups, name, layer).shape[1] == 1:
                 count += axis_length(module, "out")
         return count
+
+
+def _keep(into: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> None:
+    into.append(output)
 
 
 def _subtract(where: Tensor, channel: Tensor, share: float, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
