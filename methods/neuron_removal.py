@@ -72,7 +72,7 @@ class NeuronRemoval(Technique):
         self,
         *,
         ranking: Ranking = "oracle",
-        rerank: Literal["single", "iterative"] = "iterative",
+        rerank: Literal["single", "iterative"] = "single",
         diagonal: Literal["backprop", "exact"] = "backprop",
         softplus_beta: float | None = None,
         samples: int = 10_000,

@@ -113,7 +113,8 @@ OTHERS = {
     ("A1", "MobileNetV2 300 to 305 M, AutoPrune, top-1 error"): 26.1, ("A1", "MobileNetV2 207 to 209 M, base, top-1 error"): 30.2,
     ("A1", "MobileNetV2 207 to 209 M, AutoSlim, top-1 error"): 27, ("A1", "MobileNetV2 207 to 209 M, AutoPrune, top-1 error"): 26.7,
     ("S3", "measured exponent of d"): 3, ("S3", "measured exponent of n"): 1,
-    ("R1", "share removed at the stopping point, least over seeds"): 40,
+    ("R1", "1 x 100: share removed at the stopping point, in every network"): 40,
+    ("R1", "2 x 50: share removed at the stopping point, in every network"): 40,
 }  # fmt: skip
 
 
@@ -283,6 +284,45 @@ def test_checks_measure_ratios_and_properties(tmp_path, monkeypatch):
     assert judge_row(Row(kind="ratio", **rule), claim(), Evidence(tmp_path)).verdict == "inconclusive"
     monkeypatch.setattr(_claims, "numbers", lambda: [float("nan")], raising=False)
     assert judge_row(Row(kind="property", **rule), claim(), Evidence(tmp_path)).verdict == "not reproduced"
+
+
+def test_a_check_that_takes_the_evidence_reads_records_and_says_what_is_missing(tmp_path, monkeypatch):
+    found = evidence(tmp_path, {"a": [1, 2, 3]}, dirty=True)
+
+    def check(given):
+        assert given is found
+        return claims.Picked({0: 0.5, 1: 0.7}, found.of("tiny"), missing=2)
+
+    monkeypatch.setattr(claims, "_function", lambda name: check)
+    judged = judge_row(Row(what="x", kind="property", check="some:check", direction="<=", bound=2.0), claim(), found)
+    assert (judged.verdict, judged.measured.n, len(judged.records)) == ("inconclusive", 2, 3)
+    assert "incomplete: 2 cell(s) without a result" in judged.detail
+    assert "3 record(s) from uncommitted code" in judged.detail
+
+
+def test_a_pick_takes_an_entry_of_a_series_and_tells_variants_and_arguments_apart(tmp_path):
+    records = []
+    for variant, args in (("", {"widths": [5]}), ("short", {"widths": [5]}), ("", {"widths": [5], "act_layer": "tanh"})):
+        old = record("a", 0, 90.0)
+        cell = old.cell.model_copy(update={"variant": variant, "model_args": args})
+        series = {"loss": [1.0, len(variant), len(args)]}
+        records.append(old.model_copy(update={"key": variant + str(args), "cell": cell, "series": series}))
+    write_records(tmp_path / "tiny" / "records.jsonl", records)
+    found = Evidence(tmp_path)
+
+    def read(**changes):
+        args = {"args": {"widths": [5]}, "exactly": True, "metric": "series:loss", **changes}
+        return list(found.pick(Pick(suite="tiny", technique="a", **args)).values.values())
+
+    assert read(entry=0) == [1.0]
+    assert read(entry=1) == [0.0]
+    assert read(entry=1, variant="short") == [5.0]
+    assert read() == [1.0]
+    assert read(args={"act_layer": "tanh"}, exactly=False) == [2.0]
+    assert read(entry=3) == []
+    assert read(metric="series:nothing") == []
+    with pytest.raises(UsageError, match="2 kinds of cells"):
+        read(exactly=False)
 
 
 def test_a_check_that_does_not_exist_is_named(tmp_path):

@@ -8,10 +8,24 @@ from widthbench.contract import ContractError, check_technique
 from widthbench.technique import Outcome, Technique
 from widthbench.width import keep
 
+SMALL = {"neuron-removal": {"samples": 32}}  # the contract asks for no more
+
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_registered_technique_keeps_the_contract(name):
-    assert check_technique(registry.load(name)) > 0
+    assert check_technique(registry.load(name), **SMALL.get(name, {})) > 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"ranking": "first_order", "rerank": "iterative", "step": 20},
+        {"ranking": "second_order", "softplus_beta": 3.0, "allocation": "uniform"},
+        {"ranking": "random"},
+    ],
+)
+def test_the_other_rankings_of_neuron_removal_keep_it_too(params):
+    assert check_technique(registry.load("neuron-removal"), samples=32, **params) == 9
 
 
 @pytest.mark.parametrize("name", ["l1-norm", "random-channels"])

@@ -128,3 +128,32 @@ def test_a_missing_checkpoint_is_named_before_anything_runs(tmp_path, monkeypatc
     text = GOOD.replace("size = 20\n", 'size = 20\ncheckpoint = "nowhere"\n')
     with pytest.raises(UsageError, match=r"suite tiny: checkpoint 'nowhere' is not in .*put nowhere.safetensors there"):
         suites.check(suites.parse(text, "tiny.toml"))
+
+
+def test_networks_override_techniques_and_tell_variants_apart():
+    own = 'techniques = [{ id = "l1-norm", params = { allocation = "global" } }]'
+    text = GOOD.replace("size = 20\n", f'size = 20\n{own}\ncontrols = ["base"]\n')
+    twin = '\n[[models]]\nname = "lenet5"\nsize = 20\nvariant = "short"\nbase = { epochs = 3 }\n'
+    cells = [c for c in suites.parse(text + twin, "tiny.toml").cells() if c.model == "lenet5"]
+    whole, short = ([c for c in cells if c.variant == v] for v in ("", "short"))
+    assert {c.label for c in whole} == {"base", "l1-norm(allocation=global)"}
+    assert {"l1-norm", "random-channels(allocation=global)"} < {c.label for c in short}
+    assert short[0].network == "lenet5, short"
+    assert (whole[0].base.epochs, short[0].base.epochs) == (1, 3)
+    assert len({c.group for c in cells}) == 2 * len({c.seed for c in cells})
+    with pytest.raises(UsageError, match="two cells have the same name"):
+        suites.parse(text + twin.replace('variant = "short"\n', ""), "tiny.toml")
+    with pytest.raises(UsageError, match="control 'scratch:random-channels' of lenet5 must name one of the suite's techniques"):
+        suites.parse(text.replace('controls = ["base"]\n', 'controls = ["scratch:random-channels"]\n'), "tiny.toml")
+
+
+def test_a_networks_own_techniques_are_checked_before_anything_runs():
+    own = 'techniques = [{ id = "l1-norm", params = { allocation = "fair" } }]'
+    text = GOOD.replace("size = 20\n", f'size = 20\ncontrols = ["base"]\n{own}\n')
+    with pytest.raises(UsageError, match="parameter 'allocation'"):
+        suites.check(suites.parse(text, "tiny.toml"))
+
+
+def test_curves_reach_the_cells():
+    assert all(c.curves for c in suites.parse(GOOD.replace('name = "tiny"', 'name = "tiny"\ncurves = true'), "tiny.toml").cells())
+    assert not any(c.curves for c in suites.parse(GOOD, "tiny.toml").cells())

@@ -17,7 +17,7 @@ from widthbench.measure import latency_ms, peak_memory_mib
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, hardware, versions
 from widthbench.records import Record, Store, digest_of, read_records, write_records
-from widthbench.report import figures, tables
+from widthbench.report import curves, figures, tables
 from widthbench.suites import Suite
 
 BATCH = 64
@@ -61,7 +61,7 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = ()) -> list[R
 
 
 def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True) -> Report:
-    """Write ``records.jsonl``, ``timings.jsonl``, ``leaderboard.md``, ``paired.md`` (citable suites) and figures.
+    """Write records, timings, ``leaderboard.md``, ``paired.md`` (citable suites), ``curves.md`` (of paths) and figures.
 
     Args:
         suite: The suite.
@@ -86,8 +86,13 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     if tables.comparable(suite):
         pages.append(folder / "paired.md")
         write_atomic(pages[-1], tables.paired(suite, records))
+    more = []
+    if curves.has_curves(records):
+        pages.append(folder / "curves.md")
+        write_atomic(pages[-1], curves.page(records, suite.name))
+        more = curves.write(records, folder / "figures")
     drawn = figures.write(records, folder / "figures", suite.title or suite.name)
-    files = [*pages, folder / "records.jsonl", folder / "timings.jsonl", *drawn]
+    files = [*pages, folder / "records.jsonl", folder / "timings.jsonl", *drawn, *more]
     return Report(records, folder, files, tables.terminal(suite, records, expected))
 
 
