@@ -112,8 +112,12 @@ class NeuronRemoval(Technique):
     def prepare(self, task: Task) -> dict[str, Tensor]:
         """The order of removal: ``[N]`` per group, 0 for what goes first and infinity for what stays; and curves, if wanted."""
         order = {n: torch.full((g.channels,), math.inf, dtype=torch.float64) for n, g in task.groups.items()}
+        if self.ranking == "random":
+            remove(order, drawn_at_random(task), task.groups)
+            if not task.curves:
+                return order
         with ranker(self, task) as work:
-            if self.rerank == "single" or self.ranking == "random":
+            if self.ranking != "random" and self.rerank == "single":
                 work.expect(sum(len(o) for o in order.values()))
                 remove(order, work.changes(order, save=True), task.groups)
             else:
@@ -173,11 +177,13 @@ class Ranker:
         method: Says how.
         task: The network, its groups and data.
         sample: What the loss is averaged over.
-        brute: Brute force on it.
+        brute: Brute force on it; None where neither the ranking nor curves need it.
     """
 
-    def __init__(self, method: NeuronRemoval, task: Task, sample: Sample, brute: Ablation) -> None:
-        self.method, self.task, self.sample, self.brute = method, task, sample, brute
+    def __init__(self, method: NeuronRemoval, task: Task, sample: Sample, brute: Ablation | None) -> None:
+        self.method, self.task, self.sample = method, task, sample
+        if brute is not None:
+            self.brute = brute
         limit = {} if method.memory_mib is None else {"memory_mib": method.memory_mib}
         if method.ranking in ("first_order", "second_order"):
             self.slopes = GateDerivatives(task.model, task.groups, sample, **limit)
@@ -204,9 +210,6 @@ class Ranker:
             save: Keep what each group took, so that a killed run resumes at the next one.
         """
         method = self.method
-        if method.ranking == "random":
-            with seeded(self.task.seed):
-                return {n: torch.rand(len(o), dtype=torch.float64) for n, o in order.items()}
         gates, here = open_gates(order, self.sample.x), candidates(order, self.task.groups)
         if method.ranking == "oracle":
             return self._brute_force(gates, here, save)
@@ -287,6 +290,9 @@ def ranker(method: NeuronRemoval, task: Task) -> Iterator[Ranker]:
     """A ranker on a sample of the training data; its worker processes end with the block."""
     split = method.processes if method.ranking == "oracle" else 1
     sample = drawn(task, method.samples)
+    if method.ranking != "oracle" and not task.curves:
+        yield Ranker(method, task, sample, None)
+        return
     with Ablation(task.model, task.groups, sample, memory_mib=method.memory_mib, processes=split) as brute:
         if method.ranking == "oracle":
             task.spend(forward_macs=brute.forward_macs)
@@ -309,6 +315,12 @@ def drawn(task: Task, count: int) -> Sample:
     if not have:
         raise UsageError("neuron-removal ranks by the loss on training samples, but there are none")
     return Sample(torch.cat(xs)[:count], torch.cat(ys)[:count])
+
+
+def drawn_at_random(task: Task) -> Scores:
+    """A number for each channel, by the task's seed."""
+    with seeded(task.seed):
+        return {n: torch.rand(g.channels, dtype=torch.float64) for n, g in task.groups.items()}
 
 
 def open_gates(order: Scores, like: Tensor) -> Scores:

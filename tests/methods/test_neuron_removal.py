@@ -22,9 +22,9 @@ TAYLOR = [("first_order", {}), ("second_order", {}), ("second_order", {"diagonal
 
 
 def cell(**changes):
-    params = changes.pop("params", {})
+    params = {"samples": 200, "rerank": "iterative", **changes.pop("params", {})}
     return Cell(**{"dataset": "digits", "model": "mlp_sigmoid", "model_args": {"widths": (7, 6)}, "size": 8,
-                   "technique": "neuron-removal", "params": {"samples": 200, **params}, "budget": "channels:0.5",
+                   "technique": "neuron-removal", "params": params, "budget": "channels:0.5",
                    "base": Recipe(epochs=3, batch_size=32, lr=0.1), "finetune": Recipe(epochs=0, lr=0.1), "device": "cpu",
                    **changes})  # fmt: skip
 
@@ -69,7 +69,7 @@ def greedy(on, sample):
 
 
 def test_iterative_brute_force_is_the_greedy_search_by_resizing():
-    technique = NeuronRemoval(samples=200)
+    technique = NeuronRemoval(rerank="iterative", samples=200)
     on = task(technique)
     assert order_of(technique.prepared(on), on.groups) == greedy(on, drawn(technique, on))
 
@@ -92,7 +92,7 @@ def test_single_brute_force_sorts_the_first_changes():
 @pytest.mark.parametrize(("ranking", "more"), TAYLOR)
 def test_taylor_rankings_follow_their_formulas_at_every_step(ranking, more):
     """Predicted changes against derivatives by finite differences of the gated loss, on the network that is left."""
-    technique = NeuronRemoval(ranking=ranking, samples=200, **more)
+    technique = NeuronRemoval(ranking=ranking, rerank="iterative", samples=200, **more)
     on = task(technique)
     on.model.double()
     sample = drawn(technique, on)
@@ -128,7 +128,7 @@ def test_random_is_drawn_by_the_seed_and_bills_nothing():
 
 
 def test_step_removes_several_between_rankings():
-    technique = NeuronRemoval(samples=200, step=3)
+    technique = NeuronRemoval(rerank="iterative", samples=200, step=3)
     on = task(technique)
     state = technique.prepared(on)
     first = NeuronRemoval(rerank="single", samples=200)
@@ -314,7 +314,7 @@ def test_no_samples_is_an_error():
 
 
 def test_at_most_the_wanted_number_of_samples_is_drawn_by_the_seed():
-    technique = NeuronRemoval(samples=50)
+    technique = NeuronRemoval(rerank="iterative", samples=50)
     on = task(technique)
     a, b = drawn(technique, on), drawn(technique, on)
     assert len(a) == 50
@@ -324,13 +324,13 @@ def test_at_most_the_wanted_number_of_samples_is_drawn_by_the_seed():
 
 
 def test_worker_processes_find_the_same_order():
-    alone, shared = NeuronRemoval(samples=100), NeuronRemoval(samples=100, processes=2)
+    alone, shared = NeuronRemoval(rerank="iterative", samples=100), NeuronRemoval(rerank="iterative", samples=100, processes=2)
     on = task(alone)
     assert order_of(alone.prepared(on), on.groups) == order_of(shared.prepared(on), on.groups)
 
 
 def test_a_bar_counts_candidates():
-    technique, seen = NeuronRemoval(samples=50), []
+    technique, seen = NeuronRemoval(rerank="iterative", samples=50), []
 
     def progress(steps, /, *, desc):
         seen.append((desc, len(steps)))
@@ -349,7 +349,7 @@ def test_a_bar_counts_candidates():
 
 def test_uniform_allocation_keeps_the_same_fraction_of_each_group():
     for allocation in ("uniform", "global"):
-        technique = NeuronRemoval(samples=100, allocation=allocation)
+        technique = NeuronRemoval(rerank="iterative", samples=100, allocation=allocation)
         widths = technique.apply(task(technique)).widths
         assert sum(widths.values()) == 7
         assert (widths == {"ip1": 4, "ip2": 3}) is (allocation == "uniform") or allocation == "global"
