@@ -18,7 +18,7 @@ from widthbench.errors import UsageError
 from widthbench.randomness import seeded
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
-from widthbench.width.ablation import Ablation, Sample
+from widthbench.width.ablation import Ablation, Sample, replica
 from widthbench.width.backprop_diagonal import BackpropDiagonal
 from widthbench.width.derivatives import GateDerivatives, kinked
 from widthbench.width.groups import Groups
@@ -164,7 +164,8 @@ class NeuronRemoval(Technique):
         found |= {"joint": _rounded(loss - loss[0]), "summed": _rounded(alone.cumsum(0))}
         if self.ranking in ("first_order", "second_order"):
             pairs = [torch.cat([state[f" {what} {n}"] for n in task.groups]) for what in ("score", "change")]
-            found["correlation"] = [float(spearmanr(*pairs).statistic)]
+            rho = float(spearmanr(*pairs).statistic)
+            found["correlation"] = [rho] if math.isfinite(rho) else []  # there is none where all predictions are equal
         if self.ranking == "second_order" and self.diagonal == "exact":
             found["almost_everywhere"] = kinked(task.model)
         return found
@@ -303,7 +304,7 @@ def drawn(task: Task, count: int) -> Sample:
     """At most ``count`` training samples, drawn by the task's seed.
 
     Raises:
-        UsageError: If there are none.
+        UsageError: If there are none, or their labels are no classes of the network's.
     """
     xs, ys, have = [], [], 0
     for x, y in task.train.batches(min(count, 1000), generator=torch.Generator().manual_seed(task.seed)):
@@ -314,7 +315,12 @@ def drawn(task: Task, count: int) -> Sample:
             break
     if not have:
         raise UsageError("neuron-removal ranks by the loss on training samples, but there are none")
-    return Sample(torch.cat(xs)[:count], torch.cat(ys)[:count])
+    x, y = torch.cat(xs)[:count], torch.cat(ys)[:count]
+    with torch.no_grad():
+        classes = replica(task.model)(task.example_input).shape[1]
+    if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= classes:
+        raise UsageError(f"neuron-removal needs labels [B] that are whole numbers in 0..{classes - 1}, as the network's outputs")
+    return Sample(x, y)
 
 
 def drawn_at_random(task: Task) -> Scores:

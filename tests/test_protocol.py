@@ -438,3 +438,14 @@ def test_networks_that_differ_in_their_arguments_have_names_of_their_own():
     tanh = cell(model_args={"act_layer": "tanh"})
     assert tanh.id == "digits-lenet_300_100(act_layer=tanh)-l1-norm-macs:0.5-s0"
     assert tanh.group != cell().group
+
+
+def test_val_alone_chooses_the_stopping_point():
+    path = {"path.channels": [10, 8, 6, 4], "path.top1": [90, 50, 91, 92], "path.val_top1": [95.0, 94.75, 94.7, 20]}
+    found = protocol.stopping_point(path)
+    assert found == {"stop.channels": [8], "stop.top1": [50], "stop.val_top1": [94.75], "stop.removed": [20.0]}
+    dip = {**path, "path.val_top1": [95.0, 90, 94.8, 20]}  # the last such point, not the first drop
+    assert protocol.stopping_point(dip)["stop.channels"] == [6]
+    assert protocol.stopping_point({**path, "path.channels": [4, 6, 8, 10]}) == {}
+    assert protocol.stopping_point({**path, "path.val_top1": [None] * 4}) == {}
+    assert protocol.stopping_point({}) == {}

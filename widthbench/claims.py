@@ -121,7 +121,8 @@ class Row(_Strict):
         at: Where the number is read.
         minus: What is subtracted, base by base.
         check: ``module:function`` that measures it instead, as a list of numbers, one per base or pair of runs. A function that
-            takes an argument is given the evidence and returns a ``Picked``, for what no single pick can say.
+            takes an argument is given the evidence and returns a ``Picked``, for what no single pick can say; what it picks
+            stands in its attribute ``picks``.
         proxy: Smaller work than the document's: where it shows the direction, the verdict is "proxy scale" and never "reproduced".
         reading: Which of several readings of an ambiguous sentence the row belongs to; rows without one belong to all.
     """
@@ -342,7 +343,9 @@ def choose(documents: Iterable[Document], ids: Sequence[str] = ()) -> list[tuple
 
 def cells(claims: Iterable[Claim]) -> dict[str, list[Cell]]:
     """The cells that claims rest on, by suite."""
-    picks = [p for c in claims for r in c.rows for p in (r.at, r.minus) if p is not None]
+    rows = [r for c in claims for r in c.rows]
+    picks = [p for r in rows for p in (r.at, r.minus) if p is not None]
+    picks += [p for r in rows if r.check for p in getattr(_function(r.check), "picks", ())]
     found: dict[str, list[Cell]] = {}
     for name in dict.fromkeys(p.suite for p in picks):
         found[name] = [c for c in suites.load(name).cells() if any(p.suite == name and p.matches(c) for p in picks)]

@@ -7,7 +7,7 @@ import json
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -485,12 +485,24 @@ def replay(task: Task, outcome: Outcome, base: Base) -> dict[str, list[Any]]:
         point = {"channels": sum(len(r.rows) for r in plan.values()), **row.model_dump(exclude={"stage", "samples", "top5"})}
         for name, value in point.items():
             found.setdefault(f"path.{name}", []).append(value)
-    channels, val = found.get("path.channels", []), found.get("path.val_top1", [])
-    if channels and None not in val and all(a >= b for a, b in pairwise(channels)):
-        last = max(i for i, top1 in enumerate(val) if top1 >= val[0] - STOP)
-        found |= {f"stop.{name}": [found[f"path.{name}"][last]] for name in ("channels", "top1", "val_top1")}
-        found["stop.removed"] = [100 * (channels[0] - channels[last]) / channels[0]]
-    return found
+    return found | stopping_point(found)
+
+
+def stopping_point(path: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Where val says that a shrinking path may stop; {} where it grows, or nothing is held out.
+
+    Args:
+        path: "path.channels", "path.top1" and "path.val_top1", an entry each for every point.
+
+    Returns:
+        "stop.channels", "stop.top1" (test), "stop.val_top1" and "stop.removed" (% of the channels), of one entry each.
+    """
+    channels, val = path.get("path.channels", []), path.get("path.val_top1", [])
+    if not channels or None in val or any(a < b for a, b in pairwise(channels)):
+        return {}
+    last = max(i for i, top1 in enumerate(val) if top1 >= val[0] - STOP)
+    found = {f"stop.{name}": [path[f"path.{name}"][last]] for name in ("channels", "top1", "val_top1")}
+    return found | {"stop.removed": [100 * (channels[0] - channels[last]) / channels[0]]}
 
 
 def adapt(model: nn.Module, cell: Cell, base: Base, progress: Progress, key: str) -> tuple[tuple[Row, ...], Spent, Cost]:

@@ -124,7 +124,7 @@ def measure() -> list[dict]:
             what = f"300 neurons of the first layer of lenet_300_100, ours over the plain loop, {threads} thread(s)"
             rows.append({"what": what, "one": loop, "two": ours})
     torch.set_num_threads(1)
-    for widths in ((100,), (50, 50), (400,)):
+    for widths in ((100,), (50, 50)):
         pairs, started = one_and_two(PAIRS if widths == (100,) else 3, widths)
         name = f"mlp_sigmoid {' x '.join(map(str, widths))}"
         what = "greedy curve, one process over two" + ("" if widths == (100,) else f", {name}")

@@ -8,6 +8,13 @@ import statistics
 from widthbench.claims import Evidence, Pick, Picked
 
 WIDTHS = (50, 100, 200, 400)
+NEEDED = [
+    Pick(
+        suite="shrinking", technique="neuron-removal", args={"widths": [width]}, exactly=True, metric="series:stop.channels",
+        params={"ranking": "oracle", "rerank": "iterative"},
+    )
+    for width in WIDTHS
+]  # fmt: skip
 
 
 def speed_up(evidence: Evidence) -> Picked:
@@ -20,21 +27,13 @@ def speed_up(evidence: Evidence) -> Picked:
 
 def slope(evidence: Evidence) -> Picked:
     """Least-squares slope of the neurons left at the stopping point against the initial width, by seed."""
-    found = []
-    for width in WIDTHS:
-        params = {"ranking": "oracle", "rerank": "iterative"}
-        args = {"widths": [width]}
-        found.append(
-            evidence.pick(
-                Pick(
-                    suite="shrinking", technique="neuron-removal", args=args, exactly=True, params=params,
-                    metric="series:stop.channels",
-                )
-            )
-        )  # fmt: skip
+    found = [evidence.pick(pick) for pick in NEEDED]
     values = {
         seed: statistics.linear_regression(WIDTHS, [f.values[seed] for f in found]).slope
         for seed in found[0].values
         if all(seed in f.values for f in found)
     }
     return Picked(values, [r for f in found for r in f.records], sum(f.missing for f in found))
+
+
+slope.picks = NEEDED

@@ -94,8 +94,8 @@ def test_taylor_rankings_follow_their_formulas_at_every_step(ranking, more):
     """Predicted changes against derivatives by finite differences of the gated loss, on the network that is left."""
     technique = NeuronRemoval(ranking=ranking, rerank="iterative", samples=200, **more)
     on = task(technique)
-    on.model.double()
     sample = drawn(technique, on)
+    on.model.double()
     sample = Sample(sample.x.double(), sample.y)
     order = {n: torch.full((g.channels,), math.inf, dtype=torch.float64) for n, g in on.groups.items()}
     order["ip1"][2], order["ip2"][3] = 0, 1
@@ -313,6 +313,22 @@ def test_no_samples_is_an_error():
         )
 
 
+@pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.rand(2), torch.zeros(2, 3).long()])
+def test_labels_that_are_no_classes_are_an_error(labels):
+    net, x = models.create("mlp_sigmoid", classes=3, channels=1, size=8, seed=0), torch.randn(2, 1, 8, 8)
+    with pytest.raises(UsageError, match=r"labels \[B\] that are whole numbers in 0\.\.2"):
+        widthbench.apply("neuron-removal", net, budget="channels:0.5", example_input=x, data=(x, labels))
+
+
+def test_equal_predictions_have_no_correlation(fresh_cache, monkeypatch):
+    first = neuron_removal.GateDerivatives.first
+    monkeypatch.setattr(
+        neuron_removal.GateDerivatives, "first", lambda self, gates: {n: 0 * d for n, d in first(self, gates).items()}
+    )  # fmt: skip
+    record = run_cell(cell(params={"ranking": "first_order", "rerank": "single"}, curves=True), Store())
+    assert record.series["correlation"] == []
+
+
 def test_at_most_the_wanted_number_of_samples_is_drawn_by_the_seed():
     technique = NeuronRemoval(rerank="iterative", samples=50)
     on = task(technique)
@@ -371,3 +387,5 @@ def test_checks_read_records_and_measurements(tmp_path):
     assert found.missing == 1
     assert found.values == {seed: pytest.approx(0.1) for seed in range(4)}
     assert len(found.records) == 19
+    needed = claims.cells([c for _, c in claims.choose(claims.load(), ["R8"])])["shrinking"]
+    assert {(c.model_args["widths"][0], c.seed) for c in needed} == {(w, s) for w in checks.WIDTHS for s in range(5)}

@@ -59,7 +59,7 @@ def test_a_suite_with_curves_gets_a_page_and_figures(written):
 def test_the_table_says_what_the_records_say(written):
     report, records = written
     page = (report.folder / "curves.md").read_text()
-    row = next(line for line in page.splitlines() if line.startswith("| second order, exact, single"))
+    row = next(line for line in page.splitlines() if line.startswith("| second order, exact, samples=50, single"))
     cells = [c.strip() for c in row.split("|")[1:-1]]
     mine = [r for r in records if r.cell.params.get("diagonal")]
     assert cells[1].startswith(f"{np.mean([r.series['stop.removed'][0] for r in mine]):.1f} ±")
@@ -68,7 +68,7 @@ def test_the_table_says_what_the_records_say(written):
     assert cells[4].startswith(f"{np.mean([r.series['path.top1'][4] for r in mine]):.2f} ±")
     assert cells[8].startswith(f"{np.mean([r.series['correlation'][0] for r in mine]):.3f} ±")
     assert cells[9] == "2"
-    assert "–" in next(line for line in page.splitlines() if line.startswith("| oracle, 50"))
+    assert "–" in next(line for line in page.splitlines() if line.startswith("| oracle, samples=50"))
 
 
 def path(values, channels, seed=0, budget="channels:0.5"):
@@ -94,6 +94,17 @@ def test_of_several_budgets_the_longest_path_is_shown(tmp_path):
     records = [path([90, 80], [10, 9]), path([90, 80, 70, 10], [10, 7, 5, 1], budget="channels:0.1")]
     row = next(line for line in curves.page(records, "x").splitlines() if line.startswith("| l1-norm"))
     assert "70.00" in row
+
+
+@pytest.mark.parametrize(
+    "odd", [([90, 80], [10, 5, 1]), ([90, 80], [0, 0]), ([90, 80], [5, 10])], ids=["too short", "no channels", "growing"]
+)
+def test_odd_paths_are_left_out(odd, tmp_path):
+    assert not curves.has_curves([path(*odd)])
+    records = [path([90, 80, 10], [10, 5, 1]), path(*odd, seed=1)]
+    row = next(line for line in curves.page(records, "x").splitlines() if line.startswith("| l1-norm"))
+    assert row.split("|")[-2].strip() == "1"
+    assert len(curves.write(records, tmp_path)) == 2
 
 
 def test_nothing_is_drawn_without_paths():

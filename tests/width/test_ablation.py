@@ -112,9 +112,89 @@ def test_operations_without_a_batching_rule_are_run_one_by_one():
     model, x = Peeking().eval(), torch.randn(5, 4)
     groups = find_groups(model, x)
     work = Ablation(model, groups, Sample(x, torch.tensor([0, 1, 2, 0, 1])))
-    found = work.losses({}, {"a": torch.arange(6)})
+    with pytest.warns(UserWarning, match="channel group 'a' is closed channel by channel, since torch cannot batch it"):
+        found = work.losses({}, {"a": torch.arange(6)})
     assert work._chosen == {"a": "loop"}
     assert close(found, naive(model, groups, work.sample, {"a": torch.ones(6)}, {"a": torch.arange(6)}), 1e-6)
+
+
+class InPlace(nn.Module):
+    """Overwrites what its first layer gives, by a layer, a function or an addition."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+        self.act = how if isinstance(how, nn.Module) else nn.Identity()
+        self.how = how
+
+    def forward(self, x):
+        y = self.act(self.a(x))
+        if self.how == "function":
+            y = y.mul_(2).clamp_(min=-0.5)
+        if self.how == "addition":
+            y += x
+        return self.c(self.b(y).sin().mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", [nn.LeakyReLU(0.1, inplace=True), nn.SiLU(inplace=True), "function", "addition"], ids=str)
+def test_activations_that_are_overwritten_are_not_remembered_overwritten(how):
+    torch.manual_seed(0)
+    model, x = InPlace(how).double().eval(), torch.randn(5, 1, 6, 6, dtype=torch.float64)
+    groups, sample = find_groups(model, x[:1]), Sample(x, torch.tensor([0, 1, 2, 3, 0]))
+    with torch.no_grad():
+        expected = float(F.cross_entropy(model(x), sample.y))
+    for way in (None, "loop"):
+        work = Ablation(model, groups, sample, way=way)
+        gates, candidates = zoo.started(groups, x)
+        for _ in range(3):
+            assert work.loss({}) == pytest.approx(expected, rel=1e-12)
+            assert close(work.losses(gates, candidates), naive(model, groups, sample, gates, candidates), 1e-12)
+    assert [getattr(m, "inplace", None) for m in model.modules()] == [getattr(m, "inplace", None) for m in InPlace(how).modules()]
+
+
+class Folding(nn.Module):
+    """Its first layer sees four patches of each image as samples, or (turned) the images along its second axis."""
+
+    def __init__(self, turned):
+        super().__init__()
+        self.a, self.b, self.c, self.turned = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3), turned
+
+    def forward(self, x):
+        patches = x.view(len(x), 4, 4)
+        y = self.a(patches.transpose(0, 1)).transpose(0, 1) if self.turned else self.a(patches.flatten(0, 1)).view(-1, 4, 6)
+        return self.c(self.b(y.relu().mean(1)).relu())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("count", [4, 7, 300])
+def test_layers_whose_first_axis_is_not_the_samples_are_not_remembered(turned, count):
+    torch.manual_seed(0)
+    model, x = Folding(turned).double().eval(), torch.randn(count, 16, dtype=torch.float64)
+    sample = Sample(x, torch.arange(count) % 3)
+    groups = find_groups(model, x[:1]).select("all", "b")
+    gates, candidates = zoo.started(groups, x)
+    assert close(Ablation(model, groups, sample).losses(gates, candidates), naive(model, groups, sample, gates, candidates), 1e-12)
+
+
+def test_memory_that_is_not_there_is_an_error_and_no_reason_to_loop(monkeypatch):
+    model, x, groups = zoo.certified(zoo.Plain)
+    real = Ablation._batch
+
+    def starving(self, way, *args):
+        if way != "loop":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+        return real(self, way, *args)
+
+    monkeypatch.setattr(Ablation, "_batch", starving)
+    with pytest.raises(UsageError, match="no memory for memory_mib = 64: lower it"):
+        Ablation(model, groups, zoo.sample_for(x)).losses({}, {"conv1": torch.arange(3)})
+
+
+@pytest.mark.parametrize("index", [-1, 12])
+def test_candidates_that_are_no_channels_are_refused(index):
+    model, x, groups = zoo.certified(zoo.Mlp)
+    with pytest.raises(UsageError, match=r"channel group 'fc1': candidates must lie in 0\.\.11"):
+        Ablation(model, groups, zoo.sample_for(x)).losses({}, {"fc1": torch.tensor([index])})
 
 
 def test_what_is_billed():

@@ -198,6 +198,57 @@ def test_layers_that_the_diagonal_cannot_pass_are_named(act, message):
         BackpropDiagonal(model, behind, Sample(x, torch.tensor([0, 1])))
 
 
+class Tail(nn.Module):
+    """Something between the gates and the output."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+        self.how = how
+
+    def forward(self, x):
+        return self.c(self.how(self.b(self.a(x).sigmoid())).mean((2, 3)))
+
+
+HOWS = {
+    "twice": (lambda y: y + y, "takes one value twice"),
+    "squared": (lambda y: y * y, "takes one value twice"),
+    "alpha": (lambda y: torch.add(y, y.tanh(), alpha=3.0), "scales one"),
+    "upsampled": (nn.Upsample(scale_factor=2, mode="bilinear"), "Upsample"),
+    "spread": (nn.AdaptiveAvgPool2d(8), "windows overlap or leave something out"),
+    "overlap": (nn.AvgPool2d(3, stride=1), "windows overlap or leave something out"),
+    "left out": (nn.AvgPool2d(3), None),
+    "averaged": (nn.AdaptiveAvgPool2d(2), None),
+}
+
+
+@pytest.mark.parametrize("name", HOWS)
+def test_operations_that_are_no_plain_sums_are_refused_or_right(name):
+    how, message = HOWS[name]
+    torch.manual_seed(0)
+    model = Tail(how).double().eval()
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    sample, groups = Sample(x, torch.tensor([0, 1, 2])), find_groups(model, x[:1], cache=False).select("all", "a")
+    gates = {"a": x.new_ones(4)}
+    if message:
+        with pytest.raises(UsageError, match=message):
+            BackpropDiagonal(model, groups, sample).second(gates)
+        return
+
+    values = model.a(x).sigmoid().detach()
+    p = model.c(how(model.b(values)).mean((2, 3))).softmax(1)
+    h = (p * (1 - p)) @ model.c.weight.square()  # at the means over positions
+    y = model.b(values).detach()
+    coefficients = torch.autograd.functional.jacobian(lambda v: how(v).mean((2, 3))[0, 0], y[:1])[0, 0]  # of one channel, [H, W]
+    windows = how(y[:1])[0, 0].numel()
+    # each window's mean enters the mean over windows: squares add where the recursion keeps the windows apart, 1/k² times 1/n²
+    at_b = h[:, :, None, None] * coefficients.square()
+    assert windows in (1, 4)
+    at_a = torch.einsum("bohw,oi->bihw", at_b, model.b.weight[:, :, 0, 0].square())
+    expected = (values.square() * at_a).sum((2, 3)).mean(0)
+    assert torch.allclose(BackpropDiagonal(model, groups, sample).second(gates)["a"], expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "densenet121", "vgg16_cifar", "resnet20_cifar"])
 def test_networks_whose_operations_have_rules(name):
     kwargs = {"act_layer": "gelu"} if name in ("test_resnet", "vgg16_cifar") else {}

@@ -6,6 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,13 @@ KINDS = {
 
 
 def has_curves(records: Sequence[Record]) -> bool:
-    """Whether any record has a path that was replayed."""
-    return any(r.series.get("path.channels") for r in records)
+    """Whether any record has a shrinking path that was replayed."""
+    return any(_drawable(r) for r in records)
+
+
+def _drawable(record: Record) -> bool:
+    channels, top1 = (record.series.get(f"path.{name}", []) for name in ("channels", "top1"))
+    return bool(channels) and channels[0] > 0 and len(channels) == len(top1) and all(a >= b for a, b in pairwise(channels))
 
 
 def page(records: Sequence[Record], title: str) -> str:
@@ -90,7 +96,7 @@ def _networks(records: Sequence[Record]) -> dict[tuple[str, str], list[Line]]:
     """The lines with paths, by network; of one technique at several budgets, the longest path."""
     found: dict[tuple[str, str], dict[str, Line]] = {}
     for line in lines(records):
-        line.records = {k: r for k, r in line.done.items() if r.series.get("path.channels")}
+        line.records = {k: r for k, r in line.done.items() if _drawable(r)}
         if line.records:
             block = found.setdefault((line.dataset, line.model), {})
             if line.label not in block or _length(line) > _length(block[line.label]):
@@ -133,9 +139,9 @@ def _at(record: Record, share: float) -> float:
 def short(line: Line) -> str:
     """A technique's label without its own name and those of its parameters: "second_order, exact, single"."""
     cell = line.first().cell
-    order = ("ranking", "diagonal", "softplus_beta", "rerank")
-    names = sorted(cell.params, key=lambda n: (order.index(n) if n in order else len(order), n))
-    values = [f"β {cell.params[n]:g}" if n == "softplus_beta" else str(cell.params[n]) for n in names]
+    order = ("ranking", "diagonal", "rerank")
+    names = sorted(cell.params, key=lambda n: (order.index(n) if n in order[:2] else len(order) + (n == "rerank"), n))
+    values = [str(cell.params[n]) if n in order else f"{n}={cell.params[n]}" for n in names]
     return ", ".join(values).replace("_", " ") or line.label
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -72,7 +73,10 @@ class Sample:
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """A copy that shares all tensors, counts no cost, and runs attention by plain products, which have batching rules."""
+    """A copy that shares all tensors, counts no cost, overwrites no activation, and runs attention by plain products.
+
+    Plain products have batching rules; fused attention has none.
+    """
     memo = detached(model) | {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo)
     module: Any
@@ -82,6 +86,8 @@ def replica(model: nn.Module) -> nn.Module:
                 module._forward_hooks.pop(key)
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
     return twin
 
 
@@ -119,13 +125,13 @@ def footprint(model: nn.Module, x: Tensor) -> list[tuple[str, int]]:
 class Ablation:
     """The loss with channels closed one at a time (brute force), over a fixed sample.
 
-    What lies before the closed channel's consumers is computed once for all candidates; what no gate can reach, once and for all,
-    where it fits into memory. Where the consumers are linear layers or
-    ungrouped convolutions, closing channel c subtracts what they make of it: ``W x - W[:, c] x_c``, a rank-1 update (way
-    "update"); elsewhere the consumers run once per candidate, with gates (way "gates"). Both batch the candidates by
-    ``torch.func.vmap``. A plain loop over candidates (way "loop") is taken where it is faster on the first batch, or where
-    some operation has no batching rule; with linear consumers the update always wins and is taken without a trial. Losses by
-    different ways agree to about 1e-7, so that a way chosen by the clock can change a last bit, and the order of near ties.
+    What lies before the closed channel's consumers is computed once for all candidates; what no gate can reach, once and for
+    all, where it fits into memory. Where the consumers are linear layers or ungrouped convolutions, closing channel c subtracts
+    what they make of it, ``W x - W[:, c] x_c``, a rank-1 update (way "update"); elsewhere the consumers run once per candidate,
+    with gates (way "gates"). Both batch the candidates by ``torch.func.vmap``. A plain loop over candidates (way "loop") is
+    taken where it is faster on the first batch, or, with a warning, where some operation has no batching rule; with linear
+    consumers the update always wins and is taken without a trial. Losses by different ways agree to about 1e-7, so that a way
+    chosen by the clock can change a last bit, and the order of near ties.
 
     Args:
         model: In eval mode; it is left alone.
@@ -139,7 +145,7 @@ class Ablation:
             many threads as this process has now. Scripts need the usual ``if __name__ == "__main__"``.
 
     Attributes:
-        forward_macs: Multiply-accumulates done so far, rank-1 updates included.
+        forward_macs: Multiply-accumulates done so far, rank-1 updates included and the trial left out.
         backward_macs: 0.
     """
 
@@ -188,18 +194,30 @@ class Ablation:
         if not front or size > self._limit:
             return
         kept: dict[str, list[Tensor]] = {n: [] for n in front}
+        few = min(3, len(self.sample))  # of which the last ones are to be told apart from the first
         with ExitStack() as stack, torch.no_grad():
+            expected = self.model(self.sample.x[few // 2 : few])
             for name in front:
                 handle = self.model.get_submodule(name).register_forward_hook(partial(_keep, kept[name]))
                 stack.callback(handle.remove)
             for x, _ in self.sample.batches(LOOP_BATCH):
                 self.model(x)
         self.forward_macs += count_macs(self.model, self.sample.x[:1]) * len(self.sample)
+        sizes = [len(y) for _, y in self.sample.batches(LOOP_BATCH)]
+        if any([len(p) for p in parts] != sizes for parts in kept.values()):
+            return  # the samples do not come first: patches or windows do
         for name, parts in kept.items():
             self.model.get_submodule(name).forward = partial(self._recall, torch.cat(parts))
+        self._rows = slice(few // 2, few)
+        with torch.no_grad():
+            again = self.model(self.sample.x[self._rows])
+        self._rows = slice(0, 1)
+        if not torch.allclose(again, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
+            for name in front:
+                del self.model.get_submodule(name).forward
 
     def _recall(self, values: Tensor, *_: Any) -> Tensor:
-        return values[self._rows]
+        return values[self._rows].clone()  # what follows may write into it
 
     def _batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The sample in parts; what is remembered is that of the part at hand."""
@@ -251,9 +269,12 @@ class Ablation:
             float64 ``[C]`` on the CPU per group.
 
         Raises:
-            UsageError: If a candidate is closed already, or worker processes die.
+            UsageError: If a candidate is closed already or is no channel of its group, or worker processes die.
         """
         for name, index in candidates.items():
+            channels = self.groups[name].channels
+            if len(index) and (int(index.min()) < 0 or int(index.max()) >= channels):
+                raise UsageError(f"channel group '{name}': candidates must lie in 0..{channels - 1}")
             if name in gates and bool((gates[name].cpu()[index.cpu()] != 1).any()):
                 raise UsageError(f"channel group '{name}': a candidate's gate must be 1")
         if self._pool is not None:
@@ -318,7 +339,13 @@ class Ablation:
             self._batch(batched, name, index, gates, value, x, y)
         except torch.OutOfMemoryError as error:
             raise UsageError(f"memory_mib = {self._limit / MIB:.0f} is more than the device has free: lower it") from error
-        except RuntimeError:  # an operation without a batching rule
+        except RuntimeError as error:
+            problem = (str(error).strip().splitlines() or [""])[0]
+            if "alloc" in problem.lower():
+                raise UsageError(f"no memory for memory_mib = {self._limit / MIB:.0f}: lower it ({problem})") from error
+            warnings.warn(
+                f"channel group '{name}' is closed channel by channel, since torch cannot batch it: {problem}", stacklevel=2
+            )
             return "loop"
         if all(kind_of(self.model.get_submodule(c)) == "linear" for c in self.groups[name].consumers):
             return batched
@@ -406,7 +433,7 @@ class Ablation:
 
 
 def _keep(into: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> None:
-    into.append(output)
+    into.append(output.clone())
 
 
 def _subtract(where: Tensor, channel: Tensor, share: float, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -30,12 +30,13 @@ RELU = (F.relu, torch.relu, torch.relu_)
 # outputs that are inputs at other places, or sums of inputs: coefficients of 0 and 1, which are their own squares
 SELECTING = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.MaxPool1d, nn.MaxPool2d, nn.ZeroPad2d, nn.AdaptiveMaxPool2d,
-    nn.Upsample, nn.PixelShuffle, nn.ChannelShuffle, nn.Unflatten,
+    nn.PixelShuffle, nn.ChannelShuffle, nn.Unflatten,
 )  # fmt: skip
 SELECTING_FUNCTIONS = (
     operator.add, operator.iadd, torch.add, operator.getitem, torch.flatten, torch.cat, torch.reshape, torch.permute,
     torch.transpose, F.dropout, F.pad, F.max_pool2d, F.adaptive_max_pool2d, getattr,
 )  # fmt: skip
+JOINING = (operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, "add", "add_", "mul", "mul_")
 SELECTING_METHODS = (
     "add",
     "add_",
@@ -100,10 +101,6 @@ class BackpropDiagonal:
     ) -> None:
         self.model, self.groups, self.sample, self.beta = replica(model).eval(), groups, sample, softplus_beta
         self.forward_macs = self.backward_macs = 0
-        module: Any
-        for module in self.model.modules():
-            if hasattr(module, "inplace"):
-                module.inplace = False
         try:
             self._graph = fx.GraphModule(self.model, fx.Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(self.model))
         except Exception as error:  # tracing runs the network's own forward: anything may go wrong
@@ -192,6 +189,8 @@ class BackpropDiagonal:
     def _rule(self, node: fx.Node) -> Callable[..., dict[fx.Node, Tensor]]:
         """How a node takes second derivatives backwards."""
         target: Any = node.target
+        if target in JOINING and (len(node.all_input_nodes) < _tensors_in(node) or node.kwargs):
+            raise UsageError(_NO_RULE.format(f"operation '{node.name}', which takes one value twice or scales one"))
         if node.op == "call_module":
             module: Any = self.model.get_submodule(target)
             what = f"layer '{target}' ({type(module).__name__})"
@@ -243,6 +242,13 @@ def _at_the_logits(criterion: Any, logits: Tensor, y: Tensor) -> Tensor:
     return torch.stack(along, dim=1)
 
 
+def _tensors_in(node: fx.Node) -> int:
+    """How many of a node's arguments are other nodes, counted as often as they stand there."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return len(found)
+
+
 def _free(value: Tensor) -> Tensor:
     """A tensor to differentiate by that is no leaf, since torch's counter of operations refuses those as inputs of layers."""
     return value.detach().requires_grad_().view_as(value)
@@ -266,10 +272,13 @@ def _average(run: BackpropDiagonal, node: fx.Node, values: Mapping[fx.Node, Any]
     (source,) = node.all_input_nodes
     x = _free(values[source])
     (ones,) = torch.autograd.grad(_again(run, node, values, {source: x}).sum(), x)
+    probe = torch.randn(h.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(h)
+    ((_, spread),) = _select(run, node, values, probe, None).items()
+    # where each input is in one window, its share of a window's value tells that value
+    if not torch.allclose(_again(run, node, values, {source: spread / ones}), probe, rtol=1e-3, atol=1e-3):
+        raise UsageError(_NO_RULE.format(f"pooling whose windows overlap or leave something out ({node.name})"))
     ((_, before),) = _select(run, node, values, h, None).items()
-    if not torch.allclose(ones, ones.flatten()[:1]):
-        raise UsageError(_NO_RULE.format(f"pooling with unequal windows ({node.name})"))
-    return {source: before * ones}  # each input is in one window
+    return {source: before * ones}
 
 
 def _through_weights(
