@@ -450,7 +450,8 @@ def _order(row: Row, numbers: Sequence[float], found: Summary) -> tuple[Verdict,
         return "inconclusive", found, f"{len(numbers)} of at least {LEAST} bases"
     bound = row.bound or 0.0
     low, high = interval(numbers)
-    detail = f"95 % interval {low:+.2f} to {high:+.2f}"
+    style = "+.2f" if max(abs(low), abs(high)) >= 0.05 else "+.2g"  # losses of a thousandth of a nat
+    detail = f"95 % interval {low:{style}} to {high:{style}}"
     if row.direction == "<":
         low, high, bound = -high, -low, -bound
     verdict: Verdict = "reproduced" if low > bound else "not reproduced" if high < bound else "inconclusive"
