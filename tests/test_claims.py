@@ -289,8 +289,8 @@ def test_checks_measure_ratios_and_properties(tmp_path, monkeypatch):
 def test_a_check_that_takes_the_evidence_reads_records_and_says_what_is_missing(tmp_path, monkeypatch):
     found = evidence(tmp_path, {"a": [1, 2, 3]}, dirty=True)
 
-    def check(given):
-        assert given is found
+    def check(evidence):
+        assert evidence is found
         return claims.Picked({0: 0.5, 1: 0.7}, found.of("tiny"), missing=2)
 
     monkeypatch.setattr(claims, "_function", lambda name: check)

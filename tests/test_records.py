@@ -109,3 +109,15 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch)
 def test_records_are_plain_json():
     data = record().model_dump(mode="json")
     assert Record.model_validate(json.loads(json.dumps(data))) == record()
+
+
+def test_a_cell_is_the_same_however_its_parameters_are_ordered():
+    from widthbench.recipe import Recipe
+    from widthbench.records import Cell
+
+    recipe = Recipe(epochs=1, lr=0.1)
+    shared = {"dataset": "digits", "model": "mlp_sigmoid", "size": 8, "technique": "l1-norm", "base": recipe, "finetune": recipe}
+    args = {"widths": [5], "act_layer": "tanh"}
+    one, two = (Cell(model_args=dict(pairs), **shared) for pairs in (args.items(), sorted(args.items())))
+    assert list(one.model_args) != list(two.model_args)
+    assert one.identity == two.identity != one.model_copy(update={"seed": 1}).identity

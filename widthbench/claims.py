@@ -120,9 +120,9 @@ class Row(_Strict):
         unit: Of the numbers.
         at: Where the number is read.
         minus: What is subtracted, base by base.
-        check: ``module:function`` that measures it instead, as a list of numbers, one per base or pair of runs. A function that
-            takes an argument is given the evidence and returns a ``Picked``, for what no single pick can say; what it picks
-            stands in its attribute ``picks``.
+        check: ``module:function`` that measures it instead, as a list of numbers, one per base or pair of runs. A function
+            that takes ``evidence`` is given it and returns a ``Picked``, for what no single pick can say; what it picks stands in
+            its attribute ``picks``.
         proxy: Smaller work than the document's: where it shows the direction, the verdict is "proxy scale" and never "reproduced".
         reading: Which of several readings of an ambiguous sentence the row belongs to; rows without one belong to all.
     """
@@ -253,11 +253,11 @@ class Evidence:
             UsageError: If it means no cell of its suite (a mistyped name must not read "not run"), or cells that differ in more
                 than the base network.
         """
-        meant = {c.model_dump_json(): c for c in self.cells(pick.suite) if pick.matches(c)}
+        meant = {c.identity: c for c in self.cells(pick.suite) if pick.matches(c)}
         if not meant:
             raise UsageError(f"{pick.model_dump(exclude_defaults=True)} matches no cell of suite '{pick.suite}'")
         spread = {"seed": 0} | ({"budget": None} if len(pick.budgets) > 1 else {})
-        kinds = {c.model_copy(update=spread).model_dump_json() for c in meant.values()}
+        kinds = {c.model_copy(update=spread).identity for c in meant.values()}
         if len(kinds) > 1:
             raise UsageError(
                 f"{pick.model_dump(exclude_defaults=True)} matches {len(kinds)} kinds of cells that differ in more than their seed "
@@ -267,7 +267,7 @@ class Evidence:
         values: dict[object, dict[str | None, list[float]]] = {}
         for record in self.of(pick.suite):
             value = pick.value(record) if record.status == "done" else None
-            if value is None or record.cell.model_dump_json() not in meant:
+            if value is None or record.cell.identity not in meant:
                 continue
             base = record.provenance.get("checkpoint") or record.cell.seed
             values.setdefault(base, {}).setdefault(record.cell.budget, []).append(value)
@@ -374,7 +374,8 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     missing = 0
     if row.check:
         check = _function(row.check)
-        picked = check(evidence) if inspect.signature(check).parameters else Picked(dict(enumerate(check())))
+        asks = "evidence" in inspect.signature(check).parameters
+        picked = check(evidence) if asks else Picked(dict(enumerate(check())))
         values: Mapping[object, float] = picked.values
         records, missing = picked.records, picked.missing
         remarks = _remarks(records, missing)

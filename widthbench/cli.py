@@ -192,7 +192,7 @@ def _run(args: argparse.Namespace) -> int:
         if not cells:
             raise UsageError(f"suite {suite.name} has no cell whose name holds {' or '.join(map(repr, args.only))}")
         suites.check(suite, cells)
-    cells = list({c.model_dump_json(): c for _, some in chosen.values() for c in some}.values())
+    cells = list({c.identity: c for _, some in chosen.values() for c in some}.values())
     counted: Counter[str] = Counter()
 
     def done(record: Any) -> None:

@@ -113,6 +113,11 @@ class Cell(_Frozen):
         return "-".join(p for p in parts if p)
 
     @property
+    def identity(self) -> str:
+        """All of it as text, the same however its parameters are ordered."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+    @property
     def group(self) -> str:
         """Cells of one group share a base network, so one worker runs them."""
         return f"{self.dataset}-{self.network}-s{self.seed}"

@@ -50,11 +50,11 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = ()) -> list[R
         before: Records of an earlier report, which stand in for cells that the store has nothing of, so that running a part of a
             suite loses nothing. Each says which commit it comes from.
     """
-    old = {r.cell.model_dump_json(): r for r in before}
+    old = {r.cell.identity: r for r in before}
     found = []
     for cell in suite.cells():
         key = protocol.cell_key(cell)
-        record = store.get(key) or store.failure(key) or old.get(cell.model_dump_json())
+        record = store.get(key) or store.failure(key) or old.get(cell.identity)
         if record is not None:
             found.append(record)
     return found
