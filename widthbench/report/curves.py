@@ -247,7 +247,8 @@ def _errors(found: Mapping[str, Record], path: Path, title: str) -> Path:
         for at, (label, record) in enumerate(sorted(found.items())):
             second = record.series[f"second {group}"][i]
             parabola = first * (fine - 1) + 0.5 * second * (fine - 1) ** 2
-            place.plot(fine, parabola, color=COLOURS[(0, 2, 3)[at % 3]], linestyle=("-", "--")[at % 2], label=_family(label))
+            what = _family(label) + ("" if "exact" in label else ", back-propagated")
+            place.plot(fine, parabola, color=COLOURS[(0, 2, 3)[at % 3]], linestyle=("-", "--")[at % 2], label=what)
         place.set_title(f"{group}, neuron {i}: {change:+.2g}", fontsize=9)
         place.grid(alpha=0.3)
         place.tick_params(labelsize=8)
