@@ -1,4 +1,5 @@
 import copy
+import operator
 
 import pytest
 import torch
@@ -196,6 +197,42 @@ def test_layers_that_the_diagonal_cannot_pass_are_named(act, message):
     behind = groups.select("all", "2") if "2" in groups and groups["2"].grade == "exact" else None
     if behind:  # nothing that bends lies behind the last group's gates
         BackpropDiagonal(model, behind, Sample(x, torch.tensor([0, 1])))
+
+
+OVERWRITING = {
+    "*=": operator.imul,
+    "+=": operator.iadd,
+    "silu by name": lambda a, b: torch.nn.functional.silu(a, inplace=True) + b,
+    "relu by place": lambda a, b: torch.nn.functional.relu(a, True) + b,
+}
+PLAIN = {
+    "*=": lambda a, b: a * b,
+    "+=": lambda a, b: a + b,
+    "silu by name": lambda a, b: torch.nn.functional.silu(a) + b,
+    "relu by place": lambda a, b: torch.nn.functional.relu(a) + b,
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_values_that_the_network_overwrites_are_those_before(name):
+    class Joined(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.d, self.how = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 3), how
+
+        def forward(self, x):
+            y = self.a(x).sigmoid()
+            return self.d(self.how(self.b(y), self.c(y)))
+
+    x = torch.randn(4, 4, dtype=torch.float64)
+    sample, found = Sample(x, torch.tensor([0, 1, 2, 0])), []
+    for how in (OVERWRITING[name], PLAIN[name]):
+        model = Joined(how).double().eval()
+        groups = find_groups(model, x[:1], cache=False).select("all", "a")
+        found.append(BackpropDiagonal(model, groups, sample, softplus_beta=2.0).second({"a": x.new_ones(6)})["a"])
+    assert torch.allclose(*found, rtol=1e-12)
+    assert float(found[0].abs().max()) > 0
 
 
 class Tail(nn.Module):

@@ -38,31 +38,23 @@ SELECTING_FUNCTIONS = (
 )  # fmt: skip
 JOINING = (operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, "add", "add_", "mul", "mul_")
 SELECTING_METHODS = (
-    "add",
-    "add_",
-    "flatten",
-    "view",
-    "reshape",
-    "permute",
-    "transpose",
-    "contiguous",
-    "squeeze",
-    "unsqueeze",
-    "sum",
-    "size",
-)
+    "add", "add_", "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "sum", "size",
+)  # fmt: skip
 AVERAGING = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 AVERAGING_FUNCTIONS = (F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean)
 
 
 class _Run(fx.Interpreter):
-    """Runs a graph and keeps every value, in-place additions done out of place."""
+    """Runs a graph and keeps every value: what it would overwrite is computed anew."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph, garbage_collect_values=False)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function({operator.iadd: operator.add, torch.relu_: torch.relu}.get(target, target), args, kwargs)
+        plain = {operator.iadd: operator.add, operator.imul: operator.mul, torch.relu_: torch.relu}.get(target, target)
+        if plain in RELU or plain in SMOOTH_FUNCTIONS:  # inplace=True, by name or by place
+            args, kwargs = tuple(a is not True and a for a in args), {k: v for k, v in kwargs.items() if k != "inplace"}
+        return super().call_function(plain, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_method({"add_": "add", "mul_": "mul", "relu_": "relu"}.get(target, target), args, kwargs)
@@ -105,6 +97,10 @@ class BackpropDiagonal:
             self._graph = fx.GraphModule(self.model, fx.Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(self.model))
         except Exception as error:  # tracing runs the network's own forward: anything may go wrong
             raise UsageError(f"{_NO_RULE.format(f'the network cannot be traced ({error})')}") from error
+        with torch.no_grad():
+            traced, real = (_Run(self._graph).run(sample.x[:1]), self.model(sample.x[:1]))
+        if not torch.allclose(traced, real, rtol=1e-4, atol=1e-5 * float(real.abs().max())):
+            raise UsageError(_NO_RULE.format("what the network overwrites (its traced graph gives something else)"))
         self._consumers = {
             layer: axis
             for (layer, side), axis in groups.axes.items()
