@@ -56,7 +56,7 @@ class NeuronRemoval(Technique):
         allocation: "global" cuts where the ranking says; "uniform" keeps the same fraction of every group.
         memory_mib: Limit on the activations of a batch, in MiB; None: 64 on a CPU and a quarter of what is free on a GPU for the
             oracle, 256 for derivatives.
-        processes: Worker processes (or GPUs) that share the oracle's candidates.
+        processes: Worker processes (or GPUs) that share the oracle's samples.
     """
 
     id = "neuron-removal"

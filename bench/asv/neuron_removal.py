@@ -72,9 +72,25 @@ def greedy(work: Ablation, groups) -> float:
     return time.perf_counter() - begin
 
 
+def first_layer_by_one_and_two(pairs: int) -> tuple[list[tuple[float, float]], float]:
+    """Seconds for all 300 neurons of LeNet-300-100's first layer by one process and by two, in turn, and seconds of their start."""
+    model, groups, sample = network("lenet_300_100")
+    return _in_turn(model, groups, sample, pairs, lambda work: _seconds(lambda: work.losses({}, {"ip1": torch.arange(300)})))
+
+
+def _seconds(call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
 def one_and_two(pairs: int, widths: tuple[int, ...] = (100,)) -> tuple[list[tuple[float, float]], float]:
     """Seconds of greedy curves by one process and by two, in turn, and seconds that the two took to start."""
     model, groups, sample = network("mlp_sigmoid", widths=widths)
+    return _in_turn(model, groups, sample, pairs, lambda work: greedy(work, groups))
+
+
+def _in_turn(model, groups, sample, pairs: int, job) -> tuple[list[tuple[float, float]], float]:
     alone = Ablation(model, groups, sample)
     begin = time.perf_counter()
     with Ablation(model, groups, sample, processes=2) as both:
@@ -83,9 +99,9 @@ def one_and_two(pairs: int, widths: tuple[int, ...] = (100,)) -> tuple[list[tupl
         found = []
         for i in range(pairs):
             if i % 2:
-                two, one = greedy(both, groups), greedy(alone, groups)
+                two, one = job(both), job(alone)
             else:
-                one, two = greedy(alone, groups), greedy(both, groups)
+                one, two = job(alone), job(both)
             found.append((one, two))
     return found, started
 
@@ -129,6 +145,9 @@ def measure() -> list[dict]:
         name = f"mlp_sigmoid {' x '.join(map(str, widths))}"
         what = "greedy curve, one process over two" + ("" if widths == (100,) else f", {name}")
         rows += [{"what": what, "one": one, "two": two, "start": started} for one, two in pairs]
+    pairs, started = first_layer_by_one_and_two(PAIRS)
+    what = "300 neurons of the first layer of lenet_300_100, one process over two"
+    rows += [{"what": what, "one": one, "two": two, "start": started} for one, two in pairs]
     return rows
 
 

@@ -1,3 +1,4 @@
+import copy
 import os
 import signal
 
@@ -80,17 +81,33 @@ def test_the_memory_limit_holds_and_changes_nothing():
             assert live.peak < limit * MIB + 4 * (x.numel() + sum(p.numel() for p in model.parameters()))
 
 
-def test_two_processes_share_the_candidates():
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_losses_are_cross_entropies_also_where_exponentials_overflow(scale):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x, y = scale * torch.randn(20, 4), torch.arange(20) % 3
+    found = Ablation(model, find_groups(model, x[:1]), Sample(x, y), way="update").losses({}, {"0": torch.arange(6)})["0"]
+    assert bool(found.isfinite().all())
+    for channel in range(6):
+        shut = copy.deepcopy(model)
+        shut[2].weight.data[:, channel] = 0
+        assert float(found[channel]) == pytest.approx(float(F.cross_entropy(shut(x), y)), rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_sample(processes):
     model, x, groups = zoo.certified(zoo.Plain)
     sample, (gates, candidates) = zoo.sample_for(x), zoo.started(groups, x)
     alone, told = Ablation(model, groups, sample), []
-    with Ablation(model, groups, sample, processes=2) as work:
+    with Ablation(model, groups, sample, processes=processes) as work:
         found = work.losses(gates, candidates, done=told.append)
         assert close(found, alone.losses(gates, candidates), 1e-12)
         assert sum(told) == sum(map(len, candidates.values()))
-        assert work.forward_macs > 0
-        for process in work._pool._processes.values():
-            os.kill(process.pid, signal.SIGKILL)
+        assert work.forward_macs == alone.forward_macs
+        assert len(work._workers) == processes - 1
+        for worker in work._workers:
+            for process in worker._processes.values():
+                os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(UsageError, match="worker processes of processes > 1 died"):
             work.losses(gates, candidates)
 

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -141,8 +142,8 @@ class Ablation:
             64 on a CPU (more does not fit its caches), a quarter of what is free on a GPU. One candidate on 16 samples runs
             whatever that takes.
         way: Force one way; "update" and "gates" raise where they do not apply.
-        processes: Share the candidates among this many worker processes, each on its own GPU where there are GPUs, else with as
-            many threads as this process has now. Scripts need the usual ``if __name__ == "__main__"``.
+        processes: Share the sample among this process and ``processes - 1`` workers, each on its own GPU where there are GPUs, else
+            with as many threads as this process has now. Scripts need the usual ``if __name__ == "__main__"``.
 
     Attributes:
         forward_macs: Multiply-accumulates done so far, rank-1 updates included and the trial left out.
@@ -169,10 +170,12 @@ class Ablation:
         self._rows = slice(0, 1)
         self._chosen: dict[str, Way] = {}
         self._costs: dict[tuple[str, Way], tuple[int, int]] = {}
-        self._pool = None
-        if processes > 1:
-            self._pool = _pool(processes, self.model, groups, sample, {"memory_mib": memory_mib, "way": way})
-            self._processes = processes
+        torch.empty(
+            31 * MIB, dtype=torch.uint8
+        )  # glibc, once it has freed this much at once, keeps freed memory for the next batch
+        processes = min(processes, len(sample))
+        self._mine = -(-len(sample) // processes)  # the first samples are this process's
+        self._workers = _workers(processes, self.model, groups, sample, {"memory_mib": memory_mib, "way": way})
         self._remember()
         self._whole = count_macs(self.model, sample.x[:1])
 
@@ -219,9 +222,10 @@ class Ablation:
     def _recall(self, values: Tensor, *_: Any) -> Tensor:
         return values[self._rows].clone()  # what follows may write into it
 
-    def _batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The sample in parts; what is remembered is that of the part at hand."""
-        for i, batch in enumerate(self.sample.batches(size)):
+    def _batches(self, size: int, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The (first) samples in parts; what is remembered is that of the part at hand."""
+        some = self.sample if count is None else replace(self.sample, x=self.sample.x[:count], y=self.sample.y[:count])
+        for i, batch in enumerate(some.batches(size)):
             self._rows = slice(i * size, i * size + len(batch[0]))
             yield batch
         self._rows = slice(0, 1)
@@ -234,8 +238,8 @@ class Ablation:
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.shutdown(cancel_futures=True)
 
     def loss(self, gates: Mapping[str, Tensor]) -> float:
         """The mean loss with the given gates.
@@ -277,32 +281,19 @@ class Ablation:
                 raise UsageError(f"channel group '{name}': candidates must lie in 0..{channels - 1}")
             if name in gates and bool((gates[name].cpu()[index.cpu()] != 1).any()):
                 raise UsageError(f"channel group '{name}': a candidate's gate must be 1")
-        if self._pool is not None:
-            return self._shared(gates, candidates, value, done)
-        found = {}
-        for name, index in candidates.items():
-            found[name] = self._group(name, index.cpu(), gates, value) if len(index) else torch.zeros(0, dtype=torch.float64)
-            done(len(index))
-        return found
-
-    def _shared(
-        self, gates: Mapping[str, Tensor], candidates: Mapping[str, Tensor], value: float, done: Callable[[int], None]
-    ) -> dict[str, Tensor]:
-        """``losses`` by the worker processes: each gets every n-th candidate."""
-        assert self._pool is not None
         shut = {n: g.cpu().tolist() for n, g in gates.items()}
-        jobs = {}
-        for name, index in candidates.items():
-            for part in range(self._processes):
-                if len(mine := index.cpu()[part :: self._processes]):
-                    jobs[name, part] = self._pool.submit(_work, shut, name, mine.tolist(), value)
+        some = {n: index.cpu() for n, index in candidates.items() if len(index)}
         found = {n: torch.zeros(len(index), dtype=torch.float64) for n, index in candidates.items()}
         try:
-            for (name, part), job in jobs.items():
-                losses, macs = job.result()
-                found[name][part :: self._processes] = torch.tensor(losses, dtype=torch.float64)
-                self.forward_macs += macs
-                done(len(losses))
+            jobs = {n: [w.submit(_work, shut, n, index.tolist(), value) for w in self._workers] for n, index in some.items()}
+            for name, index in some.items():
+                found[name] += self._group(name, index, gates, value)
+                for job in jobs[name]:
+                    sums, macs = job.result()
+                    found[name] += torch.tensor(sums, dtype=torch.float64)
+                    self.forward_macs += macs
+                found[name] /= len(self.sample)
+                done(len(index))
         except BrokenProcessPool as error:
             raise UsageError(
                 'the worker processes of processes > 1 died: is the script guarded by `if __name__ == "__main__"`, and is there '
@@ -311,17 +302,18 @@ class Ablation:
         return found
 
     def _group(self, name: str, index: Tensor, gates: Mapping[str, Tensor], value: float) -> Tensor:
+        """Losses summed over this process's samples, float64 ``[C]`` on the CPU, for the candidates ``index [C]``."""
         chosen = self._chosen.get(name)
         if chosen is None:
             chosen = self._chosen[name] = self._choose(name, index, gates, value)
         parts, size = self._parts(name, len(index)) if chosen != "loop" else (len(index), LOOP_BATCH)
         total = torch.zeros(len(index), dtype=torch.float64)
         for at in range(0, len(index), parts):
-            for x, y in self._batches(size):
+            for x, y in self._batches(size, self._mine):
                 total[at : at + parts] += self._batch(chosen, name, index[at : at + parts], gates, value, x, y)
         once, each = self._cost(name, chosen)
-        self.forward_macs += len(self.sample) * (once * -(-len(index) // parts) + each * len(index))
-        return total / len(self.sample)
+        self.forward_macs += self._mine * (once * -(-len(index) // parts) + each * len(index))
+        return total
 
     def _choose(self, name: str, index: Tensor, gates: Mapping[str, Tensor], value: float) -> Way:
         """The faster of the batched way and the loop, on the first batch."""
@@ -372,21 +364,19 @@ class Ablation:
 
     def _batch(self, way: Way, name: str, index: Tensor, gates: Mapping[str, Tensor], value: float, x: Tensor, y: Tensor) -> Tensor:
         """Summed losses of one batch of samples, ``[C]`` in float64, for the candidates ``index [C]``."""
-        criterion = self.sample.criterion
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             if way == "loop":
                 sums = []
                 for channel in index.tolist():
                     with gated(self.model, self.groups, self._closed(gates, name, channel, value, x)) as net:
-                        sums.append(criterion(net(x), y).sum(dtype=torch.float64))
+                        sums.append(self.sample.criterion(net(x), y).sum(dtype=torch.float64))
                 return torch.stack(sums).cpu()
             if way == "update":
                 logits = torch.func.vmap(partial(self._updated, name, gates, value, x))(index.to(x.device))
             else:
                 vectors = torch.stack([self._closed(gates, name, c, value, x)[name] for c in index.tolist()])
                 logits = torch.func.vmap(partial(self._gated, name, gates, x))(vectors)
-            repeated = y.repeat(len(index), *[1] * (y.dim() - 1))
-            return criterion(logits.flatten(0, 1), repeated).view(len(index), -1).sum(dim=1, dtype=torch.float64).cpu()
+            return _sums(self.sample.criterion, logits, y)
 
     def _closed(self, gates: Mapping[str, Tensor], name: str, channel: int, value: float, x: Tensor) -> dict[str, Tensor]:
         vector = gates[name].to(x) if name in gates else x.new_ones(self.groups[name].channels)
@@ -432,6 +422,17 @@ class Ablation:
         return count
 
 
+def _sums(criterion: Criterion, logits: Tensor, y: Tensor) -> Tensor:
+    """Losses summed over samples: ``logits [C, B, K]`` and ``y [B]`` to float64 ``[C]`` on the CPU."""
+    if criterion is cross_entropy:  # exponentials as they are, 2.5 times as fast; the label's own term is 1, so that none vanish
+        own = logits.gather(2, y[:, None].expand(len(logits), -1, 1))
+        sums = logits.sub(own).exp_().sum(dim=2).log_().sum(dim=1, dtype=torch.float64).cpu()
+        if bool(sums.isfinite().all()):
+            return sums
+    repeated = y.repeat(len(logits), *[1] * (y.dim() - 1))
+    return criterion(logits.flatten(0, 1), repeated).view(len(logits), -1).sum(dim=1, dtype=torch.float64).cpu()
+
+
 def _keep(into: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> None:
     into.append(output.clone())
 
@@ -442,9 +443,8 @@ def _subtract(where: Tensor, channel: Tensor, share: float, module: Any, args: t
     x, linear = args[0], kind_of(module) == "linear"
     part, weight = x.index_select(-1 if linear else 1, at), module.weight.index_select(1, at)
     if linear and len(at) == 1:
-        gone = part * weight.squeeze(1)
-    else:
-        gone = F.linear(part, weight) if linear else module._conv_forward(part, weight, None)
+        return torch.addcmul(output, part, weight.squeeze(1), value=-share)
+    gone = F.linear(part, weight) if linear else module._conv_forward(part, weight, None)
     return output - gone if share == 1 else output - share * gone
 
 
@@ -456,27 +456,34 @@ def _memory(device: torch.device) -> float:
 _mine: list[Ablation] = []  # of a worker process
 
 
-def _pool(processes: int, model: nn.Module, groups: Groups, sample: Sample, options: dict[str, Any]) -> ProcessPoolExecutor:
-    """Worker processes that hold the network and the sample."""
+def _workers(
+    processes: int, model: nn.Module, groups: Groups, sample: Sample, options: dict[str, Any]
+) -> list[ProcessPoolExecutor]:
+    """All but the first of some processes, each with the network and its own part of the sample."""
+    if processes == 1:
+        return []
     context = multiprocessing.get_context("spawn")
     gpus = torch.cuda.device_count() if sample.x.device.type == "cuda" else 0
-    devices = context.Queue()
-    for i in range(processes):
-        devices.put(f"cuda:{i % gpus}" if gpus else "cpu")
-    sent = (copy.deepcopy(model).cpu(), groups, sample.to(torch.device("cpu")))
-    arguments = (devices, torch.get_num_threads(), *sent, options)
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=arguments)
+    here = sample.x.device.index or 0
+    twin, workers = copy.deepcopy(model).cpu(), []
+    size = -(-len(sample) // processes)
+    for i, (x, y) in islice(enumerate(sample.batches(size)), 1, None):
+        device = f"cuda:{(here + i) % gpus}" if gpus else "cpu"
+        part = replace(sample, x=x, y=y).to(torch.device("cpu"))
+        arguments = (device, torch.get_num_threads(), twin, groups, part, options)
+        workers.append(ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=arguments))
+    return workers
 
 
-def _start(devices: Any, threads: int, model: nn.Module, groups: Groups, sample: Sample, options: dict[str, Any]) -> None:
+def _start(device: str, threads: int, model: nn.Module, groups: Groups, sample: Sample, options: dict[str, Any]) -> None:
     torch.set_num_threads(threads)
-    device = torch.device(devices.get())
-    _mine.append(Ablation(model.to(device), groups, sample.to(device), **options))
+    _mine.append(Ablation(model.to(device), groups, sample.to(torch.device(device)), **options))
 
 
 def _work(gates: dict[str, list[float]], name: str, index: list[int], value: float) -> tuple[list[float], int]:
+    """(losses summed over this process's samples, multiply-accumulates done)."""
     mine = _mine[0]
     before = mine.forward_macs
     shut = {n: torch.tensor(g, device=mine.sample.x.device) for n, g in gates.items()}
-    found = mine.losses(shut, {name: torch.tensor(index)}, value)[name]
-    return found.tolist(), mine.forward_macs - before
+    sums = mine._group(name, torch.tensor(index), shut, value)
+    return sums.tolist(), mine.forward_macs - before
