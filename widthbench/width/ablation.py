@@ -175,7 +175,7 @@ class Ablation:
         )  # glibc, once it has freed this much at once, keeps freed memory for the next batch
         processes = min(processes, len(sample))
         self._mine = -(-len(sample) // processes)  # the first samples are this process's
-        self._workers = _workers(processes, self.model, groups, sample, {"memory_mib": memory_mib, "way": way})
+        self._workers = _workers(self._mine, self.model, groups, sample, {"memory_mib": memory_mib, "way": way})
         self._remember()
         self._whole = count_macs(self.model, sample.x[:1])
 
@@ -456,17 +456,14 @@ def _memory(device: torch.device) -> float:
 _mine: list[Ablation] = []  # of a worker process
 
 
-def _workers(
-    processes: int, model: nn.Module, groups: Groups, sample: Sample, options: dict[str, Any]
-) -> list[ProcessPoolExecutor]:
-    """All but the first of some processes, each with the network and its own part of the sample."""
-    if processes == 1:
+def _workers(size: int, model: nn.Module, groups: Groups, sample: Sample, options: dict[str, Any]) -> list[ProcessPoolExecutor]:
+    """A process each for all but the first ``size`` samples, with the network and its own part of the sample."""
+    if size >= len(sample):
         return []
     context = multiprocessing.get_context("spawn")
     gpus = torch.cuda.device_count() if sample.x.device.type == "cuda" else 0
     here = sample.x.device.index or 0
     twin, workers = copy.deepcopy(model).cpu(), []
-    size = -(-len(sample) // processes)
     for i, (x, y) in islice(enumerate(sample.batches(size)), 1, None):
         device = f"cuda:{(here + i) % gpus}" if gpus else "cpu"
         part = replace(sample, x=x, y=y).to(torch.device("cpu"))
