@@ -97,9 +97,9 @@ def test_losses_are_cross_entropies_also_where_exponentials_overflow(scale):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_sample(processes):
     model, x, groups = zoo.certified(zoo.Plain)
-    sample, (gates, candidates) = zoo.sample_for(x), zoo.started(groups, x)
-    alone, told = Ablation(model, groups, sample), []
-    with Ablation(model, groups, sample, processes=processes) as work:
+    sample, (gates, candidates) = zoo.sample_for(x, count=7), zoo.started(groups, x)
+    alone, told = Ablation(model, groups, sample, way="gates"), []
+    with Ablation(model, groups, sample, way="gates", processes=processes) as work:
         found = work.losses(gates, candidates, done=told.append)
         assert close(found, alone.losses(gates, candidates), 1e-12)
         assert sum(told) == sum(map(len, candidates.values()))
