@@ -123,8 +123,10 @@ def apply(
     device = example_input.device
     train, val = (_samples(data, which, device) for which in ("train", "val"))
 
-    def training(network: nn.Module, samples: Samples, recipe: Any, *, seed: int = seed, desc: str = "fit") -> Any:
-        return fit(network, samples, recipe, macs=count_macs(network, example_input), seed=seed, desc=desc)
+    shown = bar if progress else quiet
+
+    def training(network: nn.Module, samples: Samples, recipe: Any, *, seed: int = seed, **options: Any) -> Any:
+        return fit(network, samples, recipe, macs=count_macs(network, example_input), seed=seed, progress=shown, **options)
 
     task = Task(
         model=model,
@@ -139,7 +141,7 @@ def apply(
         device=device,
         fit=training,
         regroup=lambda grown: find_groups(grown, example_input, cache=False),
-        progress=bar if progress else quiet,
+        progress=shown,
     )
     modes = {m: m.training for m in model.modules()}
     model.eval()

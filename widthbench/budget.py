@@ -126,6 +126,16 @@ def used(budget: Budget, widths: Mapping[str, int], groups: Mapping[str, Sized],
     return cost.macs / reference.macs if budget.kind == "macs" else cost.params / reference.params
 
 
+def asked(budget: Budget, groups: Mapping[str, Sized]) -> float:
+    """The fraction of the reference that a budget allows, in the terms of ``used``.
+
+    For channels, rounding and one channel per block are part of what was asked for.
+    """
+    if budget.kind != "channels":
+        return budget.fraction
+    return sum(budget.width(g) for g in groups.values()) / sum(g.channels for g in groups.values())
+
+
 def check(budget: Budget, kept: float, groups: Mapping[str, Sized]) -> bool:
     """Whether a plan that keeps ``kept`` meets its budget; False if it leaves a good part of it unused.
 
@@ -137,13 +147,10 @@ def check(budget: Budget, kept: float, groups: Mapping[str, Sized]) -> bool:
     Raises:
         BudgetError: If the plan exceeds its budget.
     """
-    asked = budget.fraction
-    if budget.kind == "channels":  # rounding and one channel per block are part of what was asked for
-        total = sum(g.channels for g in groups.values())
-        asked = sum(budget.width(g) for g in groups.values()) / total
-    if kept > asked * (1 + OVER):
+    allowed = asked(budget, groups)
+    if kept > allowed * (1 + OVER):
         raise BudgetError(f"the plan keeps {kept:.4f} of the {budget.kind}, more than the budget '{budget}'")
-    return kept >= asked * (1 - UNDER)
+    return kept >= allowed * (1 - UNDER)
 
 
 def uniform_widths(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,22 @@ class Meter:
         self.forward_macs += forward_macs
         self.backward_macs += backward_macs
         self._earlier += seconds
+
+    def uncounted(self, work: Callable[[], T]) -> T:
+        """What a piece of work gives, its passes left out of the count."""
+        before = self.forward_macs, self.backward_macs
+        found = work()
+        self.forward_macs, self.backward_macs = before
+        return found
+
+    @contextmanager
+    def costing(self, macs: int) -> Iterator[None]:
+        """Count passes at other MACs per sample in the block: those of a resized copy."""
+        before, self.macs = self.macs, macs
+        try:
+            yield
+        finally:
+            self.macs = before
 
     def leave(self, model: nn.Module) -> None:
         """Take the counting hook off the network, or off a copy of it that was made inside the block."""

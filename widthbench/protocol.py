@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from widthbench.recipe import Recipe, Spent
 from widthbench.records import CONTROLS, Cell, Record, Row, Stage, Store, digest_of
 from widthbench.task import Nothing, Progress, Task, quiet
 from widthbench.technique import Outcome, Technique, runs
-from widthbench.training import Resume, batch_norms, fit, recalibrate
+from widthbench.training import Resume, Stateful, batch_norms, fit, recalibrate
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.groups import Groups
@@ -339,9 +340,11 @@ def budget_of(cell: Cell, groups: Groups, cost: CostModel, *, grows: bool = True
 
 
 def _fit_for(base: Base, cell: Cell, progress: Progress) -> Callable[..., Spent]:
-    def training(model: nn.Module, train: Any, recipe: Any, *, seed: int = cell.seed, desc: str = "fit") -> Spent:
-        macs = count_macs(model, base.example_input)
-        return fit(model, train, recipe, macs=macs, seed=seed, progress=progress, desc=desc)
+    def training(
+        model: nn.Module, train: Any, recipe: Any, *, seed: int = cell.seed, macs: int | None = None, **options: Any
+    ) -> Spent:  # fmt: skip
+        macs = count_macs(model, base.example_input) if macs is None else macs
+        return fit(model, train, recipe, macs=macs, seed=seed, progress=progress, **options)
 
     return training
 
@@ -368,7 +371,47 @@ def _metered(task: Task, key: str, meter: Meter) -> Task:
             meter.add(forward_macs=spent.forward_macs, backward_macs=spent.backward_macs, seconds=spent.seconds)
         return state
 
-    return replace(task, checkpoint=checkpoint, spend=meter.add)
+    def training(model: nn.Module, train: Any, recipe: Any, *, desc: str = "fit", state: Any = None, **options: Any) -> Spent:
+        resume = Resume(_training_path(f"{key}-{digest_of(desc)[:8]}"))
+        assert task.fit is not None
+        options["macs"] = meter.uncounted(partial(count_macs, model, task.example_input))
+        with meter.costing(options["macs"]):
+            spent: Spent = task.fit(
+                model, train, recipe, desc=desc, state=_WithBill(state, meter), resume=resume, **options
+            )  # fmt: skip
+        resume.discard()
+        return spent
+
+    def regroup(model: nn.Module) -> Groups:
+        assert task.regroup is not None
+        return meter.uncounted(partial(task.regroup, model))
+
+    return replace(task, checkpoint=checkpoint, spend=meter.add, fit=training, regroup=regroup)
+
+
+class _WithBill:
+    """A training run's state, and what the run has cost by its meter: a resumed one bills its earlier part, too."""
+
+    def __init__(self, state: Stateful | None, meter: Meter) -> None:
+        self._state, self._meter = state, meter
+        self._before = meter.forward_macs, meter.backward_macs, meter.elapsed
+
+    def state_dict(self) -> dict[str, Any]:
+        forward, backward, seconds = self._before
+        meter = self._meter
+        return {
+            "state": None if self._state is None else self._state.state_dict(),
+            "bill": {
+                "forward_macs": meter.forward_macs - forward,
+                "backward_macs": meter.backward_macs - backward,
+                "seconds": meter.elapsed - seconds,
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._meter.add(**state["bill"])
+        if self._state is not None:
+            self._state.load_state_dict(state["state"])
 
 
 def _billed(key: str, work: Callable[[], tuple[dict[str, Tensor], Spent]]) -> tuple[dict[str, Tensor], Spent]:

@@ -25,6 +25,7 @@ class Recipe(BaseModel):
         cutout: Side in pixels of a black square at a random place.
         resized_crop: Least share of the area in a random resized crop (0.08 is usual on ImageNet; 0: none), for sets of images
             that are read from files. Those in memory are small already.
+        amp: Compute forward passes in bfloat16 where torch finds that safe (autocast); weights stay in float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -42,6 +43,7 @@ class Recipe(BaseModel):
     flip: bool = False
     cutout: int = Field(default=0, ge=0, le=512)
     resized_crop: float = Field(default=0, ge=0, le=1)
+    amp: bool = False
 
     @property
     def augments(self) -> bool:

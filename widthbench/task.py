@@ -70,7 +70,8 @@ class Task:
         seed: Seeds everything random in the decision.
         device: Where to compute.
         recipe: Training settings for techniques that train (``fit`` understands them).
-        fit: ``fit(model, train, recipe, seed=...)``: the one training loop; counts its own cost.
+        fit: ``fit(model, train, recipe, seed=, desc=, losses=, state=)``: the one training loop (``widthbench.training.fit``); it
+            resumes where a killed run stopped.
         regroup: ``regroup(model) -> Groups``: discovery and certification of a network that was grown.
         progress: Progress bar.
         checkpoint: ``checkpoint(name, make) -> dict[str, Tensor]``: keep an intermediate state so that a killed run resumes.

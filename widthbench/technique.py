@@ -56,14 +56,14 @@ class Technique(ABC):
         id: Name in the registry, in suites and on leaderboards.
         access: The most that the decision looks at: "none", "unlabelled" (inputs), "labelled" (losses and gradients) or
             "training" (weights are updated). Leaderboards group by it, and the harness withholds the rest.
-        start: "trained": ``task.model`` is the trained base; "fresh": newly initialised.
+        start: "trained": ``task.model`` is the trained base; "fresh": newly initialised. May be a parameter.
         grows: Whether budgets above 1 make sense.
         bibtex: The paper, as one BibTeX entry; "" if there is none.
     """
 
     id: ClassVar[str]
     access: ClassVar[Access]
-    start: ClassVar[Literal["trained", "fresh"]] = "trained"
+    start: Literal["trained", "fresh"] = "trained"
     grows: ClassVar[bool] = False
     bibtex: ClassVar[str] = ""
 

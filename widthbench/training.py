@@ -7,15 +7,16 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthbench.errors import UsageError
@@ -35,6 +36,22 @@ def steps_of(recipe: Recipe, samples: int) -> tuple[int, int]:
     return per_epoch, max(1, round(recipe.epochs * per_epoch))
 
 
+Losses = Callable[[nn.Module, Tensor, Tensor], Iterator[Tensor]]
+"""``losses(model, x [B, ...], y [B])`` yields the losses of one step, each as it is computed; their gradients add up."""
+
+
+class Stateful(Protocol):
+    """What belongs to a training run besides the network and the optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Take them back."""
+        ...
+
+
 def fit(
     model: nn.Module,
     train: Samples,
@@ -44,6 +61,8 @@ def fit(
     seed: int = 0,
     progress: Progress = lambda steps, /, *, desc: steps,
     desc: str = "train",
+    losses: Losses | None = None,
+    state: Stateful | None = None,
     after_epoch: Callable[[int], None] | None = None,
     resume: Resume | None = None,
 ) -> Spent:
@@ -59,6 +78,8 @@ def fit(
         seed: Seeds the order of samples and dropout; the global random state is left as it was.
         progress: Progress bar over epochs.
         desc: Its label.
+        losses: What a step minimises; None: the cross-entropy, smoothed as the recipe says.
+        state: Kept and restored with the network where a run resumes.
         after_epoch: Called with the number of epochs done.
         resume: Where the state after an epoch is kept, so that a killed run goes on from there to the same final weights.
 
@@ -73,7 +94,7 @@ def fit(
         raise UsageError(f"training needs at least 2 samples, not {len(train)}")
     optimizer = create_optimizer_v2(
         model,
-        opt="nesterov" if recipe.optimizer == "sgd" else "adamw",
+        opt="adamw" if recipe.optimizer == "adamw" else "nesterov" if recipe.momentum else "momentum",
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
@@ -88,20 +109,23 @@ def fit(
         warmup_prefix=True,
         t_in_epochs=False,
     )
+    objective = losses or partial(_cross_entropy, recipe.label_smoothing)
     begin, seen, step, first = time.perf_counter(), 0, 0, 0
     layout = fastest_layout(model)
     model.to(memory_format=layout)
     order = torch.Generator().manual_seed(seed)
     with seeded(seed):
-        if resume is not None and (state := resume.read(recipe, len(train))) is not None:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            order.set_state(state["order"])
-            torch.set_rng_state(state["random"])
-            if state["random_gpu"]:
-                torch.cuda.set_rng_state_all(state["random_gpu"])
-            seen, step, first = state["seen"], state["step"], state["epoch"]
-            begin -= state["seconds"]
+        if resume is not None and (last := resume.read(recipe, len(train))) is not None:
+            model.load_state_dict(last["model"])
+            optimizer.load_state_dict(last["optimizer"])
+            order.set_state(last["order"])
+            torch.set_rng_state(last["random"])
+            if last["random_gpu"]:
+                torch.cuda.set_rng_state_all(last["random_gpu"])
+            if state is not None:
+                state.load_state_dict(last["state"])
+            seen, step, first = last["seen"], last["step"], last["epoch"]
+            begin -= last["seconds"]
         model.train()
         for epoch in progress(range(first, math.ceil(total / per_epoch)), desc=desc):
             for x, y in train.batches(recipe.batch_size, generator=order, **({"augment": recipe} if recipe.augments else {})):
@@ -112,13 +136,17 @@ def fit(
                 schedule.step_update(step)
                 if x.dim() == 4:
                     x = x.contiguous(memory_format=layout)
-                loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
-                if not torch.isfinite(loss):
-                    raise UsageError(
-                        f"training diverged: the loss is {float(loss)} at step {step + 1} of {total}; lower lr = {recipe.lr:g}"
-                    )
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                parts = objective(model, x, y)
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
+                    loss = next(parts, None)
+                while loss is not None:
+                    if not torch.isfinite(loss):
+                        what = f"the loss is {float(loss.detach())} at step {step + 1} of {total}"
+                        raise UsageError(f"training diverged: {what}; lower lr = {recipe.lr:g}")
+                    loss.backward()
+                    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
+                        loss = next(parts, None)
                 optimizer.step()
                 seen += len(y)
                 step += 1
@@ -129,6 +157,7 @@ def fit(
                         "model": model.state_dict(), "optimizer": optimizer.state_dict(), "order": order.get_state(),
                         "random": torch.get_rng_state(),
                         "random_gpu": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                        "state": None if state is None else state.state_dict(),
                         "seen": seen, "step": step, "epoch": epoch + 1, "seconds": time.perf_counter() - begin,
                     },
                 )  # fmt: skip
@@ -143,6 +172,10 @@ def fit(
         epochs=step / per_epoch,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _cross_entropy(smoothing: float, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    yield F.cross_entropy(model(x), y, label_smoothing=smoothing)
 
 
 @dataclass

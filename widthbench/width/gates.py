@@ -15,7 +15,11 @@ from widthbench.width.groups import Axis, Groups, kind_of
 
 @contextmanager
 def gated(
-    model: nn.Module, groups: Groups, values: Mapping[str, Tensor], on: Literal["input", "weight"] = "input"
+    model: nn.Module,
+    groups: Groups,
+    values: Mapping[str, Tensor],
+    on: Literal["input", "weight"] = "input",
+    products: dict[str, list[Tensor]] | None = None,
 ) -> Iterator[nn.Module]:
     """Multiply channels by gates while the context is open.
 
@@ -28,6 +32,7 @@ def gated(
         on: "input" multiplies the channels where the consumers read them, so that gate 0 equals physical removal.
             "weight" multiplies the consumers' incoming weights of the channel: the same output, but a closed channel's
             weights ``w`` still give ``∂L/∂(w·gate)``, which AutoPrune (Xiao et al., NeurIPS 2019) needs.
+        products: With "weight": each pass adds the gated weights ``w·gate`` that it used, by layer, as tensors to differentiate by.
 
     Yields:
         The same network, gated.
@@ -46,7 +51,8 @@ def gated(
         for (layer, side), axis in groups.axes.items():
             if side == "in" and any(s.group in values for s in axis):
                 module = model.get_submodule(layer)
-                for handle in (_on_input if on == "input" else _on_weight)(module, axis, values):
+                found = None if products is None else products.setdefault(layer, [])
+                for handle in _on_input(module, axis, values) if on == "input" else _on_weight(module, axis, values, found):
                     stack.callback(handle.remove)
         yield model
 
@@ -74,7 +80,7 @@ def _on_input(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> li
     return [module.register_forward_pre_hook(multiply)]
 
 
-def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> list[Any]:
+def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor], products: list[Tensor] | None) -> list[Any]:
     def swap_in(module: Any, args: Any) -> None:
         weight = module._parameters["weight"]
         gate = along_axis(axis, values, weight)
@@ -83,8 +89,11 @@ def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> l
             gate = gate.view(count, 1, -1).expand(-1, weight.shape[0] // count, -1).flatten(0, 1)
         else:
             gate = gate[None]
+        gated = weight * gate.reshape(*gate.shape, *[1] * (weight.dim() - 2))
+        if products is not None:
+            products.append(gated)
         # an instance attribute hides the registered parameter from attribute look-up, and from nothing else
-        module.__dict__["weight"] = weight * gate.reshape(*gate.shape, *[1] * (weight.dim() - 2))
+        module.__dict__["weight"] = gated
 
     def swap_out(module: Any, args: Any, output: Any) -> None:
         module.__dict__.pop("weight", None)
@@ -93,3 +102,24 @@ def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> l
         module.register_forward_pre_hook(swap_in),
         module.register_forward_hook(swap_out, always_call=True),
     ]
+
+
+def sums_by_channel(module: nn.Module, axis: Axis, values: Tensor) -> dict[str, Tensor]:
+    """Sum what belongs to a consumer's weights over each channel's part of them: the adjoint of gating weights.
+
+    Args:
+        module: The consumer.
+        axis: Its "in" axis.
+        values: Of the shape of its weight, ``[O, I/G, ...]``.
+
+    Returns:
+        ``[N]`` per group on the axis.
+    """
+    count = getattr(module, "groups", 1)
+    along = values.reshape(count, values.shape[0] // count, values.shape[1], -1).sum(dim=(1, 3)).flatten()  # [I]
+    found: dict[str, Tensor] = {}
+    for segment, part in zip(axis, along.split([s.size for s in axis]), strict=True):
+        if segment.group is not None:
+            total = part.view(segment.channels, segment.repeat).sum(dim=1)
+            found[segment.group] = found[segment.group] + total if segment.group in found else total
+    return found

@@ -1,0 +1,259 @@
+"""AutoSlim: one slimmable network is trained at many widths, then the group that accuracy misses least is slimmed, step by step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthbench.budget import asked, top_channels, used
+from widthbench.measure import accuracy
+from widthbench.models import reinitialise
+from widthbench.recipe import Recipe
+from widthbench.task import Samples, Task
+from widthbench.technique import Outcome, Technique
+from widthbench.training import recalibrate
+from widthbench.width.gates import gated
+from widthbench.width.groups import producer_rows
+from widthbench.width.resize import keep, resize
+
+RANDOM = 2  # widths drawn for each step, beside the largest and the smallest (the sandwich rule)
+
+
+class AutoSlim(Technique):
+    """Greedy slimming of a slimmable network (after Yu and Huang, "AutoSlim", arXiv:1903.11728).
+
+    1. The network is trained at many widths: each step adds the gradients of the largest network (cross-entropy), the smallest, and
+       two with a random width for each group, which learn the largest one's outputs (sandwich rule and in-place distillation, Yu
+       and Huang, ICCV 2019). Gates open the first channels of each group.
+    2. Step by step, the network's MACs shrink by the same factor, each time in the one group whose slimming leaves the best val
+       accuracy, BatchNorm recalibrated. One path serves all budgets.
+    3. The shape found is trained.
+
+    Args:
+        epochs: Of slimmable training; other settings are those of the task's recipe.
+        narrowest: Share of each group's channels in the smallest network.
+        steps: Greedy steps from the whole network to ``least``.
+        least: Share of the MACs at the path's end; a budget below it is met from the floor upwards.
+        samples: Val samples at most that a greedy choice looks at, in the order in which val gives them.
+        calibration: Training samples for each BatchNorm recalibration.
+        order: Which channels come first: "l1" those with the largest L1 norm when training begins, "index" as they are.
+        final: What the shape found starts from: "slimmable" weights, or "fresh" ones, as in the paper.
+        final_epochs: Of its training; 0 for none.
+    """
+
+    id = "autoslim"
+    access = "training"
+    bibtex = """@article{yu2019autoslim,
+  title = {{AutoSlim}: Towards One-Shot Architecture Search for Channel Numbers},
+  author = {Yu, Jiahui and Huang, Thomas},
+  journal = {arXiv preprint arXiv:1903.11728},
+  year = {2019}
+}"""
+
+    def __init__(
+        self,
+        *,
+        epochs: float = 2,
+        narrowest: float = 0.1,
+        steps: int = 30,
+        least: float = 0.03,
+        samples: int = 10_000,
+        calibration: int = 1024,
+        order: Literal["l1", "index"] = "l1",
+        final: Literal["slimmable", "fresh"] = "slimmable",
+        final_epochs: float = 1,
+    ) -> None:
+        self.epochs = epochs
+        self.narrowest = narrowest
+        self.steps = steps
+        self.least = least
+        self.samples = samples
+        self.calibration = calibration
+        self.order = order
+        self.final = final
+        self.final_epochs = final_epochs
+        for name in ("narrowest", "least"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")
+        for name in ("steps", "samples", "calibration"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not epochs > 0 or not final_epochs >= 0:
+            raise ValueError(f"epochs must be above 0 and final_epochs at least 0, not {epochs} and {final_epochs}")
+
+    def prepare(self, task: Task) -> dict[str, Tensor]:
+        """The slimmable network's tensors, ``first GROUP`` (``[N]``, higher comes first), and the path with its val accuracy."""
+        assert task.fit is not None  # the declared access includes it
+        model = copy.deepcopy(task.model)
+        first = {n: self._first(task, n) for n in task.groups}
+        slimmable = Slimmable(task, first, self.narrowest)
+        with gated(model, task.groups, slimmable.gates):
+            task.fit(model, task.train, self._recipe(task, self.epochs), losses=slimmable.losses, state=slimmable, desc=self.id)
+            path, found = [[g.channels for g in task.groups.values()]], []
+            for step in task.progress(range(self.steps + 1), desc=f"{self.id}: greedy steps"):
+                state = task.checkpoint(f"step {step}", partial(self._further, task, model, slimmable, path[-1], step))
+                path.append(state["widths"].tolist())
+                found.append(float(state["top1"]))
+        tensors = {f"model {k}": v for k, v in model.state_dict().items()} | {f"first {n}": f for n, f in first.items()}
+        return tensors | {"path": torch.tensor(path[1:]), "top1": torch.tensor(found)}
+
+    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+        """Go along the path to the budget, and train what is found."""
+        assert task.fit is not None
+        task.widths()  # a budget below the floor is refused
+        model = copy.deepcopy(task.model)
+        model.load_state_dict({k.removeprefix("model "): v for k, v in state.items() if k.startswith("model ")})
+        path = [dict(zip(task.groups, widths, strict=True)) for widths in state["path"].tolist()]
+        widths = at_budget(path, task)
+        plan = {n: keep(top_channels(state[f"first {n}"], w, task.groups[n].blocks)) for n, w in widths.items()}
+        series: dict[str, list[Any]] = {
+            "trajectory.step": list(range(len(path))),
+            "trajectory.macs": [round(task.cost(w).macs / task.reference.macs, 6) for w in path],
+            "trajectory.val_top1": [round(float(v), 4) for v in state["top1"]],
+        }
+        if not self.final_epochs:
+            return Outcome(plan, model=model, series=series)
+        small = resize(model, task.groups, plan)
+        if self.final == "fresh":
+            reinitialise(small, task.seed)
+        task.fit(small, task.train, self._recipe(task, self.final_epochs), desc=f"{self.id} {task.budget}")
+        return Outcome({}, model=small, series=series)
+
+    def _recipe(self, task: Task, epochs: float) -> Recipe:
+        return (task.recipe or Recipe(epochs=1, batch_size=64, lr=0.01)).model_copy(update={"epochs": epochs})
+
+    def _first(self, task: Task, name: str) -> Tensor:
+        """Scores ``[N]`` that say in which order a group's channels open."""
+        if self.order == "index":
+            return -torch.arange(task.groups[name].channels, dtype=torch.float32)
+        return sum(part.abs().sum(dim=1) for part in producer_rows(task.model, task.groups, name)).detach().cpu()  # type: ignore
+
+    def _further(self, task: Task, model: nn.Module, slimmable: Slimmable, last: list[int], step: int) -> dict[str, Tensor]:
+        """The next point: the best of the shapes at the next level of MACs that differ from the last one in a single group."""
+        widths = dict(zip(task.groups, last, strict=True))
+        shapes = [widths] if step == 0 else slimmer(widths, task, self.least ** (step / self.steps))
+        scores = [self._score(task, model, slimmable, shape) for shape in shapes]
+        best = max(range(len(shapes)), key=lambda i: scores[i])
+        return {"widths": torch.tensor(list(shapes[best].values())), "top1": torch.tensor(scores[best][0])}
+
+    def _score(self, task: Task, model: nn.Module, slimmable: Slimmable, widths: Mapping[str, int]) -> tuple[float, float]:
+        """(val accuracy, minus val loss) at some widths, BatchNorm recalibrated."""
+        slimmable.set(widths)
+        recalibrate(model, task.train, samples=self.calibration, macs=0, seed=task.seed)
+        found = accuracy(model, First(task.val, self.samples))
+        return found.top1, -found.loss
+
+
+class Slimmable:
+    """The gates of a slimmable network, and the losses that it is trained by.
+
+    Attributes:
+        gates: ``[N]`` of ones and zeros per group; replaced by others, not changed.
+    """
+
+    def __init__(self, task: Task, first: Mapping[str, Tensor], narrowest: float) -> None:
+        self.groups, self.first, self.narrowest, self.device = task.groups, first, narrowest, task.device
+        self.gates: dict[str, Tensor] = {}
+        self._draw = torch.Generator().manual_seed(task.seed)
+        self.smoothing = task.recipe.label_smoothing if task.recipe else 0.0
+        self.set(self.widths(1.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random numbers to come."""
+        return {"draw": self._draw.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self._draw.set_state(state["draw"])
+
+    def widths(self, *shares: float) -> dict[str, int]:
+        """Channels per group at a share of each, one for all or one each; at least one per block."""
+        each = shares * len(self.groups) if len(shares) == 1 else shares
+        found = zip(self.groups.items(), each, strict=True)
+        return {n: g.blocks * max(1, round(share * g.channels / g.blocks)) for (n, g), share in found}
+
+    def set(self, widths: Mapping[str, int]) -> None:
+        """Open the first channels of each group."""
+        for name, width in widths.items():
+            rows = top_channels(self.first[name], width, self.groups[name].blocks)
+            self.gates[name] = torch.zeros(self.groups[name].channels).index_fill(0, rows, 1.0).to(self.device)
+
+    def losses(self, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+        """Largest first, then the smallest and random ones, which learn its outputs."""
+        self.set(self.widths(1.0))
+        logits = model(x)
+        yield F.cross_entropy(logits, y, label_smoothing=self.smoothing)
+        soft = logits.detach().float().softmax(dim=1)
+        narrow = self.narrowest
+        drawn = [narrow + (1 - narrow) * torch.rand(len(self.groups), generator=self._draw) for _ in range(RANDOM)]
+        for widths in (self.widths(narrow), *(self.widths(*d.tolist()) for d in drawn)):
+            self.set(widths)
+            yield F.cross_entropy(model(x), soft)  # of probabilities: distillation
+        self.set(self.widths(1.0))
+
+
+class First:
+    """The first of some samples."""
+
+    def __init__(self, samples: Samples, count: int) -> None:
+        self._samples, self._count = samples, count
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches until there are ``count`` samples."""
+        left = self._count
+        for x, y in self._samples.batches(size):
+            yield x[:left], y[:left]
+            left -= len(y)
+            if left <= 0:
+                return
+
+
+def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[str, int]]:
+    """Shapes of at most ``level`` of the reference's MACs, each with one group slimmed just as far as that takes.
+
+    Where no single group can be slimmed that far, each goes to its floor together with the group that saves most, and so on.
+    """
+    if task.cost(widths).macs <= level * task.reference.macs:
+        return [dict(widths)]
+    found = []
+    for name, group in task.groups.items():
+        low, high = 1, widths[name] // group.blocks  # per block; high costs too much
+        if task.cost({**widths, name: group.blocks}).macs > level * task.reference.macs:
+            continue
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = task.cost({**widths, name: middle * group.blocks}).macs <= level * task.reference.macs
+            low, high = (middle, high) if fits else (low, middle - 1)
+        found.append({**widths, name: low * group.blocks})
+    if found:
+        return found
+    floors = {n: {**widths, n: g.blocks} for n, g in task.groups.items() if widths[n] > g.blocks}
+    if not floors:
+        return [dict(widths)]
+    return slimmer(min(floors.values(), key=lambda w: task.cost(w).macs), task, level)
+
+
+def at_budget(path: list[dict[str, int]], task: Task) -> dict[str, int]:
+    """The first shape within the budget on a path of shapes, filled up; the floor, filled up, where the path ends before."""
+    floor = {n: g.blocks for n, g in task.groups.items()}
+
+    def fits(widths: Mapping[str, int]) -> bool:
+        kept = used(task.budget, widths, task.groups, task.cost(widths), task.reference)
+        return kept <= asked(task.budget, task.groups) * (1 + 1e-12)
+
+    end = next((i for i, widths in enumerate(path) if fits(widths)), len(path))
+    found = dict(path[end] if end < len(path) else floor)
+    for earlier in reversed(path[:end]):  # what the last steps took more of than the budget asks is given back, last first
+        for name, group in task.groups.items():
+            low, high = found[name] // group.blocks, earlier[name] // group.blocks
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if fits({**found, name: middle * group.blocks}) else (low, middle - 1)
+            found[name] = max(found[name], low * group.blocks)
+    return found

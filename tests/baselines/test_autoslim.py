@@ -1,0 +1,244 @@
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.nn import functional as F
+from widthbench.baselines import autoslim
+from widthbench.baselines.autoslim import AutoSlim, First, Slimmable, at_budget, slimmer
+
+from widthbench.budget import Budget
+from widthbench.protocol import load_data, run_cell
+from widthbench.recipe import Recipe
+from widthbench.records import Cell, Store
+from widthbench.task import Task
+from widthbench.training import fit
+from widthbench.width import CostModel, keep, resize
+
+BASE = Recipe(epochs=3, batch_size=32, lr=0.02)
+BRIEF = {"epochs": 1, "steps": 4, "least": 0.2}
+
+
+def cell(params=None, **fields):
+    given = {
+        "dataset": "digits", "technique": "autoslim", "params": BRIEF | (params or {}), "budget": "macs:0.5", "base": BASE,
+        "finetune": BASE, "model": "lenet_300_100", "size": 16, "seed": 0,
+    }  # fmt: skip
+    return Cell(**given | fields)
+
+
+def task_on(cls=zoo.Plain, budget="macs:0.5"):
+    model, x, groups = zoo.certified(cls)
+    cost = CostModel(model, groups, x)
+    sample = zoo.sample_for(x, count=12)
+    recipe = Recipe(epochs=1, batch_size=6, lr=0.01)
+    return Task(
+        model=model, groups=groups, example_input=x, budget=Budget.parse(budget), cost=cost, reference=cost, train=sample,
+        val=sample, recipe=recipe, fit=lambda m, t, r, **more: fit(m, t, r, macs=1, **more),
+    )  # fmt: skip
+
+
+def by_index(task):
+    return {n: -torch.arange(g.channels, dtype=torch.float32) for n, g in task.groups.items()}
+
+
+def test_a_step_follows_the_sandwich_rule():
+    task = task_on(zoo.Mlp)
+    slimmable, seen = Slimmable(task, by_index(task), 0.25), []
+    model = task.model
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append({n: int(g.sum()) for n, g in slimmable.gates.items()})
+            return model(x)
+
+    x, y = task.train.x, task.train.y
+    losses = list(slimmable.losses(Spy(), x, y))
+    whole = {n: g.channels for n, g in task.groups.items()}
+    assert seen[0] == whole
+    assert seen[1] == {n: max(1, round(0.25 * c)) for n, c in whole.items()}
+    assert len(seen) == len(losses) == 4
+    assert all(round(0.25 * whole[n]) <= w <= whole[n] for widths in seen[2:] for n, w in widths.items())
+    assert seen[2] != seen[3]
+    with torch.no_grad():
+        logits = model(x)
+    assert torch.allclose(losses[0], F.cross_entropy(logits, y))
+    soft = logits.softmax(1)
+    assert torch.allclose(losses[1], -(soft * logits.log_softmax(1)).sum(1).mean())  # the spy's network is not gated
+    assert not soft.requires_grad
+
+
+def test_gates_open_the_first_channels_as_a_cut_network_would_have_them():
+    task = task_on(zoo.Grouped)
+    slimmable = Slimmable(task, by_index(task), 0.5)
+    slimmable.set(slimmable.widths(0.5))
+    rows = {n: g.nonzero().flatten() for n, g in slimmable.gates.items()}
+    for name, group in task.groups.items():
+        size = group.channels // group.blocks
+        expected = [b * size + i for b in range(group.blocks) for i in range(max(1, round(size / 2)))]
+        assert rows[name].tolist() == expected
+    x = task.train.x
+    cut = resize(task.model, task.groups, {n: keep(r) for n, r in rows.items()})
+    with autoslim.gated(task.model, task.groups, slimmable.gates):
+        assert zoo.error(task.model(x), cut(x)) < 1e-12
+
+
+def brute_force(widths, task, level):
+    """For each group, the widest that brings the MACs to the level, by trying all."""
+    found = []
+    for name, group in task.groups.items():
+        for width in range(widths[name], 0, -group.blocks):
+            if task.cost({**widths, name: width}).macs <= level * task.reference.macs:
+                found.append({**widths, name: width})
+                break
+    return found
+
+
+@pytest.mark.parametrize("cls", zoo.EXACT)
+@pytest.mark.parametrize("level", [0.9, 0.6])
+def test_shapes_at_a_level_are_those_of_brute_force(cls, level):
+    task = task_on(cls)
+    whole = {n: g.channels for n, g in task.groups.items()}
+    expected = brute_force(whole, task, level)
+    if expected:
+        assert slimmer(whole, task, level) == expected
+    for shape in slimmer(whole, task, level):
+        assert task.cost(shape).macs <= level * task.reference.macs
+
+
+def test_where_no_single_group_is_enough_several_are_slimmed():
+    task = task_on(zoo.Plain)
+    whole = {n: g.channels for n, g in task.groups.items()}
+    floor = task.cost({n: g.blocks for n, g in task.groups.items()}).macs / task.reference.macs
+    shapes = slimmer(whole, task, floor * 1.05)
+    assert shapes
+    assert all(task.cost(s).macs <= floor * 1.05 * task.reference.macs for s in shapes)
+    assert slimmer(whole, task, 0.0) == [{n: g.blocks for n, g in task.groups.items()}]
+
+
+@pytest.mark.parametrize("budget", ["macs:0.7", "macs:0.5", "params:0.4", "channels:0.5", "macs:1"])
+def test_the_shape_at_a_budget_is_on_the_path_and_full(budget):
+    task = task_on(zoo.Plain, budget)
+    path = [{n: g.channels for n, g in task.groups.items()}]
+    for level in (0.8, 0.6, 0.45):
+        path.append(slimmer(path[-1], task, level)[0])
+    found = at_budget(path, task)
+    kept = autoslim.used(task.budget, found, task.groups, task.cost(found), task.reference)
+    allowed = autoslim.asked(task.budget, task.groups)
+    assert kept <= allowed
+    for name, group in task.groups.items():  # nothing that the path took more of can be given back
+        if found[name] < group.channels:
+            more = {**found, name: found[name] + group.blocks}
+            assert autoslim.used(task.budget, more, task.groups, task.cost(more), task.reference) > allowed
+    if budget == "macs:1":
+        assert found == path[0]
+
+
+class Scripted(AutoSlim):
+    """Scores shapes by a rule instead of by data."""
+
+    def _score(self, task, model, slimmable, widths):
+        return (100.0 - 10 * (task.groups["conv1"].channels - widths["conv1"]), 0.0)
+
+
+def test_the_group_that_accuracy_misses_least_is_slimmed():
+    task = task_on(zoo.Plain)
+    slimmable = Slimmable(task, by_index(task), 0.5)
+    whole = [g.channels for g in task.groups.values()]
+    method = Scripted(least=0.25, steps=4)
+    state = method._further(task, task.model, slimmable, whole, 1)
+    widths = dict(zip(task.groups, state["widths"].tolist(), strict=True))
+    assert widths["conv1"] == task.groups["conv1"].channels
+    assert widths != dict(zip(task.groups, whole, strict=True))
+    assert task.cost(widths).macs <= 0.25**0.25 * task.reference.macs
+
+
+@pytest.mark.parametrize("params", [{}, {"final": "fresh", "final_epochs": 4}, {"final_epochs": 0, "order": "index"}])
+@pytest.mark.parametrize(("model", "size"), [("lenet_300_100", 16), ("test_resnet", 32)])
+def test_it_slims_real_networks(model, size, params):
+    records = [run_cell(cell(params, model=model, size=size, budget=b), Store()) for b in ("macs:0.6", "macs:0.25", "macs:0.1")]
+    for record in records:
+        assert record.status == "done", record.reason
+        assert record.met
+        assert record.series["trajectory.macs"] == sorted(record.series["trajectory.macs"], reverse=True)
+        assert len(record.series["trajectory.macs"]) == 5
+    assert records[0].series == records[1].series == records[2].series  # one path for all budgets
+    bills = [r.spent["decision"].forward_macs for r in records]
+    if params.get("final_epochs") == 0:
+        assert bills[0] == bills[1]
+    else:  # narrower shapes are cheaper to train
+        assert bills[0] > bills[1] > bills[2]
+
+
+def test_the_bill_counts_every_pass(fresh_cache, monkeypatch):
+    calls, real = [], AutoSlim._score
+    monkeypatch.setattr(AutoSlim, "_score", lambda *args: calls.append(1) or real(*args))
+    given = cell({"final_epochs": 1})
+    record = run_cell(given, Store())
+    split, base, spent = load_data(given), record.base_macs, record.spent["decision"]
+    steps = len(split.train) // 32 * 32 + (len(split.train) % 32 > 1) * (len(split.train) % 32)
+    slimmable, final = 4 * steps * base, steps * record.macs
+    assert spent.backward_macs == 2 * (slimmable + final)
+    assert spent.forward_macs == slimmable + final + len(calls) * len(split.val) * base
+    assert len(calls) > 4
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["training", "path"])
+def test_a_killed_run_resumes_to_the_same_network_and_bill(where, fresh_cache, monkeypatch):
+    monkeypatch.setattr("widthbench.training.STATE_EVERY_S", 0.0)
+    given = cell({"epochs": 3})
+    whole = run_cell(given, Store())
+    monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache) + "-2")
+    owner, name, at = (Slimmable, "losses", 80) if where == "training" else (AutoSlim, "_score", 4)
+    real, calls = getattr(owner, name), []
+
+    def dying(self, *args):
+        calls.append(1)
+        if len(calls) == at:
+            raise Killed
+        return real(self, *args)
+
+    monkeypatch.setattr(owner, name, dying)
+    assert "Killed" in run_cell(given, Store()).reason
+    before = len(calls)
+    again = run_cell(given, Store())
+    assert again.status == "done", again.reason
+    monkeypatch.undo()
+    assert len(calls) - before < before + 60
+    assert again.rows == whole.rows
+    assert again.series == whole.series
+    assert again.spent["decision"].forward_macs == whole.spent["decision"].forward_macs
+
+
+def test_the_first_samples():
+    x = torch.arange(10.0)[:, None]
+
+    class Data:
+        def batches(self, size):
+            return zip(x.split(size), x.split(size), strict=True)
+
+    parts = [len(y) for _, y in First(Data(), 7).batches(3)]
+    assert parts == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"narrowest": 0}, "narrowest must be a share"),
+        ({"least": 1}, "least must be a share"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"epochs": 0}, "epochs must be above 0"),
+    ],
+)
+def test_parameters_that_make_no_sense(params, message):
+    with pytest.raises(ValueError, match=message):
+        AutoSlim(**params)
+
+
+def test_divergence_is_named():
+    record = run_cell(cell(finetune=Recipe(epochs=1, batch_size=32, lr=1e6)), Store())
+    assert record.status == "failed"
+    assert "diverged" in record.reason

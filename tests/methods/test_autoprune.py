@@ -1,0 +1,301 @@
+import copy
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.nn import functional as F
+from widthbench.methods import autoprune
+from widthbench.methods.autoprune import AutoPrune, Gates, derivative, opened, sensitivities, updated
+
+from widthbench.budget import Budget
+from widthbench.errors import InfeasibleBudgetError
+from widthbench.protocol import run_cell
+from widthbench.recipe import Recipe
+from widthbench.records import Cell, Store
+from widthbench.task import Task
+from widthbench.training import fit
+from widthbench.width import CostModel, find_groups, gated, keep, resize
+
+BASE = Recipe(epochs=3, batch_size=32, lr=0.02)
+
+
+def cell(params=None, **fields):
+    given = {
+        "dataset": "digits", "technique": "autoprune", "params": {"epochs": 2} | (params or {}), "budget": "macs:0.5", "base": BASE,
+        "finetune": BASE, "model": "lenet_300_100", "size": 16, "seed": 0,
+    }  # fmt: skip
+    return Cell(**given | fields)
+
+
+def test_an_update_by_hand():
+    m = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64)
+    s = torch.tensor([0.5, -1.0, -3.0], dtype=torch.float64)
+    # m - 0.1 (s + 0.25) ĥ'(m), with σ(0) = 0.5, σ(2) = 0.8807970779778823, σ(-1) = 0.2689414213699951
+    soft = torch.tensor([-0.0375, 2.0 + 0.1 * 0.75 * 0.8807970779778823, -1.0 + 0.1 * 2.75 * 0.2689414213699951])
+    assert torch.allclose(updated(m, s, 0.25, 0.1, "softplus"), soft.double(), atol=1e-7)
+    linear = torch.tensor([-0.075, 2.075, -0.725], dtype=torch.float64)
+    assert torch.allclose(updated(m, s, 0.25, 0.1, "linear"), linear)
+    leaky = torch.tensor([-0.0075, 2.075, -0.9725], dtype=torch.float64)
+    assert torch.allclose(updated(m, s, 0.25, 0.1, "leaky_relu"), leaky)
+
+
+def test_softplus_estimator_is_the_derivative_of_softplus():
+    m = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(F.softplus(m).sum(), m)
+    assert torch.allclose(derivative(m.detach(), "softplus"), slope)
+
+
+def test_sensitivities_by_hand():
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
+    model[1].weight.data = torch.tensor([[3.0, 0.0], [-4.0, 2.0]], dtype=torch.float64)
+    groups = find_groups(model, torch.randn(1, 1, dtype=torch.float64), cache=False)
+    slopes = {"1": torch.tensor([[1.0, 5.0], [0.5, -1.0]], dtype=torch.float64)}
+    expected = {"sgn": [1 - 0.5, -1.0], "none": [3 - 2.0, -2.0], "unit": [1 / 5, -2 / 2]}
+    for decoupling, values in expected.items():
+        found = sensitivities(model, groups, slopes, decoupling)["0"]
+        assert torch.allclose(found, torch.tensor(values, dtype=torch.float64)), decoupling
+
+
+def slopes_of(model, groups, gates, sample):
+    products = {}
+    with gated(model, groups, gates, on="weight", products=products):
+        loss = F.cross_entropy(model(sample.x), sample.y)
+    layers = list(products)
+    return dict(zip(layers, torch.autograd.grad(loss, [products[n][0] for n in layers]), strict=True))
+
+
+@pytest.mark.parametrize("cls", zoo.EXACT)
+def test_coupled_sensitivities_are_the_gradient_of_gates_by_finite_differences(cls):
+    model, x, groups = zoo.certified(cls)
+    sample, (gates, _) = zoo.sample_for(x), zoo.started(groups, x)
+    found = sensitivities(model, groups, slopes_of(model, groups, gates, sample), "none")
+    assert found.keys() == groups.keys()
+    for name in groups:
+        for channel in (0, 1, groups[name].channels - 1):
+            losses = []
+            for step in (1e-6, -1e-6):
+                moved = gates | {name: gates[name].clone()}
+                moved[name][channel] += step
+                with torch.no_grad(), gated(model, groups, moved, on="weight"):
+                    losses.append(float(F.cross_entropy(model(sample.x), sample.y)))
+            assert float(found[name][channel]) == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-4, abs=1e-8)
+
+
+def test_at_fixed_slopes_only_the_decoupled_rule_ignores_the_size_of_weights():
+    model, x, groups = zoo.certified(zoo.Plain)
+    sample, (gates, _) = zoo.sample_for(x), zoo.started(groups, x)
+    slopes = slopes_of(model, groups, gates, sample)
+    before = {d: sensitivities(model, groups, slopes, d) for d in ("sgn", "unit", "none")}
+    for layer in slopes:
+        model.get_submodule(layer).weight.data *= 3
+    after = {d: sensitivities(model, groups, slopes, d) for d in before}
+    for name in groups:
+        assert torch.allclose(after["sgn"][name], before["sgn"][name])
+        assert torch.allclose(after["unit"][name], before["unit"][name])
+        assert torch.allclose(after["none"][name], 3 * before["none"][name])
+
+
+def test_under_function_preserving_rescaling_only_the_coupled_rule_stays():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double().eval()
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+    groups = find_groups(model, x[:1], cache=False)
+    gates, sample = {"0": x.new_ones(6)}, zoo.sample_for(x)
+    sample = type(sample)(x, y)
+    scaled = copy.deepcopy(model)
+    scaled[0].weight.data *= 4
+    scaled[0].bias.data *= 4
+    scaled[2].weight.data /= 4
+    assert zoo.error(scaled(x), model(x)) < 1e-12
+    for decoupling, ratio in {"none": 1.0, "sgn": 4.0, "unit": 4.0}.items():
+        one, other = (sensitivities(m, groups, slopes_of(m, groups, gates, sample), decoupling)["0"] for m in (model, scaled))
+        assert torch.allclose(other, ratio * one), decoupling
+
+
+def test_no_block_is_ever_closed():
+    m = torch.tensor([-3.0, -1.0, 2.0, -1.0])
+    assert opened(m, 2).tolist() == [0, 1, 1, 0]
+    assert opened(m, 1).tolist() == [0, 0, 1, 0]
+
+
+class Repeated:
+    """The same batch again and again."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.y)
+
+    def batches(self, size, *, generator=None, augment=None):
+        return iter([(self.x, self.y)])
+
+
+def planted(**params):
+    """Three hidden channels of which the labels need the first, and the gates over them."""
+    model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.Linear(3, 2, bias=False))
+    model[0].weight.data = torch.tensor([[1.0], [0.01], [0.01]])
+    model[1].weight.data = torch.tensor([[-1.0, 0.01, 0.01], [1.0, 0.01, 0.01]])
+    model.eval()
+    x = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
+    data, groups = Repeated(x, (x[:, 0] > 0).long()), find_groups(model, x[:1], cache=False)
+    cost = CostModel(model, groups, x[:1])
+    recipe = Recipe(epochs=10, batch_size=4, lr=1e-6, momentum=0, weight_decay=0)
+    task = Task(
+        model=model, groups=groups, example_input=x[:1], budget=Budget("channels", 0.34), cost=cost, reference=cost, train=data,
+        val=data, recipe=recipe, fit=lambda m, t, r, **more: fit(m, t, r, macs=1, **more),
+    )  # fmt: skip
+    return AutoPrune(**{"epochs": 10, "eta": 0.3} | params), task
+
+
+def test_a_channel_that_the_loss_needs_recovers():
+    method, task = planted(mu=0.0, epochs=40, freeze=1.0)
+    gates = Gates(method, task, task.recipe.model_copy(update={"epochs": 40.0}))
+    gates.m["0"][0] = -0.5  # closed by hand: its slope says that the loss misses it
+    gates.open["0"].copy_(opened(gates.m["0"], 1))
+    model = copy.deepcopy(task.model)
+    with gated(model, task.groups, gates.open, on="weight", products=gates.products):
+        task.fit(model, task.train, gates.recipe, losses=gates.losses)
+    assert gates.open["0"][0] == 1
+    assert int(gates.recoveries) >= 1
+
+
+def test_the_channel_that_the_labels_need_is_kept():
+    method, task = planted()
+    outcome = method.apply(task)
+    assert outcome.widths == {"0": 1}
+    assert outcome.plan["0"].rows.tolist() == [0]
+
+
+@pytest.mark.parametrize("model", ["lenet_300_100", "test_resnet"])
+def test_the_frozen_gates_equal_the_resized_network(model, monkeypatch):
+    seen = []
+    cut = autoprune.keep
+    monkeypatch.setattr(autoprune, "keep", lambda rows: seen.append(rows) or cut(rows))
+    outcomes, decide = [], AutoPrune.decide
+
+    def watched(self, task, state):
+        outcomes.append((task, decide(self, task, state)))
+        return outcomes[-1][1]
+
+    monkeypatch.setattr(AutoPrune, "decide", watched)
+    assert run_cell(cell(model=model, size=32 if "res" in model else 16, seed=5), Store()).status == "done"
+    task, outcome = outcomes[0]
+    model, x = outcome.model.eval(), torch.randn(8, *task.example_input.shape[1:])
+    gates = {n: torch.zeros(g.channels).index_fill(0, outcome.plan[n].rows, 1.0) for n, g in task.groups.items()}
+    with torch.no_grad():
+        expected = resize(model, task.groups, {n: keep(p.rows) for n, p in outcome.plan.items()})(x)
+        with gated(model, task.groups, gates, on="weight"):
+            assert zoo.error(model(x), expected) < 1e-5
+        assert zoo.error(model(x), expected) > 1e-5  # closed channels were not empty anyway
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"estimator": "linear", "decoupling": "none"},
+        {"estimator": "leaky_relu", "decoupling": "unit", "penalty": "channels"},
+        {"start": "fresh", "weight_decay": 0.0, "lr": 0.05},
+    ],
+)
+def test_trajectories_go_from_everything_to_the_budget(params):
+    record = run_cell(cell(params), Store())
+    assert record.status == "done", record.reason
+    series = record.series
+    lengths = {len(v) for k, v in series.items() if k.startswith("trajectory.")}
+    assert len(lengths) == 1
+    macs = series["trajectory.macs"]
+    assert macs[0] > 0.75
+    assert 0.45 < macs[-1] <= 0.5025
+    assert series["trajectory.step"] == sorted(series["trajectory.step"])
+    assert series["trajectory.recoveries"] == sorted(series["trajectory.recoveries"])
+    if params.get("decoupling") == "none":
+        assert min(c for c in series["trajectory.cosine"] if c is not None) > 0.999
+    assert (record.spent["base"].forward_macs == 0) == (params.get("start") == "fresh")
+    passes = record.spent["decision"].forward_macs / record.base_macs / 32
+    assert passes == pytest.approx(1.75 * series["trajectory.step"][-1], rel=0.03)  # all but the last quarter with a batch of val
+    assert record.spent["decision"].backward_macs == pytest.approx(2 * record.spent["decision"].forward_macs, rel=0.01)
+
+
+def test_a_fixed_mu_keeps_what_ends_open():
+    low, high = (run_cell(cell({"mu": mu}, budget="macs:1"), Store()) for mu in (0.05, 0.6))
+    for record in (low, high):
+        assert record.status == "done", record.reason
+        assert sum(record.widths.values()) == record.series["trajectory.open"][-1]
+    assert sum(high.widths.values()) < sum(low.widths.values()) < 400
+    capped = run_cell(cell({"mu": 0.0}, budget="macs:0.25"), Store())
+    assert capped.kept <= 0.25 * 1.005
+
+
+def test_curves_note_val_accuracy():
+    record = run_cell(cell(curves=True), Store())
+    assert record.series["trajectory.val_top1"][-1] == pytest.approx(record.rows[0].val_top1, abs=1e-3)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypatch):
+    monkeypatch.setattr("widthbench.training.STATE_EVERY_S", 0.0)
+    given = cell({"epochs": 4}, curves=True)
+    whole = run_cell(given, Store())
+    monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache) + "-2")
+    learn, steps = Gates._learn, []
+
+    def dying(self, model):
+        steps.append(self.step)
+        if len(steps) == 100:
+            raise Killed
+        return learn(self, model)
+
+    monkeypatch.setattr(Gates, "_learn", dying)
+    assert "Killed" in run_cell(given, Store()).reason
+    again = run_cell(given, Store())
+    assert again.status == "done", again.reason
+    assert 0 < steps[100] < 99  # not from the start
+    assert again.rows == whole.rows
+    assert again.series == whole.series
+    assert again.spent["decision"].forward_macs == whole.spent["decision"].forward_macs
+    assert again.spent["decision"].backward_macs == whole.spent["decision"].backward_macs
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"ramp": 0.9, "freeze": 0.5}, "0 < ramp <= freeze <= 1"),
+        ({"epochs": 0}, "epochs must be above 0"),
+        ({"eta": -1}, "eta must be above 0"),
+        ({"mu": -1}, "mu must be at least 0"),
+    ],
+)
+def test_parameters_that_make_no_sense(params, message):
+    with pytest.raises(ValueError, match=message):
+        AutoPrune(**params)
+
+
+def test_divergence_is_named():
+    record = run_cell(cell({"lr": 1e6}), Store())
+    assert record.status == "failed"
+    assert "diverged" in record.reason
+    assert "lower lr" in record.reason
+
+
+def test_a_budget_below_the_floor_is_refused_before_any_work():
+    method, task = planted()
+    with pytest.raises(InfeasibleBudgetError):
+        method.apply(Task(**{**vars(task), "budget": Budget("macs", 0.01), "fit": pytest.fail}))
+
+
+def test_amp_computes_in_bfloat16_and_keeps_float32_weights():
+    method, task = planted()
+    recipe = task.recipe.model_copy(update={"amp": True})
+    outcome = method.apply(Task(**{**vars(task), "recipe": recipe}))
+    assert outcome.resized[0].weight.dtype == torch.float32
+    types = []
+    hook = task.model[1].register_forward_hook(lambda m, a, out: types.append(out.dtype))
+    task.fit(copy.deepcopy(task.model), task.train, recipe)
+    hook.remove()
+    assert torch.bfloat16 in types
