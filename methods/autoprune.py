@@ -79,7 +79,7 @@ class AutoPrune(Technique):
         epochs: float = 4,
         weight_decay: float | None = None,
         lr: float | None = None,
-        eta: float = 0.05,
+        eta: float = 0.1,
         mu: float | None = None,
         penalty: Literal["cost", "channels"] = "cost",
         ramp: float = 0.5,

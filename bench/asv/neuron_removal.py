@@ -4,13 +4,9 @@
 FILE.jsonl); asv tracks the ratios. Random images stand in for data: the work is the same.
 """
 
-import argparse
-import json
 import math
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from tabulate import tabulate
@@ -18,7 +14,7 @@ from torch.nn import functional as F
 from widthbench.methods.neuron_removal import remove, unfinished
 
 from widthbench import models
-from widthbench.provenance import commit, hardware
+from widthbench.report.speed import main
 from widthbench.width import find_groups
 from widthbench.width.ablation import Ablation, Sample
 
@@ -167,26 +163,9 @@ def table(rows: list[dict]) -> str:
     return tabulate(lines, headers=headers, tablefmt="pipe", colalign=("left", *["right"] * 6), disable_numparse=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", metavar="FILE", help="also write FILE.md and FILE.jsonl")
-    options = parser.parse_args()
-    rows = measure()
-    text = table(rows)
-    print(text)
-    if options.write:
-        path = Path(options.write)
-        path.with_suffix(".jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        made = commit()
-        dirty = " with uncommitted changes" if made["dirty"] else ""
-        where = f"Commit {str(made['commit'])[:12]}{dirty}, torch {torch.__version__}, "
-        where += f"Python {platform.python_version()}, {hardware().get('cpu')}"
-        path.with_suffix(".md").write_text(PAGE.format(table=text, where=where, images=IMAGES))
-
-
 PAGE = """# Speed of brute force on neurons
 
-`python bench/asv/neuron_removal.py --write results/neuron-removal-speed`, {images} random images, float32; medians, each pair
+`python bench/asv/neuron_removal.py --write results/neuron-removal-speed`, 10,000 random images, float32; medians, each pair
 measured in turn in one run. The losses of both ways agree to 1e-6 (asserted). Processes have one thread each.
 
 {table}
@@ -196,4 +175,4 @@ measured in turn in one run. The losses of both ways agree to 1e-6 (asserted). P
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, PAGE, measure, table)

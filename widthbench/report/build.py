@@ -17,7 +17,7 @@ from widthbench.measure import latency_ms, peak_memory_mib
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, hardware, versions
 from widthbench.records import Record, Store, digest_of, read_records, write_records
-from widthbench.report import curves, figures, tables
+from widthbench.report import curves, figures, tables, trajectories
 from widthbench.suites import Suite
 
 BATCH = 64
@@ -61,7 +61,7 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = ()) -> list[R
 
 
 def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True) -> Report:
-    """Write records, timings, ``leaderboard.md``, ``paired.md`` (citable suites), ``curves.md`` (of paths) and figures.
+    """Write records, timings, figures, ``leaderboard.md``; ``paired.md``, ``curves.md`` and ``trajectories.md`` where they apply.
 
     Args:
         suite: The suite.
@@ -91,6 +91,10 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
         pages.append(folder / "curves.md")
         write_atomic(pages[-1], curves.page(records, suite.name))
         more = curves.write(records, folder / "figures")
+    if trajectories.has_trajectories(records):
+        pages.append(folder / "trajectories.md")
+        write_atomic(pages[-1], trajectories.page(records, suite.name))
+        more += trajectories.write(records, folder / "figures")
     drawn = figures.write(records, folder / "figures", suite.title or suite.name)
     files = [*pages, folder / "records.jsonl", folder / "timings.jsonl", *drawn, *more]
     return Report(records, folder, files, tables.terminal(suite, records, expected))

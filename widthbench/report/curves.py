@@ -188,7 +188,7 @@ def _curves(networks: Mapping[tuple[str, str], Sequence[Line]], path: Path, what
     stop = "; dots: the stopping point chosen on val" if what == "accuracy" else ""
     heading = f"{what.capitalize()} along the order of removal, nothing retrained; {spread}{stop}"
     figure.suptitle(textwrap.fill(heading, 56 * columns, break_on_hyphens=False), fontsize=12)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _band(place: Axes, line: Line, series: str, colour: str, style: str) -> Any:
@@ -264,7 +264,7 @@ def _errors(found: Mapping[str, Record], path: Path, title: str) -> Path:
         f"{title}, seed {seed}: {len(chosen)} neurons from the least to the most wanted\n"
         "(above each: what its removal does to the loss)", fontsize=11,
     )  # fmt: skip
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _file(network: str, dataset: str) -> str:
@@ -272,7 +272,8 @@ def _file(network: str, dataset: str) -> str:
     return f"errors-{'-'.join(p for p in plain.split('-') if p)}.png"
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, atomically, without what changes from run to run."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png", metadata={"Software": None})
     write_atomic(path, buffer.getvalue())

@@ -1,0 +1,170 @@
+"""Trajectories: what techniques that train or search note along the way, as a page and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from tabulate import tabulate
+
+from widthbench.budget import Budget
+from widthbench.records import Record
+from widthbench.report.curves import save
+from widthbench.report.figures import COLOURS
+from widthbench.report.tables import Line, lines, over_bases
+
+STEP = "trajectory.step"
+NAMES = {
+    "open": "open channels",
+    "macs": "MACs, share of the whole",
+    "loss": "training loss, nats",
+    "val_loss": "val loss, nats",
+    "val_top1": "val top-1, %",
+    "recoveries": "recoveries so far",
+    "cosine": "cosine with the gradient",
+    "mu": "μ",
+}
+DRAWN = ("open", "macs", "val_loss", "val_top1", "recoveries", "cosine")
+
+PREFACE = """\
+What each technique noted while it decided, at its smallest budget; mean ± sample standard deviation over n base networks.
+
+*Recoveries*: channels that had been closed and opened again, each time counted. *Least cosine*: between the update of the auxiliary
+parameters and the gradient of the val loss by them, the least over all steps of a run. *Val top-1 at the end*: of the network as
+the trajectory leaves it. The data are the series `trajectory.*` of `records.jsonl`."""
+
+
+def has_trajectories(records: Sequence[Record]) -> bool:
+    """Whether any record has one."""
+    return any(_drawable(r) for r in records)
+
+
+def _drawable(record: Record) -> bool:
+    return len(record.series.get(STEP, [])) > 1
+
+
+def page(records: Sequence[Record], title: str) -> str:
+    """The markdown page: a table for each network, and the figures.
+
+    Args:
+        records: A suite's records.
+        title: Of the suite.
+    """
+    parts = [f"# {title}: trajectories", "", PREFACE, ""]
+    found = _blocks(records)
+    parts += [f"![{technique} along its steps](figures/{_file(technique)})\n" for technique in found]
+    for technique, networks in found.items():
+        rows = []
+        for (dataset, network), block in networks.items():
+            for line in block:
+                cells = [_mean(line, "recoveries", last, 0), _mean(line, "cosine", min, 3), _mean(line, "val_top1", last, 2)]
+                rows.append([f"`{network}` on `{dataset}`", line.label, line.budget, *cells, str(line.bases)])
+        headers = ["network", "technique", "budget", "recoveries", "least cosine", "val top-1 % at the end", "n"]
+        table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=("left",) * 3 + ("right",) * 4, disable_numparse=True)
+        parts += [f"## {technique}", "", table, ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def write(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draw a figure for each technique: a row for each network, a panel for each quantity.
+
+    Args:
+        records: A suite's records.
+        folder: Gets ``trajectory-TECHNIQUE.png``.
+
+    Returns:
+        The files written.
+    """
+    return [_figure(networks, folder / _file(technique), technique) for technique, networks in _blocks(records).items()]
+
+
+def last(values: list[Any]) -> Any:
+    """The last of some values."""
+    return values[-1]
+
+
+def _values(record: Record, name: str) -> list[Any]:
+    return [v for v in record.series.get(f"trajectory.{name}", []) if v is not None]
+
+
+def _mean(line: Line, name: str, pick: Any, digits: int) -> str:
+    found = over_bases({k: float(pick(values)) for k, r in line.done.items() if (values := _values(r, name))})
+    return found.text(digits) if found else "–"
+
+
+def _blocks(records: Sequence[Record]) -> dict[str, dict[tuple[str, str], list[Line]]]:
+    """Lines with trajectories by technique and network, each at its smallest budget."""
+    found: dict[str, dict[tuple[str, str], dict[str, Line]]] = {}
+    for line in lines(records):
+        line.records = {k: r for k, r in line.done.items() if _drawable(r)}
+        if line.records:
+            block = found.setdefault(line.first().cell.technique, {}).setdefault((line.dataset, line.model), {})
+            if line.label not in block or _fraction(line) < _fraction(block[line.label]):
+                block[line.label] = line
+    return {t: {network: list(block.values()) for network, block in n.items()} for t, n in found.items()}
+
+
+def _fraction(line: Line) -> float:
+    return Budget.parse(str(line.budget), grows=True).fraction
+
+
+def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: str) -> Path:
+    everything = [r for block in networks.values() for line in block for r in line.records.values()]
+    names = [n for n in DRAWN if any(_values(r, n) for r in everything)]
+    if "open" in names:
+        names.remove("macs")  # tells the same
+    figure = Figure(figsize=(3.1 * len(names), 2.5 * len(networks) + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(networks), len(names), squeeze=False)
+    labels = sorted({line.label for block in networks.values() for line in block})
+    handles: dict[str, Any] = {}
+    for row, ((dataset, network), block) in zip(axes, networks.items(), strict=True):
+        for place, name in zip(row, names, strict=True):
+            for line in block:
+                if (handle := _band(place, line, name, COLOURS[labels.index(line.label) % len(COLOURS)])) is not None:
+                    handles[line.label] = handle
+            place.set_title(f"{network} on {dataset}" if name == names[0] else NAMES[name], fontsize=9)
+            place.set_ylabel(NAMES[name], fontsize=8)
+            place.tick_params(labelsize=7)
+            place.grid(alpha=0.3)
+            place.set_xlim(0, 100)
+            if name == "val_loss":
+                place.set_yscale("log")
+                place.yaxis.set_minor_formatter(NullFormatter())
+    for place in axes[-1]:
+        place.set_xlabel("% of the steps", fontsize=8)
+    if len(labels) > 1:
+        columns = max(1, min(len(labels), math.floor(3.1 * len(names) / 4)))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    most = max(line.bases for block in networks.values() for line in block)
+    spread = f"mean ± std over {most} base networks" if most > 1 else "one base network"
+    figure.suptitle(f"{technique} along its steps, at the smallest budget; {spread}", fontsize=11)
+    return save(figure, path)
+
+
+def _band(place: Any, line: Line, name: str, colour: str) -> Any:
+    """Mean and spread over bases; the curve's handle, or None where no record has the series."""
+    grid, curves = np.linspace(0, 100, 101), []
+    for record in line.records.values():
+        steps, values = record.series[STEP], record.series.get(f"trajectory.{name}", [])
+        pairs = [(100 * s / max(1, steps[-1]), float(v)) for s, v in zip(steps, values, strict=False) if v is not None]
+        if len(pairs) > 1:
+            x, y = zip(*pairs, strict=True)
+            curves.append(np.interp(grid, x, y, left=np.nan, right=np.nan))
+    if not curves:
+        return None
+    mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=1) if len(curves) > 1 else 0
+    (handle,) = place.plot(grid, mean, color=colour, linewidth=1.4)
+    low = np.maximum(mean - spread, mean / 3) if name == "val_loss" else mean - spread
+    place.fill_between(grid, low, mean + spread, color=colour, alpha=0.15, linewidth=0)
+    return handle
+
+
+def _file(technique: str) -> str:
+    return f"trajectory-{''.join(c if c.isalnum() or c in '-_' else '-' for c in technique)}.png"
