@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from widthbench import suites
+from widthbench.protocol import run_cell
+from widthbench.records import Store
+from widthbench.report import build, trajectories
+
+SUITE = """
+name = "tiny"
+datasets = ["digits"]
+seeds = [0, 1]
+budgets = ["macs:0.5", "macs:0.25"]
+techniques = [
+  "l1-norm",
+  { id = "autoprune", params = { epochs = 1 } },
+  { id = "autoprune", params = { epochs = 1, decoupling = "none" } },
+  { id = "autoslim", params = { epochs = 1, steps = 3, least = 0.25 } },
+]
+[base]
+epochs = 1
+batch_size = 32
+lr = 0.02
+[finetune]
+epochs = 0
+lr = 0.02
+[[models]]
+name = "lenet_300_100"
+size = 16
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    suite = suites.parse(SUITE, "tiny.toml")
+    records = [run_cell(c, Store()) for c in suite.cells()]
+    assert {r.status for r in records} == {"done"}, [r.reason for r in records]
+    return build.build(suite, tmp_path_factory.mktemp("results"), Store(), time_shapes=False), records
+
+
+def test_a_figure_for_each_technique_that_notes_where_it_is(written):
+    report, _ = written
+    names = {str(p.relative_to(report.folder)) for p in report.files}
+    drawn = {n for n in names if "trajectory" in n}
+    assert drawn == {"figures/trajectory-autoprune.png", "figures/trajectory-autoslim.png"}
+    page = (report.folder / "trajectories.md").read_text()
+    for name in drawn:
+        assert f"({name})" in page
+        with Image.open(report.folder / name) as image:
+            assert image.width > 600
+            assert len(np.unique(np.asarray(image).reshape(-1, np.asarray(image).shape[-1]), axis=0)) > 50
+
+
+def test_the_table_says_what_the_records_say_at_the_smallest_budget(written):
+    report, records = written
+    rows = [line for line in (report.folder / "trajectories.md").read_text().splitlines() if "autoprune(epochs=1)" in line]
+    assert len(rows) == 1
+    cells = [c.strip() for c in rows[0].split("|")]
+    mine = [
+        r for r in records if r.cell.params == {"epochs": 1} and r.cell.technique == "autoprune" and r.cell.budget == "macs:0.25"
+    ]
+    recoveries = [r.series["trajectory.recoveries"][-1] for r in mine]
+    least = [min(c for c in r.series["trajectory.cosine"] if c is not None) for r in mine]
+    assert cells[3] == "macs:0.25"
+    assert cells[4] == f"{np.mean(recoveries):.0f} ± {np.std(recoveries, ddof=1):.0f}"
+    assert cells[5] == f"{np.mean(least):.3f} ± {np.std(least, ddof=1):.3f}"
+    assert cells[7] == "2"
+
+
+def test_records_without_trajectories_get_no_page(written):
+    _, records = written
+    assert not trajectories.has_trajectories([r for r in records if r.cell.technique == "l1-norm"])
+    assert trajectories.has_trajectories(records)
