@@ -57,6 +57,20 @@ def test_scratch_budget_trains_it_for_as_many_macs():
     assert record.spent["adaptation"].epochs > run("scratch", of="l1-norm").spent["adaptation"].epochs
 
 
+@pytest.mark.parametrize("params", [{"epochs": 2}, {"epochs": 4, "start": "fresh"}])
+def test_l1_budget_fine_tunes_until_it_has_cost_as_much(params):
+    source, plain = run("autoprune", params=params), run("l1-norm")
+    record = run("l1-budget", of="autoprune", params=params)
+    assert record.source == source.key
+    assert record.widths == plain.widths
+    assert record.rows[0] == plain.rows[0]  # the same channels
+    costs = [sum(s.forward_macs + s.backward_macs for s in r.spent.values()) for r in (source, record)]
+    assert costs[1] == pytest.approx(costs[0], rel=0.02)  # in whole steps
+    assert record.rows[-1].stage == "fine-tuned"
+    held = run("l1-budget", of="autoprune", params=params, longest=0.5)
+    assert held.spent["adaptation"].epochs == pytest.approx(0.5 * BASE.epochs, rel=0.05)
+
+
 def test_a_scratch_control_computes_its_source_first_and_skips_with_it(fresh_cache):
     record = run("scratch", of="l1-norm", seed=1)
     assert Store().get(record.source).cell == cell("l1-norm", seed=1)

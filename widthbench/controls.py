@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from widthbench import models
+from widthbench import models, registry
 from widthbench.budget import Budget, check, uniform_widths, used
 from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.protocol import (
     Base,
     NotApplicableError,
+    adapt,
     budget_of,
     example_input,
     fresh_model,
@@ -21,13 +22,15 @@ from widthbench.protocol import (
     obtain_base,
     run_cell,
     score,
+    task_of,
     train,
 )
 from widthbench.recipe import Recipe, Spent
 from widthbench.records import Cell, Record, Store
 from widthbench.task import Progress
+from widthbench.training import batch_norms
 from widthbench.width.certify import find_groups
-from widthbench.width.cost import Cost, CostModel
+from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep, resize
 
@@ -41,6 +44,8 @@ def run_control(cell: Cell, key: str, store: Store, progress: Progress, where: d
         return _base(cell, key, obtain_base(cell, progress=progress), where)
     if cell.technique == "uniform-width":
         return _uniform(cell, key, progress, where)
+    if cell.technique == "l1-budget":
+        return _l1_budget(cell, key, store, progress, where)
     return _scratch(cell, key, store, progress, where)
 
 
@@ -99,9 +104,7 @@ def _uniform(cell: Cell, key: str, progress: Progress, where: dict[str, Any]) ->
 
 def _scratch(cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]) -> Record:
     """The shape that a technique found, trained from fresh weights: for as many epochs, or for as many MACs, as it took."""
-    source = run_cell(source_of(cell), store, progress=progress)
-    if source.status != "done":
-        raise NotApplicableError(f"its source {source.cell.id} is {source.status}: {source.reason}")
+    source = _source(cell, store, progress)
     spent = [source.spent[phase] for phase in ("base", "decision", "adaptation")]
     if not cell.trains_base:  # what its training cost is unknown: the suite's base recipe stands in
         passes = (source.base_macs or 0) * round(cell.base.epochs * len(load_data(cell).train))
@@ -118,6 +121,42 @@ def _scratch(cell: Cell, key: str, store: Store, progress: Progress, where: dict
     model = fresh_model(cell, cell.seed)
     groups = find_groups(model, example_input(cell)).select(cell.scope, cell.include or None)
     return _train(cell, key, source.widths, groups, recipe, progress, where, source.key)
+
+
+def _source(cell: Cell, store: Store, progress: Progress) -> Record:
+    """The finished record of the technique that a control is about."""
+    source = run_cell(source_of(cell), store, progress=progress)
+    if source.status != "done":
+        raise NotApplicableError(f"its source {source.cell.id} is {source.status}: {source.reason}")
+    return source
+
+
+def _l1_budget(cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]) -> Record:
+    """The base pruned by L1 norm to the same budget, fine-tuned until all of it has cost what the source has."""
+    source, base = _source(cell, store, progress), obtain_base(cell, progress=progress)
+    technique = registry.create("l1-norm", {})
+    task = task_of(cell, base, technique, progress=progress)
+    try:
+        outcome = technique.apply(task)
+    except InfeasibleBudgetError as error:
+        raise NotApplicableError(str(error)) from error
+    model = outcome.resized
+    assert model is not None  # apply() always fills it in
+    macs = count_macs(model, base.example_input)
+    total = sum(s.forward_macs + s.backward_macs for s in source.spent.values())
+    left = total - base.spent.forward_macs - base.spent.backward_macs - macs * cell.calibration * bool(batch_norms(model))
+    epochs = min(max(0.0, left / (3 * macs * len(base.data.train))), (cell.longest or math.inf) * cell.base.epochs)
+    tuned = cell.model_copy(update={"finetune": cell.finetune.model_copy(update={"epochs": epochs})})
+    rows, adaptation, cost = adapt(model, tuned, base, progress, key)
+    full = base.cost.original
+    return Record(
+        key=key, cell=cell, status="done", rows=rows, access="training", macs=cost.macs, params=cost.params, base_macs=full.macs,
+        base_params=full.params, kept=outcome.kept, met=outcome.met,
+        floor=task.budget != Budget.parse(str(cell.budget), grows=True), coupled=any(task.groups[n].grade == "coupled" for n in outcome.plan), widths=outcome.widths,
+        base_widths={n: g.channels for n, g in task.groups.items()},
+        spent={"base": base.spent, "decision": Spent(), "adaptation": adaptation}, source=source.key,
+        provenance={**where, **base.provenance},
+    )  # fmt: skip
 
 
 def source_of(cell: Cell) -> Cell:

@@ -137,6 +137,8 @@ def cell_key(cell: Cell) -> str:
     """
     technique = cell.of or cell.technique
     source = None if technique in CONTROLS else source_digest(registry.load(technique))
+    if cell.technique == "l1-budget":
+        source = f"{source} {source_digest(registry.load('l1-norm'))}"
     return digest_of(
         {
             "cell": cell.model_dump(mode="json", exclude={"device"}),

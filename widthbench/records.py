@@ -17,7 +17,8 @@ from widthbench.paths import cache_dir, write_atomic
 from widthbench.recipe import Recipe, Spent
 
 SCHEMA = 1
-CONTROLS = ("base", "uniform-width", "scratch", "scratch-budget")
+SOURCED = ("scratch", "scratch-budget", "l1-budget")  # controls of a technique
+CONTROLS = ("base", "uniform-width", *SOURCED)
 
 Stage = Literal["base", "resized", "recalibrated", "fine-tuned", "trained"]
 FINAL: tuple[Stage, ...] = ("base", "fine-tuned", "trained")
@@ -35,7 +36,7 @@ class Cell(_Frozen):
         model: Name of the network.
         model_args: Further arguments of its constructor.
         size: Input height and width in pixels.
-        technique: A registered technique, or a control: base, uniform-width, scratch, scratch-budget.
+        technique: A registered technique, or a control: base, uniform-width, scratch, scratch-budget, l1-budget.
         params: The technique's parameters; for scratch controls those of the technique whose shape they train.
         of: For scratch controls, the technique whose shape they train.
         variant: Tells networks apart that are trained by different recipes.
@@ -52,7 +53,7 @@ class Cell(_Frozen):
         finetune: Recipe after the resize.
         calibration: Training samples for batch-norm recalibration.
         val: Fraction of the training part that is held out for choices.
-        longest: The most epochs that a ``scratch-budget`` control trains for, as a multiple of the base's.
+        longest: The most epochs that a ``scratch-budget`` or ``l1-budget`` control trains for, as a multiple of the base's.
         floor: Run a budget below the feasible floor at the floor, and say so, instead of skipping it.
         threads: CPU threads.
         device: "auto" takes a GPU where there is one.

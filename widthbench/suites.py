@@ -15,7 +15,7 @@ from widthbench.budget import Budget
 from widthbench.errors import BudgetError, UsageError, did_you_mean
 from widthbench.paths import cache_dir, require_writable
 from widthbench.recipe import Recipe
-from widthbench.records import CONTROLS, Cell
+from widthbench.records import CONTROLS, SOURCED, Cell
 from widthbench.technique import build
 from widthbench.width.certify import find_groups
 
@@ -112,14 +112,14 @@ class Suite(_Strict):
         seeds: Each gives its own split, base network and decision.
         budgets: What is kept.
         techniques: Ids, or ``{ id = ..., params = {...} }``.
-        controls: "base", "uniform-width", "scratch:TECHNIQUE", "scratch-budget:TECHNIQUE".
+        controls: "base", "uniform-width", "scratch:TECHNIQUE", "scratch-budget:TECHNIQUE", "l1-budget:TECHNIQUE".
         models: The networks.
         base: Recipe of the base networks: a name (``widthbench list recipes``), or settings, or both.
         finetune: Recipe after the resize, likewise.
         calibration: Training samples for batch-norm recalibration.
         val: Fraction of the training part held out for choices; 0 holds nothing out.
-        longest: The most epochs that ``scratch-budget`` trains for, as a multiple of the base's: a network of 1/32 of the MACs
-            would otherwise train 32 times as long. Its train cost on the leaderboard says what it used.
+        longest: The most epochs that ``scratch-budget`` and ``l1-budget`` train for, as a multiple of the base's: a network of 1/32
+            of the MACs would otherwise train 32 times as long. Its train cost on the leaderboard says what it used.
         scope: "inner" or "all" groups.
         threads: CPU threads per cell.
         device: "auto", "cpu" or "cuda".
@@ -165,11 +165,11 @@ class Suite(_Strict):
                 name, _, source = control.partition(":")
                 if name not in CONTROLS:
                     raise ValueError(f"unknown control '{name}'{did_you_mean(name, CONTROLS)}")
-                if name.startswith("scratch") and source not in known:
+                if name in SOURCED and source not in known:
                     raise ValueError(
                         f"control '{control}' of {network.name} must name one of the suite's techniques, as in '{name}:l1-norm'"
                     )
-                if not name.startswith("scratch") and source:
+                if name not in SOURCED and source:
                     raise ValueError(f"control '{name}' takes no technique")
         if len(cells := self.cells()) > MAX_CELLS:
             raise ValueError(f"{len(cells)} cells are more than {MAX_CELLS}")

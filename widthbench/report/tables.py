@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from widthbench.records import FINAL, Record, Stage
+from widthbench.records import CONTROLS, FINAL, Record, Stage
 from widthbench.report.statistics import LEAST, Summary, differences, ranks, summarise
 from widthbench.suites import Suite
 
@@ -27,7 +27,8 @@ pass of one image. *Data* is the most that the decision looked at. *Train cost* 
 there (base, decision, adaptation; forward MACs plus backward MACs counted as twice the forward) over the cost of
 training the base network. *Controls* are not techniques: `uniform-width` is the base scaled down uniformly and trained
 by the base's recipe; `scratch:X` trains the shape that X found from fresh weights for as many epochs as base, decision
-and fine-tuning took; `scratch-budget:X` for as many MACs{longest}. Where a technique spreads its budget uniformly, `scratch` and
+and fine-tuning took; `scratch-budget:X` for as many MACs{longest}; `l1-budget:X` prunes the base by L1 norm to X's budget and
+fine-tunes it until it has cost as much as X in all{longest}. Where a technique spreads its budget uniformly, `scratch` and
 `uniform-width` train the same widths (with other draws, for other numbers of epochs); channels outside the suite's
 scope keep their width in every row."""
 
@@ -100,7 +101,7 @@ def lines(records: Iterable[Record]) -> list[Line]:
     for r in records:
         c = r.cell
         order.setdefault((c.dataset, c.network), len(order))
-        control = c.technique in ("base", "uniform-width", "scratch", "scratch-budget")
+        control = c.technique in CONTROLS
         key = (c.dataset, c.network, c.label, c.budget)
         line = found.setdefault(key, Line(c.dataset, c.network, c.label, c.budget, "", control))
         # a base is what seeds make distinct; one public checkpoint under many seeds is still one base
