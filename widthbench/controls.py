@@ -152,7 +152,8 @@ def _l1_budget(cell: Cell, key: str, store: Store, progress: Progress, where: di
     return Record(
         key=key, cell=cell, status="done", rows=rows, access="training", macs=cost.macs, params=cost.params, base_macs=full.macs,
         base_params=full.params, kept=outcome.kept, met=outcome.met,
-        floor=task.budget != Budget.parse(str(cell.budget), grows=True), coupled=any(task.groups[n].grade == "coupled" for n in outcome.plan), widths=outcome.widths,
+        floor=task.budget != Budget.parse(str(cell.budget), grows=True),
+        coupled=any(task.groups[n].grade == "coupled" for n in outcome.plan), widths=outcome.widths,
         base_widths={n: g.channels for n, g in task.groups.items()},
         spent={"base": base.spent, "decision": Spent(), "adaptation": adaptation}, source=source.key,
         provenance={**where, **base.provenance},

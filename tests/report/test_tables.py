@@ -162,8 +162,8 @@ def test_paired_differences_compare_all_rows_of_a_budget_controls_included():
 
 
 def test_a_held_scratch_budget_is_said():
-    assert "for as many MACs, but at most 2 times the base's epochs." in board([record()], longest=2)
-    assert "for as many MACs. Where" in board([record()])
+    assert "for as many MACs, but at most 2 times the base's epochs;" in board([record()], longest=2)
+    assert "for as many MACs; `l1-budget:X`" in board([record()])
 
 
 def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, monkeypatch):
