@@ -247,7 +247,7 @@ class Gates:
         loss = F.cross_entropy(model(x), y)
         if not torch.isfinite(loss):
             raise UsageError(
-                f"autoprune diverged: the val loss is {float(loss)} at step {self.step + 1}; lower lr = {self.recipe.lr:g}"
+                f"autoprune diverged: the val loss is {float(loss.detach())} at step {self.step + 1}; lower lr = {self.recipe.lr:g}"
             )
         used_by = [(layer, t) for layer, found in self.products.items() for t in found]
         slopes: dict[str, Tensor] = {}
