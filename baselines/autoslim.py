@@ -94,13 +94,14 @@ class AutoSlim(Technique):
         first = {n: self._first(task, n) for n in task.groups}
         slimmable = Slimmable(task, first, self.narrowest)
         with gated(model, task.groups, slimmable.gates):
-            task.fit(model, task.train, self._recipe(task, self.epochs), losses=slimmable.losses, state=slimmable, desc=self.id)
+            trained = task.checkpoint("slimmable", partial(self._trained, task, model, slimmable))
+            model.load_state_dict(trained)
             path, found = [[g.channels for g in task.groups.values()]], []
             for step in task.progress(range(self.steps + 1), desc=f"{self.id}: greedy steps"):
                 state = task.checkpoint(f"step {step}", partial(self._further, task, model, slimmable, path[-1], step))
                 path.append(state["widths"].tolist())
                 found.append(float(state["top1"]))
-        tensors = {f"model {k}": v for k, v in model.state_dict().items()} | {f"first {n}": f for n, f in first.items()}
+        tensors = {f"model {k}": v for k, v in trained.items()} | {f"first {n}": f for n, f in first.items()}
         return tensors | {"path": torch.tensor(path[1:]), "top1": torch.tensor(found)}
 
     def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
@@ -124,6 +125,12 @@ class AutoSlim(Technique):
             reinitialise(small, task.seed)
         task.fit(small, task.train, self._recipe(task, self.final_epochs), desc=f"{self.id} {task.budget}")
         return Outcome({}, model=small, series=series)
+
+    def _trained(self, task: Task, model: nn.Module, slimmable: Slimmable) -> dict[str, Tensor]:
+        """The slimmable network's tensors, as they are before any recalibration of the greedy steps."""
+        assert task.fit is not None
+        task.fit(model, task.train, self._recipe(task, self.epochs), losses=slimmable.losses, state=slimmable, desc=self.id)
+        return {k: v.clone() for k, v in model.state_dict().items()}
 
     def _recipe(self, task: Task, epochs: float) -> Recipe:
         return (task.recipe or Recipe(epochs=1, batch_size=64, lr=0.01)).model_copy(update={"epochs": epochs})
@@ -217,7 +224,7 @@ class First:
 def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[str, int]]:
     """Shapes of at most ``level`` of the reference's MACs, each with one group slimmed just as far as that takes.
 
-    Where no single group can be slimmed that far, each goes to its floor together with the group that saves most, and so on.
+    Where no single group can be slimmed that far, the one whose floor saves most goes there first, and so on.
     """
     if task.cost(widths).macs <= level * task.reference.macs:
         return [dict(widths)]

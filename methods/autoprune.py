@@ -184,6 +184,8 @@ class Gates:
     """
 
     def __init__(self, method: AutoPrune, task: Task, recipe: Recipe) -> None:
+        if not task.groups:
+            raise UsageError("autoprune has no channel groups to gate here: widthbench doctor says why")
         self.method, self.task, self.recipe = method, task, recipe
         self.total = steps_of(recipe, len(task.train))[1]
         self.ramp, self.last = max(1, round(method.ramp * self.total)), max(1, round(method.freeze * self.total))
@@ -200,8 +202,6 @@ class Gates:
         self._val: Iterator[tuple[Tensor, Tensor]] = iter(())
         if method.mu is None:
             task.widths(self.m, "global")  # a budget below the floor is refused before any work
-        if not task.groups:
-            raise UsageError("autoprune has no channel groups to gate here: widthbench doctor says why")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
