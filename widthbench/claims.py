@@ -26,6 +26,8 @@ VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "inconclusive",
 Direction = Literal["<", "<=", ">", ">="]
 METRICS = ("top1", "top5", "loss", "val_top1", "val_loss")
 SIZES = ("params", "macs")
+COMPRESSION = "compression"
+ERROR = "top1_error"
 LEAST_RUNS = 3  # a median of fewer is none
 
 
@@ -48,10 +50,11 @@ class Pick(_Strict):
         params: Values that the technique's parameters must have in the cell, set there or by default.
         budget: Of the cell; a list means the mean over those budgets.
         stage: Which row of the record; the last one if absent.
-        metric: A score of that row (top1, top5, loss, val_top1, val_loss), "params" or "macs" of the record (in millions), or
-            "series:NAME", an entry of a series that the record holds.
+        metric: A score of that row (top1, its complement top1_error, top5, loss, val_top1, val_loss), "params" or "macs" of the
+            record (in millions), "compression" (the base's parameters over what is left), or "series:NAME", an entry of a series
+            that the record holds.
         entry: Which entry of the series; the last one if absent. Series along a path begin with the network as it was, so that
-            entry k is what k removals left.
+            entry k is what k removals left. "least" is the least of those that are there.
     """
 
     suite: str
@@ -65,8 +68,8 @@ class Pick(_Strict):
     params: dict[str, Any] = Field(default_factory=dict)
     budget: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     stage: Stage | None = None
-    metric: str = Field(default="top1", pattern=f"^({'|'.join((*METRICS, *SIZES))}|series:.+)$")
-    entry: int = -1
+    metric: str = Field(default="top1", pattern=f"^({'|'.join((*METRICS, *SIZES, COMPRESSION, ERROR))}|series:.+)$")
+    entry: int | Literal["least"] = -1
 
     def matches(self, cell: Cell) -> bool:
         """Whether a cell is one of those meant."""
@@ -90,10 +93,14 @@ class Pick(_Strict):
         if self.metric in SIZES:
             size = getattr(record, self.metric)
             return None if size is None else size / 1e6
-        if self.metric in METRICS:
+        if self.metric == COMPRESSION:
+            return record.base_params / record.params if record.base_params and record.params else None
+        if self.metric in (*METRICS, ERROR):
             row = record.row(self.stage)
-            return None if row is None else getattr(row, self.metric)
+            return None if row is None else 100 - row.top1 if self.metric == ERROR else getattr(row, self.metric)
         series = record.series.get(self.metric.removeprefix("series:")) or []
+        if self.entry == "least":
+            return min((float(v) for v in series if v is not None), default=None)
         return float(series[self.entry]) if -len(series) <= self.entry < len(series) else None
 
 
@@ -485,8 +492,9 @@ def overall(judged: Sequence[Judged]) -> Verdict:
     """The verdict on a claim from those on its rows.
 
     Reproduced only if every row is; not reproduced if any row is not; else the weakest of what is left. Rows that were not run
-    leave the claim "not run" if nothing was, else "inconclusive". Where the document's sentence has several readings, the best of
-    their verdicts (see ``readings``).
+    leave the claim "not run" if nothing was, else "inconclusive"; but where a claim has rows at proxy scale, these stand in for the
+    rows at the document's scale that were not run. Where the document's sentence has several readings, the best of their verdicts
+    (see ``readings``).
     """
     return min(readings(judged).values(), key=_ORDER.index)
 
@@ -497,10 +505,12 @@ _ORDER: tuple[Verdict, ...] = ("reproduced", "proxy scale", "inconclusive", "not
 def readings(judged: Sequence[Judged]) -> dict[str, Verdict]:
     """The verdict on each reading of a claim; one without a name where there is but one."""
     names = dict.fromkeys(j.row.reading for j in judged if j.row.reading) or {"": None}
-    return {name: _together({j.verdict for j in judged if j.row.reading in ("", name)}) for name in names}
+    return {name: _together([j for j in judged if j.row.reading in ("", name)]) for name in names}
 
 
-def _together(found: set[Verdict]) -> Verdict:
+def _together(judged: Sequence[Judged]) -> Verdict:
+    proxies = any(j.row.proxy for j in judged)
+    found = {j.verdict for j in judged if j.row.proxy or j.verdict != "not run" or not proxies}
     if "not reproduced" in found:
         return "not reproduced"
     if found == {"not run"}:
