@@ -320,9 +320,58 @@ def test_a_pick_takes_an_entry_of_a_series_and_tells_variants_and_arguments_apar
     assert read() == [1.0]
     assert read(args={"act_layer": "tanh"}, exactly=False) == [2.0]
     assert read(entry=3) == []
+    assert read(entry="least") == [0.0]
     assert read(metric="series:nothing") == []
     with pytest.raises(UsageError, match="2 kinds of cells"):
         read(exactly=False)
+
+
+def test_the_least_entry_leaves_out_those_that_are_not_there():
+    noted = record("a", 0, 90.0).model_copy(update={"series": {"cosine": [0.5, 0.25, 0.75, None], "none": [None]}})
+    assert Pick(suite="tiny", metric="series:cosine", entry="least").value(noted) == 0.25
+    assert Pick(suite="tiny", metric="series:none", entry="least").value(noted) is None
+
+
+def test_compression_is_of_parameters_and_an_error_is_what_is_left_of_a_hundred():
+    small = record("a", 0, 90.0).model_copy(update={"base_params": 3000, "params": 1200})
+    assert Pick(suite="tiny", metric="compression").value(small) == 2.5
+    assert Pick(suite="tiny", metric="top1_error").value(small) == 10.0
+    assert Pick(suite="tiny", metric="compression").value(small.model_copy(update={"params": None})) is None
+
+
+def converging(estimator, seed, accuracy):
+    shared = {
+        "dataset": "mnist",
+        "model": "lenet5",
+        "variant": "fixed mu",
+        "technique": "autoprune",
+        "budget": "macs:1",
+        "seed": seed,
+    }
+    meant = [
+        c
+        for c in claims.suites.load("autoprune-lenet").cells()
+        if all(getattr(c, k) == v for k, v in shared.items())
+        and c.params.get("start") == "fresh"
+        and c.params.get("estimator", "softplus") == estimator
+    ]
+    series = {"trajectory.step": [10 * (i + 1) for i in range(len(accuracy))], "trajectory.val_top1": accuracy}
+    old = record("a", seed, 90.0)
+    return old.model_copy(update={"key": f"{estimator} {seed}", "cell": meant[0], "series": series})
+
+
+def test_steps_to_convergence_are_counted_to_the_point_after_which_no_accuracy_is_a_point_short(tmp_path):
+    from widthbench._claims import autoprune
+
+    late, early = [50.0, 97.5, 96.4, 97.0, 98.0, 98.0], [97.0, 99.0, 97.0, 97.0, 97.0, 98.0]
+    assert autoprune.steps(converging("softplus", 0, late)) == 40
+    assert autoprune.steps(converging("softplus", 0, early)) == 10
+    assert autoprune.steps(converging("softplus", 0, [98.0])) == 10
+    assert autoprune.steps(record("a", 0, 90.0)) is None
+    runs = [("softplus", 0, late), ("leaky_relu", 0, early), ("softplus", 1, late)]
+    write_records(tmp_path / "autoprune-lenet" / "records.jsonl", [converging(*run) for run in runs])
+    found = autoprune.softplus_over_leaky_relu_lenet5(Evidence(tmp_path))
+    assert (found.values, len(found.records), found.missing) == ({0: 30.0}, 3, 7)
 
 
 def test_a_check_that_does_not_exist_is_named(tmp_path):
@@ -343,6 +392,21 @@ def test_a_check_that_does_not_exist_is_named(tmp_path):
 )
 def test_a_claim_is_as_good_as_its_rows(verdicts, expected):
     assert overall([Judged(value(), v, summarise({0: 1.0})) for v in verdicts]) == expected
+
+
+@pytest.mark.parametrize(
+    ("proxies", "expected"),
+    [
+        (["proxy scale", "proxy scale"], "proxy scale"),
+        (["proxy scale", "not run"], "inconclusive"),
+        (["proxy scale", "not reproduced"], "not reproduced"),
+        (["not run"], "not run"),
+    ],
+)
+def test_rows_at_proxy_scale_stand_in_for_those_at_full_scale_that_were_not_run(proxies, expected):
+    rows = [Judged(value(proxy=True), v, summarise({0: 1.0})) for v in proxies]
+    assert overall([*rows, Judged(value(), "not run")]) == expected
+    assert overall([*rows, Judged(value(), "not reproduced", summarise({0: 1.0}))]) == "not reproduced"
 
 
 @pytest.mark.parametrize(
