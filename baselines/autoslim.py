@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from widthbench.width.gates import gated
 from widthbench.width.groups import producer_rows
 from widthbench.width.resize import keep, resize
 
+SHARES = 256  # to which all groups are slimmed alike, between none and all of their channels
 RANDOM = 2  # widths drawn for each step, beside the largest and the smallest (the sandwich rule)
 
 
@@ -32,7 +35,8 @@ class AutoSlim(Technique):
        two with a random width for each group, which learn the largest one's outputs (sandwich rule and in-place distillation, Yu
        and Huang, ICCV 2019). Gates open the first channels of each group.
     2. Step by step, the network's MACs shrink by the same factor, each time in the one group whose slimming leaves the best val
-       accuracy, BatchNorm recalibrated. One path serves all budgets.
+       accuracy, BatchNorm recalibrated. A group gives up at most half of its channels in a step; where that does not take the MACs
+       down far enough (many groups, few steps), all groups give up the rest alike. One path serves all budgets.
     3. The shape found is trained.
 
     Args:
@@ -142,7 +146,7 @@ class AutoSlim(Technique):
         return sum(part.abs().sum(dim=1) for part in producer_rows(task.model, task.groups, name)).detach().cpu()  # type: ignore
 
     def _further(self, task: Task, model: nn.Module, slimmable: Slimmable, last: list[int], step: int) -> dict[str, Tensor]:
-        """The next point: the best of the shapes at the next level of MACs that differ from the last one in a single group."""
+        """The next point: the best of the shapes at the next level of MACs, one for each group that is slimmed."""
         widths = dict(zip(task.groups, last, strict=True))
         shapes = [widths] if step == 0 else slimmer(widths, task, self.least ** (step / self.steps))
         scores = [self._score(task, model, slimmable, shape) for shape in shapes]
@@ -222,28 +226,37 @@ class First:
 
 
 def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[str, int]]:
-    """Shapes of at most ``level`` of the reference's MACs, each with one group slimmed just as far as that takes.
+    """Shapes of at most ``level`` of the reference's MACs, one for each group that can still shrink.
 
-    Where no single group can be slimmed that far, the one whose floor saves most goes there first, and so on.
+    That group gives up what the level asks for, but at most half of its channels; where this is not enough, all groups give up the
+    rest alike. Where nothing can shrink any further, the shape itself.
     """
-    if task.cost(widths).macs <= level * task.reference.macs:
+    if _fits(widths, task, level):
         return [dict(widths)]
     found = []
     for name, group in task.groups.items():
-        low, high = 1, widths[name] // group.blocks  # per block; high costs too much
-        if task.cost({**widths, name: group.blocks}).macs > level * task.reference.macs:
+        if widths[name] == group.blocks:
             continue
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = task.cost({**widths, name: middle * group.blocks}).macs <= level * task.reference.macs
-            low, high = (middle, high) if fits else (low, middle - 1)
-        found.append({**widths, name: low * group.blocks})
-    if found:
-        return found
-    floors = {n: {**widths, n: g.blocks} for n, g in task.groups.items() if widths[n] > g.blocks}
-    if not floors:
-        return [dict(widths)]
-    return slimmer(min(floors.values(), key=lambda w: task.cost(w).macs), task, level)
+        half = {**widths, name: max(group.blocks, widths[name] // (2 * group.blocks) * group.blocks)}
+        if _fits(half, task, level):
+            shapes = [{**widths, name: w} for w in range(half[name], widths[name], group.blocks)]
+        else:
+            shares = [i / SHARES for i in range(SHARES + 1)]
+            shapes = [
+                {n: g.blocks * max(1, math.floor(share * half[n] / g.blocks + 1e-9)) for n, g in task.groups.items()}
+                for share in shares
+            ]
+        most = bisect.bisect_left(range(1, len(shapes)), True, key=lambda i: not _fits(shapes[i], task, level))
+        found.append(shapes[most])
+        for other, group in task.groups.items():  # what rounding left, to those that the next share would give more
+            more = {**found[-1], other: found[-1][other] + group.blocks}
+            if most + 1 < len(shapes) and more[other] <= shapes[most + 1][other] and _fits(more, task, level):
+                found[-1] = more
+    return [dict(shape) for shape in dict.fromkeys(tuple(s.items()) for s in found)] or [dict(widths)]
+
+
+def _fits(widths: Mapping[str, int], task: Task, level: float) -> bool:
+    return bool(task.cost(widths).macs <= level * task.reference.macs)
 
 
 def at_budget(path: list[dict[str, int]], task: Task) -> dict[str, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,11 +14,11 @@ from torch.nn import functional as F
 
 from widthbench.budget import Budget, asked, global_widths, top_channels, used
 from widthbench.errors import UsageError
-from widthbench.measure import accuracy
+from widthbench.measure import accuracy, fastest_layout
 from widthbench.recipe import Recipe
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
-from widthbench.training import steps_of
+from widthbench.training import batch_norms, steps_of
 from widthbench.width.gates import gated, sums_by_channel
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep
@@ -28,8 +30,11 @@ PerGroup = dict[str, Tensor]  # [N] per group
 START = 1.0  # of all auxiliary parameters: open, and all alike
 LEAK = 0.1  # slope of the leaky ReLU where m is not above 0
 MEMORY = 0.99  # of the running mean square of the sensitivities
+RECENT = 0.9  # of the running mean of each channel's sensitivity
 EVERY = 10  # steps between two choices of μ
+CLOSED = 25  # steps that a channel must have been closed for its return to count as a recovery
 POINTS = 40  # of the trajectory
+SINCE = ("loss", "steps", "val_loss", "val_steps", "cosine")  # told since the last point
 
 
 class AutoPrune(Technique):
@@ -40,10 +45,11 @@ class AutoPrune(Technique):
 
         ``m ← m - η (s / ρ + μ) ĥ'(m)``,   ``s = Σ ∂L_val/∂t · sgn(w)``  over the channel's weights
 
-    on a batch of val. ĥ' is a straight-through estimator of h'. A closed channel recovers when m rises above 0 again. ρ, the
-    running root mean square of s over all channels and steps, makes η and μ numbers without a unit. Every ten steps μ is set as
-    high as the open channels need to keep on a straight line from everything to the budget; then m orders all channels, the best
-    are frozen open within the budget, and the weights are trained on as they will be cut.
+    on a batch of val (BatchNorm's running statistics stay those of training). ĥ' is a straight-through estimator of h'. A closed
+    channel recovers when m rises above 0 again. ρ, the running root mean square of s over all channels and steps, makes η and μ
+    numbers without a unit. Every ten steps μ is set as high as the open channels need to keep on a straight line from everything
+    to the budget; then m orders all channels, the best are frozen open within the budget, and the weights are trained on as they
+    will be cut.
 
     Args:
         estimator: ĥ'(m): "softplus" ``σ(m)``, "leaky_relu" 1 where m > 0, else 0.1, "linear" 1.
@@ -99,10 +105,11 @@ class AutoPrune(Technique):
         if not 0 < ramp <= freeze <= 1:
             raise ValueError(f"ramp and freeze must be shares with 0 < ramp <= freeze <= 1, not {ramp} and {freeze}")
         for name in ("epochs", "eta", "lr"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if mu is not None and not mu >= 0:
-            raise ValueError(f"mu must be at least 0, not {mu}")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
+        for name in ("mu", "weight_decay"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
 
     def decide(self, task: Task, state: PerGroup) -> Outcome:
         """Train weights and gates in turn, freeze, and cut what is closed."""
@@ -180,7 +187,9 @@ class Gates:
         m: Auxiliary parameters, ``[N]`` per group.
         open: The gates h(m), 0 or 1, ``[N]`` per group; changed in place.
         products: The gated weights that the last pass used, by consumer.
-        series: The trajectory.
+        series: The trajectory: at each point the step, open channels, shares of MACs and parameters, μ, mean losses since the last
+            point, recoveries so far (channels that opened after at least 25 steps closed), channel-steps so far in which that could
+            have happened ("shut"), and the least cosine since the last point.
     """
 
     def __init__(self, method: AutoPrune, task: Task, recipe: Recipe) -> None:
@@ -192,20 +201,22 @@ class Gates:
         like = task.example_input.new_ones(())
         self.m = {n: START * like.new_ones(g.channels) for n, g in task.groups.items()}
         self.open = {n: torch.ones_like(m) for n, m in self.m.items()}
+        self.drift = {n: torch.zeros_like(m) for n, m in self.m.items()}  # recent means of s/ρ
         self.products: dict[str, list[Tensor]] = {}
         self.series: dict[str, list[Any]] = {}
         self.step = self.drawn = 0  # steps, and batches of val
         self.mu = method.mu or 0.0
         self.price = dict.fromkeys(self.m, 1.0)
-        self.square = self.recoveries = like * 0  # the running mean square, and channels that returned
-        self.cosine = like.clone()  # the least since the last point
+        self.shut = {n: torch.zeros_like(m) for n, m in self.m.items()}  # steps since a channel closed
+        self.square = like * 0  # the running mean square
+        self.told = {name: like.double() * 0 for name in ("recoveries", "shut", *SINCE)}
+        self._forget_since()
         self._val: Iterator[tuple[Tensor, Tensor]] = iter(())
-        if method.mu is None:
-            task.widths(self.m, "global")  # a budget below the floor is refused before any work
+        task.widths(self.m, "global")  # a budget below the floor is refused before any work
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        names = ("m", "open", "series", "step", "drawn", "mu", "price", "square", "recoveries", "cosine")
+        names = ("m", "drift", "open", "shut", "series", "step", "drawn", "mu", "price", "square", "told")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -215,36 +226,44 @@ class Gates:
             setattr(self, name, value)
         for name, gate in self.open.items():
             gate.copy_(gates[name])
-            self.m[name] = self.m[name].to(gate)
-        self.square, self.recoveries, self.cosine = (t.to(self.task.device) for t in (self.square, self.recoveries, self.cosine))
+        for some in (self.m, self.drift, self.shut, self.told):
+            some.update({k: t.to(self.task.device) for k, t in some.items()})
+        self.square = self.square.to(self.task.device)
 
     def losses(self, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """A step of the auxiliary parameters, and the training loss for a step of the weights."""
-        val_loss = None
         self._forget()
         if self.step < self.last:
-            val_loss = self._learn(model)
+            self._learn(model)
         elif self.step == self.last:
             for name, gate in self.frozen().items():
                 self.open[name].copy_(gate)
         loss = F.cross_entropy(model(x), y, label_smoothing=self.recipe.label_smoothing)
         yield loss
+        self.told["loss"] += loss.detach()
+        self.told["steps"] += 1
         self.step += 1
         if self.step % max(1, self.total // POINTS) == 0 or self.step == self.total:
-            self._point(model, loss.detach(), val_loss)
+            self._point(model)
 
     def _forget(self) -> None:
         for found in self.products.values():
             found.clear()
 
-    def _learn(self, model: nn.Module) -> Tensor:
-        """One step of the auxiliary parameters on a batch of val; gives its loss."""
+    def _forget_since(self) -> None:
+        for name in SINCE:
+            self.told[name].zero_()
+        self.told["cosine"].fill_(1.0)
+
+    def _learn(self, model: nn.Module) -> None:
+        """One step of the auxiliary parameters on a batch of val."""
         if self.step % EVERY == 0:
             self.price = self._prices()
             if self.method.mu is None:
                 self.mu = self._needed()
         x, y = self._drawn()
-        loss = F.cross_entropy(model(x), y)
+        with norms_left_alone(model):
+            loss = F.cross_entropy(model(x.contiguous(memory_format=fastest_layout(model)) if x.dim() == 4 else x), y)
         if not torch.isfinite(loss):
             raise UsageError(
                 f"autoprune diverged: the val loss is {float(loss.detach())} at step {self.step + 1}; lower lr = {self.recipe.lr:g}"
@@ -257,17 +276,26 @@ class Gates:
         gradient = s if self.method.decoupling == "none" else sensitivities(model, self.task.groups, slopes, "none")
         slope_of = {n: derivative(m, self.method.estimator) for n, m in self.m.items()}
         rule, true = (torch.cat([some[n] * slope_of[n] for n in self.m]) for some in (s, gradient))
-        self.cosine = torch.minimum(self.cosine, F.cosine_similarity(rule, true, dim=0))
+        self.told["cosine"] = torch.minimum(self.told["cosine"], F.cosine_similarity(rule, true, dim=0))
+        self.told["val_loss"] += loss.detach()
+        self.told["val_steps"] += 1
         square = torch.cat(list(s.values())).square().mean()
         self.drawn += 1
         self.square = MEMORY * self.square + (1 - MEMORY) * square
         scale = (self.square / (1 - MEMORY**self.drawn)).sqrt().clamp_min(1e-30)
         for name, m in self.m.items():
+            self.drift[name] = RECENT * self.drift[name] + (1 - RECENT) * s[name] / scale
             new = updated(m, s[name] / scale, self.mu * self.price[name], self.method.eta, self.method.estimator)
-            self.recoveries = self.recoveries + ((m <= 0) & (new > 0)).sum()
             self.m[name] = new
             self.open[name].copy_(opened(new, self.task.groups[name].blocks))
-        return loss.detach()
+            self._note(name)
+
+    def _note(self, name: str) -> None:
+        """Count what returned, and what might have."""
+        long, gate = self.shut[name] >= CLOSED, self.open[name]
+        self.told["shut"] += long.sum()
+        self.told["recoveries"] += (long & (gate > 0)).sum()
+        self.shut[name] = torch.where(gate > 0, 0.0, self.shut[name] + 1)
 
     def _drawn(self) -> tuple[Tensor, Tensor]:
         """The next batch of val, shuffled anew in each pass."""
@@ -287,11 +315,18 @@ class Gates:
         budget = self.task.budget
         share = min(1.0, (self.step + EVERY) / self.ramp)
         line = Budget(budget.kind, 1 - (1 - budget.fraction) * share, budget.rounding)
-        # s aside, a step with μ takes η μ ĥ'(m) off m: channels with the least m / ĥ'(m) close first
-        reach = {n: (m / derivative(m, self.method.estimator)).cpu() / self.price[n] for n, m in self.m.items()}
+        # m - EVERY η (s/ρ + μ price) ĥ'(m) is at most 0 from this μ on, if s stays what it has been
+        steps = EVERY * self.method.eta
+        reach = {
+            n: (
+                (m / (steps * derivative(m, self.method.estimator)) - self.drift[n] / max(1e-9, 1 - RECENT**self.drawn))
+                / self.price[n]
+            ).cpu()
+            for n, m in self.m.items()
+        }
         widths = global_widths(reach, self.task.groups, line, self.task.cost, self.task.reference)
         closing = [r.sort(descending=True).values[widths[n]] for n, r in reach.items() if widths[n] < len(r)]
-        return max([0.0, *map(float, closing)]) / (EVERY * self.method.eta)
+        return max([0.0, *map(float, closing)])
 
     def _prices(self) -> dict[str, float]:
         """What a channel of each group adds to what the budget counts, over the mean of all open channels."""
@@ -331,20 +366,22 @@ class Gates:
         task = self.task
         return used(task.budget, widths, task.groups, task.cost(widths), task.reference)
 
-    def _point(self, model: nn.Module, loss: Tensor, val_loss: Tensor | None) -> None:
-        """Note where the run is."""
-        widths = self.widths()
+    def _point(self, model: nn.Module) -> None:
+        """Note where the run is, and what happened since the last point."""
+        widths, told = self.widths(), self.told
         cost = self.task.cost(widths)
+        gated_steps = int(told["val_steps"])
         point: dict[str, Any] = {
             "step": self.step,
             "open": sum(int(gate.sum()) for gate in self.open.values()),
             "macs": cost.macs / self.task.reference.macs,
             "params": cost.params / self.task.reference.params,
-            "mu": self.mu if self.step <= self.last else None,
-            "loss": float(loss),
-            "val_loss": None if val_loss is None else float(val_loss),
-            "recoveries": int(self.recoveries),
-            "cosine": float(self.cosine) if self.step <= self.last else None,
+            "mu": self.mu if gated_steps else None,
+            "loss": float(told["loss"] / told["steps"]),
+            "val_loss": float(told["val_loss"]) / gated_steps if gated_steps else None,
+            "recoveries": int(told["recoveries"]),
+            "shut": int(told["shut"]),
+            "cosine": float(told["cosine"]) if gated_steps else None,
         }
         if self.task.curves:
             point["val_top1"] = accuracy(model, self.task.val).top1
@@ -352,4 +389,18 @@ class Gates:
         for name, value in point.items():
             rounded = float(f"{value:.6g}") if isinstance(value, float) else value
             self.series.setdefault(f"trajectory.{name}", []).append(rounded)
-        self.cosine = torch.ones_like(self.cosine)
+        self._forget_since()
+
+
+@contextmanager
+def norms_left_alone(model: nn.Module) -> Iterator[None]:
+    """Batch norms that normalise by the batch, as in training, but do not take it into their running statistics."""
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

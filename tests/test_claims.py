@@ -374,6 +374,29 @@ def test_steps_to_convergence_are_counted_to_the_point_after_which_no_accuracy_i
     assert (found.values, len(found.records), found.missing) == ({0: 30.0}, 3, 7)
 
 
+def test_recoverability_is_recoveries_per_chance(tmp_path):
+    from widthbench._claims import autoprune
+
+    def gated(decay, seed, recoveries, shut):
+        cells = claims.suites.load("autoprune-lenet").cells()
+        (meant,) = [
+            c
+            for c in cells
+            if (c.model, c.variant, c.technique, c.seed) == ("lenet5", "fixed mu", "autoprune", seed)
+            and c.params.get("weight_decay") == decay
+            and "decoupling" not in c.params
+        ]
+        series = {"trajectory.recoveries": [0, recoveries], "trajectory.shut": [0, shut]}
+        return record("a", seed, 90.0).model_copy(update={"key": f"{decay} {seed}", "cell": meant, "series": series})
+
+    assert autoprune.rate(gated(0, 0, 3, 600)) == 5.0
+    assert autoprune.rate(gated(0, 0, 0, 0)) is None
+    runs = [(0, 0, 3, 600), (5e-4, 0, 4, 1000), (0, 1, 1, 500), (5e-4, 1, 0, 0)]
+    write_records(tmp_path / "autoprune-lenet" / "records.jsonl", [gated(*run) for run in runs])
+    found = autoprune.recoverability_lenet5(Evidence(tmp_path))
+    assert (found.values, len(found.records), found.missing) == ({0: 1.0}, 4, 6)
+
+
 def test_a_check_that_does_not_exist_is_named(tmp_path):
     row = Row(what="x", kind="property", check="nowhere:nothing", direction=">", bound=0)
     with pytest.raises(UsageError, match="no check 'nowhere:nothing'"):

@@ -109,14 +109,12 @@ def _scratch(cell: Cell, key: str, store: Store, progress: Progress, where: dict
     if not cell.trains_base:  # what its training cost is unknown: the suite's base recipe stands in
         passes = (source.base_macs or 0) * round(cell.base.epochs * len(load_data(cell).train))
         spent[0] = Spent(epochs=cell.base.epochs, forward_macs=passes, backward_macs=2 * passes)
-    if cell.technique == "scratch":
-        epochs = sum(s.epochs for s in spent)
-    else:
+    epochs = sum(s.epochs for s in spent)
+    if cell.technique == "scratch-budget":
         total = sum(s.forward_macs + s.backward_macs for s in spent)
         if source.macs is None:
             raise UsageError(f"record {source.key} has no MACs")
-        epochs = total / (3 * source.macs * len(load_data(cell).train))
-        epochs = min(epochs, (cell.longest or math.inf) * cell.base.epochs)
+        epochs = min(total / (3 * source.macs * len(load_data(cell).train)), (cell.longest or math.inf) * epochs)
     recipe = cell.base.model_copy(update={"epochs": epochs})
     model = fresh_model(cell, cell.seed)
     groups = find_groups(model, example_input(cell)).select(cell.scope, cell.include or None)
@@ -145,7 +143,8 @@ def _l1_budget(cell: Cell, key: str, store: Store, progress: Progress, where: di
     macs = count_macs(model, base.example_input)
     total = sum(s.forward_macs + s.backward_macs for s in source.spent.values())
     left = total - base.spent.forward_macs - base.spent.backward_macs - macs * cell.calibration * bool(batch_norms(model))
-    epochs = min(max(0.0, left / (3 * macs * len(base.data.train))), (cell.longest or math.inf) * cell.base.epochs)
+    most = (cell.longest or math.inf) * sum(s.epochs for s in source.spent.values()) - base.spent.epochs
+    epochs = max(0.0, min(left / (3 * macs * len(base.data.train)), most))
     tuned = cell.model_copy(update={"finetune": cell.finetune.model_copy(update={"epochs": epochs})})
     rows, adaptation, cost = adapt(model, tuned, base, progress, key)
     full = base.cost.original

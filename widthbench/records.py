@@ -53,7 +53,7 @@ class Cell(_Frozen):
         finetune: Recipe after the resize.
         calibration: Training samples for batch-norm recalibration.
         val: Fraction of the training part that is held out for choices.
-        longest: The most epochs that a ``scratch-budget`` or ``l1-budget`` control trains for, as a multiple of the base's.
+        longest: The most epochs that a ``scratch-budget`` or ``l1-budget`` control of X trains for, as a multiple of X's.
         floor: Run a budget below the feasible floor at the floor, and say so, instead of skipping it.
         threads: CPU threads.
         device: "auto" takes a GPU where there is one.

@@ -118,8 +118,8 @@ class Suite(_Strict):
         finetune: Recipe after the resize, likewise.
         calibration: Training samples for batch-norm recalibration.
         val: Fraction of the training part held out for choices; 0 holds nothing out.
-        longest: The most epochs that ``scratch-budget`` and ``l1-budget`` train for, as a multiple of the base's: a network of 1/32
-            of the MACs would otherwise train 32 times as long. Its train cost on the leaderboard says what it used.
+        longest: The most epochs that ``scratch-budget:X`` and ``l1-budget:X`` train for, as a multiple of X's in all: a network of
+            1/32 of the MACs would otherwise train 32 times as long. Its train cost on the leaderboard says what it used.
         scope: "inner" or "all" groups.
         threads: CPU threads per cell.
         device: "auto", "cpu" or "cuda".

@@ -1,7 +1,8 @@
-"""AutoPrune: checks of the claim A2, from committed records."""
+"""AutoPrune: checks of the claims A2 and A6, from committed records."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from widthbench.claims import Evidence, Pick, Picked
@@ -37,10 +38,40 @@ class Slower:
 
     def __call__(self, evidence: Evidence) -> Picked:
         """The differences."""
-        found = [evidence.pick(pick) for pick in self.picks]
-        slow, fast = ({r.cell.seed: n for r in f.records if (n := steps(r)) is not None} for f in found)
-        values = {seed: float(n - fast[seed]) for seed, n in slow.items() if seed in fast}
-        return Picked(values, [r for f in found for r in f.records], sum(f.missing for f in found))
+        return _difference(evidence, self.picks, steps)
+
+
+def rate(record: Record) -> float | None:
+    """Recoveries per 1000 channel-steps in which there could have been one; None if there were none."""
+    returned, shut = (record.series.get(f"trajectory.{name}") or [0] for name in ("recoveries", "shut"))
+    return 1000 * returned[-1] / shut[-1] if shut[-1] else None
+
+
+class Recoverability:
+    """How much higher the rate of recoveries is without weight decay than with it, by seed, at a fixed μ.
+
+    Args:
+        suite: Whose records are read.
+        model: The network.
+    """
+
+    def __init__(self, suite: str, model: str) -> None:
+        shared: dict[str, Any] = {"suite": suite, "model": model, "variant": "fixed mu", "technique": "autoprune"}
+        self.picks = [
+            Pick(**shared, params={"start": "trained", "decoupling": "sgn", "weight_decay": w}, metric="series:trajectory.shut")
+            for w in (0, 5e-4)
+        ]
+
+    def __call__(self, evidence: Evidence) -> Picked:
+        """The differences."""
+        return _difference(evidence, self.picks, rate)
+
+
+def _difference(evidence: Evidence, picks: Sequence[Pick], measure: Callable[[Record], float | None]) -> Picked:
+    found = [evidence.pick(pick) for pick in picks]
+    one, other = ({r.cell.seed: value for r in f.records if (value := measure(r)) is not None} for f in found)
+    values: dict[object, float] = {seed: float(value - other[seed]) for seed, value in one.items() if seed in other}
+    return Picked(values, [r for f in found for r in f.records], sum(f.missing for f in found))
 
 
 softplus_over_leaky_relu_lenet_300_100 = Slower("autoprune-lenet", "lenet_300_100", "softplus", "leaky_relu")
@@ -49,3 +80,6 @@ softplus_over_leaky_relu_vgg16_cifar = Slower("autoprune-cifar10", "vgg16_cifar"
 linear_over_softplus_lenet_300_100 = Slower("autoprune-lenet", "lenet_300_100", "linear", "softplus")
 linear_over_softplus_lenet5 = Slower("autoprune-lenet", "lenet5", "linear", "softplus")
 linear_over_softplus_vgg16_cifar = Slower("autoprune-cifar10", "vgg16_cifar", "linear", "softplus")
+recoverability_lenet_300_100 = Recoverability("autoprune-lenet", "lenet_300_100")
+recoverability_lenet5 = Recoverability("autoprune-lenet", "lenet5")
+recoverability_vgg16_cifar = Recoverability("autoprune-cifar10", "vgg16_cifar")

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import zoo
@@ -6,13 +8,15 @@ from torch.nn import functional as F
 from widthbench.baselines import autoslim
 from widthbench.baselines.autoslim import AutoSlim, First, Slimmable, at_budget, slimmer
 
+from widthbench import models, protocol
 from widthbench.budget import Budget
-from widthbench.protocol import load_data, run_cell
+from widthbench.measure import accuracy
+from widthbench.protocol import load_data, obtain_base, run_cell, task_of
 from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
 from widthbench.task import Task
-from widthbench.training import fit
-from widthbench.width import CostModel, keep, resize
+from widthbench.training import fit, recalibrate
+from widthbench.width import CostModel, find_groups, keep, resize
 
 BASE = Recipe(epochs=3, batch_size=32, lr=0.02)
 BRIEF = {"epochs": 1, "steps": 4, "least": 0.2}
@@ -82,37 +86,56 @@ def test_gates_open_the_first_channels_as_a_cut_network_would_have_them():
         assert zoo.error(task.model(x), cut(x)) < 1e-12
 
 
-def brute_force(widths, task, level):
-    """For each group, the widest that brings the MACs to the level, by trying all."""
-    found = []
-    for name, group in task.groups.items():
-        for width in range(widths[name], 0, -group.blocks):
-            if task.cost({**widths, name: width}).macs <= level * task.reference.macs:
-                found.append({**widths, name: width})
-                break
-    return found
+def brute_force(widths, task, level, name):
+    """The widest that brings the MACs to the level while one group alone gives up half of its channels at most; or None."""
+    blocks = task.groups[name].blocks
+    for width in range(widths[name], max(1, widths[name] // blocks // 2) * blocks - 1, -blocks):
+        if task.cost({**widths, name: width}).macs <= level * task.reference.macs:
+            return {**widths, name: width}
+    return None
 
 
 @pytest.mark.parametrize("cls", zoo.EXACT)
-@pytest.mark.parametrize("level", [0.9, 0.6])
+@pytest.mark.parametrize("level", [0.95, 0.9, 0.6])
 def test_shapes_at_a_level_are_those_of_brute_force(cls, level):
     task = task_on(cls)
     whole = {n: g.channels for n, g in task.groups.items()}
-    expected = brute_force(whole, task, level)
-    if expected:
-        assert slimmer(whole, task, level) == expected
-    for shape in slimmer(whole, task, level):
+    shapes = slimmer(whole, task, level)
+    for shape in shapes:
         assert task.cost(shape).macs <= level * task.reference.macs
+    for name in whole:
+        alone = brute_force(whole, task, level, name)
+        assert alone is None or alone in shapes
+        # and where it takes the others, too, it is the one that keeps the least of what it had
+        others = [s for s in shapes if min(s, key=lambda n: (s[n] / whole[n], n != name)) == name]
+        assert alone is not None or others
 
 
-def test_where_no_single_group_is_enough_several_are_slimmed():
+@pytest.mark.parametrize(("model", "steps"), [("mobilenetv2_100_cifar", 30), ("vgg16_cifar", 30), ("test_resnet", 8)])
+def test_every_group_is_a_candidate_and_none_is_closed_unseen(model, steps):
+    net, x = models.create(model, classes=10, channels=3, size=32, seed=0).eval(), torch.zeros(1, 3, 32, 32)
+    groups = find_groups(net, x).select("inner")
+    cost = CostModel(net, groups, x)
+    task = Task(
+        model=net, groups=groups, example_input=x, budget=Budget("macs", 0.5), cost=cost, reference=cost, train=None, val=None
+    )  # fmt: skip
+    draw, last = torch.Generator().manual_seed(0), {n: g.channels for n, g in groups.items()}
+    for step in range(1, steps + 1):
+        level = 0.1 ** (step / steps)
+        shapes = slimmer(last, task, level)
+        assert len(shapes) >= min(len(groups), sum(last[n] > groups[n].blocks for n in groups)) - 1  # two may be the same shape
+        for shape in shapes:
+            assert all(shape[n] >= last[n] // 2 // groups[n].blocks * groups[n].blocks * 0.75 - groups[n].blocks for n in groups)
+            assert cost(shape).macs <= level * cost.macs
+            assert cost(shape).macs > 0.85 * level * cost.macs
+        last = shapes[int(torch.randint(len(shapes), (), generator=draw))]
+
+
+def test_where_nothing_can_shrink_further_the_shape_stays():
     task = task_on(zoo.Plain)
-    whole = {n: g.channels for n, g in task.groups.items()}
-    floor = task.cost({n: g.blocks for n, g in task.groups.items()}).macs / task.reference.macs
-    shapes = slimmer(whole, task, floor * 1.05)
-    assert shapes
-    assert all(task.cost(s).macs <= floor * 1.05 * task.reference.macs for s in shapes)
-    assert slimmer(whole, task, 0.0) == [{n: g.blocks for n, g in task.groups.items()}]
+    whole, floor = ({n: w(g) for n, g in task.groups.items()} for w in (lambda g: g.channels, lambda g: g.blocks))
+    assert slimmer(whole, task, 0.0) == [floor]
+    assert slimmer(floor, task, 0.0) == [floor]
 
 
 @pytest.mark.parametrize("budget", ["macs:0.7", "macs:0.5", "params:0.4", "channels:0.5", "macs:1"])
@@ -217,6 +240,48 @@ def test_a_killed_run_resumes_to_the_same_network_and_bill(where, fresh_cache, m
     assert again.rows == whole.rows
     assert again.series == whole.series
     assert again.spent["decision"].forward_macs == whole.spent["decision"].forward_macs
+
+
+def test_shapes_are_scored_with_statistics_of_their_own_on_the_first_samples_of_val():
+    given = cell(model="test_resnet", size=32)
+    base = obtain_base(given)
+    task = task_of(given, base, AutoSlim())
+    first = {n: -torch.arange(g.channels, dtype=torch.float32) for n, g in task.groups.items()}
+    slimmable = Slimmable(task, first, 0.1)
+    widths = slimmable.widths(0.5)
+    plan = {n: keep(torch.arange(w)) for n, w in widths.items()}
+    cut = resize(task.model, task.groups, plan)
+    recalibrate(cut, task.train, samples=64, macs=0, seed=task.seed)
+    expected = accuracy(cut, First(task.val, 50))
+    assert expected.samples == 50
+    method = AutoSlim(samples=50, calibration=64)
+    model = copy.deepcopy(task.model)
+    with autoslim.gated(model, task.groups, slimmable.gates):
+        top1, loss = method._score(task, model, slimmable, widths)
+    assert top1 == pytest.approx(expected.top1)
+    assert -loss == pytest.approx(expected.loss, rel=1e-4)
+    stale = accuracy(resize(task.model, task.groups, plan), First(task.val, 50))
+    assert stale.loss != pytest.approx(expected.loss, rel=0.05)
+
+
+@pytest.mark.parametrize("final", ["slimmable", "fresh"])
+def test_what_the_found_shape_starts_from(final, monkeypatch):
+    started, real = [], protocol.fit
+
+    def watched(model, *args, desc="", **options):
+        started.append((desc, copy.deepcopy(model)))
+        return real(model, *args, desc=desc, **options)
+
+    monkeypatch.setattr(protocol, "fit", watched)
+    record = run_cell(cell({"final": final}, seed=11), Store())
+    assert record.status == "done", record.trace
+    (small,) = [m for desc, m in started if desc == "autoslim macs:0.5"]
+    (last,) = [m for desc, m in started if desc == "autoslim"]
+    again = copy.deepcopy(small)
+    models.reinitialise(again, 11)
+    same = [torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True)]
+    assert all(same) == (final == "fresh")
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in last.parameters())
 
 
 def test_the_first_samples():

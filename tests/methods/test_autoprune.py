@@ -154,11 +154,26 @@ def test_a_channel_that_the_loss_needs_recovers():
     gates = Gates(method, task, task.recipe.model_copy(update={"epochs": 40.0}))
     gates.m["0"][0] = -0.5  # closed by hand: its slope says that the loss misses it
     gates.open["0"].copy_(opened(gates.m["0"], 1))
+    gates.shut["0"][0] = autoprune.CLOSED
     model = copy.deepcopy(task.model)
     with gated(model, task.groups, gates.open, on="weight", products=gates.products):
         task.fit(model, task.train, gates.recipe, losses=gates.losses)
     assert gates.open["0"][0] == 1
-    assert int(gates.recoveries) >= 1
+    assert gates.series["trajectory.recoveries"][-1] == 1
+
+
+def test_recoveries_and_the_chances_for_them_are_counted_by_gate_and_after_a_while_only(monkeypatch):
+    monkeypatch.setattr(autoprune, "CLOSED", 3)
+    method, task = planted(mu=0.0)
+    gates = Gates(method, task, task.recipe)
+    # flickers; returns after two steps; after four; stays closed
+    history = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]
+    gates.open["0"], gates.shut["0"] = torch.ones(4), torch.zeros(4)
+    for row in history:
+        gates.open["0"] = torch.tensor(row, dtype=torch.float32)
+        gates._note("0")
+    assert int(gates.told["recoveries"]) == 1
+    assert int(gates.told["shut"]) == 2 + 3  # the third channel at steps 4 and 5, the fourth at steps 4 to 6
 
 
 def test_the_channel_that_the_labels_need_is_kept():
@@ -219,6 +234,104 @@ def test_trajectories_go_from_everything_to_the_budget(params):
     assert record.spent["decision"].backward_macs == pytest.approx(2 * record.spent["decision"].forward_macs, rel=0.01)
 
 
+@pytest.mark.parametrize("budget", ["macs:0.5", "macs:0.25", "params:0.3"])
+def test_mu_brings_the_open_channels_to_the_budget_before_gates_are_frozen(budget):
+    series = run_cell(cell({"epochs": 4, "penalty": "channels"}, budget=budget), Store()).series
+    what, target = budget.split(":")[0], float(budget.split(":")[1])
+    gated_points = [v for v, mu in zip(series[f"trajectory.{what}"], series["trajectory.mu"], strict=True) if mu is not None]
+    settled = gated_points[2 * len(gated_points) // 3 :]  # the ramp ends at half of the steps, the gates at three quarters
+    assert sum(settled) / len(settled) == pytest.approx(target, rel=0.15)
+    assert max(mu for mu in series["trajectory.mu"] if mu is not None) > 0
+
+
+def test_prices_are_what_a_channel_adds_to_what_the_budget_counts():
+    model, x, groups = zoo.certified(zoo.Plain)
+    cost, sample = CostModel(model, groups, x), zoo.sample_for(x)
+    shared = {"model": model, "groups": groups, "example_input": x, "cost": cost, "reference": cost, "train": sample, "val": sample}
+    recipe = Recipe(epochs=1, batch_size=4, lr=0.01)
+    whole = {n: g.channels for n, g in groups.items()}
+    for kind in ("macs", "params"):
+        prices = Gates(AutoPrune(), Task(**shared, budget=Budget(kind, 0.5)), recipe)._prices()
+        saved = {n: getattr(cost(whole), kind) - getattr(cost(whole | {n: w - groups[n].blocks}), kind) for n, w in whole.items()}
+        each = {n: s / groups[n].blocks for n, s in saved.items()}
+        mean = sum(each[n] * whole[n] for n in whole) / sum(whole.values())
+        assert prices == pytest.approx({n: e / mean for n, e in each.items()})
+    assert len({round(p, 6) for p in prices.values()}) > 1
+    alike = Gates(AutoPrune(penalty="channels"), Task(**shared, budget=Budget("macs", 0.5)), recipe)._prices()
+    assert set(alike.values()) == {1.0}
+
+
+def test_gates_learn_from_val_and_weights_from_train():
+    method, task = planted(mu=0.0, epochs=30, freeze=1.0)
+    x, y = task.train.x, task.train.y
+    seen, fit_ = [], task.fit
+
+    class Told(Repeated):
+        def batches(self, size, *, generator=None, augment=None):
+            seen.append(self.name)
+            return super().batches(size, generator=generator)
+
+    train, val = Told(x, y), Told(x, 1 - y)  # the labels of val ask for the opposite
+    train.name, val.name = "train", "val"
+    outcomes = {}
+    for name, other in (("val", val), ("train", train)):
+        gates = Gates(method, Task(**{**vars(task), "train": train, "val": other}), task.recipe)
+        model = copy.deepcopy(task.model)
+        with gated(model, task.groups, gates.open, on="weight", products=gates.products):
+            gates._learn(model)
+        outcomes[name] = gates.m["0"].clone()
+    assert outcomes["train"][0] > 1 > outcomes["val"][0]  # channel 0 makes the labels of train, and does harm on those of val
+    model = copy.deepcopy(task.model)
+    gates = Gates(method, Task(**{**vars(task), "train": train, "val": val}), task.recipe)
+    with gated(model, task.groups, gates.open, on="weight", products=gates.products):
+        fit_(model, train, task.recipe.model_copy(update={"epochs": 3.0, "lr": 0.1}), losses=gates.losses)
+    assert model[1].weight[0, 0] < task.model[1].weight[0, 0]  # further towards the labels of train
+    assert set(seen) == {"train", "val"}
+
+
+def test_the_weights_loss_is_smoothed_as_the_recipe_says():
+    method, task = planted(mu=0.0)
+    for smoothing in (0.0, 0.3):
+        gates = Gates(method, task, task.recipe.model_copy(update={"label_smoothing": smoothing}))
+        model = copy.deepcopy(task.model)
+        with gated(model, task.groups, gates.open, on="weight", products=gates.products):
+            loss = next(gates.losses(model, task.train.x, task.train.y))
+            expected = F.cross_entropy(model(task.train.x), task.train.y, label_smoothing=smoothing)
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()))
+
+
+def test_the_least_cosine_and_mean_losses_since_the_last_point_are_told(monkeypatch):
+    cosines, losses, similarity, entropy = [], [], F.cosine_similarity, F.cross_entropy
+    monkeypatch.setattr(autoprune.F, "cosine_similarity", lambda *a, **k: cosines.append(similarity(*a, **k)) or cosines[-1])
+    monkeypatch.setattr(autoprune.F, "cross_entropy", lambda *a, **k: losses.append(entropy(*a, **k)) or losses[-1])
+    series = run_cell(cell({"epochs": 3.7}), Store()).series
+    gated_steps, begin = len(cosines), 0
+    told = zip(*(series[f"trajectory.{n}"] for n in ("step", "cosine", "val_loss", "loss")), strict=True)
+    val, train = losses[: 2 * gated_steps : 2], [*losses[1 : 2 * gated_steps : 2], *losses[2 * gated_steps :]]
+    for step, cosine, val_loss, loss in told:
+        some = cosines[begin:step]
+        assert (cosine is None) == (not some)
+        if some:
+            assert cosine == pytest.approx(float(min(some)), rel=1e-4)
+            assert val_loss == pytest.approx(sum(float(v.detach()) for v in val[begin:step]) / len(some), rel=1e-4)
+        assert loss == pytest.approx(sum(float(v.detach()) for v in train[begin:step]) / (step - begin), rel=1e-4)
+        begin = step
+    assert series["trajectory.step"][-1] == begin
+    assert gated_steps not in series["trajectory.step"]  # the interval in which gates are frozen holds gated steps too
+
+
+def test_val_batches_leave_batch_norms_statistics_alone():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).train()
+    before = model[1].running_mean.clone()
+    x = torch.randn(8, 2)
+    with autoprune.norms_left_alone(model):
+        inside = model(x)
+    assert torch.equal(model[1].running_mean, before)
+    assert model[1].momentum == 0.1
+    assert torch.allclose(model(x), inside)  # by the batch's statistics
+    assert not torch.equal(model[1].running_mean, before)
+
+
 def test_a_fixed_mu_keeps_what_ends_open():
     low, high = (run_cell(cell({"mu": mu}, budget="macs:1"), Store()) for mu in (0.05, 0.6))
     for record in (low, high):
@@ -266,9 +379,11 @@ def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypa
     ("params", "message"),
     [
         ({"ramp": 0.9, "freeze": 0.5}, "0 < ramp <= freeze <= 1"),
-        ({"epochs": 0}, "epochs must be above 0"),
-        ({"eta": -1}, "eta must be above 0"),
-        ({"mu": -1}, "mu must be at least 0"),
+        ({"epochs": 0}, "epochs must be a number above 0"),
+        ({"eta": -1}, "eta must be a number above 0"),
+        ({"eta": float("inf")}, "eta must be a number above 0"),
+        ({"mu": -1}, "mu must be a number from 0 on"),
+        ({"weight_decay": -1}, "weight_decay must be a number from 0 on"),
     ],
 )
 def test_parameters_that_make_no_sense(params, message):
@@ -283,8 +398,9 @@ def test_divergence_is_named():
     assert "lower lr" in record.reason
 
 
-def test_a_budget_below_the_floor_is_refused_before_any_work():
-    method, task = planted()
+@pytest.mark.parametrize("mu", [None, 0.1])
+def test_a_budget_below_the_floor_is_refused_before_any_work(mu):
+    method, task = planted(mu=mu)
     with pytest.raises(InfeasibleBudgetError):
         method.apply(Task(**{**vars(task), "budget": Budget("macs", 0.01), "fit": pytest.fail}))
 

@@ -162,7 +162,9 @@ def test_paired_differences_compare_all_rows_of_a_budget_controls_included():
 
 
 def test_a_held_scratch_budget_is_said():
-    assert "for as many MACs, but at most 2 times the base's epochs;" in board([record()], longest=2)
+    assert "for as many MACs, but for at most 2 times X's epochs (*train cost* says how far that went);" in board(
+        [record()], longest=2
+    )
     assert "for as many MACs; `l1-budget:X`" in board([record()])
 
 

@@ -140,7 +140,7 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
     grain = f" Test sets of {', '.join(map(str, sorted(images)))} images: one is {100 / min(images):.2g} points." if images else ""
     bases = {(r.cell.dataset, r.cell.network, r.provenance.get("checkpoint") or r.cell.seed) for r in records}
     most = max((len([b for b in bases if b[:2] == net]) for net in {b[:2] for b in bases}), default=0)
-    longest = f", but at most {suite.longest:g} times the base's epochs" if suite.longest else ""
+    longest = f", but for at most {suite.longest:g} times X's epochs (*train cost* says how far that went)" if suite.longest else ""
     bases_each = f"{most} base networks each at most" if most > 1 else "one base network each: no ± and no ranks"
     parts += [f"{state}; {bases_each}.{grain}", "", NOTES.format(longest=longest), ""]
     speeds = {(t["dataset"], t["model"], t["shape"]): t for t in timings}

@@ -24,7 +24,7 @@ NAMES = {
     "open": "open channels",
     "macs": "MACs, share of the whole",
     "loss": "training loss, nats",
-    "val_loss": "val loss, nats",
+    "val_loss": "val loss of the steps, nats",
     "val_top1": "val top-1, %",
     "recoveries": "recoveries so far",
     "cosine": "cosine with the gradient",
@@ -33,11 +33,14 @@ NAMES = {
 DRAWN = ("open", "macs", "val_loss", "val_top1", "recoveries", "cosine")
 
 PREFACE = """\
-What each technique noted while it decided, at its smallest budget; mean ± sample standard deviation over n base networks.
+What each technique noted while it decided, at its smallest budget; mean ± sample standard deviation over n base networks. The
+data are the series `trajectory.*` of `records.jsonl`; quantities that no record of a technique has are left out.
 
-*Recoveries*: channels that had been closed and opened again, each time counted. *Least cosine*: between the update of the auxiliary
-parameters and the gradient of the val loss by them, the least over all steps of a run. *Val top-1 at the end*: of the network as
-the trajectory leaves it. The data are the series `trajectory.*` of `records.jsonl`."""
+*Recoveries*: channels that opened again after at least 25 steps closed, each time counted. *Least cosine*: between the update of
+the auxiliary parameters and the gradient of the val loss by them, the least over all steps of a run. *Val top-1 at the end*: of the
+network as the trajectory leaves it, before anything else is trained; AutoSlim's path is the same for all budgets and ends at its
+parameter `least`. In the figures, losses are means over the steps between two points, and a dotted line stands where AutoPrune
+freezes its gates: from there on only weights are trained, with the channels that the budget allows."""
 
 
 def has_trajectories(records: Sequence[Record]) -> bool:
@@ -60,13 +63,23 @@ def page(records: Sequence[Record], title: str) -> str:
     found = _blocks(records)
     parts += [f"![{technique} along its steps](figures/{_file(technique)})\n" for technique in found]
     for technique, networks in found.items():
-        rows = []
-        for (dataset, network), block in networks.items():
-            for line in block:
-                cells = [_mean(line, "recoveries", last, 0), _mean(line, "cosine", min, 3), _mean(line, "val_top1", last, 2)]
-                rows.append([f"`{network}` on `{dataset}`", line.label, line.budget, *cells, str(line.bases)])
-        headers = ["network", "technique", "budget", "recoveries", "least cosine", "val top-1 % at the end", "n"]
-        table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=("left",) * 3 + ("right",) * 4, disable_numparse=True)
+        everything = [(key, line) for key, block in networks.items() for line in block]
+        columns = {
+            title: [_mean(line, name, pick, digits) for _, line in everything]
+            for title, name, pick, digits in (
+                ("recoveries", "recoveries", last, 0),
+                ("least cosine", "cosine", min, 3),
+                ("val top-1 % at the end", "val_top1", last, 2),
+            )
+        }
+        columns = {title: cells for title, cells in columns.items() if set(cells) != {"–"}}
+        rows = [
+            [f"`{network}` on `{dataset}`", line.label, line.budget, *(cells[i] for cells in columns.values()), str(line.bases)]
+            for i, ((dataset, network), line) in enumerate(everything)
+        ]
+        headers = ["network", "technique", "budget", *columns, "n"]
+        align = ("left",) * 3 + ("right",) * (len(headers) - 3)
+        table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
         parts += [f"## {technique}", "", table, ""]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -134,6 +147,9 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
             place.tick_params(labelsize=7)
             place.grid(alpha=0.3)
             place.set_xlim(0, 100)
+            for line in block:
+                if (end := _frozen(line)) is not None:
+                    place.axvline(end, color="0.5", linewidth=0.8, linestyle=":")
             if name == "val_loss":
                 place.set_yscale("log")
                 place.yaxis.set_minor_formatter(NullFormatter())
@@ -144,8 +160,16 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     most = max(line.bases for block in networks.values() for line in block)
     spread = f"mean ± std over {most} base networks" if most > 1 else "one base network"
-    figure.suptitle(f"{technique} along its steps, at the smallest budget; {spread}", fontsize=11)
+    wide = len(names) > 2
+    figure.suptitle(f"{technique} along its steps, smallest budget{'; ' if wide else chr(10)}{spread}", fontsize=11 if wide else 9)
     return save(figure, path)
+
+
+def _frozen(line: Line) -> float | None:
+    """Where a line's gates were frozen, in per cent of the steps."""
+    series = line.first().series
+    gated = [s for s, mu in zip(series[STEP], series.get("trajectory.mu", []), strict=False) if mu is not None]
+    return 100 * gated[-1] / series[STEP][-1] if 0 < len(gated) < len(series[STEP]) else None
 
 
 def _band(place: Any, line: Line, name: str, colour: str) -> Any:
