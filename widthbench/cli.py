@@ -59,9 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "run",
         help="run the cells of a suite that have no result yet, then write its report",
-        description="Run the cells of a suite that have no result yet, then write its report. Finished cells, trained base networks and "
-        "half-done training are kept in the cache (WIDTHBENCH_CACHE, by default the user's cache folder): a run that was stopped goes on "
-        "from there.",
+        description="Run the cells of a suite that have no result yet, then write its report. Finished cells, trained base "
+        "networks and half-done training are kept in the cache (WIDTHBENCH_CACHE, by default the user's cache folder): a run that "
+        "was stopped goes on from there.",
     )
     _suites(verb)
     verb.add_argument("--jobs", type=_positive, default=1, metavar="N", help="worker processes (default: 1)")
