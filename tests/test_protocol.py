@@ -185,6 +185,7 @@ class Fresh(Failing):
     start = "fresh"
 
     def decide(self, task, state):
+        Fresh.recipe = task.recipe
         with torch.no_grad():
             task.model(task.example_input)
         return Outcome({n: keep(list(range(w))) for n, w in task.widths().items()})
@@ -206,6 +207,7 @@ def test_a_technique_that_starts_fresh_is_not_billed_for_the_base_nor_given_it(s
     assert record.spent["base"].forward_macs == 0
     assert record.spent["decision"].forward_macs == record.base_macs
     assert record.row("resized").top1 < 40
+    assert Fresh.recipe == BASE != TUNE
 
 
 class Recording(Failing):

@@ -325,7 +325,7 @@ def task_of(cell: Cell, base: Base, technique: Technique, *, progress: Progress 
         val=base.data.val if len(base.data.val) else Nothing(cell.dataset),
         seed=cell.seed,
         device=device_of(cell),
-        recipe=cell.finetune,
+        recipe=cell.finetune if technique.start == "trained" else cell.base,
         fit=_fit_for(base, cell, progress),
         regroup=lambda model: find_groups(model, base.example_input, cache=False),
         progress=progress,

@@ -69,7 +69,8 @@ class Task:
         val: Validation samples (every choice is made on these), or a guard likewise.
         seed: Seeds everything random in the decision.
         device: Where to compute.
-        recipe: Training settings for techniques that train (``fit`` understands them).
+        recipe: Training settings for techniques that train (``fit`` understands them): the suite's for fine-tuning where the
+            technique starts from the trained base, the base's own where it starts fresh.
         fit: ``fit(model, train, recipe, seed=, desc=, losses=, state=)``: the one training loop (``widthbench.training.fit``); it
             resumes where a killed run stopped.
         regroup: ``regroup(model) -> Groups``: discovery and certification of a network that was grown.
