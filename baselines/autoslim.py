@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import copy
-import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthbench.budget import asked, top_channels, used
+from widthbench.budget import Budget, asked, top_channels, uniform_widths, used
+from widthbench.errors import BudgetError
 from widthbench.measure import accuracy
 from widthbench.models import reinitialise
 from widthbench.recipe import Recipe
@@ -24,7 +25,6 @@ from widthbench.width.gates import gated
 from widthbench.width.groups import producer_rows
 from widthbench.width.resize import keep, resize
 
-SHARES = 256  # to which all groups are slimmed alike, between none and all of their channels
 RANDOM = 2  # widths drawn for each step, beside the largest and the smallest (the sandwich rule)
 
 
@@ -239,19 +239,15 @@ def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[st
             continue
         half = {**widths, name: max(group.blocks, widths[name] // (2 * group.blocks) * group.blocks)}
         if _fits(half, task, level):
-            shapes = [{**widths, name: w} for w in range(half[name], widths[name], group.blocks)]
+            alone = range(half[name], widths[name], group.blocks)
+            least = bisect.bisect_left(alone, True, key=lambda w: not _fits({**widths, name: w}, task, level))
+            found.append({**widths, name: alone[least - 1]})
         else:
-            shares = [i / SHARES for i in range(SHARES + 1)]
-            shapes = [
-                {n: g.blocks * max(1, math.floor(share * half[n] / g.blocks + 1e-9)) for n, g in task.groups.items()}
-                for share in shares
-            ]
-        most = bisect.bisect_left(range(1, len(shapes)), True, key=lambda i: not _fits(shapes[i], task, level))
-        found.append(shapes[most])
-        for other, group in task.groups.items():  # what rounding left, to those that the next share would give more
-            more = {**found[-1], other: found[-1][other] + group.blocks}
-            if most + 1 < len(shapes) and more[other] <= shapes[most + 1][other] and _fits(more, task, level):
-                found[-1] = more
+            left = {n: replace(g, channels=half[n]) for n, g in task.groups.items()}
+            try:
+                found.append(uniform_widths(left, Budget("macs", level), task.cost, task.reference))
+            except BudgetError:  # not even one channel per block
+                found.append({n: g.blocks for n, g in task.groups.items()})
     return [dict(shape) for shape in dict.fromkeys(tuple(s.items()) for s in found)] or [dict(widths)]
 
 
