@@ -68,6 +68,14 @@ def test_the_table_says_what_the_records_say_at_the_smallest_budget(written):
     assert cells[6] == "2"  # no val accuracy without curves: that column is left out
 
 
+def test_lines_are_named_by_what_tells_them_apart(written):
+    block = trajectories._blocks(written[1])["autoprune"]["digits", "lenet_300_100"]
+    assert {line.label: name for line, name in zip(block, trajectories._short(block), strict=True)} == {
+        "autoprune(epochs=1)": "autoprune",
+        "autoprune(decoupling=none,epochs=1)": "decoupling=none",
+    }
+
+
 def test_records_without_trajectories_get_no_page(written):
     _, records = written
     assert not trajectories.has_trajectories([r for r in records if r.cell.technique == "l1-norm"])

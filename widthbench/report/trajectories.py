@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from tabulate import tabulate
 
@@ -30,6 +32,7 @@ NAMES = {
     "cosine": "cosine with the gradient",
     "mu": "μ",
 }
+LIMITS = {"val_top1": (0, 100), "cosine": (-1, 1)}
 DRAWN = ("open", "macs", "val_loss", "val_top1", "recoveries", "cosine")
 
 PREFACE = """\
@@ -132,16 +135,14 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
     names = [n for n in DRAWN if any(_values(r, n) for r in everything)]
     if "open" in names:
         names.remove("macs")  # tells the same
-    figure = Figure(figsize=(3.1 * len(names), 2.5 * len(networks) + 1.2), layout="constrained")
+    several = any(len(block) > 1 for block in networks.values())
+    figure = Figure(figsize=(3.1 * len(names) + 2 * several, 2.5 * len(networks) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(networks), len(names), squeeze=False)
-    labels = sorted({line.label for block in networks.values() for line in block})
-    handles: dict[str, Any] = {}
     for row, ((dataset, network), block) in zip(axes, networks.items(), strict=True):
         for place, name in zip(row, names, strict=True):
-            for line in block:
-                if (handle := _band(place, line, name, COLOURS[labels.index(line.label) % len(COLOURS)])) is not None:
-                    handles[line.label] = handle
+            for line, colour in zip(block, cycle(COLOURS), strict=False):
+                _band(place, line, name, colour)
             place.set_title(f"{network} on {dataset}" if name == names[0] else NAMES[name], fontsize=9)
             place.set_ylabel(NAMES[name], fontsize=8)
             place.tick_params(labelsize=7)
@@ -153,16 +154,26 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
             if name == "val_loss":
                 place.set_yscale("log")
                 place.yaxis.set_minor_formatter(NullFormatter())
+        if len(block) > 1:  # a row's lines are its own: settings differ between networks
+            handles = [Line2D([], [], color=colour) for colour, _ in zip(cycle(COLOURS), block, strict=False)]
+            row[-1].legend(handles, _short(block), loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=7)
     for place in axes[-1]:
         place.set_xlabel("% of the steps", fontsize=8)
-    if len(labels) > 1:
-        columns = max(1, min(len(labels), math.floor(3.1 * len(names) / 4)))
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     most = max(line.bases for block in networks.values() for line in block)
     spread = f"mean ± std over {most} base networks" if most > 1 else "one base network"
     wide = len(names) > 2
     figure.suptitle(f"{technique} along its steps, smallest budget{'; ' if wide else chr(10)}{spread}", fontsize=11 if wide else 9)
     return save(figure, path)
+
+
+def _short(block: Sequence[Line]) -> list[str]:
+    """Names of a network's lines: the parameters that tell them apart."""
+    params = [line.first().cell.params for line in block]
+    shared = {k for k, v in params[0].items() if all(k in p and p[k] == v for p in params)}
+    return [
+        fill(", ".join(f"{k}={v}" for k, v in sorted(p.items()) if k not in shared) or line.first().cell.technique, 26)
+        for p, line in zip(params, block, strict=True)
+    ]
 
 
 def _frozen(line: Line) -> float | None:
@@ -172,8 +183,8 @@ def _frozen(line: Line) -> float | None:
     return 100 * gated[-1] / series[STEP][-1] if 0 < len(gated) < len(series[STEP]) else None
 
 
-def _band(place: Any, line: Line, name: str, colour: str) -> Any:
-    """Mean and spread over bases; the curve's handle, or None where no record has the series."""
+def _band(place: Any, line: Line, name: str, colour: str) -> None:
+    """Mean and spread over bases, as far as the quantity can go; nothing where no record has the series."""
     grid, curves = np.linspace(0, 100, 101), []
     for record in line.records.values():
         steps, values = record.series[STEP], record.series.get(f"trajectory.{name}", [])
@@ -182,12 +193,12 @@ def _band(place: Any, line: Line, name: str, colour: str) -> Any:
             x, y = zip(*pairs, strict=True)
             curves.append(np.interp(grid, x, y, left=np.nan, right=np.nan))
     if not curves:
-        return None
+        return
     mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=1) if len(curves) > 1 else 0
-    (handle,) = place.plot(grid, mean, color=colour, linewidth=1.4)
+    place.plot(grid, mean, color=colour, linewidth=1.4)
     low = np.maximum(mean - spread, mean / 3) if name == "val_loss" else mean - spread
-    place.fill_between(grid, low, mean + spread, color=colour, alpha=0.15, linewidth=0)
-    return handle
+    least, most = LIMITS.get(name, (-np.inf, np.inf))
+    place.fill_between(grid, np.maximum(low, least), np.minimum(mean + spread, most), color=colour, alpha=0.15, linewidth=0)
 
 
 def _file(technique: str) -> str:
