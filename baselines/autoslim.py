@@ -5,16 +5,15 @@ from __future__ import annotations
 import bisect
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthbench.budget import Budget, asked, top_channels, uniform_widths, used
-from widthbench.errors import BudgetError
+from widthbench.errors import BudgetError, UsageError
 from widthbench.measure import accuracy
 from widthbench.models import reinitialise
 from widthbench.recipe import Recipe
@@ -36,13 +35,13 @@ class AutoSlim(Technique):
        and Huang, ICCV 2019). Gates open the first channels of each group.
     2. Step by step, the network's MACs shrink by the same factor, each time in the one group whose slimming leaves the best val
        accuracy, BatchNorm recalibrated. A group gives up at most half of its channels in a step; where that does not take the MACs
-       down far enough (many groups, few steps), all groups give up the rest alike. One path serves all budgets.
+       down far enough (many groups, few steps), all others give up the rest alike. One path serves all budgets.
     3. The shape found is trained.
 
     Args:
         epochs: Of slimmable training; other settings are those of the task's recipe.
         narrowest: Share of each group's channels in the smallest network.
-        steps: Greedy steps from the whole network to ``least``.
+        steps: Greedy steps from the whole network to ``least``; with about seven for each group, most steps are one group's doing.
         least: Share of the MACs at the path's end; a budget below it is met from the floor upwards.
         samples: Val samples at most that a greedy choice looks at, in the order in which val gives them.
         calibration: Training samples for each BatchNorm recalibration.
@@ -133,7 +132,10 @@ class AutoSlim(Technique):
     def _trained(self, task: Task, model: nn.Module, slimmable: Slimmable) -> dict[str, Tensor]:
         """The slimmable network's tensors, as they are before any recalibration of the greedy steps."""
         assert task.fit is not None
-        task.fit(model, task.train, self._recipe(task, self.epochs), losses=slimmable.losses, state=slimmable, desc=self.id)
+        recipe = self._recipe(task, self.epochs)
+        task.fit(model, task.train, recipe, losses=slimmable.losses, state=slimmable, desc=self.id)
+        if not all(torch.isfinite(v).all() for v in model.state_dict().values()):  # in the last step, whose loss was fine
+            raise UsageError(f"autoslim diverged: slimmable training left weights that are not finite; lower lr = {recipe.lr:g}")
         return {k: v.clone() for k, v in model.state_dict().items()}
 
     def _recipe(self, task: Task, epochs: float) -> Recipe:
@@ -225,10 +227,17 @@ class First:
                 return
 
 
+class Most(NamedTuple):
+    """What a group may keep: so many channels at most, in so many blocks."""
+
+    channels: int
+    blocks: int
+
+
 def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[str, int]]:
     """Shapes of at most ``level`` of the reference's MACs, one for each group that can still shrink.
 
-    That group gives up what the level asks for, but at most half of its channels; where this is not enough, all groups give up the
+    That group gives up what the level asks for, but at most half of its channels; where this is not enough, all others give up the
     rest alike. Where nothing can shrink any further, the shape itself.
     """
     if _fits(widths, task, level):
@@ -243,12 +252,21 @@ def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[st
             least = bisect.bisect_left(alone, True, key=lambda w: not _fits({**widths, name: w}, task, level))
             found.append({**widths, name: alone[least - 1]})
         else:
-            left = {n: replace(g, channels=half[n]) for n, g in task.groups.items()}
-            try:
-                found.append(uniform_widths(left, Budget("macs", level), task.cost, task.reference))
-            except BudgetError:  # not even one channel per block
-                found.append({n: g.blocks for n, g in task.groups.items()})
+            found.append(_alike(half, name, task, level))
     return [dict(shape) for shape in dict.fromkeys(tuple(s.items()) for s in found)] or [dict(widths)]
+
+
+def _alike(widths: Mapping[str, int], name: str, task: Task, level: float) -> dict[str, int]:
+    """Widths at which all groups but one shrink alike until the network is down to a level; the floor where that is not enough."""
+    others = {n: Most(widths[n], g.blocks) for n, g in task.groups.items() if n != name}
+    floor = {n: g.blocks for n, g in task.groups.items()}
+    if not others:
+        return floor
+    try:
+        alike = uniform_widths(others, Budget("macs", level), lambda some: task.cost({**widths, **some}), task.reference)
+    except BudgetError:
+        return floor
+    return {**widths, **alike}
 
 
 def _fits(widths: Mapping[str, int], task: Task, level: float) -> bool:

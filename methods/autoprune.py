@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +43,13 @@ class AutoPrune(Technique):
     Channel c has an auxiliary parameter m. The network uses ``t = w · h(m)`` for its consumers' incoming weights w, with h(m) = 1
     where m > 0, else 0. Steps alternate: the weights descend the training loss with weight decay, the auxiliary parameters take
 
-        ``m ← m - η (s / ρ + μ) ĥ'(m)``,   ``s = Σ ∂L_val/∂t · sgn(w)``  over the channel's weights
+        ``m ← m - η (s / ρ + μ p) ĥ'(m)``,   ``s = Σ ∂L_val/∂t · sgn(w)``  over the channel's weights
 
-    on a batch of val (BatchNorm's running statistics stay those of training). ĥ' is a straight-through estimator of h'. A closed
-    channel recovers when m rises above 0 again. ρ, the running root mean square of s over all channels and steps, makes η and μ
-    numbers without a unit. Every ten steps μ is set as high as the open channels need to keep on a straight line from everything
-    to the budget; then m orders all channels, the best are frozen open within the budget, and the weights are trained on as they
-    will be cut.
+    on a batch of val (BatchNorm's running statistics stay those of training). ĥ' is a straight-through estimator of h', p the
+    channel's price (``penalty``). A closed channel recovers when m rises above 0 again. ρ, the running root mean square of s over
+    all channels and steps, makes η and μ numbers without a unit. Every ten steps μ is set as high as the open channels need to keep
+    on a straight line from everything to the budget; then m orders all channels, the best that fit the budget are frozen open, and
+    the weights are trained on as they will be cut.
 
     Args:
         estimator: ĥ'(m): "softplus" ``σ(m)``, "leaky_relu" 1 where m > 0, else 0.1, "linear" 1.
@@ -104,6 +104,9 @@ class AutoPrune(Technique):
         self.freeze = freeze
         if not 0 < ramp <= freeze <= 1:
             raise ValueError(f"ramp and freeze must be shares with 0 < ramp <= freeze <= 1, not {ramp} and {freeze}")
+        for name, kinds in (("estimator", Estimator), ("decoupling", Decoupling)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, not {getattr(self, name)!r}")
         for name in ("epochs", "eta", "lr"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
@@ -189,7 +192,8 @@ class Gates:
         products: The gated weights that the last pass used, by consumer.
         series: The trajectory: at each point the step, open channels, shares of MACs and parameters, μ, mean losses since the last
             point, recoveries so far (channels that opened after at least 25 steps closed), channel-steps so far in which that could
-            have happened ("shut"), and the least cosine since the last point.
+            have happened ("shut"), channels open now that had once been closed so long ("returned"), and the least cosine since the
+            last point. "freeze": the step from which on gates are frozen.
     """
 
     def __init__(self, method: AutoPrune, task: Task, recipe: Recipe) -> None:
@@ -203,11 +207,12 @@ class Gates:
         self.open = {n: torch.ones_like(m) for n, m in self.m.items()}
         self.drift = {n: torch.zeros_like(m) for n, m in self.m.items()}  # recent means of s/ρ
         self.products: dict[str, list[Tensor]] = {}
-        self.series: dict[str, list[Any]] = {}
+        self.series: dict[str, list[Any]] = {"freeze": [self.last]}
         self.step = self.drawn = 0  # steps, and batches of val
         self.mu = method.mu or 0.0
         self.price = dict.fromkeys(self.m, 1.0)
         self.shut = {n: torch.zeros_like(m) for n, m in self.m.items()}  # steps since a channel closed
+        self.long = {n: torch.zeros_like(m, dtype=torch.bool) for n, m in self.m.items()}  # channels that were once closed for long
         self.square = like * 0  # the running mean square
         self.told = {name: like.double() * 0 for name in ("recoveries", "shut", *SINCE)}
         self._forget_since()
@@ -216,7 +221,7 @@ class Gates:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        names = ("m", "drift", "open", "shut", "series", "step", "drawn", "mu", "price", "square", "told")
+        names = ("m", "drift", "open", "shut", "long", "series", "step", "drawn", "mu", "price", "square", "told")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -226,7 +231,7 @@ class Gates:
             setattr(self, name, value)
         for name, gate in self.open.items():
             gate.copy_(gates[name])
-        for some in (self.m, self.drift, self.shut, self.told):
+        for some in (self.m, self.drift, self.shut, self.long, self.told):
             some.update({k: t.to(self.task.device) for k, t in some.items()})
         self.square = self.square.to(self.task.device)
 
@@ -264,10 +269,6 @@ class Gates:
         x, y = self._drawn()
         with norms_left_alone(model):
             loss = F.cross_entropy(model(x.contiguous(memory_format=fastest_layout(model)) if x.dim() == 4 else x), y)
-        if not torch.isfinite(loss):
-            raise UsageError(
-                f"autoprune diverged: the val loss is {float(loss.detach())} at step {self.step + 1}; lower lr = {self.recipe.lr:g}"
-            )
         used_by = [(layer, t) for layer, found in self.products.items() for t in found]
         slopes: dict[str, Tensor] = {}
         for (layer, _), slope in zip(used_by, torch.autograd.grad(loss, [t for _, t in used_by]), strict=True):
@@ -280,6 +281,9 @@ class Gates:
         self.told["val_loss"] += loss.detach()
         self.told["val_steps"] += 1
         square = torch.cat(list(s.values())).square().mean()
+        if not torch.isfinite(loss + square):
+            what = f"the val loss is {float(loss.detach())}, the mean square of its slopes {float(square)}"
+            raise UsageError(f"autoprune diverged: {what} at step {self.step + 1}; lower lr = {self.recipe.lr:g}")
         self.drawn += 1
         self.square = MEMORY * self.square + (1 - MEMORY) * square
         scale = (self.square / (1 - MEMORY**self.drawn)).sqrt().clamp_min(1e-30)
@@ -293,6 +297,7 @@ class Gates:
     def _note(self, name: str) -> None:
         """Count what returned, and what might have."""
         long, gate = self.shut[name] >= CLOSED, self.open[name]
+        self.long[name] |= long
         self.told["shut"] += long.sum()
         self.told["recoveries"] += (long & (gate > 0)).sum()
         self.shut[name] = torch.where(gate > 0, 0.0, self.shut[name] + 1)
@@ -354,12 +359,24 @@ class Gates:
         scores = {n: m.cpu() for n, m in self.m.items()}
         widths = self.widths()
         if self.method.mu is None or self._kept(widths) > asked(self.task.budget, self.task.groups):
-            widths = self.task.widths(scores, "global")
+            widths = self._filled(self.task.widths(scores, "global"), scores)
         found = {}
         for name, score in scores.items():
             rows = top_channels(score, widths[name], self.task.groups[name].blocks)
             found[name] = torch.zeros_like(score).index_fill(0, rows, 1.0)
         return found
+
+    def _filled(self, widths: dict[str, int], scores: Mapping[str, Tensor]) -> dict[str, int]:
+        """Widths that also take what still fits of the ranking behind the first channel that did not."""
+        groups, most = self.task.groups, asked(self.task.budget, self.task.groups) * (1 + 1e-12)
+        order = {n: score.sort(descending=True).values.tolist() for n, score in scores.items()}
+        while rest := [n for n, w in widths.items() if w < groups[n].channels]:
+            fits = [n for n in rest if self._kept(widths | {n: widths[n] + groups[n].blocks}) <= most]
+            if not fits:
+                break
+            best = max(fits, key=lambda n: order[n][widths[n]])
+            widths = widths | {best: widths[best] + groups[best].blocks}
+        return widths
 
     def _kept(self, widths: Mapping[str, int]) -> float:
         """The fraction of the reference that some widths keep, in the budget's own terms."""
@@ -381,6 +398,7 @@ class Gates:
             "val_loss": float(told["val_loss"]) / gated_steps if gated_steps else None,
             "recoveries": int(told["recoveries"]),
             "shut": int(told["shut"]),
+            "returned": sum(int((long & (self.open[n] > 0)).sum()) for n, long in self.long.items()),
             "cosine": float(told["cosine"]) if gated_steps else None,
         }
         if self.task.curves:
@@ -395,12 +413,11 @@ class Gates:
 @contextmanager
 def norms_left_alone(model: nn.Module) -> Iterator[None]:
     """Batch norms that normalise by the batch, as in training, but do not take it into their running statistics."""
-    norms = batch_norms(model)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    tracking = [norm for norm in batch_norms(model) if norm.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm in tracking:
+            norm.track_running_stats = True

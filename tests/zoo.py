@@ -183,6 +183,21 @@ def sample_for(x, classes=5, count=6):
     return Sample(xs, torch.randint(0, classes, (count,), generator=generator))
 
 
+class Shuffled:
+    """Random labelled inputs, in batches in the order that a generator draws."""
+
+    def __init__(self, x, count):
+        sample = sample_for(x, count=count)
+        self.x, self.y = sample.x, sample.y
+
+    def __len__(self):
+        return len(self.y)
+
+    def batches(self, size, *, generator=None, augment=None):
+        order = torch.arange(len(self.y)) if generator is None else torch.randperm(len(self.y), generator=generator)
+        return ((self.x[some], self.y[some]) for some in order.split(size))
+
+
 def started(groups, x):
     """Gates with one channel closed in each group, and the candidates that are left."""
     gates = {n: x.new_ones(g.channels) for n, g in groups.items()}

@@ -53,13 +53,14 @@ class Recoverability:
     Args:
         suite: Whose records are read.
         model: The network.
+        decay: Weight decay.
     """
 
-    def __init__(self, suite: str, model: str) -> None:
+    def __init__(self, suite: str, model: str, decay: float = 5e-4) -> None:
         shared: dict[str, Any] = {"suite": suite, "model": model, "variant": "fixed mu", "technique": "autoprune"}
         self.picks = [
             Pick(**shared, params={"start": "trained", "decoupling": "sgn", "weight_decay": w}, metric="series:trajectory.shut")
-            for w in (0, 5e-4)
+            for w in (0, decay)
         ]
 
     def __call__(self, evidence: Evidence) -> Picked:
@@ -83,3 +84,5 @@ linear_over_softplus_vgg16_cifar = Slower("autoprune-cifar10", "vgg16_cifar", "l
 recoverability_lenet_300_100 = Recoverability("autoprune-lenet", "lenet_300_100")
 recoverability_lenet5 = Recoverability("autoprune-lenet", "lenet5")
 recoverability_vgg16_cifar = Recoverability("autoprune-cifar10", "vgg16_cifar")
+recoverability_at_ten_times_lenet_300_100 = Recoverability("autoprune-lenet", "lenet_300_100", 5e-3)
+recoverability_at_ten_times_lenet5 = Recoverability("autoprune-lenet", "lenet5", 5e-3)

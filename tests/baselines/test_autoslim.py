@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from widthbench.baselines.autoslim import AutoSlim, First, Slimmable, at_budget,
 
 from widthbench import models, protocol
 from widthbench.budget import Budget
+from widthbench.errors import UsageError
 from widthbench.measure import accuracy
 from widthbench.protocol import load_data, obtain_base, run_cell, task_of
 from widthbench.recipe import Recipe
@@ -106,9 +108,26 @@ def test_shapes_at_a_level_are_those_of_brute_force(cls, level):
     for name in whole:
         alone = brute_force(whole, task, level, name)
         assert alone is None or alone in shapes
-        # and where it takes the others, too, it is the one that keeps the least of what it had
-        others = [s for s in shapes if min(s, key=lambda n: (s[n] / whole[n], n != name)) == name]
-        assert alone is not None or others
+        if alone is None:  # half of it, and the others are narrowed alike as far as that takes
+            half = max(1, whole[name] // task.groups[name].blocks // 2) * task.groups[name].blocks
+            assert joint(task, whole, name, half, level) in shapes
+
+
+def joint(task, whole, name, half, level):
+    """One group at half of its channels, the others at the largest common share that brings the MACs to the level, filled up."""
+    groups, found = task.groups, None
+    others = [n for n in groups if n != name]
+    for share in torch.linspace(0, 1, 4001).tolist():
+        shape = {n: groups[n].blocks * max(1, math.floor(share * whole[n] / groups[n].blocks + 0.5)) for n in others} | {name: half}
+        if task.cost(shape).macs <= level * task.reference.macs:
+            found = shape
+    if found is None:
+        return {n: g.blocks for n, g in groups.items()}
+    for other in sorted(others, key=lambda n: (found[n] / groups[n].blocks + 0.5) * groups[n].blocks / whole[n]):
+        more = {**found, other: found[other] + groups[other].blocks}
+        if found[other] < whole[other] and task.cost(more).macs <= level * task.reference.macs:
+            found = more
+    return found
 
 
 @pytest.mark.parametrize(("model", "steps"), [("mobilenetv2_100_cifar", 30), ("vgg16_cifar", 30), ("test_resnet", 8)])
@@ -313,3 +332,35 @@ def test_divergence_is_named():
     record = run_cell(cell(finetune=Recipe(epochs=1, batch_size=32, lr=1e6)), Store())
     assert record.status == "failed"
     assert "diverged" in record.reason
+
+
+def test_weights_that_the_last_step_spoils_are_named():
+    task = task_on(zoo.Mlp)
+
+    def spoiling(model, train, recipe, **more):
+        next(model.parameters()).data[0, 0] = float("nan")
+
+    with pytest.raises(UsageError, match="left weights that are not finite; lower lr"):
+        AutoSlim(**BRIEF).prepare(Task(**{**vars(task), "fit": spoiling}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_amp_and_layouts_reach_every_width(layout, monkeypatch):
+    task, seen = task_on(zoo.Plain), []
+    monkeypatch.setattr("widthbench.training.fastest_layout", lambda model: layout)
+    model, x = task.model.float(), task.example_input.float()
+    data, cost = zoo.Shuffled(x, count=12), CostModel(model, task.groups, x)
+
+    def fitted(model, train, recipe, **more):
+        note = lambda m, a, out: seen.append((out.dtype, a[0].is_contiguous(memory_format=layout)))  # noqa: E731
+        hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
+        spent = fit(model, train, recipe, macs=1, **more)
+        for hook in hooks:
+            hook.remove()
+        return spent
+
+    shared = {"train": data, "val": data, "example_input": x, "cost": cost, "reference": cost}
+    recipe = task.recipe.model_copy(update={"amp": True})
+    AutoSlim(**BRIEF | {"steps": 1}).prepare(Task(**{**vars(task), **shared, "recipe": recipe, "fit": fitted}))
+    assert set(seen) == {(torch.bfloat16, True)}
+    assert len(seen) == 2 * 2 * 4  # two convolutions, two steps at four widths

@@ -9,7 +9,7 @@ from widthbench.methods import autoprune
 from widthbench.methods.autoprune import AutoPrune, Gates, derivative, opened, sensitivities, updated
 
 from widthbench.budget import Budget
-from widthbench.errors import InfeasibleBudgetError
+from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.protocol import run_cell
 from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
@@ -160,6 +160,8 @@ def test_a_channel_that_the_loss_needs_recovers():
         task.fit(model, task.train, gates.recipe, losses=gates.losses)
     assert gates.open["0"][0] == 1
     assert gates.series["trajectory.recoveries"][-1] == 1
+    assert gates.series["trajectory.returned"][-1] == 1
+    assert gates.series["freeze"] == [40]
 
 
 def test_recoveries_and_the_chances_for_them_are_counted_by_gate_and_after_a_while_only(monkeypatch):
@@ -168,7 +170,7 @@ def test_recoveries_and_the_chances_for_them_are_counted_by_gate_and_after_a_whi
     gates = Gates(method, task, task.recipe)
     # flickers; returns after two steps; after four; stays closed
     history = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]
-    gates.open["0"], gates.shut["0"] = torch.ones(4), torch.zeros(4)
+    gates.open["0"], gates.shut["0"], gates.long["0"] = torch.ones(4), torch.zeros(4), torch.zeros(4, dtype=torch.bool)
     for row in history:
         gates.open["0"] = torch.tensor(row, dtype=torch.float32)
         gates._note("0")
@@ -327,9 +329,113 @@ def test_val_batches_leave_batch_norms_statistics_alone():
     with autoprune.norms_left_alone(model):
         inside = model(x)
     assert torch.equal(model[1].running_mean, before)
-    assert model[1].momentum == 0.1
+    assert int(model[1].num_batches_tracked) == 0
+    assert model[1].track_running_stats
     assert torch.allclose(model(x), inside)  # by the batch's statistics
     assert not torch.equal(model[1].running_mean, before)
+
+
+def two_prices(dtype=torch.float64):
+    """(method, task) on a network with batch norm and channels of different prices."""
+    model, x, groups = zoo.certified(zoo.Plain)
+    model, x = model.to(dtype), x.to(dtype)
+    cost, sample = CostModel(model, groups, x), zoo.Shuffled(x, count=12)
+    task = Task(
+        model=model, groups=groups, example_input=x, budget=Budget("macs", 0.5), cost=cost, reference=cost, train=sample,
+        val=sample, recipe=Recipe(epochs=1, batch_size=4, lr=0.01),
+    )  # fmt: skip
+    return AutoPrune(mu=0.3, eta=0.2), task
+
+
+def test_a_step_on_val_is_the_rule_with_each_channels_price_and_leaves_statistics_alone():
+    method, task = two_prices()
+    gates = Gates(method, task, task.recipe)
+    model = copy.deepcopy(task.model).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = []
+    real = autoprune.sensitivities
+    with gated(model, task.groups, gates.open, on="weight", products=gates.products), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoprune, "sensitivities", lambda *a: found.append(real(*a)) or found[-1])
+        gates._learn(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    s, prices = found[0], gates._prices()
+    assert len({round(p, 6) for p in gates.price.values()}) > 1
+    rms = torch.cat(list(s.values())).square().mean().sqrt()
+    whole = Gates(method, task, task.recipe)._prices()
+    for name, m in gates.m.items():
+        expected = 1 - 0.2 * (s[name] / rms + 0.3 * whole[name]) * derivative(torch.ones_like(m), "softplus")
+        assert torch.allclose(m, expected)
+    assert prices.keys() == whole.keys()
+
+
+def test_mu_is_what_closes_the_channels_that_the_line_asks_for_by_the_next_choice():
+    _, task = two_prices()
+    gates = Gates(AutoPrune(eta=0.2, ramp=0.5), task, task.recipe.model_copy(update={"epochs": 100.0}))
+    gates.step, gates.drawn = 60, 60
+    draw = torch.Generator().manual_seed(0)
+    for name, m in gates.m.items():
+        gates.m[name] = 0.5 + torch.rand(m.shape, generator=draw, dtype=m.dtype)
+        gates.drift[name] = 0.2 * torch.randn(m.shape, generator=draw, dtype=m.dtype)
+    gates.price = gates._prices()
+    mu = gates._needed()
+    share = 1 - 0.5 * (60 + autoprune.EVERY) / gates.ramp
+
+    def kept(mu):
+        """MACs of what is open ten steps on, by the step's own slope and the mean sensitivities."""
+        there = {}
+        for name, m in gates.m.items():
+            fall = autoprune.EVERY * 0.2 * derivative(m, "softplus")
+            after = m - fall * (gates.drift[name] / (1 - autoprune.RECENT**60) + mu * gates.price[name])
+            there[name] = max(1, int((after > 1e-9).sum()))
+        return task.cost(there).macs / task.reference.macs
+
+    assert mu > 0
+    assert kept(mu) <= share + 1e-9
+    assert kept(mu * 0.99) > share
+
+
+def test_what_still_fits_is_kept_in_the_order_of_the_ranking():
+    _, task = two_prices()
+    gates = Gates(AutoPrune(), task, task.recipe)
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        scores = {n: torch.rand(m.shape, generator=draw) for n, m in gates.m.items()}
+        cut = task.widths(scores, "global")
+        full = gates._filled(cut, scores)
+        assert all(full[n] >= cut[n] for n in cut)
+        assert gates._kept(full) <= 0.5
+        for name, group in task.groups.items():
+            if full[name] < group.channels:
+                assert gates._kept(full | {name: full[name] + group.blocks}) > 0.5
+        gates.m = scores
+        assert {n: int(g.sum()) for n, g in gates.frozen().items()} == full
+
+
+def test_val_is_shuffled_anew_in_each_pass():
+    method, task = two_prices()
+    gates = Gates(method, task, task.recipe)
+    passes = []
+    for _ in range(3):
+        order = []
+        for _ in range(3):  # 12 samples in batches of 4
+            order += gates._drawn()[0].flatten(1).sum(dim=1).tolist()
+            gates.drawn += 1
+        passes.append(order)
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_slopes_that_are_not_finite_are_named(monkeypatch):
+    method, task = two_prices()
+    gates = Gates(method, task, task.recipe)
+    model = copy.deepcopy(task.model)
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: [g / 0 for g in real(*a, **k)])
+    with (
+        gated(model, task.groups, gates.open, on="weight", products=gates.products),
+        pytest.raises(UsageError, match=r"mean square of its slopes (nan|inf) at step 1; lower lr"),
+    ):
+        gates._learn(model)
 
 
 def test_a_fixed_mu_keeps_what_ends_open():
@@ -384,6 +490,8 @@ def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypa
         ({"eta": float("inf")}, "eta must be a number above 0"),
         ({"mu": -1}, "mu must be a number from 0 on"),
         ({"weight_decay": -1}, "weight_decay must be a number from 0 on"),
+        ({"estimator": "relu"}, "estimator must be one of softplus, leaky_relu, linear, not 'relu'"),
+        ({"decoupling": "sign"}, "decoupling must be one of sgn, unit, none, not 'sign'"),
     ],
 )
 def test_parameters_that_make_no_sense(params, message):
@@ -405,13 +513,23 @@ def test_a_budget_below_the_floor_is_refused_before_any_work(mu):
         method.apply(Task(**{**vars(task), "budget": Budget("macs", 0.01), "fit": pytest.fail}))
 
 
-def test_amp_computes_in_bfloat16_and_keeps_float32_weights():
-    method, task = planted()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_amp_and_layouts_reach_both_kinds_of_steps(layout, monkeypatch):
+    _, task = two_prices(torch.float32)
+    seen = []
+
+    def fitted(model, train, recipe, **more):
+        note = lambda m, a, out: seen.append((out.dtype, a[0].is_contiguous(memory_format=layout)))  # noqa: E731
+        hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
+        spent = fit(model, train, recipe, macs=1, **more)
+        for hook in hooks:
+            hook.remove()
+        return spent
+
+    for place in ("widthbench.training", "widthbench.methods.autoprune"):
+        monkeypatch.setattr(f"{place}.fastest_layout", lambda model: layout)
     recipe = task.recipe.model_copy(update={"amp": True})
-    outcome = method.apply(Task(**{**vars(task), "recipe": recipe}))
-    assert outcome.resized[0].weight.dtype == torch.float32
-    types = []
-    hook = task.model[1].register_forward_hook(lambda m, a, out: types.append(out.dtype))
-    task.fit(copy.deepcopy(task.model), task.train, recipe)
-    hook.remove()
-    assert torch.bfloat16 in types
+    outcome = AutoPrune(epochs=2).apply(Task(**{**vars(task), "recipe": recipe, "fit": fitted}))
+    assert set(seen) == {(torch.bfloat16, True)}
+    assert len(seen) == 2 * (6 + 4)  # two convolutions, six steps, the first four with a batch of val
+    assert {p.dtype for p in outcome.resized.parameters()} == {torch.float32}
