@@ -63,9 +63,34 @@ def test_the_table_says_what_the_records_say_at_the_smallest_budget(written):
     recoveries = [r.series["trajectory.recoveries"][-1] for r in mine]
     least = [min(c for c in r.series["trajectory.cosine"] if c is not None) for r in mine]
     assert cells[3] == "macs:0.25"
-    assert cells[4] == f"{np.mean(recoveries):.0f} ± {np.std(recoveries, ddof=1):.0f}"
-    assert cells[5] == f"{np.mean(least):.3f} ± {np.std(least, ddof=1):.3f}"
-    assert cells[6] == "2"  # no val accuracy without curves: that column is left out
+    open_, macs, returned = ([r.series[f"trajectory.{n}"][-1] for r in mine] for n in ("open", "macs", "returned"))
+    assert cells[4] == f"{np.mean(open_):.0f} ± {np.std(open_, ddof=1):.0f}"
+    assert cells[5] == f"{np.mean(macs):.3f} ± {np.std(macs, ddof=1):.3f}"
+    assert cells[6] == f"{np.mean(recoveries):.0f} ± {np.std(recoveries, ddof=1):.0f}"
+    assert cells[7] == f"{np.mean(returned):.0f} ± {np.std(returned, ddof=1):.0f}"
+    assert cells[8] == f"{np.mean(least):.3f} ± {np.std(least, ddof=1):.3f}"
+    assert cells[-2] == "2"  # no val accuracy without curves: that column is left out
+
+
+def test_a_panel_for_each_quantity_with_the_mean_of_the_bases(written, monkeypatch):
+    figures = []
+    monkeypatch.setattr(trajectories, "save", lambda figure, path: figures.append(figure) or path)
+    trajectories.write(written[1], written[0].folder)
+    places = figures[0].axes
+    assert [p.get_ylabel() for p in places] == [trajectories.NAMES[n] for n in ("open", "macs", "val_loss", "recoveries", "cosine")]
+    block = trajectories._blocks(written[1])["autoprune"]["digits", "lenet_300_100"]
+    records = list(block[0].records.values())
+    solid = places[1].lines[0]
+    at_the_end = np.mean([r.series["trajectory.macs"][-1] for r in records])
+    assert solid.get_ydata()[-1] == pytest.approx(at_the_end)
+    dashed = [line for line in places[2].lines if line.get_linestyle() == "--"]
+    assert [d.get_ydata()[-1] for d in dashed] == pytest.approx(
+        [np.mean([r.series["trajectory.loss"][-1] for r in line.records.values()]) for line in block]
+    )
+    dotted = {line.get_xdata()[0] for line in places[0].lines if line.get_linestyle() == ":"}
+    assert dotted == {100 * round(0.75 * records[0].series["trajectory.step"][-1]) / records[0].series["trajectory.step"][-1]}
+    cosine = places[4].collections[0].get_paths()[0].vertices[:, 1]
+    assert cosine.max() <= 1
 
 
 def test_lines_are_named_by_what_tells_them_apart(written):

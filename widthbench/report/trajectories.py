@@ -25,8 +25,7 @@ STEP = "trajectory.step"
 NAMES = {
     "open": "open channels",
     "macs": "MACs, share of the whole",
-    "loss": "training loss, nats",
-    "val_loss": "val loss of the steps, nats",
+    "val_loss": "loss of the steps, nats",
     "val_top1": "val top-1, %",
     "recoveries": "recoveries so far",
     "cosine": "cosine with the gradient",
@@ -39,11 +38,13 @@ PREFACE = """\
 What each technique noted while it decided, at its smallest budget; mean ± sample standard deviation over n base networks. The
 data are the series `trajectory.*` of `records.jsonl`; quantities that no record of a technique has are left out.
 
-*Recoveries*: channels that opened again after at least 25 steps closed, each time counted. *Least cosine*: between the update of
-the auxiliary parameters and the gradient of the val loss by them, the least over all steps of a run. *Val top-1 at the end*: of the
-network as the trajectory leaves it, before anything else is trained; AutoSlim's path is the same for all budgets and ends at its
-parameter `least`. In the figures, losses are means over the steps between two points, and a dotted line stands where AutoPrune
-freezes its gates: from there on only weights are trained, with the channels that the budget allows."""
+*Open channels* and *MACs* are those at the end. *Recoveries*: channels that opened again after at least 25 steps closed, each
+time counted; *returned*: channels open at the end that had once been closed so long. *Least cosine*: between the update of the
+auxiliary parameters and the gradient of the val loss by them, the least over all steps of a run. *Val top-1 at the end*: of the
+network as the trajectory leaves it, before anything else is trained; AutoSlim's path is the same for all budgets and ends at
+its parameter `least`. In the figures, losses are means over the steps between two points (of val solid, of training dashed),
+and a dotted line stands where AutoPrune freezes its gates: from there on only weights are trained, with the channels that the
+budget allows."""
 
 
 def has_trajectories(records: Sequence[Record]) -> bool:
@@ -70,7 +71,10 @@ def page(records: Sequence[Record], title: str) -> str:
         columns = {
             title: [_mean(line, name, pick, digits) for _, line in everything]
             for title, name, pick, digits in (
+                ("open channels", "open", last, 0),
+                ("MACs, share", "macs", last, 3),
                 ("recoveries", "recoveries", last, 0),
+                ("returned", "returned", last, 0),
                 ("least cosine", "cosine", min, 3),
                 ("val top-1 % at the end", "val_top1", last, 2),
             )
@@ -133,8 +137,6 @@ def _fraction(line: Line) -> float:
 def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: str) -> Path:
     everything = [r for block in networks.values() for line in block for r in line.records.values()]
     names = [n for n in DRAWN if any(_values(r, n) for r in everything)]
-    if "open" in names:
-        names.remove("macs")  # tells the same
     several = any(len(block) > 1 for block in networks.values())
     figure = Figure(figsize=(3.1 * len(names) + 2 * several, 2.5 * len(networks) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -143,6 +145,8 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
         for place, name in zip(row, names, strict=True):
             for line, colour in zip(block, cycle(COLOURS), strict=False):
                 _band(place, line, name, colour)
+                if name == "val_loss":
+                    _band(place, line, "loss", colour, dashed=True)
             place.set_title(f"{network} on {dataset}" if name == names[0] else NAMES[name], fontsize=9)
             place.set_ylabel(NAMES[name], fontsize=8)
             place.tick_params(labelsize=7)
@@ -179,11 +183,10 @@ def _short(block: Sequence[Line]) -> list[str]:
 def _frozen(line: Line) -> float | None:
     """Where a line's gates were frozen, in per cent of the steps."""
     series = line.first().series
-    gated = [s for s, mu in zip(series[STEP], series.get("trajectory.mu", []), strict=False) if mu is not None]
-    return 100 * gated[-1] / series[STEP][-1] if 0 < len(gated) < len(series[STEP]) else None
+    return 100 * series["freeze"][0] / series[STEP][-1] if "freeze" in series else None
 
 
-def _band(place: Any, line: Line, name: str, colour: str) -> None:
+def _band(place: Any, line: Line, name: str, colour: str, *, dashed: bool = False) -> None:
     """Mean and spread over bases, as far as the quantity can go; nothing where no record has the series."""
     grid, curves = np.linspace(0, 100, 101), []
     for record in line.records.values():
@@ -195,7 +198,9 @@ def _band(place: Any, line: Line, name: str, colour: str) -> None:
     if not curves:
         return
     mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=1) if len(curves) > 1 else 0
-    place.plot(grid, mean, color=colour, linewidth=1.4)
+    place.plot(grid, mean, color=colour, linewidth=1.0 if dashed else 1.4, linestyle="--" if dashed else "-")
+    if dashed:  # no room for its spread
+        return
     low = np.maximum(mean - spread, mean / 3) if name == "val_loss" else mean - spread
     least, most = LIMITS.get(name, (-np.inf, np.inf))
     place.fill_between(grid, np.maximum(low, least), np.minimum(mean + spread, most), color=colour, alpha=0.15, linewidth=0)
