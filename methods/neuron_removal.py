@@ -18,7 +18,7 @@ from widthbench.errors import UsageError
 from widthbench.randomness import seeded
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
-from widthbench.width.ablation import Ablation, Sample, replica
+from widthbench.width.ablation import Ablation, Sample
 from widthbench.width.backprop_diagonal import BackpropDiagonal
 from widthbench.width.derivatives import GateDerivatives, kinked
 from widthbench.width.groups import Groups
@@ -290,7 +290,7 @@ class Ranker:
 def ranker(method: NeuronRemoval, task: Task) -> Iterator[Ranker]:
     """A ranker on a sample of the training data; its worker processes end with the block."""
     split = method.processes if method.ranking == "oracle" else 1
-    sample = drawn(task, method.samples)
+    sample = task.sample(method.samples)
     if method.ranking != "oracle" and not task.curves:
         yield Ranker(method, task, sample, None)
         return
@@ -298,29 +298,6 @@ def ranker(method: NeuronRemoval, task: Task) -> Iterator[Ranker]:
         if method.ranking == "oracle":
             task.spend(forward_macs=brute.forward_macs)
         yield Ranker(method, task, sample, brute)
-
-
-def drawn(task: Task, count: int) -> Sample:
-    """At most ``count`` training samples, drawn by the task's seed.
-
-    Raises:
-        UsageError: If there are none, or their labels are no classes of the network's.
-    """
-    xs, ys, have = [], [], 0
-    for x, y in task.train.batches(min(count, 1000), generator=torch.Generator().manual_seed(task.seed)):
-        xs.append(x)
-        ys.append(y)
-        have += len(x)
-        if have >= count:
-            break
-    if not have:
-        raise UsageError("neuron-removal ranks by the loss on training samples, but there are none")
-    x, y = torch.cat(xs)[:count], torch.cat(ys)[:count]
-    with torch.no_grad():
-        classes = replica(task.model)(task.example_input).shape[1]
-    if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= classes:
-        raise UsageError(f"neuron-removal needs labels [B] that are whole numbers in 0..{classes - 1}, as the network's outputs")
-    return Sample(x, y)
 
 
 def drawn_at_random(task: Task) -> Scores:

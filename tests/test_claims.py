@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from widthbench import claims
 from widthbench.claims import Claim, Evidence, Judged, Pick, Row, judge_row, overall
 from widthbench.errors import UsageError
 from widthbench.recipe import Recipe
-from widthbench.records import Cell, Record, read_records, write_records
+from widthbench.records import Cell, Record, Spent, read_records, write_records
 from widthbench.records import Row as Scores
 from widthbench.report.claims import page
 from widthbench.report.statistics import summarise
@@ -447,6 +448,82 @@ def test_rows_at_proxy_scale_stand_in_for_those_at_full_scale_that_were_not_run(
 def test_incomplete_rules_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         value(**changes)
+
+
+def _write(tmp_path, name, rows):
+    (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_splittings_costs_are_read_as_ratios_of_their_pairs(tmp_path):
+    from widthbench._claims import splitting
+
+    pairs = [
+        {"what": "cost", "network": n, "backward": 2.0, "product": p, "all": 7 * p} for n in ("lenet5", "x") for p in (1.0, 3.0)
+    ]
+    times = [{"what": "exact", "n": 4, "d": d, "seconds": d**2.5} for d in (128, 256, 512)]
+    times += [{"what": "exact", "n": n, "d": 200, "seconds": 3 * n} for n in (8, 16, 32)]
+    _write(tmp_path, "splitting-speed.jsonl", pairs + times)
+    found = Evidence(tmp_path)
+    assert splitting.product_lenet5(found).values == {0: 0.5, 1: 1.5}
+    assert splitting.eigenpairs_lenet5(found).values == {0: 3.5, 1: 10.5}
+    assert splitting.eigenpairs_vgg16_cifar(found).values == {}
+    assert splitting.exponent_of_d(found).values[0] == pytest.approx(2.5)
+    assert splitting.exponent_of_n(found).values[0] == pytest.approx(1.0)
+
+
+def test_splittings_law_is_read_at_one_epsilon(tmp_path):
+    from widthbench._claims import splitting
+
+    laws = [{"what": "law", "seed": s, "epsilon": e, "fall": 0.9 * e, "law": e} for s in (0, 1) for e in (0.05, 0.1)]
+    finals = [{"what": "final", "select": n, "losses": v} for n, v in (("eigen", [0.1, 0.4]), ("none", [0.3, 0.3]))]
+    _write(tmp_path, "splitting-law.jsonl", laws + finals)
+    found = Evidence(tmp_path)
+    assert splitting.fall(found).values == pytest.approx({0: 0.045, 1: 0.045})
+    assert splitting.against_the_law(found).values == pytest.approx({0: 0.1, 1: 0.1})
+    assert splitting.gain_of_growing(found).values == pytest.approx({0: 0.2, 1: -0.1})
+    assert splitting.gain_of_growing(Evidence(tmp_path / "nothing")).values == {}
+
+
+def test_rounds_are_held_against_widths_only_where_all_sizes_are_there(tmp_path):
+    from widthbench._claims import splitting
+
+    def grown(cell, rounds):
+        series = {"trajectory.open": [20 + 12 * rounds], "trajectory.step": [rounds], "trajectory.splits": [12 * rounds]}
+        return Record(key=f"{cell.budget}{cell.seed}".ljust(40, "0"), cell=cell, status="done", series=series)
+
+    cells = [c for c in claims.suites.load("growing").cells() if c.variant == "rounds" and c.seed < 2]
+    assert len(cells) == 10
+    records = [grown(c, 3 + i) for i, c in enumerate(cells)]
+    write_records(tmp_path / "growing" / "records.jsonl", records[:-1])
+    found = splitting.rounds_against_width(Evidence(tmp_path))
+    assert found.values == pytest.approx({0: 1.0})
+    assert found.missing == 25 - 9
+    odd = records[4].model_copy(update={"series": records[4].series | {"trajectory.step": [1]}})
+    write_records(tmp_path / "growing" / "records.jsonl", [*records[:4], odd, *records[5:]])
+    found = splitting.rounds_against_width(Evidence(tmp_path))
+    assert found.values[0] < 0.95
+    assert found.values[1] == pytest.approx(1.0)
+    assert splitting.splits_against_width(Evidence(tmp_path)).values == pytest.approx({0: 1.0, 1: 1.0})
+
+
+def test_a_pipelines_cost_is_all_that_it_spent(tmp_path):
+    from widthbench._claims import splitting
+
+    def spent(cell, **parts):
+        bills = {k: Spent(forward_macs=v, backward_macs=2 * v) for k, v in parts.items()}
+        return Record(key=cell.id.ljust(40, "0"), cell=cell, status="done", spent=bills)
+
+    cells = [c for c in claims.suites.load("growing").cells() if c.model == "lenet5" and c.dataset == "mnist" and c.seed == 0]
+    split = [c for c in cells if c.technique == "splitting" and "select" not in c.params]
+    prune = [c for c in cells if c.technique == "l1-norm"]
+    assert len(split) == len(prune) == 2
+    records = [spent(c, base=0, decision=20, adaptation=5) for c in split] + [
+        spent(c, base=95, decision=0, adaptation=5) for c in prune
+    ]
+    write_records(tmp_path / "growing" / "records.jsonl", records)
+    found = splitting.pipeline_lenet5(Evidence(tmp_path))
+    assert found.values == {(0, c.budget): 0.25 for c in split}
+    assert found.missing == 2 * 10 - 4
 
 
 @pytest.mark.parametrize(

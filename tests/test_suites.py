@@ -130,6 +130,22 @@ def test_a_missing_checkpoint_is_named_before_anything_runs(tmp_path, monkeypatc
         suites.check(suites.parse(text, "tiny.toml"))
 
 
+def test_networks_override_data_sets():
+    text = GOOD.replace("size = 32\n", 'size = 32\ndatasets = ["digits", "cifar10"]\n')
+    cells = suites.parse(text, "tiny.toml").cells()
+    found = {(c.dataset, c.model) for c in cells}
+    assert found == {("digits", "lenet5"), ("digits", "test_vit"), ("cifar10", "test_vit")}
+    only = suites.parse(text.replace('["digits", "cifar10"]', '["cifar10"]'), "tiny.toml")
+    assert {(c.dataset, c.model) for c in only.cells()} == {("digits", "lenet5"), ("cifar10", "test_vit")}
+    assert only.all_datasets == ("digits", "cifar10")
+
+
+def test_a_networks_own_data_set_is_checked_before_anything_runs():
+    text = GOOD.replace("size = 32\n", 'size = 32\ndatasets = ["nowhere"]\n')
+    with pytest.raises(UsageError, match="nowhere"):
+        suites.check(suites.parse(text, "tiny.toml"))
+
+
 def test_networks_override_techniques_and_tell_variants_apart():
     own = 'techniques = [{ id = "l1-norm", params = { allocation = "global" } }]'
     text = GOOD.replace("size = 20\n", f'size = 20\n{own}\ncontrols = ["base"]\n')

@@ -48,6 +48,7 @@ class Network(_Strict):
         size: Input height and width in pixels.
         args: Further arguments of its constructor.
         variant: Printed behind its name; tells entries apart that differ in their recipes only.
+        datasets: Overrides the suite's.
         techniques: Overrides the suite's.
         budgets: Overrides the suite's.
         seeds: Overrides the suite's.
@@ -66,6 +67,7 @@ class Network(_Strict):
     size: int = Field(ge=4, le=4096)
     args: dict[str, Any] = Field(default_factory=dict)
     variant: str = Field(default="", pattern=r"^[A-Za-z0-9_. -]*$")
+    datasets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     techniques: tuple[Entry, ...] | None = None
     budgets: tuple[str, ...] | None = None
     seeds: Seeds | None = None
@@ -177,6 +179,11 @@ class Suite(_Strict):
             raise ValueError("two cells have the same name: a dataset, model, technique, budget or seed is listed twice")
         return self
 
+    @property
+    def all_datasets(self) -> tuple[str, ...]:
+        """The suite's data sets, then those that only some of its networks name."""
+        return tuple(dict.fromkeys([*self.datasets, *(d for n in self.models for d in n.datasets or ())]))
+
     def entries(self, network: Network) -> tuple[Entry, ...]:
         """The techniques that run on one of the suite's networks."""
         return self.techniques if network.techniques is None else network.techniques
@@ -197,8 +204,10 @@ class Suite(_Strict):
     def cells(self) -> list[Cell]:
         """All cells, those of one base network next to each other, sources before the controls that need them."""
         cells = []
-        for dataset in self.datasets:
+        for dataset in self.all_datasets:
             for network in self.models:
+                if dataset not in (network.datasets or self.datasets):
+                    continue
                 base, finetune = self.recipes(network)
                 for seed in self.seeds if network.seeds is None else network.seeds:
                     shared: dict[str, Any] = {
@@ -301,7 +310,7 @@ def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
         build(classes[entry.id], entry.params)
     cells = suite.cells() if chosen is None else chosen
     try:
-        for dataset in suite.datasets:
+        for dataset in suite.all_datasets:
             for network in suite.models:
                 mine = (dataset, network.name, network.args)
                 cell = next((c for c in cells if (c.dataset, c.model, c.model_args) == mine), None)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from widthbench.budget import Allocation, Budget, Costed, global_widths, top_channels, uniform_widths
 from widthbench.errors import AccessError, UsageError
 from widthbench.recipe import Recipe
+from widthbench.width.ablation import Sample, replica
 from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups
 from widthbench.width.resize import Resize, keep
@@ -143,6 +144,28 @@ class Task:
         """
         widths = self.widths(scores, allocation)
         return {n: keep(top_channels(scores[n], widths[n], g.blocks)) for n, g in self.groups.items()}
+
+    def sample(self, count: int) -> Sample:
+        """At most ``count`` training samples, drawn by the task's seed.
+
+        Raises:
+            UsageError: If there are none, or their labels are no classes of the network's.
+        """
+        xs, ys, have = [], [], 0
+        for x, y in self.train.batches(min(count, 1000), generator=torch.Generator().manual_seed(self.seed)):
+            xs.append(x)
+            ys.append(y)
+            have += len(x)
+            if have >= count:
+                break
+        if not have:
+            raise UsageError("this technique asks for the loss on training samples, but there are none")
+        x, y = torch.cat(xs)[:count], torch.cat(ys)[:count]
+        with torch.no_grad():
+            classes = replica(self.model)(self.example_input).shape[1]
+        if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= classes:
+            raise UsageError(f"labels [B] must be whole numbers in 0..{classes - 1}, as the network's outputs")
+        return Sample(x, y)
 
 
 class Denied:

@@ -40,6 +40,10 @@ Losses = Callable[[nn.Module, Tensor, Tensor], Iterator[Tensor]]
 """``losses(model, x [B, ...], y [B])`` yields the losses of one step, each as it is computed; their gradients add up."""
 
 
+OptimizerState = dict[str, dict[str, Any]]
+"""By name of the parameter: its momentum buffer and the like, as the optimizer names them."""
+
+
 class Stateful(Protocol):
     """What belongs to a training run besides the network and the optimizer."""
 
@@ -63,6 +67,7 @@ def fit(
     desc: str = "train",
     losses: Losses | None = None,
     state: Stateful | None = None,
+    optimizer_state: OptimizerState | None = None,
     after_epoch: Callable[[int], None] | None = None,
     resume: Resume | None = None,
 ) -> Spent:
@@ -80,6 +85,7 @@ def fit(
         desc: Its label.
         losses: What a step minimises; None: the cross-entropy, smoothed as the recipe says.
         state: Kept and restored with the network where a run resumes.
+        optimizer_state: What the optimizer begins with, by parameter; replaced by what it ends with. For networks that grow.
         after_epoch: Called with the number of epochs done.
         resume: Where the state after an epoch is kept, so that a killed run goes on from there to the same final weights.
 
@@ -109,6 +115,9 @@ def fit(
         warmup_prefix=True,
         t_in_epochs=False,
     )
+    named = dict(model.named_parameters())
+    for name, kept in (optimizer_state or {}).items():
+        optimizer.state[named[name]] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
     objective = losses or partial(_cross_entropy, recipe.label_smoothing)
     begin, seen, step, first = time.perf_counter(), 0, 0, 0
     layout = fastest_layout(model)
@@ -166,6 +175,9 @@ def fit(
     model.to(memory_format=torch.contiguous_format)
     model.eval()
     optimizer.zero_grad(set_to_none=True)
+    if optimizer_state is not None:
+        optimizer_state.clear()
+        optimizer_state.update({n: dict(optimizer.state[p]) for n, p in named.items() if p in optimizer.state})
     return Spent(
         forward_macs=macs * seen,
         backward_macs=2 * macs * seen,

@@ -35,7 +35,7 @@ def task(technique, **changes):
 
 
 def drawn(technique, on):
-    return neuron_removal.drawn(on, technique.samples)
+    return on.sample(technique.samples)
 
 
 def loss(on, plan, sample):
@@ -316,7 +316,7 @@ def test_no_samples_is_an_error():
 @pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.rand(2), torch.zeros(2, 3).long()])
 def test_labels_that_are_no_classes_are_an_error(labels):
     net, x = models.create("mlp_sigmoid", classes=3, channels=1, size=8, seed=0), torch.randn(2, 1, 8, 8)
-    with pytest.raises(UsageError, match=r"labels \[B\] that are whole numbers in 0\.\.2"):
+    with pytest.raises(UsageError, match=r"labels \[B\] must be whole numbers in 0\.\.2"):
         widthbench.apply("neuron-removal", net, budget="channels:0.5", example_input=x, data=(x, labels))
 
 
@@ -336,7 +336,7 @@ def test_at_most_the_wanted_number_of_samples_is_drawn_by_the_seed():
     assert len(a) == 50
     assert torch.equal(a.x, b.x)
     assert not torch.equal(a.x, drawn(technique, task(technique, seed=1)).x)
-    assert len(neuron_removal.drawn(on, 10**6)) == len(on.train)
+    assert len(on.sample(10**6)) == len(on.train)
 
 
 def test_worker_processes_find_the_same_order():

@@ -105,3 +105,19 @@ def test_records_without_trajectories_get_no_page(written):
     _, records = written
     assert not trajectories.has_trajectories([r for r in records if r.cell.technique == "l1-norm"])
     assert trajectories.has_trajectories(records)
+
+
+def test_networks_that_grow_show_the_channels_of_each_layer(tmp_path, monkeypatch):
+    text = SUITE.replace('"l1-norm",', '{ id = "splitting", params = { epochs = 0.25, rounds = 3, samples = 64 } },')
+    cells = [c for c in suites.parse(text, "tiny.toml").cells() if c.technique == "splitting" and c.budget == "macs:0.25"]
+    records = [run_cell(c, Store()) for c in cells]
+    assert {r.status for r in records} == {"done"}, [r.reason for r in records]
+    figures = []
+    monkeypatch.setattr(trajectories, "save", lambda figure, path: figures.append(figure) or path)
+    trajectories.write(records, tmp_path)
+    first, second, _ = figures[0].axes
+    assert (first.get_ylabel(), second.get_ylabel()) == ("channels per layer", "open channels")
+    ends = {t.get_text(): t.get_position()[1] for t in first.texts}
+    assert set(ends) == set(records[0].widths)
+    drawn = sorted(line.get_ydata()[-1] for line in first.lines)
+    assert drawn == pytest.approx(sorted(np.mean([r.widths[n] for r in records]) for n in records[0].widths))

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tabulate import tabulate
 
 from widthbench.budget import Budget
@@ -22,6 +22,8 @@ from widthbench.report.figures import COLOURS
 from widthbench.report.tables import Line, lines, over_bases
 
 STEP = "trajectory.step"
+WIDTH = "width."  # series of a layer's channels, for techniques that grow
+NAMED = 8  # layers that a panel can name
 NAMES = {
     "open": "open channels",
     "macs": "MACs, share of the whole",
@@ -137,17 +139,22 @@ def _fraction(line: Line) -> float:
 def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: str) -> Path:
     everything = [r for block in networks.values() for line in block for r in line.records.values()]
     names = [n for n in DRAWN if any(_values(r, n) for r in everything)]
+    widths = any(k.startswith(WIDTH) for r in everything for k in r.series)
     several = any(len(block) > 1 for block in networks.values())
-    figure = Figure(figsize=(3.1 * len(names) + 2 * several, 2.5 * len(networks) + 0.8), layout="constrained")
+    columns = len(names) + widths
+    figure = Figure(figsize=(3.1 * columns + 2 * several, 2.5 * len(networks) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(networks), len(names), squeeze=False)
+    axes = figure.subplots(len(networks), columns, squeeze=False)
     for row, ((dataset, network), block) in zip(axes, networks.items(), strict=True):
-        for place, name in zip(row, names, strict=True):
+        if widths:
+            _layers(row[0], block[0], _short(block)[0].replace("\n", " ") if len(block) > 1 else "")
+            row[0].set_title(f"{network} on {dataset}", fontsize=9)
+        for place, name in zip(row[widths:], names, strict=True):
             for line, colour in zip(block, cycle(COLOURS), strict=False):
                 _band(place, line, name, colour)
                 if name == "val_loss":
                     _band(place, line, "loss", colour, dashed=True)
-            place.set_title(f"{network} on {dataset}" if name == names[0] else NAMES[name], fontsize=9)
+            place.set_title(NAMES[name] if widths or name != names[0] else f"{network} on {dataset}", fontsize=9)
             place.set_ylabel(NAMES[name], fontsize=8)
             place.tick_params(labelsize=7)
             place.grid(alpha=0.3)
@@ -165,9 +172,38 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
         place.set_xlabel("% of the steps", fontsize=8)
     most = max(line.bases for block in networks.values() for line in block)
     spread = f"mean ± std over {most} base networks" if most > 1 else "one base network"
-    wide = len(names) > 2
+    wide = columns > 2
     figure.suptitle(f"{technique} along its steps, smallest budget{'; ' if wide else chr(10)}{spread}", fontsize=11 if wide else 9)
     return save(figure, path)
+
+
+def _layers(place: Any, line: Line, label: str) -> None:
+    """Channels of each layer along the steps: means over bases, of one line, which is named where there are several."""
+    records = list(line.done.values())
+    groups = list(dict.fromkeys(k for r in records for k in r.series if k.startswith(WIDTH)))
+    for group, colour in zip(groups, cycle(COLOURS), strict=False):
+        _band(place, line, group, colour)
+    place.set_yscale("log")
+    low, high = place.get_ylim()
+    place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
+    place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    place.yaxis.set_minor_formatter(NullFormatter())
+    ends = sorted((_mean_end(records, g), g, c) for g, c in zip(groups, cycle(COLOURS), strict=False))
+    if len(ends) <= NAMED:
+        least = low
+        for end, group, colour in ends:
+            at = max(end, least)  # names keep a line's height between them
+            least = at * (high / low) ** 0.04
+            name = group.removeprefix(WIDTH)
+            place.annotate(name, (100, at), (3, 0), "data", "offset points", fontsize=6, color=colour, va="center")
+    place.set_xlim(0, 100)
+    place.set_ylabel(f"channels per layer{f', {label}' if label else ''}", fontsize=8)
+    place.tick_params(labelsize=7)
+    place.grid(alpha=0.3)
+
+
+def _mean_end(records: Sequence[Record], series: str) -> float:
+    return float(np.mean([r.series[series][-1] for r in records if series in r.series]))
 
 
 def _short(block: Sequence[Line]) -> list[str]:
@@ -190,7 +226,7 @@ def _band(place: Any, line: Line, name: str, colour: str, *, dashed: bool = Fals
     """Mean and spread over bases, as far as the quantity can go; nothing where no record has the series."""
     grid, curves = np.linspace(0, 100, 101), []
     for record in line.records.values():
-        steps, values = record.series[STEP], record.series.get(f"trajectory.{name}", [])
+        steps, values = record.series[STEP], record.series.get(name if name.startswith(WIDTH) else f"trajectory.{name}", [])
         pairs = [(100 * s / max(1, steps[-1]), float(v)) for s, v in zip(steps, values, strict=False) if v is not None]
         if len(pairs) > 1:
             x, y = zip(*pairs, strict=True)
@@ -201,7 +237,8 @@ def _band(place: Any, line: Line, name: str, colour: str, *, dashed: bool = Fals
     place.plot(grid, mean, color=colour, linewidth=1.0 if dashed else 1.4, linestyle="--" if dashed else "-")
     if dashed:  # no room for its spread
         return
-    low = np.maximum(mean - spread, mean / 3) if name == "val_loss" else mean - spread
+    logarithmic = name == "val_loss" or name.startswith(WIDTH)
+    low = np.maximum(mean - spread, mean / 3) if logarithmic else mean - spread
     least, most = LIMITS.get(name, (-np.inf, np.inf))
     place.fill_between(grid, np.maximum(low, least), np.minimum(mean + spread, most), color=colour, alpha=0.15, linewidth=0)
 

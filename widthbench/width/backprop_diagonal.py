@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,15 +17,9 @@ from widthbench.width.ablation import Sample, channel_positions, cross_entropy, 
 from widthbench.width.cost import count_macs
 from widthbench.width.derivatives import KINKED
 from widthbench.width.gates import along_axis, gated
+from widthbench.width.graph import RELU, SMOOTH, SMOOTH_FUNCTIONS, Run, free, trace
 from widthbench.width.groups import Groups, kind_of
 
-SMOOTH = (
-    nn.Sigmoid, nn.Tanh, nn.Softplus, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Softsign, nn.LogSigmoid,
-)  # fmt: skip
-SMOOTH_FUNCTIONS = (
-    torch.sigmoid, torch.tanh, F.sigmoid, F.tanh, F.softplus, F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.softsign,
-)  # fmt: skip
-RELU = (F.relu, torch.relu, torch.relu_)
 # outputs that are inputs at other places, or sums of inputs: coefficients of 0 and 1, which are their own squares
 SELECTING = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.MaxPool1d, nn.MaxPool2d, nn.ZeroPad2d, nn.AdaptiveMaxPool2d,
@@ -42,22 +35,6 @@ SELECTING_METHODS = (
 )  # fmt: skip
 AVERAGING = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 AVERAGING_FUNCTIONS = (F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean)
-
-
-class _Run(fx.Interpreter):
-    """Runs a graph and keeps every value: what it would overwrite is computed anew."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph, garbage_collect_values=False)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        plain = {operator.iadd: operator.add, operator.imul: operator.mul, torch.relu_: torch.relu}.get(target, target)
-        if plain in RELU or plain in SMOOTH_FUNCTIONS:  # inplace=True, by name or by place
-            args, kwargs = tuple(a is not True and a for a in args), {k: v for k, v in kwargs.items() if k != "inplace"}
-        return super().call_function(plain, args, kwargs)
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_method({"add_": "add", "mul_": "mul", "relu_": "relu"}.get(target, target), args, kwargs)
 
 
 class BackpropDiagonal:
@@ -94,13 +71,9 @@ class BackpropDiagonal:
         self.model, self.groups, self.sample, self.beta = replica(model).eval(), groups, sample, softplus_beta
         self.forward_macs = self.backward_macs = 0
         try:
-            self._graph = fx.GraphModule(self.model, fx.Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(self.model))
-        except Exception as error:  # tracing runs the network's own forward: anything may go wrong
-            raise UsageError(f"{_NO_RULE.format(f'the network cannot be traced ({error})')}") from error
-        with torch.no_grad():
-            traced, real = (_Run(self._graph).run(sample.x[:1]), self.model(sample.x[:1]))
-        if not torch.allclose(traced, real, rtol=1e-4, atol=1e-5 * float(real.abs().max())):
-            raise UsageError(_NO_RULE.format("what the network overwrites (its traced graph gives something else)"))
+            self._graph = trace(self.model, sample.x[:1])
+        except UsageError as error:
+            raise UsageError(_NO_RULE.format(error)) from error
         self._consumers = {
             layer: axis
             for (layer, side), axis in groups.axes.items()
@@ -133,8 +106,8 @@ class BackpropDiagonal:
         return {n: t / len(self.sample) for n, t in total.items()}
 
     def _sweep(self, x: Tensor, y: Tensor, gates: Mapping[str, Tensor], total: dict[str, Tensor]) -> None:
-        run = _Run(self._graph)
-        logits = run.run(_free(x))
+        run = Run(self._graph)
+        logits = run.run(free(x))
         values = run.env
         bends = [n for n in self._behind if self._rule(n) in (_bend, _kink)]
         loss = self.sample.criterion(logits, y).sum()
@@ -245,20 +218,15 @@ def _tensors_in(node: fx.Node) -> int:
     return len(found)
 
 
-def _free(value: Tensor) -> Tensor:
-    """A tensor to differentiate by that is no leaf, since torch's counter of operations refuses those as inputs of layers."""
-    return value.detach().requires_grad_().view_as(value)
-
-
 def _again(run: BackpropDiagonal, node: fx.Node, values: Mapping[fx.Node, Any], inputs: Mapping[fx.Node, Tensor]) -> Any:
     """The node's output for other inputs."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: inputs.get(n, values.get(n)))
-    return getattr(_Run(run._graph), node.op)(node.target, args, kwargs)
+    return getattr(Run(run._graph), node.op)(node.target, args, kwargs)
 
 
 def _select(run: BackpropDiagonal, node: fx.Node, values: Mapping[fx.Node, Any], h: Any, slope: None) -> dict[fx.Node, Any]:
     """A linear map with coefficients of 0 and 1: its own transpose."""
-    sources = {n: _free(values[n]) for n in node.all_input_nodes if isinstance(values[n], Tensor)}
+    sources = {n: free(values[n]) for n in node.all_input_nodes if isinstance(values[n], Tensor)}
     output = _again(run, node, values, sources)
     return dict(zip(sources, torch.autograd.grad(output, list(sources.values()), h, allow_unused=True), strict=True))
 
@@ -266,7 +234,7 @@ def _select(run: BackpropDiagonal, node: fx.Node, values: Mapping[fx.Node, Any],
 def _average(run: BackpropDiagonal, node: fx.Node, values: Mapping[fx.Node, Any], h: Tensor, slope: None) -> dict[fx.Node, Tensor]:
     """Means over equal windows of k inputs: coefficients of 1/k, squared."""
     (source,) = node.all_input_nodes
-    x = _free(values[source])
+    x = free(values[source])
     (ones,) = torch.autograd.grad(_again(run, node, values, {source: x}).sum(), x)
     probe = torch.randn(h.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(h)
     ((_, spread),) = _select(run, node, values, probe, None).items()
@@ -286,7 +254,7 @@ def _through_weights(
     squared = module.weight.detach().square()
     if isinstance(module, nn.Linear):
         return {source: h @ squared}
-    x = _free(values[source])
+    x = free(values[source])
     (before,) = torch.autograd.grad(module._conv_forward(x, squared, None), x, h)
     return {source: before}
 
@@ -296,7 +264,7 @@ def _select_scaled(
 ) -> dict[fx.Node, Tensor]:
     """Batch norm in eval mode: its factor squared, by passing through it twice."""
     source = node.all_input_nodes[0]
-    x = _free(values[source])
+    x = free(values[source])
     for _ in range(2):
         (h,) = torch.autograd.grad(_again(run, node, values, {source: x}), x, h)
     return {source: h}
@@ -306,7 +274,7 @@ def _product(run: BackpropDiagonal, node: fx.Node, values: Mapping[fx.Node, Any]
     """``a b``: the other factor squared."""
     before = {}
     for source in node.all_input_nodes:
-        x = _free(values[source])
+        x = free(values[source])
         factors = [values[n].detach() for n in node.all_input_nodes if n is not source]
         if not factors:  # the other is a plain number
             (factor,) = torch.autograd.grad(_again(run, node, values, {source: x}).sum(), x)
@@ -318,7 +286,7 @@ def _product(run: BackpropDiagonal, node: fx.Node, values: Mapping[fx.Node, Any]
 def _bend(run: BackpropDiagonal, node: fx.Node, values: Mapping[fx.Node, Any], h: Tensor, slope: Tensor) -> dict[fx.Node, Tensor]:
     """``σ'² h + σ'' ∂E/∂y`` of an elementwise activation."""
     (source,) = node.all_input_nodes
-    a = _free(values[source])
+    a = free(values[source])
     (first,) = torch.autograd.grad(_again(run, node, values, {source: a}).sum(), a, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), a)
     return {source: first.detach().square() * h + second * slope}

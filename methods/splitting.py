@@ -1,0 +1,374 @@
+"""Splitting steepest descent: start narrow, train, split the neurons whose splitting lowers the loss most, and go on."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthbench.budget import asked, top_channels, uniform_widths, used
+from widthbench.measure import accuracy
+from widthbench.models import reinitialise
+from widthbench.recipe import Recipe
+from widthbench.task import Task
+from widthbench.technique import Outcome, Technique
+from widthbench.training import OptimizerState
+from widthbench.width.groups import Groups, tensors_on
+from widthbench.width.resize import Resize, keep, resize
+from widthbench.width.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
+
+Select = Literal["eigen", "random", "width"]
+Split = dict[str, tuple[Tensor, Tensor]]
+"""By group: which of its neurons are split, ``[K]``, and along which unit vectors, ``[K, d]``."""
+
+MOST = 2  # times the rounds asked for that growth may go on where neurons without a way down held it up
+
+
+class Splitting(Technique):
+    """Splitting neurons where it lowers the loss most (Liu, Wu and Wang, "Splitting Steepest Descent", NeurIPS 2019).
+
+    The network starts narrow. Each round trains it, then splits neurons: θ becomes θ + ε v and θ - ε v, each copy with half of the
+    outgoing weights, which changes the loss by
+
+        ``ε² λ_min / 2 + O(ε³)``
+
+    where λ_min and v are the least eigenvalue and its unit eigenvector of the neuron's splitting matrix (equation 4 of the
+    paper; ``widthbench.width.splitting_matrices``). The most negative are taken until the round's growth is reached; where none is
+    negative, the network is splitting stable and growth ends. Neurons that are split are those of groups with one producer and an
+    elementwise activation behind it or its BatchNorm; other groups have from the start the width that the budget gives them when
+    it is spread uniformly. The record says which (series ``left_out``).
+
+    Args:
+        select: "eigen" as above; controls: "random", neurons at random, each along a random direction; "width", all groups
+            widened alike, along random directions.
+        per: What λ_min is divided by: "neuron" nothing, "cost" what the split adds to what the budget counts.
+        narrow: Share of the channels of the uniform network at the budget that the network starts with.
+        rounds: Of growth, each by the same factor, and by one neuron at least.
+        growth: Channels that a round adds at most; rounds then go on until the budget is reached.
+        epochs: Of training in each round; other settings are those of the task's recipe, its warm-up in the first round only.
+        final_epochs: Of training after the last split, in place of ``epochs``.
+        lr: In place of the recipe's.
+        epsilon: ε.
+        samples: Training samples that splitting matrices are averaged over.
+        tolerance: Of λ_min, relative to the matrix's norm.
+        exact: Form the matrices and decompose them in float64; for small layers.
+    """
+
+    id = "splitting"
+    access = "training"
+    start = "fresh"
+    grows = True
+    bibtex = """@inproceedings{liu2019splitting,
+  title = {Splitting Steepest Descent for Growing Neural Architectures},
+  author = {Liu, Qiang and Wu, Lemeng and Wang, Dilin},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2019}
+}"""
+
+    def __init__(
+        self,
+        *,
+        select: Select = "eigen",
+        per: Literal["neuron", "cost"] = "neuron",
+        narrow: float = 0.5,
+        rounds: int = 5,
+        growth: int | None = None,
+        epochs: float = 2,
+        final_epochs: float | None = None,
+        lr: float | None = None,
+        epsilon: float = 0.1,
+        samples: int = 1024,
+        tolerance: float = 1e-3,
+        exact: bool = False,
+    ) -> None:
+        self.select: Select = select
+        self.per = per
+        self.narrow = narrow
+        self.rounds = rounds
+        self.growth = growth
+        self.epochs = epochs
+        self.final_epochs = final_epochs
+        self.lr = lr
+        self.epsilon = epsilon
+        self.samples = samples
+        self.tolerance = tolerance
+        self.exact = exact
+        if not 0 < narrow < 1:
+            raise ValueError(f"narrow must be a share between 0 and 1, not {narrow}")
+        for name in ("rounds", "growth", "samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("epochs", "final_epochs", "lr", "epsilon", "tolerance"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
+
+    def skip(self, task: Task) -> str | None:
+        """Where no group can be split."""
+        found, left_out = splittable(task.model, task.groups, task.example_input[:1])
+        why = "; ".join(f"{n}: {reason}" for n, reason in list(left_out.items())[:3])
+        return None if found else f"no channel group has neurons to split ({why or 'there are no groups'})"
+
+    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+        """Grow from narrow to the budget."""
+        assert task.fit is not None  # the declared access includes it
+        assert task.regroup is not None
+        growing = Growing(self, task)
+        for number in itertools.count():
+            if growing.take(task.checkpoint(f"round {number}", partial(growing.round, number))):
+                break
+        return Outcome({}, model=growing.model, series=growing.series)
+
+
+class Growing:
+    """A network that grows round by round.
+
+    Attributes:
+        model: The network as it is.
+        widths: Its channels per group of the task.
+        series: The trajectory.
+    """
+
+    def __init__(self, method: Splitting, task: Task) -> None:
+        self.method, self.task = method, task
+        self.growable, left_out = splittable(task.model, task.groups, task.example_input[:1])
+        full = uniform_widths(task.groups, task.budget, task.cost, task.reference)
+        self.widths = {n: max(1, round(method.narrow * w)) if n in self.growable else w for n, w in full.items()}
+        self.model = self._at(self.widths)
+        reinitialise(self.model, task.seed)
+        self.groups = self._regrouped()
+        self.optimizer: OptimizerState = {}
+        self.start = self._kept(self.widths)
+        self.series: dict[str, list[Any]] = {"left_out": [f"{n}: {why}" for n, why in left_out.items()]}
+        self.splits = 0
+
+    def _at(self, widths: Mapping[str, int]) -> nn.Module:
+        groups = self.task.groups
+        rows = {
+            n: top_channels(-torch.arange(groups[n].channels, dtype=torch.float32), w, groups[n].blocks) for n, w in widths.items()
+        }
+        wider = {n: w for n, w in widths.items() if w > groups[n].channels}
+        rows |= {n: torch.arange(w) % groups[n].channels for n, w in wider.items()}
+        return resize(self.task.model, groups, {n: keep(r) for n, r in rows.items()})
+
+    def _kept(self, widths: Mapping[str, int]) -> float:
+        task = self.task
+        return used(task.budget, widths, task.groups, task.cost(widths), task.reference)
+
+    def round(self, number: int) -> dict[str, Tensor]:
+        """Train, note where the run is, and split: the network after that, as tensors."""
+        task, method = self.task, self.method
+        assert task.fit is not None
+        epochs = method.epochs if self._can_grow() else method.final_epochs or method.epochs
+        recipe = task.recipe or Recipe(epochs=1, batch_size=64, lr=0.01)
+        warmup = min(recipe.warmup_epochs, epochs / 2) if number == 0 else 0.0
+        changed = {"epochs": epochs, "lr": method.lr or recipe.lr, "warmup_epochs": warmup}
+        recipe = recipe.model_copy(update=changed)
+        task.fit(self.model, task.train, recipe, optimizer_state=self.optimizer, desc=f"{method.id} {task.budget} round {number}")
+        self._point(number)
+        target = self.start * (asked(task.budget, task.groups) / self.start) ** min(1.0, (number + 1) / method.rounds)
+        split = self._chosen(number, target if method.growth is None else asked(task.budget, task.groups))
+        done = not split or (method.growth is None and number + 1 >= MOST * method.rounds)
+        if not done:
+            self._split(split)
+        told = {"widths": self.widths, "series": self.series, "splits": self.splits, "done": done}
+        optimizer = {
+            f"optimizer {n} {k}": torch.as_tensor(v) for n, kept in self.optimizer.items() for k, v in kept.items() if v is not None
+        }
+        return {
+            "told": torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8),
+            **{f"model {k}": v for k, v in self.model.state_dict().items()},
+            **optimizer,
+        }
+
+    def take(self, state: Mapping[str, Tensor]) -> bool:
+        """Take up the network after a round; whether it is the last one."""
+        told = json.loads(bytes(state["told"].tolist()))
+        self.widths, self.series, self.splits = told["widths"], told["series"], told["splits"]
+        self.model = self._at(self.widths)
+        self.model.load_state_dict({k.removeprefix("model "): v for k, v in state.items() if k.startswith("model ")})
+        self.groups = self._regrouped()
+        self.optimizer = {}
+        for key, value in state.items():
+            if key.startswith("optimizer "):
+                _, name, what = key.split(" ")
+                self.optimizer.setdefault(name, {})[what] = value
+        return bool(told["done"])
+
+    def _point(self, number: int) -> None:
+        task = self.task
+        cost = task.cost(self.widths)
+        point: dict[str, Any] = {
+            "step": number,
+            "open": sum(self.widths.values()),
+            "macs": cost.macs / task.reference.macs,
+            "params": cost.params / task.reference.params,
+            "splits": self.splits,
+        }
+        if task.curves:
+            found = accuracy(self.model, task.val)
+            point |= {"val_top1": found.top1, "val_loss": found.loss}
+        for name, value in point.items():
+            self.series.setdefault(f"trajectory.{name}", []).append(float(f"{value:.6g}") if isinstance(value, float) else value)
+        for name, width in self.widths.items():
+            self.series.setdefault(f"width.{name}", []).append(width)
+
+    def _room(self, name: str, allowed: float) -> bool:
+        """Whether one more channel of a group fits."""
+        return self._kept(self.widths | {name: self.widths[name] + 1}) <= allowed * (1 + 1e-12)
+
+    def _can_grow(self) -> bool:
+        return any(self._room(n, asked(self.task.budget, self.task.groups)) for n in self.growable)
+
+    def _chosen(self, number: int, allowed: float) -> Split:
+        """Which neurons to split, and along which vectors."""
+        if not self._can_grow():
+            return {}
+        draw = torch.Generator().manual_seed(self.task.seed + 7919 * number)
+        if self.method.select == "eigen":
+            scores, vectors = self._eigenpairs()
+        else:
+            shapes = {n: neuron_parameters(self.model.get_submodule(self.growable[n].layer)) for n in self.growable}
+            scores = {n: -torch.rand(len(p), generator=draw, dtype=torch.float64) for n, p in shapes.items()}
+            vectors = {n: F.normalize(torch.randn(p.shape, generator=draw), dim=1).to(p) for n, p in shapes.items()}
+        before, chosen = dict(self.widths), {n: [] for n in self.growable}  # type: dict[str, int], dict[str, list[int]]
+        most = asked(self.task.budget, self.task.groups)
+        for name, row in self._ranked(scores):
+            grown = self.method.growth is not None and sum(map(len, chosen.values())) >= self.method.growth
+            if grown or (any(chosen.values()) and self._kept(self.widths) >= allowed):  # one at least, else growth would end
+                break
+            if self._room(name, most):  # what is left of the budget goes to those that still fit, in the same order
+                self.widths[name] += 1
+                chosen[name].append(row)
+        self.widths = before
+        rows = {n: torch.tensor(sorted(r)) for n, r in chosen.items() if r}
+        return {n: (r, vectors[n][r.to(vectors[n].device)]) for n, r in rows.items()}
+
+    def _ranked(self, scores: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
+        """Neurons as (group, row) in the order in which they are split: by score, or so that the groups' shares stay alike."""
+        order = {n: iter(s.sort().indices.tolist()) for n, s in scores.items()}
+        if self.method.select == "width":
+            left = {n: len(s) for n, s in scores.items()}
+            while left:
+                name = min(left, key=lambda n: (self.widths[n] / self.task.groups[n].channels, n))
+                yield name, next(order[name])
+                # one that does not fit is left out: its group would come first for ever
+                left[name] -= 1
+                if not left[name]:
+                    del left[name]
+            return
+        price = dict.fromkeys(scores, 1.0)
+        if self.method.per == "cost" and self.method.select == "eigen":
+            price = {n: self._kept(self.widths | {n: self.widths[n] + 1}) - self._kept(self.widths) for n in scores}
+        found = [(float(v) / price[n], n, row) for n, s in scores.items() for row, v in enumerate(s) if v < 0]
+        for _, name, row in sorted(found):
+            yield name, row
+
+    def _eigenpairs(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``λ_min [N]`` and its unit eigenvectors ``[N, d]``, per group."""
+        task, method = self.task, self.method
+        matrices = SplittingMatrices(self.model, self.groups, task.sample(method.samples), only=self.growable)
+        self.series.setdefault("loss", []).append(float(f"{matrices.loss:.6g}"))
+        if method.exact:
+            pairs = {n: matrices.smallest_exactly(n) for n in matrices.neurons}
+            values, vectors = {n: p[0] for n, p in pairs.items()}, {n: p[1].to(self.task.example_input) for n, p in pairs.items()}
+        else:
+            values, vectors = matrices.smallest(tolerance=method.tolerance, seed=task.seed)
+        task.spend(forward_macs=matrices.forward_macs, backward_macs=matrices.backward_macs)
+        return {n: v.cpu() for n, v in values.items()}, vectors
+
+    def _split(self, split: Split) -> None:
+        """Split neurons, and take the optimizer's state along."""
+        old, groups = self.model, self.groups
+        self.model = split_neurons(old, groups, split, self.method.epsilon)
+        self.groups = self._regrouped()
+        self.optimizer = carried(self.optimizer, old, groups, split, self.groups)
+        for name, (rows, _) in split.items():
+            self.widths[name] += len(rows)
+        self.splits += sum(len(rows) for rows, _ in split.values())
+
+    def _regrouped(self) -> Groups:
+        assert self.task.regroup is not None
+        return self.task.regroup(self.model)
+
+
+def copies(channels: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(source of each new channel ``[P]``, whether it is one of two copies ``[P]``) when some of N channels are split.
+
+    Copies θ + ε v stay where their originals were, copies θ - ε v follow behind all.
+    """
+    sources = torch.cat([torch.arange(channels), rows.cpu()])
+    return sources, torch.isin(sources, rows.cpu())
+
+
+def split_neurons(model: nn.Module, groups: Groups, split: Split, epsilon: float) -> nn.Module:
+    """The network with some neurons split into θ + ε v and θ - ε v, each with half of the outgoing weights.
+
+    Args:
+        model: The network.
+        groups: Its groups.
+        split: By group: rows ``[K]`` of its one producer, and unit vectors ``[K, d]``.
+        epsilon: ε; 0 leaves the network's function as it is.
+    """
+    plan: dict[str, Resize] = {}
+    for name, (rows, vectors) in split.items():
+        (layer,) = groups[name].producers
+        module: Any = model.get_submodule(layer)
+        sources, double = copies(groups[name].channels, rows)
+        theta = neuron_parameters(module)
+        new = torch.cat([theta, theta[rows] - epsilon * vectors])
+        new[rows] += epsilon * vectors
+        size = module.weight[0].numel()
+        tensors = {f"{layer}.weight": new[:, :size].reshape(-1, *module.weight.shape[1:])}
+        if module.bias is not None:
+            tensors[f"{layer}.bias"] = new[:, size]
+        mix = F.one_hot(sources, groups[name].channels).T.to(theta) * torch.where(double, 0.5, 1.0).to(theta)
+        plan[name] = Resize(sources, mix, tensors)
+    return resize(model, groups, plan)
+
+
+def carried(state: OptimizerState, model: nn.Module, groups: Groups, split: Split, after: Groups) -> OptimizerState:
+    """An optimizer's state for the network after a split, in which gradients are what they were before at ε = 0.
+
+    Both copies of a neuron have half of its gradient by incoming weights (a quarter where squares are kept), and each all of its
+    gradient by outgoing weights.
+
+    Args:
+        state: By parameter of the network before.
+        model: The network before.
+        groups: Its groups.
+        split: What was split.
+        after: Groups of the network after.
+    """
+    plan = {n: keep(copies(groups[n].channels, rows)[0]) for n, (rows, _) in split.items()}
+    found: OptimizerState = {name: {k: v for k, v in kept.items() if not _shaped(v)} for name, kept in state.items()}
+    for what in sorted({k for kept in state.values() for k, v in kept.items() if _shaped(v)}):
+        twin = copy.deepcopy(model)
+        for name, p in twin.named_parameters():
+            p.data = state[name][what].clone() if what in state.get(name, {}) else torch.zeros_like(p)
+        twin = resize(twin, groups, plan)
+        for name, (rows, _) in split.items():
+            double = copies(groups[name].channels, rows)[1]
+            factor = torch.where(double, 0.25 if what.endswith("sq") else 0.5, 1.0)
+            for layer, positions in after.places(name, "out"):
+                module = twin.get_submodule(layer)
+                for tensor, _ in tensors_on(module, "out"):
+                    if isinstance(getattr(module, tensor), nn.Parameter):
+                        value = getattr(module, tensor).data
+                        each = factor.to(value).repeat_interleave(len(positions) // len(factor))
+                        value[positions] *= each.view(-1, *[1] * (value.dim() - 1))
+        for name, p in twin.named_parameters():
+            if what in state.get(name, {}):
+                found[name][what] = p.data
+    return found
+
+
+def _shaped(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

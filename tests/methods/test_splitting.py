@@ -1,0 +1,313 @@
+import copy
+import itertools
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.nn import functional as F
+from widthbench.methods import splitting
+from widthbench.methods.splitting import Splitting, carried, copies, split_neurons
+
+from widthbench.budget import Budget
+from widthbench.errors import UsageError
+from widthbench.protocol import run_cell
+from widthbench.recipe import Recipe
+from widthbench.records import Cell, Store
+from widthbench.task import Task
+from widthbench.training import fit
+from widthbench.width import CostModel, find_groups
+from widthbench.width.ablation import Sample
+from widthbench.width.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
+
+BASE = Recipe(epochs=3, batch_size=32, lr=0.02)
+BRIEF = {"epochs": 0.5, "rounds": 2, "samples": 64}
+
+
+def cell(params=None, **fields):
+    given = {
+        "dataset": "digits", "technique": "splitting", "params": BRIEF | (params or {}), "budget": "macs:0.5", "base": BASE,
+        "finetune": BASE, "model": "lenet_300_100", "size": 16, "seed": 0,
+    }  # fmt: skip
+    return Cell(**given | fields)
+
+
+def test_copies_by_hand():
+    sources, double = copies(4, torch.tensor([1, 3]))
+    assert sources.tolist() == [0, 1, 2, 3, 1, 3]
+    assert double.tolist() == [False, True, False, True, True, True]
+
+
+def test_a_split_by_hand():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).double().eval()
+    model[0].weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    model[0].bias.data = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    model[2].weight.data = torch.tensor([[6.0, 8.0]], dtype=torch.float64)
+    groups = find_groups(model, torch.randn(1, 2, dtype=torch.float64), cache=False)
+    v = torch.tensor([[0.6, 0.0, 0.8]], dtype=torch.float64)
+    new = split_neurons(model, groups, {"0": (torch.tensor([1]), v)}, 0.1)
+    assert torch.allclose(new[0].weight, torch.tensor([[1.0, 2.0], [3.06, 4.0], [2.94, 4.0]], dtype=torch.float64))
+    assert torch.allclose(new[0].bias, torch.tensor([0.5, -0.42, -0.58], dtype=torch.float64))
+    assert torch.allclose(new[2].weight, torch.tensor([[6.0, 4.0, 4.0]], dtype=torch.float64))
+
+
+def gradients(model, sample):
+    model.zero_grad()
+    F.cross_entropy(model(sample.x), sample.y).backward()
+    return {n: {"momentum_buffer": p.grad.clone(), "step": 3} for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("cls", [zoo.Mlp, zoo.Plain, zoo.Dense, zoo.Residual])
+def test_the_optimizers_state_follows_as_gradients_do(cls):
+    model, x, groups = zoo.certified(cls)
+    sample = zoo.sample_for(x)
+    found, _ = splittable(model, groups, x[:1])
+    split = {}
+    for name, neurons in found.items():
+        d = neuron_parameters(model.get_submodule(neurons.layer)).shape[1]
+        split[name] = torch.tensor([0, 2]), F.normalize(torch.ones(2, d, dtype=torch.float64), dim=1)
+    new = split_neurons(model, groups, split, 0.0)
+    after = find_groups(new, x, cache=False)
+    state = carried(gradients(model, sample), model, groups, split, after)
+    expected = gradients(new, sample)
+    assert split
+    assert state.keys() == expected.keys()
+    for name, kept in state.items():
+        assert kept["step"] == 3
+        assert torch.allclose(kept["momentum_buffer"], expected[name]["momentum_buffer"], atol=1e-12), name
+
+
+def test_squares_of_gradients_scale_by_a_quarter():
+    model, x, groups = zoo.certified(zoo.Mlp)
+    split = {"fc1": (torch.tensor([1]), torch.zeros(1, 17, dtype=torch.float64))}
+    state = {n: {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)} for n, p in model.named_parameters()}
+    new = carried(state, model, groups, split, find_groups(split_neurons(model, groups, split, 0.0), x, cache=False))
+    assert new["fc1.weight"]["exp_avg"][:, 0].tolist() == [1.0, 0.5, *[1.0] * 10, 0.5]
+    assert new["fc1.weight"]["exp_avg_sq"][:, 0].tolist() == [1.0, 0.25, *[1.0] * 10, 0.25]
+    assert new["fc2.weight"]["exp_avg_sq"].unique().tolist() == [1.0]
+    assert new["fc2.weight"]["exp_avg_sq"].shape == (8, 13)
+
+
+def test_training_goes_on_with_the_state_that_it_is_given():
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 1, 4, 4), torch.randint(0, 5, (64,))
+
+    class Data:
+        def __len__(self):
+            return 64
+
+        def batches(self, size, *, generator=None, augment=None):
+            return zip(x.split(size), y.split(size), strict=True)
+
+    start = zoo.Mlp()
+    constant = {"batch_size": 16, "lr": 0.01, "min_lr": 0.01}
+    whole = copy.deepcopy(start)
+    fit(whole, Data(), Recipe(epochs=4, **constant), macs=1)
+    halves, state = copy.deepcopy(start), {}
+    for _ in range(2):
+        fit(halves, Data(), Recipe(epochs=2, **constant), macs=1, optimizer_state=state)
+    without = copy.deepcopy(start)
+    for _ in range(2):
+        fit(without, Data(), Recipe(epochs=2, **constant), macs=1)
+    assert set(state) == {n for n, _ in start.named_parameters()}
+    for a, b, c in zip(whole.parameters(), halves.parameters(), without.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+def stuck_on_a_sine():
+    """(network, groups, sample): one neuron on a sine, at a minimum of its loss, in float64."""
+    torch.manual_seed(0)
+    x = torch.linspace(-3, 3, 80, dtype=torch.float64)[:, None]
+    model = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1)).double().eval()
+    sample = Sample(x, torch.sin(x), lambda out, y: (out - y).square().mean(dim=1))
+    descend(model, sample)
+    return model, find_groups(model, x[:1], cache=False), sample
+
+
+def descend(model, sample, steps=60):
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=100, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sample.criterion(model(sample.x), sample.y).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    return float(closure().detach())
+
+
+def test_where_gradient_descent_is_stuck_a_split_lowers_the_loss_by_the_law():
+    model, groups, sample = stuck_on_a_sine()
+    before = descend(model, sample, 1)
+    slope = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert slope < 1e-8
+    matrices = SplittingMatrices(model, groups, sample)
+    values, vectors = matrices.smallest_exactly("0")
+    assert float(values[0]) < -1e-3
+    one = {"0": (torch.tensor([0]), vectors)}
+    for epsilon in (0.05, 0.02, 0.01):
+        with torch.no_grad():
+            after = float(sample.criterion(split_neurons(model, groups, one, epsilon)(sample.x), sample.y).mean())
+        assert after - before == pytest.approx(epsilon**2 * float(values[0]) / 2, rel=0.1)
+    grown = split_neurons(model, groups, one, 0.05)
+    assert descend(grown, sample) < 0.97 * before
+    same = split_neurons(model, groups, one, 0.0)
+    assert descend(same, sample) == pytest.approx(before, rel=1e-6)  # without a split to leave by, it stays
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"select": "random"}, {"select": "width"}, {"per": "neuron"}, {"exact": True, "samples": 16}]
+)
+@pytest.mark.parametrize("budget", ["macs:0.5", "params:0.3", "channels:0.4"])
+def test_it_grows_to_the_budget(params, budget):
+    record = run_cell(cell(params, budget=budget, size=8), Store())
+    assert record.status == "done", record.trace or record.reason
+    assert record.met
+    series = record.series
+    kind = budget.split(":")[0]
+    along = series["trajectory.open" if kind == "channels" else f"trajectory.{kind}"]
+    assert along == sorted(along)
+    assert len(along) >= 3
+    assert series["trajectory.splits"][0] == 0
+    assert series["trajectory.splits"][-1] == sum(record.widths.values()) - series["trajectory.open"][0]
+    assert {n: series[f"width.{n}"][-1] for n in record.widths} == record.widths
+    assert record.spent["base"].forward_macs == 0
+
+
+def test_a_round_splits_a_neuron_even_if_that_is_more_than_its_growth():
+    record = run_cell(cell({"rounds": 12, "epochs": 0.25}, budget="channels:0.02"), Store())
+    assert record.status == "done", record.reason
+    splits = record.series["trajectory.splits"]
+    assert len(splits) < 12
+    assert all(after > before for before, after in itertools.pairwise(splits))
+    assert record.met
+
+
+def test_budgets_above_1_grow_beyond_the_network():
+    record = run_cell(cell({"rounds": 3}, budget="macs:1.5", size=8), Store())
+    assert record.status == "done", record.trace or record.reason
+    assert 1.4 < record.kept <= 1.5 * 1.005
+
+
+@pytest.mark.parametrize(("model", "size"), [("lenet5", 20), ("test_resnet", 32), ("test_vit", 32)])
+def test_it_grows_real_networks(model, size):
+    record = run_cell(cell({"narrow": 0.5}, model=model, size=size, budget="macs:0.6"), Store())
+    assert record.status == "done", record.trace or record.reason
+    assert record.met
+    left = [note.split(":")[0] for note in record.series["left_out"]]
+    assert all(len(set(record.series[f"width.{n}"])) == 1 for n in left)
+    assert len(left) < len(record.widths)
+
+
+@pytest.mark.parametrize("per", ["neuron", "cost"])
+def test_eigen_splits_what_lowers_the_loss_most(per, monkeypatch):
+    found, chosen, tasks = [], [], []
+    smallest, split_, init = SplittingMatrices.smallest, splitting.split_neurons, splitting.Growing.__init__
+
+    def watched(self, **options):
+        found.append(smallest(self, **options))
+        return found[-1]
+
+    def splitting_up(model, groups, split, epsilon):
+        chosen.append((split, {n: groups[n].channels for n in tasks[0].groups}))
+        return split_(model, groups, split, epsilon)
+
+    monkeypatch.setattr(SplittingMatrices, "smallest", watched)
+    monkeypatch.setattr(splitting, "split_neurons", splitting_up)
+    monkeypatch.setattr(splitting.Growing, "__init__", lambda self, method, task: tasks.append(task) or init(self, method, task))
+    record = run_cell(cell({"per": per, "growth": 5, "narrow": 0.9}, seed=3), Store())
+    assert record.status == "done", record.trace or record.reason
+    assert len(chosen) >= 3
+    cost = tasks[0].cost
+    for (values, vectors), (split, widths) in zip(found[:2], chosen[:2], strict=True):  # before the budget is near
+        price = {n: cost(widths | {n: w + 1}).macs - cost(widths).macs if per == "cost" else 1 for n, w in widths.items()}
+        every = sorted((float(v) / price[n], n, i) for n, vs in values.items() for i, v in enumerate(vs))
+        expected = {(n, i) for v, n, i in every[:5]}
+        assert every[4][0] < 0
+        assert {(n, i) for n, (rows, _) in split.items() for i in rows.tolist()} == expected
+        for name, (rows, along) in split.items():
+            assert torch.equal(along, vectors[name][rows])
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypatch):
+    given = cell({"rounds": 3}, curves=True)
+    whole = run_cell(given, Store())
+    assert whole.status == "done", whole.trace
+    monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache) + "-2")
+    real, calls = splitting.Growing._chosen, []
+
+    def dying(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return real(self, *args)
+
+    monkeypatch.setattr(splitting.Growing, "_chosen", dying)
+    assert "Killed" in run_cell(given, Store()).reason
+    again = run_cell(given, Store())
+    assert again.status == "done", again.trace
+    assert len(calls) == 3 + len(whole.series["trajectory.step"]) - 2
+    assert again.rows == whole.rows
+    assert again.series == whole.series
+    assert again.spent["decision"].forward_macs == whole.spent["decision"].forward_macs
+    assert again.spent["decision"].backward_macs == whole.spent["decision"].backward_macs
+
+
+def test_a_splitting_stable_network_stops_growing(monkeypatch):
+    monkeypatch.setattr(
+        splitting.Growing,
+        "_eigenpairs",
+        lambda self: (
+            {n: torch.ones(self.widths[n]) for n in self.growable},
+            {n: torch.ones(self.widths[n], 1) for n in self.growable},
+        ),
+    )
+    record = run_cell(cell(seed=7), Store())
+    assert record.status == "done", record.reason
+    assert len(record.series["trajectory.step"]) == 1
+    assert not record.met
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"narrow": 1.0}, "narrow must be a share"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"growth": 0}, "growth must be at least 1"),
+        ({"epsilon": 0}, "epsilon must be a number above 0"),
+    ],
+)
+def test_parameters_that_make_no_sense(params, message):
+    with pytest.raises(ValueError, match=message):
+        Splitting(**params)
+
+
+def test_a_network_without_neurons_to_split_is_skipped():
+    class Gated(nn.Module):
+        size = (1, 4, 4)
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(16, 6), nn.PReLU(6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.b(self.act(self.a(x.flatten(1))))
+
+    torch.manual_seed(0)
+    model, x = Gated().eval(), torch.randn(2, 1, 4, 4)
+    groups, sample = find_groups(model, x, cache=False), zoo.sample_for(x)
+    cost = CostModel(model, groups, x)
+    task = Task(
+        model=model, groups=groups, example_input=x, budget=Budget("macs", 0.5), cost=cost, reference=cost, train=sample, val=sample
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="no channel group has neurons to split \\(a: no elementwise activation"):
+        Splitting().apply(task)
