@@ -41,7 +41,8 @@ class AutoSlim(Technique):
     Args:
         epochs: Of slimmable training; other settings are those of the task's recipe.
         narrowest: Share of each group's channels in the smallest network.
-        steps: Greedy steps from the whole network to ``least``; with about seven for each group, most steps are one group's doing.
+        steps: Greedy steps from the whole network to ``least``; about seven for each group let half of the candidates
+            be one group's doing.
         least: Share of the MACs at the path's end; a budget below it is met from the floor upwards.
         samples: Val samples at most that a greedy choice looks at, in the order in which val gives them.
         calibration: Training samples for each BatchNorm recalibration.

@@ -10,6 +10,7 @@ from torch import nn
 
 from widthbench import data, sources, weights
 from widthbench.errors import UsageError
+from widthbench.training import fit
 from widthbench.width import find_groups
 from widthbench.width.ablation import Sample
 from widthbench.width.certify import randomised
@@ -196,6 +197,20 @@ class Shuffled:
     def batches(self, size, *, generator=None, augment=None):
         order = torch.arange(len(self.y)) if generator is None else torch.randperm(len(self.y), generator=generator)
         return ((self.x[some], self.y[some]) for some in order.split(size))
+
+
+def watched_fit(seen, layout):
+    """``task.fit`` that notes of each convolution's pass its output's dtype and whether its input has a memory layout."""
+
+    def fitted(model, train, recipe, **more):
+        note = lambda m, a, out: seen.append((out.dtype, a[0].is_contiguous(memory_format=layout)))  # noqa: E731
+        hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
+        spent = fit(model, train, recipe, macs=1, **more)
+        for hook in hooks:
+            hook.remove()
+        return spent
+
+    return fitted
 
 
 def started(groups, x):

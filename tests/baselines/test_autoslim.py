@@ -352,16 +352,9 @@ def test_amp_and_layouts_reach_every_width(layout, monkeypatch):
     model, x = task.model.float(), task.example_input.float()
     data, cost = zoo.Shuffled(x, count=12), CostModel(model, task.groups, x)
 
-    def fitted(model, train, recipe, **more):
-        note = lambda m, a, out: seen.append((out.dtype, a[0].is_contiguous(memory_format=layout)))  # noqa: E731
-        hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
-        spent = fit(model, train, recipe, macs=1, **more)
-        for hook in hooks:
-            hook.remove()
-        return spent
-
     shared = {"train": data, "val": data, "example_input": x, "cost": cost, "reference": cost}
     recipe = task.recipe.model_copy(update={"amp": True})
-    AutoSlim(**BRIEF | {"steps": 1}).prepare(Task(**{**vars(task), **shared, "recipe": recipe, "fit": fitted}))
+    watched = {"recipe": recipe, "fit": zoo.watched_fit(seen, layout)}
+    AutoSlim(**BRIEF | {"steps": 1}).prepare(Task(**{**vars(task), **shared, **watched}))
     assert set(seen) == {(torch.bfloat16, True)}
     assert len(seen) == 2 * 2 * 4  # two convolutions, two steps at four widths

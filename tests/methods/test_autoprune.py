@@ -518,18 +518,10 @@ def test_amp_and_layouts_reach_both_kinds_of_steps(layout, monkeypatch):
     _, task = two_prices(torch.float32)
     seen = []
 
-    def fitted(model, train, recipe, **more):
-        note = lambda m, a, out: seen.append((out.dtype, a[0].is_contiguous(memory_format=layout)))  # noqa: E731
-        hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
-        spent = fit(model, train, recipe, macs=1, **more)
-        for hook in hooks:
-            hook.remove()
-        return spent
-
     for place in ("widthbench.training", "widthbench.methods.autoprune"):
         monkeypatch.setattr(f"{place}.fastest_layout", lambda model: layout)
     recipe = task.recipe.model_copy(update={"amp": True})
-    outcome = AutoPrune(epochs=2).apply(Task(**{**vars(task), "recipe": recipe, "fit": fitted}))
+    outcome = AutoPrune(epochs=2).apply(Task(**{**vars(task), "recipe": recipe, "fit": zoo.watched_fit(seen, layout)}))
     assert set(seen) == {(torch.bfloat16, True)}
     assert len(seen) == 2 * (6 + 4)  # two convolutions, six steps, the first four with a batch of val
     assert {p.dtype for p in outcome.resized.parameters()} == {torch.float32}

@@ -33,7 +33,7 @@ NAMES = {
     "cosine": "cosine with the gradient",
     "mu": "μ",
 }
-LIMITS = {"val_top1": (0, 100), "cosine": (-1, 1)}
+LIMITS = {"val_top1": (0, 100), "cosine": (-1, 1), "recoveries": (0, np.inf)}
 DRAWN = ("open", "macs", "val_loss", "val_top1", "recoveries", "cosine")
 
 PREFACE = """\

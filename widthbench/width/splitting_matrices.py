@@ -20,9 +20,8 @@ from widthbench.width.groups import Groups
 PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
 Vectors = dict[str, Tensor]  # [N, d] per group
 EVERY = 3  # Lanczos steps between two looks at what has converged
-SAFETY = (
-    0.3  # of the tolerance: a small residual says that some eigenvalue is near, a smaller one, in practice, that it is the least
-)
+# of the tolerance: a small residual says that some eigenvalue is near, a smaller one, in practice, that it is the least
+SAFETY = 0.3
 
 
 @dataclass(frozen=True)
