@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from widthbench import suites
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -55,3 +57,8 @@ def test_its_call_in_your_own_code_runs():
     scope = {}
     exec(code, scope)
     assert isinstance(scope["small"], torch.nn.Module)
+
+
+def test_suites_have_as_many_cells_as_it_says():
+    said = {name: int(cells) for name, cells in re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) \|$", README, flags=re.M)}
+    assert said == {name: len(suites.load(name).cells()) for name in suites.names()}

@@ -19,7 +19,7 @@ from widthbench.report.tables import Line, lines, over_bases
 
 # Okabe and Ito's palette, told apart by colour-blind eyes; markers tell the rows apart in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # one more than colours: both together repeat only after 72
 AXES = {"macs": "FLOPs (as MACs) of one image", "params": "parameters"}
 
 
