@@ -105,7 +105,7 @@ def law(seed: int) -> list[dict]:
 
 
 def grow(seed: int, select: str) -> list[float]:
-    """Losses of a network that grows by one neuron a round: split by the law, along a random direction, or not at all."""
+    """Losses of a network that grows by one neuron a round: split by the law, along a random direction, at ε = 0, or not at all."""
     model, sample = problem(seed)
     losses = []
     draw = torch.Generator().manual_seed(seed)
@@ -119,7 +119,8 @@ def grow(seed: int, select: str) -> list[float]:
         if select == "random":
             row = int(torch.randint(neurons, (), generator=draw))
             vectors = F.normalize(torch.randn(vectors.shape, generator=draw, dtype=torch.float64), dim=1)
-        model = split_neurons(model, groups, {"0": (torch.tensor([row]), vectors[row : row + 1])}, 0.05)
+        epsilon = 0.0 if select == "copies" else 0.05
+        model = split_neurons(model, groups, {"0": (torch.tensor([row]), vectors[row : row + 1])}, epsilon)
     return losses
 
 
@@ -139,8 +140,13 @@ def draw(rows: list[dict], curves: dict[str, list[list[float]]], path: Path) -> 
     left.set_ylabel("fall of the loss / (ε² |λ_min| / 2)")
     left.set_title("One neuron at a minimum of its loss, split", fontsize=10)
     left.legend(fontsize=8, frameon=False)
-    names = {"eigen": "split along the eigenvector", "random": "a random neuron, a random direction", "none": "not split"}
-    for select, color in (("eigen", "C0"), ("random", "C1"), ("none", "0.5")):
+    names = {
+        "eigen": "split along the eigenvector",
+        "random": "a random neuron, a random direction",
+        "copies": "copied as they are (ε = 0)",
+        "none": "not split",
+    }
+    for select, color in (("eigen", "C0"), ("random", "C1"), ("copies", "C2"), ("none", "0.5")):
         values = np.array(curves[select])
         middle = np.median(values, axis=0)
         steps = np.arange(len(middle))
@@ -186,7 +192,7 @@ def main() -> int:
     headers = ["seed", "loss", "slope", "λ_min", *(f"ε = {e:g}" for e in EPSILONS)]
     table = tabulate(lines, headers=headers, tablefmt="pipe", disable_numparse=True)
     print(table)
-    curves = {select: [grow(seed, select) for seed in SEEDS] for select in ("eigen", "random", "none")}
+    curves = {select: [grow(seed, select) for seed in SEEDS] for select in ("eigen", "random", "copies", "none")}
     finals = {s: sorted(c[-1] for c in many) for s, many in curves.items()}
     texts = [f"{s} {np.median(v):.2e} ({v[0]:.2e} to {v[-1]:.2e})" for s, v in finals.items()]
     print("; ".join(texts))

@@ -21,6 +21,7 @@ from widthbench.recipe import Recipe
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
 from widthbench.training import OptimizerState
+from widthbench.width.ablation import replica
 from widthbench.width.groups import Groups, tensors_on
 from widthbench.width.resize import Resize, keep, resize
 from widthbench.width.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
@@ -29,7 +30,7 @@ Select = Literal["eigen", "random", "width"]
 Split = dict[str, tuple[Tensor, Tensor]]
 """By group: which of its neurons are split, ``[K]``, and along which unit vectors, ``[K, d]``."""
 
-MOST = 2  # times the rounds asked for that growth may go on where neurons without a way down held it up
+MOST = 2  # times the rounds asked for that growth may go on where doubling, or neurons without a way down, held it up
 
 
 class Splitting(Technique):
@@ -44,14 +45,18 @@ class Splitting(Technique):
     paper; ``widthbench.width.splitting_matrices``). The most negative are taken until the round's growth is reached; where none is
     negative, the network is splitting stable and growth ends. Neurons that are split are those of groups with one producer and an
     elementwise activation behind it or its BatchNorm; other groups have from the start the width that the budget gives them when
-    it is spread uniformly. The record says which (series ``left_out``).
+    it is spread uniformly. The record says which (series ``left_out``). A group may outgrow the network that budgets refer to.
+
+    The second derivative of ReLU and its kin is 0 wherever it is defined, and the law has nothing to say there: softplus's stands
+    in for it (``splitting_matrices``), so that λ_min ranks neurons but no longer says what a split gains.
 
     Args:
         select: "eigen" as above; controls: "random", neurons at random, each along a random direction; "width", all groups
             widened alike, along random directions.
         per: What λ_min is divided by: "neuron" nothing, "cost" what the split adds to what the budget counts.
         narrow: Share of the channels of the uniform network at the budget that the network starts with.
-        rounds: Of growth, each by the same factor, and by one neuron at least.
+        rounds: Of growth, each by the same factor, and by one neuron at least. A round can at most double a layer: where it
+            falls short, rounds are added, up to as many again, and one for each halving by ``narrow``.
         growth: Channels that a round adds at most; rounds then go on until the budget is reached.
         epochs: Of training in each round; other settings are those of the task's recipe, its warm-up in the first round only.
         final_epochs: Of training after the last split, in place of ``epochs``.
@@ -59,7 +64,8 @@ class Splitting(Technique):
         epsilon: ε.
         samples: Training samples that splitting matrices are averaged over.
         tolerance: Of λ_min, relative to the matrix's norm.
-        exact: Form the matrices and decompose them in float64; for small layers.
+        exact: Form the matrices and decompose them in float64; for small layers. The bill has the passes that form them, not
+            the decomposition.
     """
 
     id = "splitting"
@@ -147,7 +153,11 @@ class Growing:
         self.optimizer: OptimizerState = {}
         self.start = self._kept(self.widths)
         self.series: dict[str, list[Any]] = {"left_out": [f"{n}: {why}" for n, why in left_out.items()]}
-        self.splits = 0
+        self.splits, self.stable = 0, False
+
+    def _seed(self, number: int) -> int:
+        """Of a round: each sees the data in an order of its own."""
+        return self.task.seed + 7919 * number
 
     def _at(self, widths: Mapping[str, int]) -> nn.Module:
         groups = self.task.groups
@@ -166,19 +176,25 @@ class Growing:
         """Train, note where the run is, and split: the network after that, as tensors."""
         task, method = self.task, self.method
         assert task.fit is not None
-        epochs = method.epochs if self._can_grow() else method.final_epochs or method.epochs
+        last = self.stable or not self._can_grow()
+        epochs = method.final_epochs or method.epochs if last else method.epochs
         recipe = task.recipe or Recipe(epochs=1, batch_size=64, lr=0.01)
         warmup = min(recipe.warmup_epochs, epochs / 2) if number == 0 else 0.0
         changed = {"epochs": epochs, "lr": method.lr or recipe.lr, "warmup_epochs": warmup}
         recipe = recipe.model_copy(update=changed)
-        task.fit(self.model, task.train, recipe, optimizer_state=self.optimizer, desc=f"{method.id} {task.budget} round {number}")
+        desc = f"{method.id} {task.budget} round {number}"
+        task.fit(self.model, task.train, recipe, optimizer_state=self.optimizer, seed=self._seed(number), desc=desc)
         self._point(number)
-        target = self.start * (asked(task.budget, task.groups) / self.start) ** min(1.0, (number + 1) / method.rounds)
-        split = self._chosen(number, target if method.growth is None else asked(task.budget, task.groups))
-        done = not split or (method.growth is None and number + 1 >= MOST * method.rounds)
-        if not done:
-            self._split(split)
-        told = {"widths": self.widths, "series": self.series, "splits": self.splits, "done": done}
+        if not last:
+            most = MOST * method.rounds + math.ceil(-math.log2(method.narrow))
+            target = self.start * (asked(task.budget, task.groups) / self.start) ** min(1.0, (number + 1) / method.rounds)
+            split = self._chosen(number, target if method.growth is None else asked(task.budget, task.groups))
+            self.stable = not split or (method.growth is None and number + 1 >= most)
+            if not self.stable:
+                self._split(split)
+            elif method.final_epochs is None:
+                last = True  # what a last round would train has been trained
+        told = {"widths": self.widths, "series": self.series, "splits": self.splits, "stable": self.stable, "done": last}
         optimizer = {
             f"optimizer {n} {k}": torch.as_tensor(v) for n, kept in self.optimizer.items() for k, v in kept.items() if v is not None
         }
@@ -191,7 +207,7 @@ class Growing:
     def take(self, state: Mapping[str, Tensor]) -> bool:
         """Take up the network after a round; whether it is the last one."""
         told = json.loads(bytes(state["told"].tolist()))
-        self.widths, self.series, self.splits = told["widths"], told["series"], told["splits"]
+        self.widths, self.series, self.splits, self.stable = told["widths"], told["series"], told["splits"], told["stable"]
         self.model = self._at(self.widths)
         self.model.load_state_dict({k.removeprefix("model "): v for k, v in state.items() if k.startswith("model ")})
         self.groups = self._regrouped()
@@ -213,7 +229,7 @@ class Growing:
             "splits": self.splits,
         }
         if task.curves:
-            found = accuracy(self.model, task.val)
+            found = accuracy(replica(self.model), task.val)  # a look, which nothing depends on, is not on the bill
             point |= {"val_top1": found.top1, "val_loss": found.loss}
         for name, value in point.items():
             self.series.setdefault(f"trajectory.{name}", []).append(float(f"{value:.6g}") if isinstance(value, float) else value)
@@ -231,9 +247,9 @@ class Growing:
         """Which neurons to split, and along which vectors."""
         if not self._can_grow():
             return {}
-        draw = torch.Generator().manual_seed(self.task.seed + 7919 * number)
+        draw = torch.Generator().manual_seed(self._seed(number))
         if self.method.select == "eigen":
-            scores, vectors = self._eigenpairs()
+            scores, vectors = self._eigenpairs(number)
         else:
             shapes = {n: neuron_parameters(self.model.get_submodule(self.growable[n].layer)) for n in self.growable}
             scores = {n: -torch.rand(len(p), generator=draw, dtype=torch.float64) for n, p in shapes.items()}
@@ -271,16 +287,18 @@ class Growing:
         for _, name, row in sorted(found):
             yield name, row
 
-    def _eigenpairs(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _eigenpairs(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """``λ_min [N]`` and its unit eigenvectors ``[N, d]``, per group."""
         task, method = self.task, self.method
-        matrices = SplittingMatrices(self.model, self.groups, task.sample(method.samples), only=self.growable)
+        # other samples than those that the round's training began with
+        sample = task.sample(method.samples, seed=self._seed(number) + 1)
+        matrices = SplittingMatrices(self.model, self.groups, sample, only=self.growable)
         self.series.setdefault("loss", []).append(float(f"{matrices.loss:.6g}"))
         if method.exact:
             pairs = {n: matrices.smallest_exactly(n) for n in matrices.neurons}
             values, vectors = {n: p[0] for n, p in pairs.items()}, {n: p[1].to(self.task.example_input) for n, p in pairs.items()}
         else:
-            values, vectors = matrices.smallest(tolerance=method.tolerance, seed=task.seed)
+            values, vectors = matrices.smallest(tolerance=method.tolerance, seed=self._seed(number))
         task.spend(forward_macs=matrices.forward_macs, backward_macs=matrices.backward_macs)
         return {n: v.cpu() for n, v in values.items()}, vectors
 

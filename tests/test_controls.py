@@ -73,6 +73,26 @@ def test_l1_budget_fine_tunes_until_it_has_cost_as_much(params):
     assert epochs[1] < epochs[2]
 
 
+def test_l1_budget_shortens_its_base_where_the_source_never_trained_one():
+    params = {"epochs": 0.25, "rounds": 2, "select": "random"}
+    source = run("splitting", params=params)
+    record = run("l1-budget", of="splitting", params=params)
+    costs = [sum(s.forward_macs + s.backward_macs for s in r.spent.values()) for r in (source, record)]
+    assert costs[0] < 3 * 1077 * BASE.epochs * record.base_macs  # less than the base alone
+    assert costs[1] == pytest.approx(costs[0], rel=0.03)  # in whole steps
+    assert record.spent["base"].epochs < BASE.epochs
+    shares = record.spent["base"].epochs / BASE.epochs, record.spent["adaptation"].epochs / TUNE.epochs
+    assert shares[0] == pytest.approx(shares[1], rel=0.15)
+    assert record.rows[-1].stage == "fine-tuned"
+
+
+def test_scratch_trains_for_as_many_epochs_as_a_network_that_grew():
+    params = {"epochs": 0.25, "rounds": 2, "select": "random"}
+    source, record = run("splitting", params=params), run("scratch", of="splitting", params=params)
+    trained = 0.25 * len(source.series["trajectory.step"]) + TUNE.epochs
+    assert record.spent["adaptation"].epochs == pytest.approx(trained, abs=0.1)
+
+
 def test_a_scratch_control_computes_its_source_first_and_skips_with_it(fresh_cache):
     record = run("scratch", of="l1-norm", seed=1)
     assert Store().get(record.source).cell == cell("l1-norm", seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -146,8 +147,13 @@ def apply(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        resized = chosen.apply(task).resized
+        outcome = chosen.apply(task)
+        resized = outcome.resized
         assert resized is not None  # apply() always fills it in
+        if not outcome.met:
+            warnings.warn(
+                f"technique '{chosen.id}' leaves part of the budget {parsed} unused: it keeps {outcome.kept:.3f}", stacklevel=2
+            )
         resized.eval()
         if not runs(resized, example_input, groups.output_shapes):
             raise UsageError(f"technique '{chosen.id}' changed the output's shape or made it non-finite")

@@ -27,7 +27,8 @@ from widthbench.protocol import (
 )
 from widthbench.recipe import Recipe, Spent
 from widthbench.records import Cell, Record, Store
-from widthbench.task import Progress
+from widthbench.task import Progress, Task
+from widthbench.technique import Outcome
 from widthbench.training import batch_norms
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import Cost, CostModel, count_macs
@@ -130,18 +131,31 @@ def _source(cell: Cell, store: Store, progress: Progress) -> Record:
 
 
 def _l1_budget(cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]) -> Record:
-    """The base pruned by L1 norm to the same budget, fine-tuned until all of it has cost what the source has."""
+    """The base pruned by L1 norm to the same budget, fine-tuned until all of it has cost what the source has.
+
+    Where the suite's base and fine-tuning together cost more than that (the source never trained the whole network), the
+    base is trained for a shorter time, too: by the same share as the fine-tuning.
+    """
     source, base = _source(cell, store, progress), obtain_base(cell, progress=progress)
     technique = registry.create("l1-norm", {})
-    task = task_of(cell, base, technique, progress=progress)
-    try:
-        outcome = technique.apply(task)
-    except InfeasibleBudgetError as error:
-        raise NotApplicableError(str(error)) from error
-    model = outcome.resized
-    assert model is not None  # apply() always fills it in
-    macs = count_macs(model, base.example_input)
     total = sum(s.forward_macs + s.backward_macs for s in source.spent.values())
+
+    def pruned(base: Base) -> tuple[Task, Outcome, nn.Module, int]:
+        task = task_of(cell, base, technique, progress=progress)
+        try:
+            outcome = technique.apply(task)
+        except InfeasibleBudgetError as error:
+            raise NotApplicableError(str(error)) from error
+        model = outcome.resized
+        assert model is not None  # apply() always fills it in
+        return task, outcome, model, count_macs(model, base.example_input)
+
+    task, outcome, model, macs = pruned(base)
+    usual = 3 * len(base.data.train) * (base.cost.original.macs * cell.base.epochs + macs * cell.finetune.epochs)
+    if cell.trains_base and not source.spent["base"].forward_macs and total < usual:
+        shorter = cell.base.model_copy(update={"epochs": cell.base.epochs * total / usual})
+        base = obtain_base(cell.model_copy(update={"base": shorter}), progress=progress)
+        task, outcome, model, macs = pruned(base)
     left = total - base.spent.forward_macs - base.spent.backward_macs - macs * cell.calibration * bool(batch_norms(model))
     most = (cell.longest or math.inf) * sum(s.epochs for s in source.spent.values()) - base.spent.epochs
     epochs = max(0.0, min(left / (3 * macs * len(base.data.train)), most))

@@ -135,11 +135,15 @@ class Meter:
     Args:
         model: The network.
         macs: Its MACs per sample.
+
+    Attributes:
+        passes: Samples that passed forward; of what ``add`` tells, as many as the network at its original shape could have taken.
     """
 
     def __init__(self, model: nn.Module, macs: int) -> None:
-        self.model, self.macs = model, macs
+        self.model, self.macs, self.whole = model, macs, macs
         self.forward_macs = self.backward_macs = 0
+        self.passes = 0.0
         self.seconds = self._earlier = 0.0
 
     def __enter__(self) -> Meter:
@@ -156,17 +160,20 @@ class Meter:
         """Seconds so far."""
         return self._earlier + time.perf_counter() - self._begin
 
-    def add(self, *, forward_macs: int = 0, backward_macs: int = 0, seconds: float = 0.0) -> None:
-        """Count what is not a pass of the network, or was done by an earlier run."""
+    def add(
+        self, *, forward_macs: int = 0, backward_macs: int = 0, seconds: float = 0.0, passes: float | None = None
+    ) -> None:  # fmt: skip
+        """Count what is not a pass of the network, or was done by an earlier run, which says how many passes it was."""
+        self.passes += forward_macs / max(1, self.whole) if passes is None else passes
         self.forward_macs += forward_macs
         self.backward_macs += backward_macs
         self._earlier += seconds
 
     def uncounted(self, work: Callable[[], T]) -> T:
         """What a piece of work gives, its passes left out of the count."""
-        before = self.forward_macs, self.backward_macs
+        before = self.forward_macs, self.backward_macs, self.passes
         found = work()
-        self.forward_macs, self.backward_macs = before
+        self.forward_macs, self.backward_macs, self.passes = before
         return found
 
     @contextmanager
@@ -188,6 +195,7 @@ class Meter:
     def _count(self, module: nn.Module, args: Any, output: Any) -> None:
         done = self.macs * args[0].shape[0]
         self.forward_macs += done
+        self.passes += args[0].shape[0]
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(lambda gradient: self._back(2 * done))
 

@@ -7,7 +7,7 @@ import json
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -353,6 +353,7 @@ def _fit_for(base: Base, cell: Cell, progress: Progress) -> Callable[..., Spent]
 
 def _metered(task: Task, key: str, meter: Meter) -> Task:
     """A task that bills by a meter, and keeps intermediate states with their bills, so that a killed run does not start over."""
+    samples = max(1, len(task.train)) if isinstance(task.train, Sized) else 1
 
     def checkpoint(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         made = False
@@ -360,17 +361,19 @@ def _metered(task: Task, key: str, meter: Meter) -> Task:
         def work() -> tuple[dict[str, Tensor], Spent]:
             nonlocal made
             made = True
-            forward, backward, begin = meter.forward_macs, meter.backward_macs, meter.elapsed
+            forward, backward, passes, begin = meter.forward_macs, meter.backward_macs, meter.passes, meter.elapsed
             state = make()
             return state, Spent(
                 forward_macs=meter.forward_macs - forward,
                 backward_macs=meter.backward_macs - backward,
+                epochs=(meter.passes - passes) / samples,
                 seconds=meter.elapsed - begin,
             )
 
         state, spent = _billed(f"{key}-{digest_of(name)[:8]}", work)
         if not made:
-            meter.add(forward_macs=spent.forward_macs, backward_macs=spent.backward_macs, seconds=spent.seconds)
+            bill = spent.model_dump(include={"forward_macs", "backward_macs", "seconds"})
+            meter.add(**bill, passes=spent.epochs * samples)
         return state
 
     def training(model: nn.Module, train: Any, recipe: Any, *, desc: str = "fit", state: Any = None, **options: Any) -> Spent:
@@ -396,16 +399,17 @@ class _WithBill:
 
     def __init__(self, state: Stateful | None, meter: Meter) -> None:
         self._state, self._meter = state, meter
-        self._before = meter.forward_macs, meter.backward_macs, meter.elapsed
+        self._before = meter.forward_macs, meter.backward_macs, meter.passes, meter.elapsed
 
     def state_dict(self) -> dict[str, Any]:
-        forward, backward, seconds = self._before
+        forward, backward, passes, seconds = self._before
         meter = self._meter
         return {
             "state": None if self._state is None else self._state.state_dict(),
             "bill": {
                 "forward_macs": meter.forward_macs - forward,
                 "backward_macs": meter.backward_macs - backward,
+                "passes": meter.passes - passes,
                 "seconds": meter.elapsed - seconds,
             },
         }
@@ -465,8 +469,8 @@ def _cached_path(key: str) -> Path:
 
 
 def _bill(meter: Meter, base: Base) -> Spent:
-    """What a metered block cost; its epochs are passes over the training samples, by forward MACs."""
-    epochs = meter.forward_macs / base.cost.original.macs / max(1, len(base.data.train))
+    """What a metered block cost; its epochs are passes over as many samples as there are to train on."""
+    epochs = meter.passes / max(1, len(base.data.train))
     return Spent(forward_macs=meter.forward_macs, backward_macs=meter.backward_macs, epochs=epochs, seconds=meter.seconds)
 
 

@@ -145,14 +145,20 @@ class Task:
         widths = self.widths(scores, allocation)
         return {n: keep(top_channels(scores[n], widths[n], g.blocks)) for n, g in self.groups.items()}
 
-    def sample(self, count: int) -> Sample:
-        """At most ``count`` training samples, drawn by the task's seed.
+    def sample(self, count: int, *, seed: int | None = None) -> Sample:
+        """At most ``count`` training samples.
+
+        Args:
+            count: How many.
+            seed: Of the draw; the task's if None.
 
         Raises:
             UsageError: If there are none, or their labels are no classes of the network's.
         """
         xs, ys, have = [], [], 0
-        for x, y in self.train.batches(min(count, 1000), generator=torch.Generator().manual_seed(self.seed)):
+        for x, y in self.train.batches(
+            min(count, 1000), generator=torch.Generator().manual_seed(self.seed if seed is None else seed)
+        ):
             xs.append(x)
             ys.append(y)
             have += len(x)

@@ -69,9 +69,19 @@ def against_the_law(evidence: Evidence) -> Picked:
 
 def gain_of_growing(evidence: Evidence) -> Picked:
     """Final loss of the network that was not split minus that of the one that was, by seed."""
+    return _gain(evidence, "none")
+
+
+def gain_over_copies(evidence: Evidence) -> Picked:
+    """Final loss of the network whose neurons were copied as they are minus that of the one that was split, by seed."""
+    return _gain(evidence, "copies")
+
+
+def _gain(evidence: Evidence, over: str) -> Picked:
     rows = {r["select"]: r["losses"] for r in _lines(evidence, "splitting-law.jsonl") if r["what"] == "final"}
-    pairs = zip(rows.get("none", []), rows.get("eigen", []), strict=True)
-    return Picked({i: whole - split for i, (whole, split) in enumerate(pairs)})
+    if over not in rows:
+        return Picked()
+    return Picked({i: other - split for i, (other, split) in enumerate(zip(rows[over], rows["eigen"], strict=True))})
 
 
 def _stuck(evidence: Evidence) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from widthbench.methods import splitting
 from widthbench.methods.splitting import Splitting, carried, copies, split_neurons
 
+import widthbench
 from widthbench.budget import Budget
 from widthbench.errors import UsageError
 from widthbench.protocol import run_cell
@@ -255,7 +257,7 @@ def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypa
     assert "Killed" in run_cell(given, Store()).reason
     again = run_cell(given, Store())
     assert again.status == "done", again.trace
-    assert len(calls) == 3 + len(whole.series["trajectory.step"]) - 2
+    assert len(calls) == 3 + len(whole.series["trajectory.step"]) - 3  # the last round chooses nothing
     assert again.rows == whole.rows
     assert again.series == whole.series
     assert again.spent["decision"].forward_macs == whole.spent["decision"].forward_macs
@@ -266,7 +268,7 @@ def test_a_splitting_stable_network_stops_growing(monkeypatch):
     monkeypatch.setattr(
         splitting.Growing,
         "_eigenpairs",
-        lambda self: (
+        lambda self, number: (
             {n: torch.ones(self.widths[n]) for n in self.growable},
             {n: torch.ones(self.widths[n], 1) for n in self.growable},
         ),
@@ -311,3 +313,137 @@ def test_a_network_without_neurons_to_split_is_skipped():
     )  # fmt: skip
     with pytest.raises(UsageError, match="no channel group has neurons to split \\(a: no elementwise activation"):
         Splitting().apply(task)
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """What each round of training was given: [(network's weights, optimizer's state, recipe, seed)]."""
+    seen = []
+    real = splitting.Growing.round
+
+    def watched(self, number):
+        given = self.task
+
+        def training(model, train, recipe, *, seed=None, optimizer_state=None, **options):
+            state = {
+                n: {k: torch.as_tensor(v).clone() for k, v in kept.items() if v is not None} for n, kept in optimizer_state.items()
+            }
+            seen.append(({n: p.detach().clone() for n, p in model.named_parameters()}, state, recipe, seed))
+            return given.fit(model, train, recipe, seed=seed, optimizer_state=optimizer_state, **options)
+
+        self.task = dataclasses.replace(given, fit=training)
+        try:
+            return real(self, number)
+        finally:
+            self.task = given
+
+    monkeypatch.setattr(splitting.Growing, "round", watched)
+    return seen
+
+
+def test_each_round_trains_as_it_was_asked_to(rounds):
+    base = BASE.model_copy(update={"warmup_epochs": 0.25, "momentum": 0.9})
+    record = run_cell(cell({"rounds": 3, "lr": 0.03, "final_epochs": 1.5}, base=base, seed=5), Store())
+    assert record.status == "done", record.trace or record.reason
+    assert len(rounds) == len(record.series["trajectory.step"]) >= 3
+    recipes = [recipe for _, _, recipe, _ in rounds]
+    assert [r.warmup_epochs for r in recipes] == [0.25, *[0.0] * (len(rounds) - 1)]
+    assert {r.lr for r in recipes} == {0.03}
+    assert [r.epochs for r in recipes] == [*[0.5] * (len(rounds) - 1), 1.5]
+    assert len({seed for *_, seed in rounds}) == len(rounds)  # each in an order of its own
+    states = [state for _, state, _, _ in rounds]
+    assert states[0] == {}
+    for (weights, state, _, _), (before, *_) in zip(rounds[1:], rounds[:-1], strict=True):
+        assert set(state) == set(weights)
+        for name, p in weights.items():
+            assert state[name]["momentum_buffer"].shape == p.shape
+            assert state[name]["momentum_buffer"].abs().max() > 0
+        assert any(p.shape != before[n].shape for n, p in weights.items())
+
+
+def test_training_costs_what_was_trained(rounds):
+    """Epochs are passes over the data, however narrow the network is; MACs are those of the narrow network."""
+    record = run_cell(cell({"rounds": 3, "select": "random", "final_epochs": 2}, seed=11), Store())
+    assert record.status == "done", record.trace or record.reason
+    assert record.spent["decision"].epochs == pytest.approx(sum(r.epochs for _, _, r, _ in rounds), rel=0.01)
+    shares = record.series["trajectory.macs"]
+    by_hand = sum(r.epochs * s for (_, _, r, _), s in zip(rounds, shares, strict=True)) / sum(r.epochs for _, _, r, _ in rounds)
+    samples = 1077  # of digits, to train on
+    forward = record.spent["decision"].forward_macs
+    assert forward == pytest.approx(record.spent["decision"].epochs * samples * record.base_macs * by_hand, rel=0.02)
+    assert record.spent["decision"].backward_macs == pytest.approx(2 * forward, rel=0.01)
+
+
+def test_products_are_on_the_bill_and_looks_are_not():
+    plain, eigen = (run_cell(cell({"select": s}, seed=12), Store()) for s in ("random", "eigen"))
+    looked = run_cell(cell({"select": "random"}, seed=12, curves=True), Store())
+    assert eigen.spent["decision"].forward_macs > plain.spent["decision"].forward_macs
+    assert looked.series["trajectory.val_top1"]
+    assert looked.spent["decision"].forward_macs == plain.spent["decision"].forward_macs
+
+
+def test_it_starts_from_fresh_weights_of_its_own_seed(rounds):
+    for seed in (0, 1):
+        assert run_cell(cell(seed=seed), Store()).status == "done"
+    first = [weights for weights, state, _, _ in rounds if not state]
+    assert len(first) == 2
+    mine, other = (next(iter(weights.values())) for weights in first)
+    assert not torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("select", ["random", "width"])
+def test_controls_draw_anew_in_each_round_and_by_seed(select, monkeypatch):
+    chosen = []
+    real = splitting.split_neurons
+    monkeypatch.setattr(splitting, "split_neurons", lambda m, g, split, e: chosen.append((split, e)) or real(m, g, split, e))
+    for seed in (0, 1):
+        assert run_cell(cell({"select": select, "growth": 6, "rounds": 3, "epsilon": 0.03}, seed=seed), Store()).status == "done"
+    assert {e for _, e in chosen} == {0.03}
+    along = [torch.cat([v.flatten() for _, v in split.values()]) for split, _ in chosen]
+    assert len({tuple(a[:4].tolist()) for a in along}) == len(along)
+    for split, _ in chosen:
+        for _, vectors in split.values():
+            assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-5)
+
+
+def test_width_keeps_the_groups_shares_alike():
+    record = run_cell(cell({"select": "width", "rounds": 3}, budget="macs:0.5"), Store())
+    shares = [w / record.base_widths[n] for n, w in record.widths.items()]
+    assert max(shares) - min(shares) < 0.05
+    eigen = run_cell(cell({"rounds": 3}, budget="macs:0.5"), Store())
+    shares = [w / eigen.base_widths[n] for n, w in eigen.widths.items()]
+    assert max(shares) - min(shares) > 0.05
+
+
+@pytest.mark.parametrize(("params", "called"), [({"exact": True, "samples": 16}, True), ({"tolerance": 0.02}, False)])
+def test_eigenpairs_are_found_as_asked(params, called, monkeypatch):
+    exact, asked = [], []
+    smallest, exactly = SplittingMatrices.smallest, SplittingMatrices.smallest_exactly
+    monkeypatch.setattr(SplittingMatrices, "smallest_exactly", lambda self, n: exact.append(n) or exactly(self, n))
+    monkeypatch.setattr(SplittingMatrices, "smallest", lambda self, **o: asked.append(o["tolerance"]) or smallest(self, **o))
+    assert run_cell(cell(params, size=8, seed=21), Store()).status == "done"
+    assert bool(exact) == called
+    assert set(asked) == (set() if called else {0.02})
+
+
+def test_where_nothing_is_left_to_split_the_last_round_still_runs(monkeypatch, rounds):
+    monkeypatch.setattr(splitting.Growing, "_chosen", lambda self, *args: {})
+    record = run_cell(cell({"final_epochs": 1.5}, seed=8), Store())
+    assert record.status == "done", record.reason
+    assert [r.epochs for _, _, r, _ in rounds] == [0.5, 1.5]
+
+
+def test_rounds_are_added_where_doubling_is_not_enough():
+    record = run_cell(cell({"rounds": 1, "narrow": 0.2, "select": "random", "epochs": 0.25}), Store())
+    assert record.status == "done", record.reason
+    assert len(record.series["trajectory.step"]) > 2
+    assert record.met
+
+
+def test_apply_says_when_a_network_stops_growing_short_of_the_budget(monkeypatch):
+    monkeypatch.setattr(splitting.Growing, "_chosen", lambda self, *args: {})
+    model, x = zoo.Mlp(), torch.randn(8, 1, 4, 4)
+    with pytest.warns(UserWarning, match=r"'splitting' leaves part of the budget macs:0.9 unused: it keeps 0\.[0-9]+"):
+        widthbench.apply(
+            "splitting", model, budget="macs:0.9", example_input=x[:1], data=(x, torch.randint(0, 5, (8,))), epochs=0.5
+        )

@@ -28,7 +28,8 @@ there (base, decision, adaptation; forward MACs plus backward MACs counted as tw
 training the base network. *Controls* are not techniques: `uniform-width` is the base scaled down uniformly and trained
 by the base's recipe; `scratch:X` trains the shape that X found from fresh weights for as many epochs as base, decision
 and fine-tuning took; `scratch-budget:X` for as many MACs{longest}; `l1-budget:X` prunes the base by L1 norm to X's budget and
-fine-tunes it until it has cost as much as X in all{longest}. Where a technique spreads its budget uniformly, `scratch` and
+fine-tunes it until it has cost as much as X in all{longest}; where base and fine-tuning together cost more than that, both are
+shortened alike. Where a technique spreads its budget uniformly, `scratch` and
 `uniform-width` train the same widths (with other draws, for other numbers of epochs); channels outside the suite's
 scope keep their width in every row."""
 

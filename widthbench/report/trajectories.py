@@ -40,13 +40,19 @@ PREFACE = """\
 What each technique noted while it decided, at its smallest budget; mean ± sample standard deviation over n base networks. The
 data are the series `trajectory.*` of `records.jsonl`; quantities that no record of a technique has are left out.
 
-*Open channels* and *MACs* are those at the end. *Recoveries*: channels that opened again after at least 25 steps closed, each
-time counted; *returned*: channels open at the end that had once been closed so long. *Least cosine*: between the update of the
-auxiliary parameters and the gradient of the val loss by them, the least over all steps of a run. *Val top-1 at the end*: of the
-network as the trajectory leaves it, before anything else is trained; AutoSlim's path is the same for all budgets and ends at
-its parameter `least`. In the figures, losses are means over the steps between two points (of val solid, of training dashed),
-and a dotted line stands where AutoPrune freezes its gates: from there on only weights are trained, with the channels that the
-budget allows."""
+*Open channels* and *MACs* are those at the end. *Val top-1 at the end*: of the network as the trajectory leaves it, before
+anything else is trained. In the figures, losses are means over the steps between two points (of val solid, of training
+dashed)."""
+
+NOTES = {
+    "autoprune": """\
+*Recoveries*: channels that opened again after at least 25 steps closed, each time counted; *returned*: channels open at the end
+that had once been closed so long. *Least cosine*: between the update of the auxiliary parameters and the gradient of the val
+loss by them, the least over all steps of a run. A dotted line stands where gates are frozen: from there on only weights are
+trained, with the channels that the budget allows.""",
+    "autoslim": "The path is the same for all budgets and ends at the parameter `least`.",
+    "splitting": "Steps are rounds: each trains the network, notes where it is, and splits neurons.",
+}
 
 
 def has_trajectories(records: Sequence[Record]) -> bool:
@@ -89,7 +95,7 @@ def page(records: Sequence[Record], title: str) -> str:
         headers = ["network", "technique", "budget", *columns, "n"]
         align = ("left",) * 3 + ("right",) * (len(headers) - 3)
         table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
-        parts += [f"## {technique}", "", table, ""]
+        parts += [f"## {technique}", "", *([NOTES[technique], ""] if technique in NOTES else []), table, ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -147,7 +153,8 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
     axes = figure.subplots(len(networks), columns, squeeze=False)
     for row, ((dataset, network), block) in zip(axes, networks.items(), strict=True):
         if widths:
-            _layers(row[0], block[0], _short(block)[0].replace("\n", " ") if len(block) > 1 else "")
+            at = min(range(len(block)), key=lambda i: len(block[i].first().cell.params))  # the technique, not a control of it
+            _layers(row[0], block[at], _short(block)[at].replace("\n", " ") if len(block) > 1 else "")
             row[0].set_title(f"{network} on {dataset}", fontsize=9)
         for place, name in zip(row[widths:], names, strict=True):
             for line, colour in zip(block, cycle(COLOURS), strict=False):

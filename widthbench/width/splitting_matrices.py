@@ -185,8 +185,8 @@ class SplittingMatrices:
     def smallest(self, *, tolerance: float = 1e-3, steps: int = 64, seed: int = 0) -> tuple[Vectors, Vectors]:
         """The least eigenvalue of every splitting matrix and its eigenvector, all together, by Lanczos' method.
 
-        Each neuron has a Krylov space of its own, fully orthogonalised; a neuron leaves the products once its eigenvalue is
-        known to about ``tolerance`` times ‖S‖₂.
+        Each neuron has a Krylov space of its own, built by the plain recurrence; a neuron leaves the products once its eigenvalue
+        is known to about ``tolerance`` times ‖S‖₂.
 
         Args:
             tolerance: Of the eigenvalues, relative to the matrix's largest one by magnitude.
