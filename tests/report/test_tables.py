@@ -201,5 +201,10 @@ def test_rows_far_below_do_not_flatten_a_figure(tmp_path):
     assert figures.floor_of([98, 97, 10, 11]) is None  # half of them
     assert figures.floor_of([98, 80, 70, 60]) is None
     assert figures.floor_of([98]) is None
+    usual = [84.0 + i for i in range(14)]
+    assert figures.floor_of([*usual, 16, 24, 31]) == pytest.approx(84 - 13 / 4)
+    assert figures.floor_of(usual) is None
+    assert figures.floor_of([*usual, 70]) is None
+    assert figures.floor_of([99.0] * 11 + [98.5, 81.5]) == pytest.approx(97.5)
     records = [record(seed=0, budget=b, top1=t) for b, t in (("macs:0.5", 98.0), ("macs:0.25", 97.0), ("macs:0.125", 10.0))]
     assert all(path.stat().st_size > 10_000 for path in figures.write(records, tmp_path, "x"))

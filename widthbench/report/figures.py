@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from widthbench.report.tables import Line, lines, over_bases
 # Okabe and Ito's palette, told apart by colour-blind eyes; markers tell the rows apart in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # one more than colours: both together repeat only after 72
+MANY = 12  # points of which quartiles tell those that lie far out
 AXES = {"macs": "FLOPs (as MACs) of one image", "params": "parameters"}
 
 
@@ -136,11 +138,15 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
 def floor_of(accuracies: Sequence[float]) -> float | None:
     """Where an axis of accuracies is to begin so that a few rows far below do not flatten all others; None for all of it."""
     ranked = sorted(accuracies)
-    gaps = [b - a for a, b in itertools.pairwise(ranked)]
-    if not gaps or max(gaps) < 20 or max(gaps) < 0.6 * (ranked[-1] - ranked[0]):
-        return None
-    above = ranked[gaps.index(max(gaps)) + 1 :]
-    if len(above) <= len(ranked) / 2:
+    if len(ranked) >= MANY:  # Tukey's outer fence
+        low, high = np.percentile(ranked, [25, 75])
+        above = [a for a in ranked if a >= low - max(5.0, 3 * (high - low))]
+    else:
+        gaps = [b - a for a, b in itertools.pairwise(ranked)]
+        if not gaps or max(gaps) < 20 or max(gaps) < 0.6 * (ranked[-1] - ranked[0]):
+            return None
+        above = ranked[gaps.index(max(gaps)) + 1 :]
+    if len(above) == len(ranked) or len(above) <= len(ranked) / 2:
         return None
     return above[0] - max(1.0, 0.25 * (above[-1] - above[0]))
 
