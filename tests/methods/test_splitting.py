@@ -389,6 +389,10 @@ def test_it_starts_from_fresh_weights_of_its_own_seed(rounds):
     assert len(first) == 2
     mine, other = (next(iter(weights.values())) for weights in first)
     assert not torch.equal(mine, other)
+    for weights in first:  # drawn for the narrow shape: torch draws from ±1/sqrt(fan in)
+        inner = weights["ip2.weight"]
+        assert inner.shape[1] < 300
+        assert float(inner.abs().max()) == pytest.approx(inner.shape[1] ** -0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("select", ["random", "width"])
