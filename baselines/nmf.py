@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
-from widthbench.width.groups import Groups, kind_of
+from widthbench.width.groups import Groups
+from widthbench.width.layers import kind_of
 from widthbench.width.norms import filter_rows, norm_behind
 from widthbench.width.resize import Resize
 

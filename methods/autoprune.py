@@ -157,11 +157,13 @@ def sensitivities(
         ``[N]`` per group.
     """
 
+    heads = {n: g.channels for n, g in groups.everything.items() if g.heads}
+
     def total(factor: Callable[[Tensor, Tensor], Tensor]) -> PerGroup:
         found: PerGroup = {}
         for layer, slope in slopes.items():
             module: Any = model.get_submodule(layer)
-            parts = sums_by_channel(module, groups.axes[layer, "in"], factor(slope, module._parameters["weight"].detach()))
+            parts = sums_by_channel(module, groups.axes[layer, "in"], factor(slope, module._parameters["weight"].detach()), heads)
             for name in parts.keys() & groups.keys():
                 found[name] = found[name] + parts[name] if name in found else parts[name]
         return found

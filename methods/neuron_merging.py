@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from widthbench.budget import Allocation
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
-from widthbench.width.groups import Groups, kind_of
+from widthbench.width.groups import Groups
+from widthbench.width.layers import kind_of
 from widthbench.width.norms import Norm, bias_of, filter_rows, norm_behind, norm_of
 from widthbench.width.resize import Resize
 

@@ -22,7 +22,8 @@ from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
 from widthbench.training import OptimizerState
 from widthbench.width.ablation import replica
-from widthbench.width.groups import Groups, tensors_on
+from widthbench.width.groups import Groups
+from widthbench.width.layers import tensors_on
 from widthbench.width.resize import Resize, keep, resize
 from widthbench.width.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
 

@@ -108,7 +108,14 @@ def _parser() -> argparse.ArgumentParser:
         "scope='all', frozen ones never. 'inner' counts the exact groups outside residual streams, 'down to' is the share of "
         "the MACs that one channel per group would leave. Exit code 1 if a network has no exact group.",
     )  # fmt: skip
-    verb.add_argument("models", nargs="+", metavar="MODEL", help="any timm model name, or lenet_300_100, lenet5, mlp_sigmoid")
+    verb.add_argument("models", nargs="*", metavar="MODEL", help="any timm model name, or lenet_300_100, lenet5, mlp_sigmoid")
+    verb.add_argument(
+        "--all-families", action="store_true",
+        help="one small member of every timm family, or of those named as MODEL: certified, cut in half, run, trained, saved and "
+        "loaded; takes about an hour for all, and writes coverage.md (exit code 1 if fewer than 90 %% pass)",
+    )  # fmt: skip
+    verb.add_argument("--limit", type=_positive, default=900, metavar="S", help="with --all-families: seconds for one network")
+    _results(verb)
     verb.add_argument("--size", type=_positive, metavar="PX", help="input height and width (default: as published)")
     verb.add_argument("--groups", action="store_true", help="list every group, not only the counts")
     verb.add_argument("--verify", action="store_true", help="certify anew, and show the errors of resizing all groups at once")
@@ -304,6 +311,23 @@ def _data(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+def _families(args: argparse.Namespace) -> int:
+    from widthbench import coverage
+
+    rows = []
+    for row in coverage.survey_all(coverage.members(args.models), limit_s=args.limit):
+        rows.append(row)
+        if not args.json:
+            print(f"{row['family']} ({row['model']}): {row.get('problem') or 'passes'}", file=sys.stderr, flush=True)
+    if args.models:  # a part of them is no page
+        keys = ("family", "model", "exact", "coupled", "frozen", "down to", "split error", "gates vs removal", "problem")
+        _show([{k: r.get(k, "") for k in keys} for r in rows], args.json)
+    else:
+        files = coverage.write(rows, args.results)
+        _show(rows, True) if args.json else print("\n".join(str(f) for f in files))
+    return 0 if sum(map(coverage.passed, rows)) >= 0.9 * len(rows) else 1
+
+
 def _doctor(args: argparse.Namespace) -> int:
     import torch
 
@@ -311,6 +335,10 @@ def _doctor(args: argparse.Namespace) -> int:
     from widthbench.width.certify import find_groups
     from widthbench.width.doctor import diagnose
 
+    if args.all_families:
+        return _families(args)
+    if not args.models:
+        raise UsageError("name one model or more, or ask for --all-families")
     for name in args.models:
         models.require(name)
     rows: list[dict[str, Any]] = []

@@ -136,7 +136,7 @@ class Unread(nn.Module):
     ("cls", "group", "reason"),
     [
         (Tied, "a", "shares its tensors"),
-        (Spatial, "a", "splitting its channels moves the output"),
+        (Spatial, "a", "mean runs over its channels"),
         (Unread, "a", "does not depend on its channels"),
     ],
 )
@@ -145,13 +145,6 @@ def test_what_cannot_be_proven_is_frozen_with_the_reason(cls, group, reason):
     groups = find_groups(cls(), torch.randn(2, 6), cache=False)
     assert groups[group].grade == "frozen"
     assert reason in groups[group].reason
-
-
-def test_an_enumeration_that_takes_too_long_is_stopped():
-    groups = discover(timm.create_model("test_resnet").eval(), torch.randn(1, 3, 64, 64), time_limit=0.0)
-    assert groups
-    assert {g.grade for g in groups.values()} == {"frozen"}
-    assert all("took too long" in g.reason for g in groups.values())
 
 
 def test_paths_pass_norms_and_depthwise_convolutions_in_order():

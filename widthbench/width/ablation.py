@@ -26,7 +26,8 @@ from widthbench.errors import UsageError
 from widthbench.measure import MIB, Meter
 from widthbench.width.cost import count_macs
 from widthbench.width.gates import gated
-from widthbench.width.groups import Groups, axis_length, kind_of
+from widthbench.width.groups import Groups
+from widthbench.width.layers import axis_length, kind_of
 from widthbench.width.resize import detached
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -96,8 +97,8 @@ def channel_positions(groups: Groups, name: str, layer: str) -> Tensor:
     """Where a consumer reads each channel of a group: long ``[N, copies · repeat]`` positions along its input axis."""
     rows, offset = [], 0
     for s in groups.axes[layer, "in"]:
-        if s.group == name:
-            rows.append(torch.arange(offset, offset + s.size).view(s.channels, s.repeat))
+        if name in (s.group, s.outer):
+            rows.append(torch.arange(offset, offset + s.size).view(groups[name].channels, -1))
         offset += s.size
     return torch.cat(rows, dim=1)
 
@@ -181,7 +182,7 @@ class Ablation:
 
     def _remember(self) -> None:
         """Compute the convolutions and linear layers that no gate can reach, keep what they give, and give that from here on."""
-        consumers = {c for g in self.groups.values() for c in g.consumers}
+        consumers = {c for g in self.groups.values() for c in (*g.consumers, *g.keys)}
         behind = self.groups.behind
 
         def reached(layer: str, seen: set[str]) -> bool:
@@ -319,7 +320,8 @@ class Ablation:
         """The faster of the batched way and the loop, on the first batch."""
         batched: Way = "update" if self._updatable(name) else "gates"
         if self.way == "update" and batched != "update":
-            raise UsageError(f"channel group '{name}' has grouped convolutions among its consumers: way='update' does not apply")
+            what = "is multiplied with keys" if self.groups[name].keys else "has grouped convolutions among its consumers"
+            raise UsageError(f"channel group '{name}' {what}: way='update' does not apply")
         if self.way is not None:
             return self.way
         parts, size = self._parts(name, len(index))
@@ -339,7 +341,7 @@ class Ablation:
                 f"channel group '{name}' is closed channel by channel, since torch cannot batch it: {problem}", stacklevel=2
             )
             return "loop"
-        if all(kind_of(self.model.get_submodule(c)) == "linear" for c in self.groups[name].consumers):
+        if batched == "update" and all(kind_of(self.model.get_submodule(c)) == "linear" for c in self.groups[name].consumers):
             return batched
         begin = time.perf_counter()
         self._batch(batched, name, index, gates, value, x, y)
@@ -350,11 +352,11 @@ class Ablation:
 
     def _updatable(self, name: str) -> bool:
         layers = [self.model.get_submodule(c) for c in self.groups[name].consumers]
-        return all(kind_of(m) == "linear" or (kind_of(m) == "conv" and getattr(m, "groups", 1) == 1) for m in layers)
+        return not self.groups[name].keys and all(kind_of(m) == "linear" or (kind_of(m) == "conv" and getattr(m, "groups", 1) == 1) for m in layers)
 
     def _parts(self, name: str, count: int) -> tuple[int, int]:
         """(candidates, samples) at once, within the memory limit: rather all candidates on fewer samples, which share the front."""
-        consumers = set(self.groups[name].consumers)
+        consumers = {*self.groups[name].consumers, *self.groups[name].keys}
         first = next(i for i, (layer, _) in enumerate(self._footprint) if layer in consumers)
         each = 3 * max(size for _, size in self._footprint[first:])  # input, output, and what the operation holds meanwhile
         fit = max(1, int(self._limit // each))

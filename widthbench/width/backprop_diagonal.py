@@ -18,7 +18,8 @@ from widthbench.width.cost import count_macs
 from widthbench.width.derivatives import KINKED
 from widthbench.width.gates import along_axis, gated
 from widthbench.width.graph import RELU, SMOOTH, SMOOTH_FUNCTIONS, Run, free, trace
-from widthbench.width.groups import Groups, kind_of
+from widthbench.width.groups import Groups
+from widthbench.width.layers import kind_of
 
 # outputs that are inputs at other places, or sums of inputs: coefficients of 0 and 1, which are their own squares
 SELECTING = (
@@ -77,8 +78,11 @@ class BackpropDiagonal:
         self._consumers = {
             layer: axis
             for (layer, side), axis in groups.axes.items()
-            if side == "in" and any(s.group in groups for s in axis if s.group is not None)
+            if side == "in" and any(n in groups for s in axis for n in (s.group, s.outer) if n is not None)
         }
+        for name, group in groups.items():
+            if group.keys:
+                raise UsageError(_NO_RULE.format(f"the product with keys that channel group '{name}' goes into"))
         self._behind = self._nodes_behind()
         for node in self._behind:
             self._rule(node)
@@ -136,7 +140,7 @@ class BackpropDiagonal:
         axis, x = self._consumers[layer], values[source].detach()
         channels = x.dim() - 1 if kind_of(self.model.get_submodule(layer)) == "linear" else 1
         at_gate = (x.square() * before).sum(dim=[d for d in range(x.dim()) if d != channels], dtype=torch.float64).cpu()
-        for name in {s.group for s in axis if s.group in total}:
+        for name in {n for s in axis for n in (s.group, s.outer) if n in total}:
             total[str(name)] += at_gate[channel_positions(self.groups, str(name), layer)].sum(dim=1)
         gate = along_axis(axis, gates, x)
         return {source: before * gate.square().reshape([-1 if d == channels else 1 for d in range(x.dim())])}

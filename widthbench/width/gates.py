@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from widthbench.errors import PlanError, did_you_mean
-from widthbench.width.groups import Axis, Groups, kind_of
+from widthbench.width.groups import Axis, Groups
+from widthbench.width.layers import kind_of
 
 
 @contextmanager
@@ -31,8 +34,10 @@ def gated(
         values: ``[N]`` factors per group; groups that are not named are open.
         on: "input" multiplies the channels where the consumers read them, so that gate 0 equals physical removal.
             "weight" multiplies the consumers' incoming weights of the channel: the same output, but a closed channel's
-            weights ``w`` still give ``∂L/∂(w·gate)``, which AutoPrune (Xiao et al., NeurIPS 2019) needs.
-        products: With "weight": each pass adds the gated weights ``w·gate`` that it used, by layer, as tensors to differentiate by.
+            weights ``w`` still give ``∂L/∂(w·gate)``, which AutoPrune (Xiao et al., NeurIPS 2019) needs. Keys, which read the
+            channels of queries in a product, are gated at their output or in their rows.
+        products: With "weight": each pass adds the gated weights ``w·gate`` of consumers that it used, by layer, as tensors to
+            differentiate by.
 
     Yields:
         The same network, gated.
@@ -49,10 +54,14 @@ def gated(
             raise PlanError(f"channel group '{name}' takes {groups[name].channels} gates, not {list(value.shape)}")
     with ExitStack() as stack:
         for (layer, side), axis in groups.axes.items():
-            if side == "in" and any(s.group in values for s in axis):
+            if side == "in" and any(s.group in values or s.outer in values for s in axis):
                 module = model.get_submodule(layer)
                 found = None if products is None else products.setdefault(layer, [])
                 for handle in _on_input(module, axis, values) if on == "input" else _on_weight(module, axis, values, found):
+                    stack.callback(handle.remove)
+            elif side == "out" and any(s.reads and s.group in values for s in axis):  # keys, which read what queries are
+                module = model.get_submodule(layer)
+                for handle in _on_output(module, axis, values) if on == "input" else _on_rows(module, axis, values):
                     stack.callback(handle.remove)
         yield model
 
@@ -61,11 +70,9 @@ def along_axis(axis: Axis, values: Mapping[str, Tensor], like: Tensor) -> Tensor
     """The gates along a whole axis, ``[I]``: each segment's values repeated, ones where nothing is gated."""
     parts = []
     for s in axis:
-        if s.group is not None and s.group in values:
-            value = values[s.group].to(device=like.device, dtype=like.dtype)
-            parts.append(value if s.repeat == 1 else value.repeat_interleave(s.repeat))
-        else:
-            parts.append(like.new_ones(s.size))
+        gates = [values[n].to(device=like.device, dtype=like.dtype) for n in (s.group, s.outer) if n is not None and n in values]
+        spread = [g if len(g) == s.size else g.repeat_interleave(s.size // len(g)) for g in gates]
+        parts.append(math.prod(spread[1:], start=spread[0]) if spread else like.new_ones(s.size))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -82,7 +89,7 @@ def _on_input(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> li
 
 def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor], products: list[Tensor] | None) -> list[Any]:
     def swap_in(module: Any, args: Any) -> None:
-        weight = module._parameters["weight"]
+        weight = module.__dict__.get("weight", module._parameters["weight"])  # its rows may be gated already
         gate = along_axis(axis, values, weight)
         count = getattr(module, "groups", 1)
         if count > 1:  # [I] -> [O, I/G]: each block of outputs reads its own block of inputs
@@ -104,13 +111,47 @@ def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor], prod
     ]
 
 
-def sums_by_channel(module: nn.Module, axis: Axis, values: Tensor) -> dict[str, Tensor]:
+def _keys(axis: Axis, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """Gates along an output axis, ones but for keys."""
+    return along_axis(tuple(s if s.reads else replace(s, group=None) for s in _without_heads(axis)), values, like)
+
+
+def _without_heads(axis: Axis) -> Axis:
+    return tuple(replace(s, outer=None) for s in axis)
+
+
+def _on_output(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> list[Any]:
+    def multiply(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        gate = _keys(axis, values, output)
+        return output * (gate if kind_of(module) == "linear" else gate.reshape(-1, *[1] * (output.dim() - 2)))
+
+    return [module.register_forward_hook(multiply)]
+
+
+def _on_rows(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> list[Any]:
+    names = [n for n in ("weight", "bias") if getattr(module, n, None) is not None]
+
+    def swap_in(module: Any, args: Any) -> None:
+        for name in names:
+            tensor = module.__dict__.get(name, module._parameters[name])
+            gate = _keys(axis, values, tensor)
+            module.__dict__[name] = tensor * gate.reshape(-1, *[1] * (tensor.dim() - 1))
+
+    def swap_out(module: Any, args: Any, output: Any) -> None:
+        for name in names:
+            module.__dict__.pop(name, None)
+
+    return [module.register_forward_pre_hook(swap_in), module.register_forward_hook(swap_out, always_call=True)]
+
+
+def sums_by_channel(module: nn.Module, axis: Axis, values: Tensor, heads: Mapping[str, int]) -> dict[str, Tensor]:
     """Sum what belongs to a consumer's weights over each channel's part of them: the adjoint of gating weights.
 
     Args:
         module: The consumer.
         axis: Its "in" axis.
         values: Of the shape of its weight, ``[O, I/G, ...]``.
+        heads: Channels of the groups of heads among those on the axis.
 
     Returns:
         ``[N]`` per group on the axis.
@@ -119,7 +160,8 @@ def sums_by_channel(module: nn.Module, axis: Axis, values: Tensor) -> dict[str, 
     along = values.reshape(count, values.shape[0] // count, values.shape[1], -1).sum(dim=(1, 3)).flatten()  # [I]
     found: dict[str, Tensor] = {}
     for segment, part in zip(axis, along.split([s.size for s in axis]), strict=True):
-        if segment.group is not None:
-            total = part.view(segment.channels, segment.repeat).sum(dim=1)
-            found[segment.group] = found[segment.group] + total if segment.group in found else total
+        for name, channels in ((segment.group, segment.channels), (segment.outer, heads.get(str(segment.outer), 1))):
+            if name is not None:
+                total = part.view(channels, -1).sum(dim=1)
+                found[name] = found[name] + total if name in found else total
     return found

@@ -1,9 +1,9 @@
 """Channel groups: which channels of a network must change together, and where each of them sits in every layer.
 
-Torch-Pruning's ``DependencyGraph`` (Fang et al., "DepGraph", CVPR 2023) traces the network and propagates indices; we use
-it for discovery only. What it finds is turned into *axes*: each resizable axis of a layer is a sequence of segments, and
-a segment is either fixed or one whole copy of a group's channels, each channel repeated ``repeat`` times in a row (a
-flatten over an H x W map repeats H·W times). Everything after discovery works on axes alone.
+Labels that travel with one forward pass (``widthbench.width.labels``) say which channel lies where. What they show is turned
+into *axes*: each resizable axis of a layer is a sequence of segments, and a segment is either fixed or one whole copy of a
+group's channels, each channel repeated ``repeat`` times in a row (a flatten over an H x W map repeats H·W times). In attention
+two groups lie on the same positions: heads, and within them head dimensions. Everything after discovery works on axes alone.
 """
 
 from __future__ import annotations
@@ -11,27 +11,24 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from widthbench.errors import NoGroupsError, UsageError, did_you_mean
+from widthbench.width.adapters import Origin
+from widthbench.width.labels import OUTPUT, Ids, Key, Labels, evaluating, trace
+from widthbench.width.layers import Side, kind_of
 
-Side = Literal["out", "in"]
 Grade = Literal["exact", "coupled", "frozen"]
 Scope = Literal["inner", "all"]
 
-TOO_LONG = "enumeration of the dependency graph took too long"
 MAX_PARTS = 64  # a group cut into more parts than this has permuted channels, not concatenated ones
 
 
@@ -43,11 +40,18 @@ class Segment:
         group: Name of the group whose channels sit here, or None where the positions are fixed.
         channels: Number of channels (of positions, where fixed).
         repeat: Consecutive positions that each channel takes, 1 except behind a flatten.
+        outer: The group of heads that these positions are divided into, if any: as many equal parts as it has channels.
+        reads: On an output axis: whether the positions read the group's channels instead of making them, as attention's keys do
+            in their product with the queries.
+        scaled: Whether they carry what attention's own division by the root of the head dimension changes.
     """
 
     group: str | None
     channels: int
     repeat: int = 1
+    outer: str | None = None
+    reads: bool = False
+    scaled: bool = False
 
     @property
     def size(self) -> int:
@@ -69,6 +73,9 @@ class Group:
         producers: Layers whose output channels these are (convolutions and linear layers).
         riders: Channel-wise layers that ride along (BatchNorm, depthwise convolution, PReLU, LayerNorm, GroupNorm).
         consumers: Layers that read the channels.
+        keys: Layers whose outputs are multiplied with the channels and summed over them, as attention's keys are.
+        tensors: Bare parameters and buffers that ride along (position embeddings, layer-scales, tables of relative positions).
+        heads: True for the heads of an attention: each channel is a head, with all of its dimensions.
         inner: False if an elementwise addition joins the channels with another branch (a residual stream).
         normalised: True if a norm *across* channels (LayerNorm, GroupNorm) rides along, so that a resize changes it.
         grade: "exact", "coupled" or "frozen" once certified, None before.
@@ -81,10 +88,28 @@ class Group:
     producers: tuple[str, ...] = ()
     riders: tuple[str, ...] = ()
     consumers: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    heads: bool = False
     inner: bool = True
     normalised: bool = False
     grade: Grade | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A number in the network's code that states a width.
+
+    Attributes:
+        origin: Where it is kept: (module, attribute, place in it or None).
+        axis: What it counts.
+        over: The axis's width divided by the number.
+    """
+
+    origin: Origin
+    axis: Axis
+    over: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +122,13 @@ class Groups(Mapping[str, Group]):
             leaves the axes whole: they describe the network, not the selection.
         output_shapes: Shapes of the network's output tensors for the example input.
         problem: Why there are no groups at all, if the network could not be traced.
+        tensors: Segments of bare parameters and buffers that a group touches, by name and dimension.
+        stated: Numbers in the network's code that state widths.
+        scales: Modules whose ``scale`` is one over the root of a group's head dimension.
+        products: Products of activations: multiply-accumulates per sample, and the axes that they are proportional to.
+        applied: How many times per sample each layer's weight is applied.
+        input_shape: Of the example input, without the batch.
+        everything: All groups, also those that were not selected.
         behind: For every layer, the nearest layers that it reads from, through operations without weights.
         adjacent: BatchNorms whose input is the output of the layer before, with no operation in between.
     """
@@ -107,6 +139,13 @@ class Groups(Mapping[str, Group]):
     problem: str = ""
     behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     adjacent: frozenset[str] = field(default=frozenset(), repr=False)
+    tensors: Mapping[tuple[str, int], Axis] = field(default_factory=dict, repr=False)
+    stated: tuple[Stated, ...] = field(default=(), repr=False)
+    scales: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    products: tuple[tuple[int, tuple[Axis, ...]], ...] = field(default=(), repr=False)
+    applied: Mapping[str, int] = field(default_factory=dict, repr=False)
+    input_shape: tuple[int, ...] = ()
+    everything: Mapping[str, Group] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Group:
         try:
@@ -128,7 +167,7 @@ class Groups(Mapping[str, Group]):
 
         Args:
             name: The group.
-            side: "out" for producers and riders, "in" for consumers.
+            side: "out" for producers and riders, "in" for consumers. Keys, which lie on output axes and read, are left out.
 
         Yields:
             ``(layer, positions)`` with ``positions`` a flat list, copy by copy, channel by channel: for a layer with c
@@ -140,7 +179,7 @@ class Groups(Mapping[str, Group]):
             offset = 0
             found: list[int] = []
             for segment in axis:
-                if segment.group == name:
+                if name in (segment.group, segment.outer) and not segment.reads:
                     found.extend(range(offset, offset + segment.size))
                 offset += segment.size
             if found:
@@ -240,47 +279,6 @@ class Groups(Mapping[str, Group]):
         return replace(self, members={n: replace(g, grade=grades[n][0], reason=grades[n][1]) for n, g in self.items()})
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """The layer's kind: conv, depthwise, linear, batchnorm, channelnorm, prelu; None if it cannot be resized."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        single = module.groups == module.in_channels == module.out_channels and module.groups > 1
-        return "depthwise" if single else "conv"
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return "batchnorm"
-    if (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1) or isinstance(module, nn.GroupNorm):
-        return "channelnorm"
-    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
-        return "prelu"
-    return None
-
-
-def axis_length(module: nn.Module, side: Side) -> int:
-    """Number of positions along a layer's axis."""
-    m: Any = module
-    match kind_of(module):
-        case "conv" | "depthwise":
-            return int(m.in_channels if side == "in" else m.out_channels)
-        case "linear":
-            return int(m.in_features if side == "in" else m.out_features)
-        case "batchnorm":
-            return int(m.num_features)
-        case "channelnorm":
-            return int(m.normalized_shape[0] if isinstance(m, nn.LayerNorm) else m.num_channels)
-        case "prelu":
-            return int(m.num_parameters)
-    raise UsageError(f"layers of type {type(module).__name__} cannot be resized")
-
-
-def tensors_on(module: nn.Module, side: Side) -> list[tuple[str, int]]:
-    """The (tensor name, dimension) pairs of a layer that run along an axis."""
-    if side == "in":
-        return [("weight", 1)]
-    names = ("weight", "bias", "running_mean", "running_var")
-    return [(n, 0) for n in names if isinstance(getattr(module, n, None), Tensor)]
-
-
 def channel_rows(groups: Groups, name: str, layer: str, tensor: Tensor) -> Tensor:
     """What a tensor of a producer or rider holds for each channel of a group.
 
@@ -294,13 +292,13 @@ def channel_rows(groups: Groups, name: str, layer: str, tensor: Tensor) -> Tenso
         ``[N, D]``; D counts repeats and copies of the channel too. A view where the layer holds nothing else.
     """
     axis = groups.axes[layer, "out"]
-    copies = [s for s in axis if s.group == name]
+    copies = [s for s in axis if name in (s.group, s.outer) and not s.reads]
     tensor = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
     if len(copies) < len(axis):
         ends = itertools.accumulate(s.size for s in axis)
-        tensor = torch.cat([tensor[end - s.size : end] for s, end in zip(axis, ends, strict=True) if s.group == name])
-    if len(copies) > 1 or copies[0].repeat > 1:  # [copies, N, repeat, D] -> [N, copies * repeat * D]
-        cube = tensor.reshape(len(copies), groups[name].channels, copies[0].repeat, -1)
+        tensor = torch.cat([tensor[end - s.size : end] for s, end in zip(axis, ends, strict=True) if any(s is c for c in copies)])
+    if len(tensor) > groups[name].channels:  # [copies, N, repeat, D] -> [N, copies * repeat * D]
+        cube = tensor.reshape(len(copies), groups[name].channels, copies[0].size // groups[name].channels, -1)
         tensor = cube.transpose(0, 1).flatten(1)
     return tensor
 
@@ -327,53 +325,27 @@ def producer_rows(model: nn.Module, groups: Groups, name: str, *, bias: bool = F
     return parts
 
 
-class _Deadline(list[Any]):
-    """A dependency list that stops Torch-Pruning's enumeration (it does not end on some graphs) when time is up."""
-
-    until: ClassVar[float] = math.inf  # of the group that is being enumerated
-
-    def __iter__(self) -> Iterator[Any]:
-        if time.monotonic() > self.until:
-            raise TimeoutError
-        return super().__iter__()
-
-
 @dataclass
 class _Raw:
-    """One group as Torch-Pruning enumerates it: positions and the root channel that each belongs to."""
+    """Channels that lie on the same axes, in the order of their first producer.
 
-    channels: int
-    entries: list[tuple[str, Side, np.ndarray, np.ndarray]]
-    joined: bool
-    reason: str
+    Attributes:
+        channels: The labels' channels.
+        reason: Why they may not change.
+        heads: Whether each is a head.
+    """
 
-
-@contextmanager
-def _traceable(model: nn.Module) -> Iterator[None]:
-    """Eval mode and gradients on for the trace; both as they were afterwards."""
-    training = {m: m.training for m in model.modules()}
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    try:
-        model.eval()
-        for p in frozen:
-            p.requires_grad_(True)
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-        for m, mode in training.items():
-            m.training = mode
+    channels: Ids
+    reason: str = ""
+    heads: bool = False
 
 
-def discover(model: nn.Module, example_input: Tensor, *, time_limit: float = 60.0) -> Groups:
+def discover(model: nn.Module, example_input: Tensor) -> Groups:
     """Find the channel groups of a network; they are not graded yet (see ``certify``).
 
     Args:
-        model: Any network that autograd can trace; it is left as it was.
+        model: Any network; it is left as it was.
         example_input: ``[B, C, H, W]`` (or whatever the network takes), on the network's device.
-        time_limit: Seconds after which enumeration stops; groups not found by then stay unresized.
 
     Returns:
         The groups in forward order. Groups that cannot be resized are frozen, with the reason.
@@ -381,43 +353,24 @@ def discover(model: nn.Module, example_input: Tensor, *, time_limit: float = 60.
     Raises:
         UsageError: If the network does not run on the example input.
     """
-    if torch.is_inference_mode_enabled():
-        raise UsageError("channel groups are traced through autograd: leave torch.inference_mode() for it")
-    names = {module: name for name, module in model.named_modules()}
-    with _traceable(model):
-        graph = tp.DependencyGraph()
-        outputs: list[Any] = []
-
-        def forward(network: nn.Module, inputs: tuple[Tensor]) -> Any:
-            try:
-                outputs.append(network(*inputs))
-            except Exception as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                shape = list(example_input.shape)
-                raise UsageError(f"{type(model).__name__} does not take an input of shape {shape}: {first}") from error
-            return outputs[-1]
-
+    with evaluating(model):
         try:
-            graph.build_dependency(
-                model,
-                (example_input,),
-                forward_fn=forward,
-                output_transform=lambda output: [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad],
-                customized_pruners={},
-                ignored_layers=[],
-                verbose=False,
-            )
-            behind, adjacent = _flow(graph, names)
-            raws = _enumerate(graph, names, time_limit)
+            labels = trace(model, example_input[:1])
         except UsageError:
             raise
-        except Exception as error:  # Torch-Pruning meets something that it does not know
-            first = (str(error).strip().splitlines() or [""])[0]
-            problem = f"Torch-Pruning cannot trace it: {type(error).__name__}: {first[:120]}"
-            return Groups({}, {}, shapes_of(outputs[-1]), problem)
-    tracked = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(outputs[-1]))
-    problem = "" if tracked else "its output has no gradient (a forward pass under no_grad?), so it cannot be traced"
-    return replace(_assemble(model, raws), output_shapes=shapes_of(outputs[-1]), problem=problem, behind=behind, adjacent=adjacent)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            try:
+                with torch.no_grad():
+                    output = model(example_input)
+            except Exception as own:
+                first = (str(own).strip().splitlines() or [type(own).__name__])[0]
+                shape = list(example_input.shape)
+                raise UsageError(f"{type(model).__name__} does not take an input of shape {shape}: {first}") from own
+            return Groups({}, {}, shapes_of(output), f"its channels cannot be followed: {type(error).__name__}: {first[:120]}")
+    found = _Assembly(model, labels).groups()
+    shapes = tuple((len(example_input), *s[1:]) if s else s for s in shapes_of(labels.output))
+    return replace(found, output_shapes=shapes, input_shape=tuple(example_input.shape[1:]))
 
 
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
@@ -425,141 +378,423 @@ def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(t.shape) for t in tree_leaves(output) if isinstance(t, Tensor))
 
 
-def _flow(graph: Any, names: Mapping[nn.Module, str]) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-    """What each resizable layer reads from, and the BatchNorms that sit right behind a layer."""
-    behind: dict[str, tuple[str, ...]] = {}
-    adjacent: set[str] = set()
-    for module, node in graph.module2node.items():
-        if module not in names or kind_of(module) is None:
-            continue
-        found: dict[str, None] = {}
-        between = 0
-        seen, waiting = {node}, list(node.inputs)
-        while waiting:
-            at = waiting.pop()
-            if at in seen:
-                continue
-            seen.add(at)
-            if at.module in names and kind_of(at.module) is not None:
-                found[names[at.module]] = None
-                continue
-            # a norm with an activation inside (timm's BatchNormAct2d) shows its own normalisation as one operation more
-            between += "BatchNorm" not in str(at.name)
-            waiting.extend(at.inputs)
-        behind[names[module]] = tuple(found)
-        if kind_of(module) == "batchnorm" and len(found) == 1 and not between:
-            adjacent.add(names[module])
-    return behind, frozenset(adjacent)
+@dataclass
+class _Part:
+    """A group in the making.
 
-
-def _enumerate(graph: Any, names: Mapping[nn.Module, str], time_limit: float) -> list[_Raw]:
-    """All groups that start at a convolution or linear layer, each channel of every layer visited once.
-
-    One group may take a tenth of the time limit, so that one that does not end does not starve the rest.
+    Attributes:
+        channels: ``[N]`` labels' channels, in order.
+        heads: Whether they are heads.
+        reason: Why it may not change.
+        blocks: Contiguous blocks that keep equal counts.
+        keys: The axes that it lies on.
     """
-    end = time.monotonic() + time_limit
-    for node in graph.module2node.values():
-        node.dependencies = _Deadline(node.dependencies)
-    raws: list[_Raw] = []
-    seen: set[nn.Module] = set()
-    for module in list(graph.module2node):
-        if module in seen or not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
-            continue
-        pruner = graph.get_pruner_of_module(module)
-        channels = pruner.get_out_channels(module)
-        _Deadline.until = min(end, time.monotonic() + time_limit / 10)
-        try:
-            items = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(channels)))
-        except TimeoutError:
-            entry: tuple[str, Side, np.ndarray, np.ndarray] = (names[module], "out", np.arange(channels), np.arange(channels))
-            raws.append(_Raw(channels, [entry], False, TOO_LONG))
-            continue
-        raw = _Raw(channels, [], False, "")
-        for item in items:
-            node, target = item.dep.target, item.dep.target.module
-            out = graph.is_out_channel_pruning_fn(item.dep.handler)
-            if out:
-                seen.add(target)
-            _collect(raw, node, target, "out" if out else "in", item, names)
-        raws.append(raw)
-    return raws
+
+    channels: Ids
+    heads: bool
+    reason: str
+    blocks: int = 1
+    keys: list[Key] = field(default_factory=list)
+    group: Group | None = None
 
 
-def _collect(raw: _Raw, node: Any, target: Any, side: Side, item: Any, names: Mapping[nn.Module, str]) -> None:
-    """Add one item of Torch-Pruning's group to ours: an axis entry, a join, or a reason to freeze."""
-    if isinstance(target, nn.Parameter):
-        raw.reason = raw.reason or f"a bare parameter of shape {list(target.shape)} carries its channels"
-    elif isinstance(target, nn.Module) and target in names:
-        kind = kind_of(target)
-        if kind is None:
-            if not isinstance(target, nn.PReLU):  # a PReLU with one parameter acts on any width
-                raw.reason = raw.reason or f"layer {names[target]} ({type(target).__name__}) cannot be resized"
-            return
-        entry_side: Side = side if kind in ("conv", "linear") else "out"
-        if None in item.root_idxs:
-            raw.reason = raw.reason or f"its index map is lost on the way to {names[target]}"
-            return
-        raw.entries.append((names[target], entry_side, np.asarray(item.idxs), np.asarray(item.root_idxs)))
-    elif type(target).__name__ == "_OutputOp":
-        raw.reason = raw.reason or "the network's output"
-    elif "AddBackward" in str(node.name) or "SubBackward" in str(node.name):
-        raw.joined = raw.joined or len(set(node.inputs)) > 1
+class _Assembly:
+    """From labels to groups and axes: channels that lie together, cut where concatenations cut, laid out along every axis."""
 
+    def __init__(self, model: nn.Module, labels: Labels) -> None:
+        self.labels = labels
+        self.modules = dict(model.named_modules())
+        self.order = {name: i for i, name in enumerate(self.modules)}
+        self.kinds = {name: kind_of(m) for name, m in self.modules.items()}
+        self.arrays = {key: labels.channel[start : start + length] for key, (start, length) in labels.axes.items()}
+        self.head = np.full(labels.count, -1, dtype=np.int64)  # of each channel: the head that it is a part of, a channel too
+        self.is_head = np.zeros(labels.count, dtype=bool)
+        self.clashes: set[int] = set()
+        for block, row in labels.blocks.items():
+            head, members = int(labels.channel[block]), np.unique(labels.channel[row])
+            self.is_head[head] = True
+            others = set(self.head[members].tolist()) - {-1, head}
+            self.clashes |= {head, *others} if others else set()
+            self.head[members] = head
+        self.reads = np.zeros(labels.count, dtype=bool)  # by label
+        self.scaled = np.zeros(labels.count, dtype=bool)
+        self.reasons = dict(labels.reasons)
+        self.spoiled = _shared_layers(model)
+        self.parts: list[_Part] = []
+        self.part_of = np.full(labels.count, -1, dtype=np.int64)  # of each channel
+        self.place_in = np.zeros(labels.count, dtype=np.int64)
+        self.head_part = np.full(labels.count, -1, dtype=np.int64)
+        self.head_place = np.zeros(labels.count, dtype=np.int64)
+        self.scale_of: dict[str, Ids] = {}
 
-def _assemble(model: nn.Module, raws: list[_Raw]) -> Groups:
-    """Raw index lists to groups and axes: cut where concats cut, lay out every axis, check that copies are whole."""
-    modules = dict(model.named_modules())
-    order = {name: i for i, name in enumerate(modules)}
-    shared = _shared_layers(model)
-    lengths = {(lay, s): axis_length(modules[lay], s) for raw in raws for lay, s, _, _ in raw.entries}
-    for raw in raws:
-        for layer, side, positions, roots in raw.entries:
-            if positions.max() >= lengths[layer, side] or roots.max() >= raw.channels:
-                raw.reason = raw.reason or f"its index map runs beyond the axis of {layer}"
-        raw.entries = [e for e in raw.entries if e[2].max() < lengths[e[0], e[1]] and e[3].max() < raw.channels]
-    owner = {key: np.full(n, -1, dtype=np.int64) for key, n in lengths.items()}
-    channel = {key: np.zeros(n, dtype=np.int64) for key, n in lengths.items()}
+    def groups(self) -> Groups:
+        """Everything that was found."""
+        self._meet()
+        for raw in self._together():
+            self._cut(raw)
+        self._index()
+        self._halve()
+        layouts = {key: self._layout(key, array) for key, array in self.arrays.items()}
+        for part in self.parts:
+            self._describe(part, layouts)
+        kept = sorted((p for p in self.parts if p.group), key=lambda p: (self.order[p.group.producers[0]], p.heads))  # type: ignore[union-attr]
+        self._named(kept)
+        members = {p.group.name: p.group for p in kept if p.group}
+        axes = {key: self._axis(layout) for key, layout in layouts.items()}
+        touched = {k: a for k, a in axes.items() if any(s.group or s.outer for s in a)}
+        layers = sorted((k for k in touched if isinstance(k[1], str)), key=lambda k: (self.order[k[0]], k[1]))
+        products = [(p.macs, tuple(self._axis(self._layout(None, self.labels.channel[g], g)) for g in p.grids)) for p in self.labels.products]
+        return Groups(
+            members,
+            {k: touched[k] for k in layers},  # type: ignore[misc]
+            behind=self.labels.behind,
+            adjacent=self.labels.adjacent,
+            tensors={k: a for k, a in touched.items() if isinstance(k[1], int)},  # type: ignore[misc]
+            stated=tuple(self._stated()),
+            scales=tuple(self._scales()),
+            products=tuple((m, a) for m, a in products if a),
+            applied=self.labels.applied,
+            everything=members,
+        )
 
-    atoms: list[dict[str, Any]] = []
-    for raw in raws:
-        if not raw.reason and not any(side == "in" for _, side, _, _ in raw.entries):
-            continue  # nobody reads it: the network's output
-        cuts = _cuts(raw)
-        if len(cuts) - 1 > MAX_PARTS:
-            raw.reason = raw.reason or "its channels are permuted on the way to a consumer"
-            cuts = [0, raw.channels]
-        for start, stop in itertools.pairwise(cuts):
-            atom: dict[str, Any] = {"n": stop - start, "joined": raw.joined, "reason": raw.reason, "keys": []}
-            for layer, side, positions, roots in raw.entries:
-                here = (roots >= start) & (roots < stop)
-                if not here.any():
+    def _layer(self, ids: Ids) -> str | None:
+        """The one layer whose output positions labels are."""
+        for key, (start, length) in self.labels.axes.items():
+            if start <= ids.min() < start + length:
+                return str(key[0]) if key[1] == "out" and ids.max() < start + length else None
+        return None
+
+    def _meet(self) -> None:
+        """Which side of each product of activations reads the other: the keys, unless a norm lies behind them."""
+        for meeting in self.labels.meetings:
+            left, right = self._layer(meeting.left), self._layer(meeting.right)
+            if right is not None and meeting.right_near == {right} and self.kinds[right] in ("conv", "linear"):
+                ids, layer = meeting.right, right
+            elif left is not None and meeting.left_near == {left} and self.kinds[left] in ("conv", "linear"):
+                ids, layer = meeting.left, left
+            else:
+                self._freeze(meeting.left, "what it is multiplied with in attention has passed a norm")
+                continue
+            if np.intersect1d(meeting.left, meeting.right).size:
+                self._freeze(ids, "its channels are multiplied with themselves")
+                continue
+            self.reads[ids] = True
+            if meeting.scaled:
+                self.scaled[ids] = True
+                self.scale_of[layer.rpartition(".")[0]] = ids
+
+    def _freeze(self, ids: Ids, reason: str) -> None:
+        for c in np.unique(self.labels.channel[ids]).tolist():
+            self.reasons.setdefault(c, reason)
+
+    def _together(self) -> Iterator[_Raw]:
+        """Channels by the axes that they lie on, and how often."""
+        labels, draw = self.labels, np.random.default_rng(0)
+        marks = np.zeros(labels.count, dtype=np.uint64)
+        head_marks = np.zeros(labels.count, dtype=np.uint64)
+        for key, array in self.arrays.items():
+            random = draw.integers(1, 2**63, size=3, dtype=np.uint64)
+            np.add.at(marks, array, random[0])
+            start, length = labels.axes[key]
+            if key[1] == "out":
+                np.add.at(marks, array[self.reads[start : start + length]], random[1])
+            heads = np.where(self.is_head[array], array, self.head[array])
+            np.add.at(head_marks, heads[heads >= 0], random[2])
+        for reason in sorted(set(self.reasons.values())):
+            why, code = [c for c, r in self.reasons.items() if r == reason], draw.integers(1, 2**63, dtype=np.uint64)
+            np.add.at(marks, why, code)
+            np.add.at(head_marks, why, code)
+        seen = np.zeros(labels.count, dtype=bool)
+        producers = [n for n in self.order if self.kinds[n] in ("conv", "linear") and n in labels.behind]
+        for layer in producers:
+            array = self.arrays[layer, "out"]
+            heads = _firsts(self.head[array][self.head[array] >= 0])
+            heads = heads[~seen[heads]]
+            for several in _by_mark(heads, head_marks):
+                seen[several] = True
+                reason = "its channels belong to two kinds of heads" if set(several.tolist()) & self.clashes else ""
+                yield _Raw(several, reason or self.reasons.get(int(several[0]), ""), heads=True)
+            own = _firsts(array)
+            own = own[~seen[own] & ~self.is_head[own]]
+            for several in _by_mark(own, marks):
+                seen[several] = True
+                yield _Raw(several, self.reasons.get(int(several[0]), ""))
+
+    def _cut(self, raw: _Raw) -> None:
+        """Parts of channels that follow each other in order along every axis."""
+        n, place = len(raw.channels), np.full(self.labels.count, -1, dtype=np.int64)
+        place[raw.channels] = np.arange(n)
+        cuts, keys = {0, n}, []
+        for key, array in self.arrays.items():
+            at = place[array]
+            if raw.heads:
+                at = np.where(at < 0, np.where(self.head[array] >= 0, place[self.head[array]], -1), at)
+            positions = np.flatnonzero(at >= 0)
+            if len(positions):
+                keys.append(key)
+                if n > 1 and not raw.reason:
+                    cuts |= _cuts(positions, at[positions])
+        read = any(key[1] == "in" for key in keys) or bool(self.reads[np.isin(self.labels.channel, raw.channels)].any())
+        if not read and (raw.reason in ("", OUTPUT) or raw.heads):
+            return  # nobody reads it: the network's output
+        reason = next((f"layer {k[0]} {self.spoiled[str(k[0])]}" for k in keys if k[0] in self.spoiled), raw.reason)
+        borders = sorted(cuts)
+        if len(borders) - 1 > min(MAX_PARTS, max(3, n // 2)) or (raw.heads and len(borders) > 2):
+            reason = reason or "its channels are permuted on the way to a consumer"
+            borders = [0, n]
+        for start, stop in itertools.pairwise(borders):
+            self.parts.append(_Part(raw.channels[start:stop], raw.heads, reason, keys=keys))
+
+    def _index(self) -> None:
+        for i, part in enumerate(self.parts):
+            owner, place = (self.head_part, self.head_place) if part.heads else (self.part_of, self.place_in)
+            owner[part.channels], place[part.channels] = i, np.arange(len(part.channels))
+
+    def _halve(self) -> None:
+        """Blocks that must keep equal counts: of grouped convolutions and norms, and of heads."""
+        wanted = [(self.labels.channel[ids], count, where) for ids, count, where in self.labels.halves]
+        for grid, heads, free in self.labels.lattices:
+            if heads:
+                rest = [i for i in range(grid.ndim) if i not in heads and i != free]
+                ids = grid.transpose([*heads, *rest, free])
+                for _ in rest:
+                    ids = ids.take(0, axis=len(heads))
+                wanted.append((self.labels.channel[ids.ravel()], math.prod(grid.shape[i] for i in heads), "attention"))
+        for channels, count, where in wanted:
+            parts = set(self.part_of[channels].tolist()) - {-1}
+            for i in parts:
+                part = self.parts[i]
+                if len(parts) > 1 and where != "attention":
+                    part.reason = part.reason or f"{where} splits a concatenation into {count} blocks"
                     continue
-                key, at = (layer, side), positions[here]
-                again = (owner[key][at] == len(atoms)) & (channel[key][at] == roots[here] - start)
-                if again.all():
-                    continue  # a depthwise convolution is reached from both of its sides
-                if (owner[key][at] >= 0).any():
-                    clash = f"two groups claim the same positions of {layer}"
-                    for other in set(owner[key][at].tolist()) - {-1}:
-                        atoms[other]["reason"] = atoms[other]["reason"] or clash
-                    atom["reason"] = atom["reason"] or clash
-                    continue
-                owner[key][at], channel[key][at] = len(atoms), roots[here] - start
-                atom["keys"].append(key)
-                if layer in shared:
-                    atom["reason"] = atom["reason"] or f"layer {layer} {shared[layer]}"
-            atoms.append(atom)
+                rows = [row[self.part_of[row] == i] for row in channels.reshape(count, -1)]
+                n = len(part.channels)
+                even = n % count == 0 and all(
+                    np.array_equal(np.unique(self.place_in[row]), np.arange(b * n // count, (b + 1) * n // count))
+                    for b, row in enumerate(rows)
+                )
+                if even:
+                    part.blocks = math.lcm(part.blocks, count)
+                elif len({tuple(row.tolist()) for row in rows}) > 1:  # else the same channels in every block
+                    part.reason = part.reason or f"{n} channels do not divide into {count} blocks in order"
+        for part in self.parts:
+            if not part.heads and len(part.channels) % part.blocks:
+                part.reason = part.reason or f"{len(part.channels)} channels do not divide into {part.blocks} blocks"
+                part.blocks = 1
 
-    layouts = {key: _layout(key[0], owner[key], channel[key], atoms) for key in owner}
-    for index, atom in enumerate(atoms):
-        _describe(index, atom, layouts, modules, order)
-    kept = sorted((i for i, a in enumerate(atoms) if a["group"]), key=lambda i: order[atoms[i]["group"].producers[0]])
-    members = {atoms[i]["group"].name: atoms[i]["group"] for i in kept}
-    axes = {
-        key: tuple(Segment(atoms[i]["group"].name if i >= 0 and atoms[i]["group"] else None, n, r) for i, n, r in layout)
-        for key, layout in sorted(layouts.items(), key=lambda kv: (order[kv[0][0]], kv[0][1]))
-    }
-    return Groups(members, axes)
+    def _layout(self, key: Key | None, array: Ids, ids: Ids | None = None) -> list[_Run]:
+        """One axis as runs of positions; a part that is not there as whole copies is frozen."""
+        array = array.ravel()
+        where = str(key[0]) if key is not None else ""
+        reads = np.zeros(len(array), dtype=bool)
+        scaled = reads
+        if key is not None and key[1] == "out":
+            start, length = self.labels.axes[key]
+            reads, scaled = self.reads[start : start + length], self.scaled[start : start + length]
+        parts = [self.parts[i].channels.size for i in range(len(self.parts))]
+        runs = _runs(self.part_of[array], self.place_in[array], parts)
+        heads = np.where(self.is_head[array], array, self.head[array])
+        owner = np.where(heads >= 0, self.head_part[heads], -1)
+        outer = [r for r in _runs(owner, self.head_place[np.maximum(heads, 0)], parts) if r.part >= 0 or r.broken >= 0]
+        for run in (*runs, *outer):
+            if run.broken >= 0:
+                part = self.parts[run.broken]
+                part.reason = part.reason or f"its channels do not lie in whole copies along {where}"
+        outer = [r for r in outer if r.part >= 0]
+        runs = _split_fixed(runs, outer)
+        for run in runs:
+            if run.part >= 0 and key is not None:
+                own = reads[run.start : run.stop]
+                if own.any() != own.all():
+                    part = self.parts[run.part]
+                    part.reason = part.reason or f"only some of its channels along {where} are keys"
+                run.reads, run.scaled = bool(own.all()), bool(scaled[run.start : run.stop].all())
+        by_span = {(r.start, r.stop): r for r in runs}
+        for head in outer:
+            inside = by_span.get((head.start, head.stop))
+            fits = inside is not None and (
+                inside.part < 0 or (inside.channels % head.channels == 0 and self.parts[inside.part].blocks % head.channels == 0)
+                or (bool(self.parts[inside.part].reason) and inside.channels % head.channels == 0)
+            )
+            if not fits:
+                part = self.parts[head.part]
+                part.reason = part.reason or f"heads do not align with channels along {where}"
+            elif inside is not None:
+                inside.outer = head.part
+        return runs
+
+    def _axis(self, layout: Iterable[_Run]) -> Axis:
+        segments = []
+        for run in layout:
+            group = self.parts[run.part].group if run.part >= 0 else None
+            outer = self.parts[run.outer].group if run.outer >= 0 else None
+            if group is None and outer is not None:  # the heads' own positions: a table's columns
+                segments.append(Segment(outer.name, outer.channels, (run.stop - run.start) // outer.channels))
+            elif group is None:
+                segments.append(Segment(None, run.stop - run.start))
+            else:
+                name = outer.name if outer is not None else None
+                segments.append(Segment(group.name, run.channels, run.repeat, name, run.reads, run.scaled))
+        return tuple(segments)
+
+    def _describe(self, part: _Part, layouts: Mapping[Key, list[_Run]]) -> None:
+        """Fill in ``part.group``: roles, and a reason where it cannot be resized."""
+        index = next(i for i, p in enumerate(self.parts) if p is part)
+        on = {k: [r for r in layouts[k] if index in (r.part, r.outer)] for k in part.keys}
+        keys = [k for k, runs in on.items() if runs] if not part.reason else part.keys
+        layers = sorted((k for k in keys if isinstance(k[1], str)), key=lambda k: self.order[k[0]])
+        out = [str(layer) for layer, side in layers if side == "out"]
+        reading = {str(k[0]) for k, runs in on.items() if any(r.reads for r in runs)} if not part.heads else set()
+        only = {n for n in reading if all(r.reads for r in on[n, "out"])}
+        producers = [n for n in out if self.kinds[n] in ("conv", "linear") and n not in only]
+        consumers = [str(layer) for layer, side in layers if side == "in"]
+        if not producers or not (consumers or reading or part.reason):
+            return
+        first = producers[0]
+        name, start = first, 0
+        runs = layouts[first, "out"]
+        mine = [r for r in runs if index in (r.part, r.outer)]
+        if part.heads:
+            name = f"{first}.heads"
+        elif mine and any(r.part != index for r in runs):
+            name, start = f"{first}[{mine[0].start}:{mine[0].stop}]", mine[0].start
+        channels = set(part.channels.tolist())
+        joined = bool(channels & set(self.labels.joined.tolist()))
+        riders = [n for n in out if self.kinds[n] not in ("conv", "linear")]
+        part.group = Group(
+            name=name,
+            channels=len(part.channels),
+            blocks=1 if part.heads else part.blocks,
+            producers=tuple(producers),
+            riders=tuple(riders),
+            consumers=tuple(consumers),
+            keys=tuple(sorted(reading, key=lambda n: self.order[n])),
+            tensors=tuple(dict.fromkeys(str(k[0]) for k in keys if isinstance(k[1], int))),
+            heads=part.heads,
+            inner=not joined,
+            normalised=not part.heads and any(self.kinds[n] == "channelnorm" for n in riders),
+            grade="frozen" if part.reason else None,
+            reason=part.reason,
+        )
+
+    def _named(self, parts: Sequence[_Part]) -> None:
+        """Names that are told apart."""
+        taken: dict[str, int] = {}
+        for part in parts:
+            assert part.group is not None
+            count = taken[part.group.name] = taken.get(part.group.name, 0) + 1
+            if count > 1:
+                part.group = replace(part.group, name=f"{part.group.name}#{count}")
+
+    def _stated(self) -> Iterator[Stated]:
+        """Numbers that state the width of something that can change."""
+        for size in self.labels.sizes:
+            grid, at = self.labels.channel[size.ids], size.axis
+            rows = np.moveaxis(grid, at, -1).reshape(-1, grid.shape[at])
+            heads = self.head[rows]
+            over: float = float(size.factor)
+            if grid.ndim > 1 and (heads >= 0).all() and (heads == heads[:1]).all() and len(set(heads[0].tolist())) == heads.shape[1]:
+                array = heads[0]  # an index per head
+            elif (rows == rows[:, :1]).all() and rows.shape[1] > 1:
+                continue  # the same channels at each place: a number that stays
+            else:
+                kept = []  # rows that hold other channels than those before
+                for row in rows:
+                    if not any(np.array_equal(row, k) for k in kept):
+                        kept.append(row)
+                array = np.concatenate(kept)
+                over *= len(kept)
+            runs = self._layout(None, array)
+            if grid.ndim > 1:
+                for run in runs:
+                    run.outer = -1 if run.part >= 0 else run.outer
+            axis = self._axis(runs)
+            if any(s.group or s.outer for s in axis):
+                yield Stated(size.of, axis, over)
+
+    def _scales(self) -> Iterator[tuple[str, str]]:
+        """Modules that keep one over the root of the head dimension of a product that takes it by itself."""
+        for name, ids in self.scale_of.items():
+            part = self.part_of[self.labels.channel[ids[0]]]
+            group = self.parts[part].group if part >= 0 else None
+            scale = getattr(self.modules[name], "scale", None)
+            if group is not None and isinstance(scale, float) and math.isclose(scale, (group.channels / group.blocks) ** -0.5):
+                yield name, group.name
+
+
+@dataclass
+class _Run:
+    """Positions along an axis: whole copies of a part's channels, or (part -1) fixed ones."""
+
+    part: int
+    channels: int
+    repeat: int
+    start: int
+    stop: int
+    broken: int = -1
+    outer: int = -1
+    reads: bool = False
+    scaled: bool = False
+
+
+def _firsts(values: Ids) -> Ids:
+    """Distinct values in the order in which they first appear."""
+    found, first = np.unique(values, return_index=True)
+    return found[np.argsort(first)]
+
+
+def _by_mark(channels: Ids, marks: Ids) -> Iterator[Ids]:
+    """Channels with the same mark, those first that appear first."""
+    for mark in _firsts(marks[channels]):
+        yield channels[marks[channels] == mark]
+
+
+def _cuts(positions: Ids, places: Ids) -> set[int]:
+    """Channels at which an axis stops following a group in order: the borders of its parts."""
+    cuts = {int(places[0]), int(places[-1]) + 1}
+    before, after = places[:-1], places[1:]
+    jump = (after != before) & (after != before + 1)
+    cuts |= set((before[jump] + 1).tolist()) | set(after[jump].tolist())
+    gap = np.diff(positions) > 1
+    return cuts | set((before[gap] + 1).tolist()) | set(after[gap].tolist())
+
+
+def _runs(owner: Ids, place: Ids, sizes: Sequence[int]) -> list[_Run]:
+    """An axis cut into whole copies of parts' channels, each channel repeated equally often, and the rest."""
+    runs: list[_Run] = []
+    at, length = 0, len(owner)
+    changes = np.flatnonzero(np.diff(owner)) + 1
+    while at < length:
+        part = int(owner[at])
+        following = np.searchsorted(changes, at, side="right")
+        end = int(changes[following]) if following < len(changes) else length
+        if part >= 0:
+            n = sizes[part]
+            other = np.flatnonzero(place[at:end] != place[at])
+            repeat = int(other[0]) if len(other) else end - at
+            if n == 1:
+                repeat = end - at
+            stop = at + n * repeat
+            if stop <= end and np.array_equal(place[at:stop], np.repeat(np.arange(n), repeat)):
+                runs.append(_Run(part, n, repeat, at, stop))
+                at = stop
+                continue
+        runs.append(_Run(-1, end - at, 1, at, end, broken=part))
+        at = end
+    return runs
+
+
+def _split_fixed(runs: list[_Run], heads: Sequence[_Run]) -> list[_Run]:
+    """Fixed positions cut where heads begin and end."""
+    borders = sorted({b for h in heads for b in (h.start, h.stop)})
+    found: list[_Run] = []
+    for run in runs:
+        cuts = [run.start, *[b for b in borders if run.start < b < run.stop], run.stop] if run.part < 0 else [run.start, run.stop]
+        if len(cuts) == 2:
+            found.append(run)
+        else:
+            found += [_Run(-1, b - a, 1, a, b) for a, b in itertools.pairwise(cuts)]
+    return found
 
 
 def _shared_layers(model: nn.Module) -> dict[str, str]:
@@ -573,94 +808,3 @@ def _shared_layers(model: nn.Module) -> dict[str, str]:
         if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
             bad[name] = "has parametrised weights"
     return bad
-
-
-def _cuts(raw: _Raw) -> list[int]:
-    """Channels at which some layer's axis stops following the group in order: the borders of its parts."""
-    cuts = {0, raw.channels}
-    for _, _, positions, roots in raw.entries:
-        sequence = roots[np.argsort(positions, kind="stable")]
-        cuts |= {int(sequence[0]), int(sequence[-1]) + 1}
-        before, after = sequence[:-1], sequence[1:]
-        jump = (after != before) & (after != before + 1)
-        cuts |= set((before[jump] + 1).tolist()) | set(after[jump].tolist())
-        gap = np.diff(np.sort(positions)) > 1
-        cuts |= set((before[gap] + 1).tolist()) | set(after[gap].tolist())
-    return sorted(cuts)
-
-
-def _layout(layer: str, owner: np.ndarray, channel: np.ndarray, atoms: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
-    """One axis as (atom or -1, channels, repeat) segments; an atom that is not there as whole copies is frozen."""
-    layout: list[tuple[int, int, int]] = []
-    at, length = 0, len(owner)
-    while at < length:
-        atom = int(owner[at])
-        run = at
-        if atom >= 0:
-            n = atoms[atom]["n"]
-            while run < length and owner[run] == atom and channel[run] == channel[at]:
-                run += 1
-            repeat = run - at  # of a single channel: taken for a flatten, which certification then proves or refutes
-            stop = at + n * repeat
-            whole = stop <= length and bool((owner[at:stop] == atom).all())
-            if whole and np.array_equal(channel[at:stop], np.repeat(np.arange(n), repeat)):
-                layout.append((atom, n, repeat))
-                at = stop
-                continue
-            reason = f"its channels do not lie in whole copies along {layer}"
-            atoms[atom]["reason"] = atoms[atom]["reason"] or reason
-        while run < length and owner[run] == atom:
-            run += 1
-        layout.append((-1, run - at, 1))
-        at = run
-    return layout
-
-
-def _describe(
-    index: int,
-    atom: dict[str, Any],
-    layouts: Mapping[tuple[str, Side], list[tuple[int, int, int]]],
-    modules: Mapping[str, nn.Module],
-    order: Mapping[str, int],
-) -> None:
-    """Fill in ``atom["group"]``: names, roles, blocks and a reason where it cannot be resized."""
-    keys = sorted(set(atom["keys"]), key=lambda key: order[key[0]])
-    producers = [lay for lay, side in keys if side == "out" and kind_of(modules[lay]) in ("conv", "linear")]
-    consumers = [lay for lay, side in keys if side == "in"]
-    riders = [lay for lay, side in keys if side == "out" and lay not in producers]
-    atom["group"] = None
-    if not producers or not (consumers or atom["reason"]):
-        return
-    blocks, reason = 1, atom["reason"]
-    for layer, side in keys:
-        module: Any = modules[layer]
-        count = module.groups if kind_of(module) == "conv" else getattr(module, "num_groups", 1)
-        if count > 1:
-            if [(i, r) for i, _, r in layouts[layer, side]] != [(index, 1)]:
-                reason = reason or f"{layer} splits a concatenation into {count} blocks"
-            blocks = math.lcm(blocks, count)
-    if atom["n"] % blocks:
-        reason = reason or f"{atom['n']} channels do not divide into {blocks} blocks"
-        blocks = 1
-    first = producers[0]
-    layout = layouts[first, "out"]
-    name = first
-    if any(i != index for i, _, _ in layout):
-        start = 0
-        for i, n, r in layout:
-            if i == index:
-                name = f"{first}[{start}:{start + n * r}]"
-                break
-            start += n * r
-    atom["group"] = Group(
-        name=name,
-        channels=atom["n"],
-        blocks=blocks,
-        producers=tuple(producers),
-        riders=tuple(riders),
-        consumers=tuple(consumers),
-        inner=not atom["joined"],
-        normalised=any(kind_of(modules[lay]) == "channelnorm" for lay in riders),
-        grade="frozen" if reason else None,
-        reason=reason,
-    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from widthbench.errors import PlanError, did_you_mean
-from widthbench.width.groups import Axis, Group, Groups, Segment, Side, axis_length, kind_of, tensors_on
+from widthbench.width.adapters import Origin, declare_integer
+from widthbench.width.groups import Axis, Group, Groups, Segment
+from widthbench.width.layers import Side, axis_length, kind_of, tensors_on
 
 
 @dataclass(frozen=True)
@@ -82,28 +85,103 @@ def resize_uncertified(model: nn.Module, groups: Groups, plan: Plan) -> nn.Modul
         _check(model, groups, groups[name], change)
     layers: dict[str, dict[Side, Axis]] = {}
     for (layer, side), axis in groups.axes.items():
-        if any(segment.group in plan for segment in axis):
+        if touched(axis, plan):
             layers.setdefault(layer, {})[side] = axis
+    numbers = _numbers(groups, plan)
 
     memo = detached(model)
     widths: dict[str, dict[Side, int]] = {}
     with torch.no_grad():
         for layer, sides in layers.items():
             module = model.get_submodule(layer)
-            widths[layer] = {side: _width(axis, plan) for side, axis in sides.items()}
-            for name, new in _tensors(layer, module, sides, plan).items():
-                old = getattr(module, name)
-                if isinstance(old, nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    new.__dict__.update(old.__dict__)
-                memo[id(old)] = new
+            widths[layer] = {side: axis_width(axis, {n: len(c.rows) for n, c in plan.items()}, groups.everything) for side, axis in sides.items()}
+            for name, new in _tensors(layer, module, sides, plan, groups).items():
+                _replace(getattr(module, name), new, memo)
+        for name, tensor in _bare(model, groups, plan).items():
+            _replace(_tensor(model, name), tensor, memo)
     # deepcopy takes the new tensors from the memo, so that the old ones are never copied
     resized = copy.deepcopy(model, memo)
     for layer, new_widths in widths.items():
         for side, width in new_widths.items():
             _declare(resized.get_submodule(layer), side, width)
+    for origin, number in numbers.items():
+        declare_integer(resized, origin, number)
+    for name, group in groups.scales:
+        if group in plan:
+            scaling: Any = resized.get_submodule(name)
+            scaling.scale *= math.sqrt(groups[group].channels / len(plan[group].rows))
     _declare_features(model, resized)
     return resized
+
+
+def touched(axis: Axis, names: Container[str]) -> bool:
+    """Whether an axis has positions of any of these groups."""
+    return any(s.group in names or s.outer in names for s in axis)
+
+
+def _replace(old: Tensor, new: Tensor, memo: dict[int, Any]) -> None:
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+        new.__dict__.update(old.__dict__)
+    memo[id(old)] = new
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), leaf)
+    return tensor
+
+
+def _bare(model: nn.Module, groups: Groups, plan: Plan) -> dict[str, Tensor]:
+    """Bare parameters and buffers with the plan's rows along each of their dimensions."""
+    new: dict[str, Tensor] = {}
+    for (name, dim), axis in groups.tensors.items():
+        if touched(axis, plan):
+            tensor = new.get(name, _tensor(model, name).detach())
+            for stage in _stages(axis, plan, groups):
+                tensor = tensor.index_select(dim, _index(stage, plan).to(tensor.device))
+            new[name] = tensor
+    return new
+
+
+def _numbers(groups: Groups, plan: Plan) -> dict[Origin, int]:
+    """What numbers in the network's code become."""
+    found: dict[Origin, int] = {}
+    widths = {n: len(change.rows) for n, change in plan.items()}
+    for stated in groups.stated:
+        if not touched(stated.axis, plan):
+            continue
+        number = axis_width(stated.axis, widths, groups.everything) / stated.over
+        name = ".".join(p for p in stated.origin[:2] if p)
+        if number != round(number):
+            raise PlanError(f"'{name}' would have to be {number:g}, which is no whole number: its parts must keep equal counts")
+        if found.setdefault(stated.origin, round(number)) != round(number):
+            raise PlanError(f"'{name}' would have to be both {found[stated.origin]} and {round(number)}")
+    return found
+
+
+def _stages(axis: Axis, plan: Plan, groups: Groups) -> list[Axis]:
+    """An axis as its groups see it, and, where heads are resized too, once more as heads see what is then left."""
+    if not any(s.outer in plan for s in axis):
+        return [axis]
+    widths = {n: len(change.rows) for n, change in plan.items()}
+    second = []
+    for s in axis:
+        size = axis_width((replace(s, outer=None),), widths, groups.everything)
+        heads = groups.everything[str(s.outer)].channels if s.outer in plan else 0
+        second.append(Segment(s.outer, heads, size // heads) if heads else Segment(None, size))
+    return [axis, tuple(second)]
+
+
+def axis_width(axis: Axis, widths: Mapping[str, int], groups: Mapping[str, Group]) -> int:
+    """Positions along an axis with the given channels per group; groups that are not named keep theirs."""
+    total = 0
+    for s in axis:
+        size = widths.get(s.group, s.channels) * s.repeat if s.group is not None else s.channels * s.repeat
+        if s.outer is not None and s.outer in widths:
+            size = size * widths[s.outer] // groups[s.outer].channels
+        total += size
+    return total
 
 
 def detached(model: nn.Module) -> dict[int, Any]:
@@ -181,10 +259,6 @@ def _change(segment: Segment, plan: Plan) -> Resize | None:
     return plan.get(segment.group) if segment.group is not None else None
 
 
-def _width(axis: Axis, plan: Plan) -> int:
-    return sum(len(change.rows) * s.repeat if (change := _change(s, plan)) else s.size for s in axis)
-
-
 def _index(axis: Axis, plan: Plan) -> Tensor:
     """The old position of each new position of an axis, ``[P']``, as if every mix were one-hot."""
     parts, offset = [], 0
@@ -198,20 +272,40 @@ def _index(axis: Axis, plan: Plan) -> Tensor:
     return torch.cat(parts)
 
 
-def _tensors(layer: str, module: nn.Module, sides: Mapping[Side, Axis], plan: Plan) -> dict[str, Tensor]:
+def _tensors(layer: str, module: nn.Module, sides: Mapping[Side, Axis], plan: Plan, groups: Groups) -> dict[str, Tensor]:
     """The new tensors of one layer."""
     new: dict[str, Tensor] = {}
     if "out" in sides:
-        index = _index(sides["out"], plan)
-        for name, _ in tensors_on(module, "out"):
-            old = getattr(module, name).detach()
-            new[name] = old.index_select(0, index.to(old.device))
-            _override(f"{layer}.{name}", new[name], sides["out"], plan)
+        for stage in _stages(sides["out"], plan, groups):
+            index = _index(stage, plan)
+            for name, _ in tensors_on(module, "out"):
+                old = new.get(name, getattr(module, name).detach())
+                new[name] = old.index_select(0, index.to(old.device))
+                _keys(old, new[name], stage, plan)
+                _override(f"{layer}.{name}", new[name], stage, plan)
     if "in" in sides:
         weight = new.get("weight", module.weight.detach())  # type: ignore[operator]
         count = getattr(module, "groups", 1) if kind_of(module) == "conv" else 1
-        new["weight"] = _consume(weight, sides["in"], plan, count)
+        for stage in _stages(sides["in"], plan, groups):
+            weight = _consume(weight, stage, plan, count)
+        new["weight"] = weight
     return new
+
+
+def _keys(old: Tensor, new: Tensor, axis: Axis, plan: Plan) -> None:
+    """Rows that read a group's channels in a product: mixed as consumers' weights are, in place."""
+    before = after = 0
+    for s in axis:
+        change = _change(s, plan)
+        size = s.size if change is None else len(change.rows) * s.repeat
+        if s.reads and change is not None:
+            part = new.narrow(0, after, size)
+            if change.mix is not None:
+                rows = old.narrow(0, before, s.size).unflatten(0, (s.channels, s.repeat))
+                part.copy_(torch.tensordot(change.mix.to(old).T, rows, dims=1).flatten(0, 1))
+            if s.scaled:  # attention divides by the root of the head dimension
+                part.mul_(math.sqrt(size / s.size))
+        before, after = before + s.size, after + size
 
 
 def _override(name: str, tensor: Tensor, axis: Axis, plan: Plan) -> None:
@@ -219,8 +313,8 @@ def _override(name: str, tensor: Tensor, axis: Axis, plan: Plan) -> None:
     offset, taken = 0, dict.fromkeys(plan, 0)
     for s in axis:
         change = _change(s, plan)
-        if change is None or s.group is None:
-            offset += s.size
+        if change is None or s.group is None or s.reads:
+            offset += s.size if change is None else len(change.rows) * s.repeat
             continue
         size = len(change.rows) * s.repeat
         if name in change.tensors:

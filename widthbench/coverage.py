@@ -1,0 +1,260 @@
+"""Which of timm's families can be resized: one small member of each, certified and cut in half."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import multiprocessing
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import timm
+import torch
+from tabulate import tabulate
+from timm.models import list_models, list_modules
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from widthbench import api, models
+from widthbench.errors import UsageError, did_you_mean
+from widthbench.paths import write_atomic
+from widthbench.report.speed import where
+from widthbench.width.certify import certify
+from widthbench.width.cost import CostModel
+from widthbench.width.doctor import diagnose
+from widthbench.width.groups import discover
+
+Row = dict[str, Any]
+TITLE = "# What of timm's families can be resized"
+
+
+def members(families: Sequence[str] = ()) -> dict[str, tuple[str, int]]:
+    """The member of each timm family (module) with the fewest parameters, and the number of members.
+
+    Networks are built without memory for their weights, which takes about two minutes for all.
+
+    Args:
+        families: Which ones; all of timm's if none is named.
+
+    Raises:
+        UsageError: If timm has no such family.
+    """
+    known = list_modules()
+    for family in families:
+        if family not in known:
+            raise UsageError(f"timm has no family '{family}'{did_you_mean(family, known)}")
+    found: dict[str, tuple[str, int]] = {}
+    for family in families or known:
+        sizes: dict[str, int] = {}
+        names = list_models(module=family)
+        for name in names:
+            try:
+                with torch.device("meta"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+            except Exception:  # some cannot be built without memory, or need what is not installed
+                continue
+        if names:
+            found[family] = min(sizes, key=lambda n: (sizes[n], n)) if sizes else names[0], len(names)
+    return found
+
+
+def survey(name: str) -> Row:
+    """One network: its groups, how well they are proven, and what half of it does.
+
+    Args:
+        name: Any timm model name; it is built untrained, at the input size that it was published with.
+
+    Returns:
+        Counts by grade, the largest errors of the split and gate probes over all exact groups at once, seconds, and for the
+        50 % L1 resize of all certified groups whether it runs forwards, backwards, and comes back from saved weights the same.
+    """
+    channels, height, width, classes = models.native(name)
+    row: Row = {"model": name, "input": f"{channels} x {height} x {width}"}
+    try:
+        model = models.create(name, classes=classes, channels=channels, size=height)
+        x = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            model(x)
+    except Exception as error:
+        return row | {"problem": f"does not load: {_first(error)}"}
+    begin = time.perf_counter()
+    found = discover(model, x)
+    row["discovery s"] = round(time.perf_counter() - begin, 2)
+    begin = time.perf_counter()
+    groups = certify(model, found, x, cache=False)
+    row["certification s"] = round(time.perf_counter() - begin, 1)
+    row |= diagnose(model, groups, x, verify=True)
+    row["heads"] = sum(g.heads and g.grade == "exact" for g in groups.values())
+    row["reasons"] = dict(Counter(g.reason for g in groups.values() if g.grade == "frozen").most_common())
+    row["problem"] = groups.problem or ("" if row["exact"] else "no exact group")
+    try:
+        half = api.apply("l1-norm", model, budget="channels:0.5", example_input=x, scope="all")
+    except UsageError as error:
+        return row | {"problem": row["problem"] or f"cannot be halved: {_first(error)}"}
+    cost, small = (CostModel(m, discover(m, x), x).macs for m in (model, half))
+    row["half MACs"] = round(small / max(cost, 1), 4)
+    for what, check in (("forwards", _forwards), ("backwards", _backwards), ("saved and loaded", _reloads)):
+        try:
+            problem = "" if check(half, x) else f"half of it, {what}, gives something else"
+        except Exception as error:
+            problem = f"half of it does not run {what}: {_first(error)}"
+        row["problem"] = row["problem"] or problem
+    return row
+
+
+def _first(error: BaseException) -> str:
+    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 160, placeholder=" …")
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _forwards(half: nn.Module, x: Tensor) -> bool:
+    with torch.no_grad():
+        return all(bool(torch.isfinite(t).all()) for t in _tensors(half.eval()(x)))
+
+
+def _backwards(half: nn.Module, x: Tensor) -> bool:
+    """In training mode, with a gradient at every parameter that the whole network's output hangs on."""
+    half.train()
+    try:
+        torch.stack([t.square().mean() for t in _tensors(half(torch.cat([x, x.flip(-1)])))]).sum().backward()
+    finally:
+        half.eval()
+    slopes = [p.grad for p in half.parameters() if p.grad is not None]
+    half.zero_grad(set_to_none=True)
+    return bool(slopes) and all(bool(torch.isfinite(g).all()) for g in slopes)
+
+
+def _reloads(half: nn.Module, x: Tensor) -> bool:
+    file = io.BytesIO()
+    torch.save(half.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(half)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+        other.load_state_dict(torch.load(file, weights_only=True))
+        return all(torch.equal(a, b) for a, b in zip(_tensors(half(x)), _tensors(other(x)), strict=True))
+
+
+def _send(name: str, threads: int, into: Connection) -> None:
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    try:
+        into.send(survey(name))
+    except Exception as error:
+        into.send({"model": name, "problem": f"{type(error).__name__}: {_first(error)}"})
+
+
+def survey_all(chosen: Mapping[str, tuple[str, int]], *, limit_s: float, threads: int = 1) -> Iterator[Row]:
+    """A row for each family, each in a process of its own that may take so many seconds.
+
+    Args:
+        chosen: By family, the network and the number of members.
+        limit_s: Seconds for one network.
+        threads: CPU threads.
+    """
+    context = multiprocessing.get_context("spawn")
+    for family, (name, count) in chosen.items():
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_send, args=(name, threads, theirs))
+        process.start()
+        theirs.close()
+        try:
+            row = ours.recv() if ours.poll(limit_s) else {"model": name, "problem": f"took more than {limit_s:g} s"}
+        except EOFError:
+            row = {"model": name, "problem": "its process died (out of memory?)"}
+        process.kill()
+        process.join()
+        yield {"family": family, "members": count, **row}
+
+
+def passed(row: Row) -> bool:
+    """Whether a family loads, has an exact group, and half of its member runs, trains and comes back."""
+    return not row.get("problem")
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The survey as a page of markdown."""
+    good = [r for r in rows if passed(r)]
+    split, removal = (max((float(r[k]) for r in rows if k in r), default=0.0) for k in ("split error", "gates vs removal"))
+    table = [
+        {
+            "family": r["family"],
+            "of": r["members"],
+            "model": f"`{r['model']}`",
+            "input": r.get("input", ""),
+            "exact": r.get("exact", ""),
+            "heads": r.get("heads", ""),
+            "coupled": r.get("coupled", ""),
+            "frozen": r.get("frozen", ""),
+            "MACs": r.get("MACs", ""),
+            "down to": r.get("down to", ""),
+            "half's": _percent(r.get("half MACs")),
+            "discovery": f"{r['discovery s']:.2f} s" if "discovery s" in r else "",
+            "certification": f"{r['certification s']:.1f} s" if "certification s" in r else "",
+            "split error": r.get("split error", ""),
+            "gates vs removal": r.get("gates vs removal", ""),
+            "passes": "yes" if passed(r) else "**no**",
+        }
+        for r in rows
+    ]
+    why: Counter[str] = Counter()
+    for r in rows:
+        for reason, n in r.get("reasons", {}).items():
+            why[_general(reason)] += n
+    failed = "\n".join(f"- {r['family']} (`{r['model']}`): {r['problem']}" for r in rows if not passed(r)) or "- none"
+    reasons = "\n".join(f"- {n} groups: {reason}" for reason, n in why.most_common(25)) or "- none"
+    return f"""{TITLE}
+
+One member of each of timm's {len(rows)} families, the one with the fewest parameters, untrained, at the input size that it was
+published with. {len(good)} of {len(rows)} ({100 * len(good) / max(1, len(rows)):.0f} %) load, have at least one exact group, and survive a 50 % L1 resize of all certified
+groups forwards, backwards (in training mode) and through saved weights. Largest errors over all exact groups of all of them, all
+groups of a network at once: splitting {split:.1e}, removal against gates {removal:.1e} (relative, float64; the bound is 1e-9).
+
+"exact" groups may be resized, heads among them; "coupled" ones with scope="all" only; "down to" is the share of the MACs that is left
+with one channel per group, "half's" the share after the resize. Written by `widthbench doctor --all-families`.
+
+{tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True)}
+
+Those that do not pass:
+
+{failed}
+
+Why groups are frozen, most frequent first:
+
+{reasons}
+
+{where()}, timm {timm.__version__}
+"""
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _general(reason: str) -> str:
+    """A reason without the numbers and names of one network."""
+    for mark in (": ", " by "):
+        head, found, _ = reason.partition(mark)
+        if found and head.startswith(("a resized network", "splitting its", "removing channels")):
+            return head
+    return shorten(reason, 100, placeholder=" …")
+
+
+def write(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write ``coverage.md`` and ``coverage.jsonl``."""
+    files = [folder / "coverage.jsonl", folder / "coverage.md"]
+    write_atomic(files[0], "".join(json.dumps(r) + "\n" for r in rows))
+    write_atomic(files[1], page(rows))
+    return files

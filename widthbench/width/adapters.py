@@ -1,0 +1,94 @@
+"""Numbers in a network's own code that state widths: where they come from, and what they are in a resized network.
+
+Many networks keep widths outside of their layers: ``num_heads``, ``head_dim``, the channels at which a block splits or slices
+its input. While a network is traced, every whole number that one of its modules keeps is replaced by one that remembers where
+it came from, also through products and quotients; a reshape, split or slice that takes such a number then says what it states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+
+Origin = tuple[str, str, int | None]
+"""(module, attribute, place in it where the attribute is a list or tuple)."""
+
+
+class Integer(int):
+    """A whole number that remembers where it is kept, and what it was multiplied by since."""
+
+    origin: Origin
+    factor: Fraction
+
+    def __new__(cls, value: int, origin: Origin, factor: Fraction = Fraction(1)) -> Integer:
+        """The number ``value``, which is ``factor`` times what is kept at ``origin``."""
+        self = super().__new__(cls, value)
+        self.origin, self.factor = origin, factor
+        return self
+
+    def __mul__(self, other: Any) -> Any:
+        if type(other) is int and other > 0:
+            return Integer(int(self) * other, self.origin, self.factor * other)
+        return int(self) * other
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        if type(other) is int and other > 0 and int(self) % other == 0:
+            return Integer(int(self) // other, self.origin, self.factor / other)
+        return int(self) // other
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return other // int(self)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+
+@contextmanager
+def watched_integers(model: nn.Module) -> Iterator[None]:
+    """Whole numbers above 1 that modules other than torch's own keep remember where they come from while this is open."""
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, module in model.named_modules():
+            if type(module).__module__.startswith("torch.") or isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+                continue
+            for key, value in list(vars(module).items()):
+                if key.startswith("_"):
+                    continue
+                if type(value) is int and value > 1:
+                    new: Any = Integer(value, (name, key, None))
+                elif type(value) in (list, tuple) and value and all(type(v) is int for v in value):
+                    new = type(value)(Integer(v, (name, key, i)) if v > 1 else v for i, v in enumerate(value))
+                else:
+                    continue
+                kept.append((module.__dict__, key, value))
+                module.__dict__[key] = new
+        yield
+    finally:
+        for holder, key, value in kept:
+            holder[key] = value
+
+
+def declare_integer(model: nn.Module, origin: Origin, value: int) -> None:
+    """Set a number that a module keeps.
+
+    Args:
+        model: The network.
+        origin: Where.
+        value: The new number.
+    """
+    name, key, place = origin
+    module = model.get_submodule(name)
+    if place is None:
+        setattr(module, key, value)
+        return
+    old = getattr(module, key)
+    setattr(module, key, type(old)(value if i == place else v for i, v in enumerate(old)))

@@ -1,0 +1,52 @@
+"""Layers that can be resized: their kinds, and the tensors that run along each of their axes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from widthbench.errors import UsageError
+
+Side = Literal["out", "in"]
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The layer's kind: conv, depthwise, linear, batchnorm, channelnorm, prelu; None if it cannot be resized."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        single = module.groups == module.in_channels == module.out_channels and module.groups > 1
+        return "depthwise" if single else "conv"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return "batchnorm"
+    if (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1) or isinstance(module, nn.GroupNorm):
+        return "channelnorm"
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return "prelu"
+    return None
+
+
+def axis_length(module: nn.Module, side: Side) -> int:
+    """Number of positions along a layer's axis."""
+    m: Any = module
+    match kind_of(module):
+        case "conv" | "depthwise":
+            return int(m.in_channels if side == "in" else m.out_channels)
+        case "linear":
+            return int(m.in_features if side == "in" else m.out_features)
+        case "batchnorm":
+            return int(m.num_features)
+        case "channelnorm":
+            return int(m.normalized_shape[0] if isinstance(m, nn.LayerNorm) else m.num_channels)
+        case "prelu":
+            return int(m.num_parameters)
+    raise UsageError(f"layers of type {type(module).__name__} cannot be resized")
+
+
+def tensors_on(module: nn.Module, side: Side) -> list[tuple[str, int]]:
+    """The (tensor name, dimension) pairs of a layer that run along an axis."""
+    if side == "in":
+        return [("weight", 1)]
+    names = ("weight", "bias", "running_mean", "running_var")
+    return [(n, 0) for n in names if isinstance(getattr(module, n, None), Tensor)]
