@@ -112,10 +112,10 @@ class Technique(ABC):
             AccessError: If the technique touches data that it did not declare.
             UsageError: If the technique says that it cannot work on this task.
         """
+        if reason := self.skip(task.with_access(self.id, self.access)):
+            raise UsageError(f"technique '{self.id}' cannot run here: {reason}")
         state = self.prepared(task) if state is None else state
         task = task.with_access(self.id, self.access)
-        if reason := self.skip(task):
-            raise UsageError(f"technique '{self.id}' cannot run here: {reason}")
         outcome = self.decide(task, state)
         if not isinstance(outcome, Outcome):
             raise UsageError(f"technique '{self.id}' must return an Outcome from decide(), not {type(outcome).__name__}")
@@ -130,7 +130,8 @@ class Technique(ABC):
         if bad := disagreements(resized):
             raise UsageError(f"technique '{self.id}' left declared and real shapes in disagreement: {bad[0]}")
         if outcome.model is not None and not outcome.plan and task.regroup is not None:
-            widths = {n: g.channels for n, g in task.regroup(resized).items() if n in task.groups}
+            found = task.regroup(resized)  # of one head alone nothing is found
+            widths = {n: found[n].channels if n in found else 1 for n, g in task.groups.items() if n in found or g.heads}
         else:
             widths = {n: len(outcome.plan[n].rows) if n in outcome.plan else g.channels for n, g in task.groups.items()}
         macs = 0  # a forward pass is not worth it where the budget does not ask

@@ -33,14 +33,14 @@ class Integer(int):
     def __mul__(self, other: Any) -> Any:
         if type(other) is int and other > 0:
             return Integer(int(self) * other, self.origin, self.factor * other)
-        return int(self) * other
+        return int(self) * (int(other) if isinstance(other, Integer) else other)
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
         if type(other) is int and other > 0 and int(self) % other == 0:
             return Integer(int(self) // other, self.origin, self.factor / other)
-        return int(self) // other
+        return int(self) // (int(other) if isinstance(other, Integer) else other)
 
     def __rfloordiv__(self, other: Any) -> Any:
         return other // int(self)

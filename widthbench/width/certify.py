@@ -323,14 +323,15 @@ def _passing(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> tup
     """The groups that pass, first all at once, else each alone and then together; and the reasons of the others."""
     if not names:
         return [], {}
-    if not (why := _probe(net, groups, names, x)):
+    reference = _output(net, x)
+    if not _probe(net, groups, names, x, reference):
         return names, {}
-    failed = {n: why for n in names if (why := _probe(net, groups, [n], x))}
-    passed = [n for n in names if n not in failed]
-    if passed and _probe(net, groups, passed, x):
+    failed = _mismatched(net, groups, names, x)
+    passed = _found_out(net, groups, [n for n in names if n not in failed], x, reference, failed)
+    if passed and _probe(net, groups, passed, x, reference):
         together: list[str] = []
         for n in passed:
-            if _probe(net, groups, [*together, n], x):
+            if _probe(net, groups, [*together, n], x, reference):
                 failed[n] = f"passes alone, but not together with {together[-1] if together else n}"
             else:
                 together.append(n)
@@ -338,11 +339,44 @@ def _passing(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> tup
     return passed, failed
 
 
-def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> str:
-    """Why these groups cannot be resized together; "" if they can."""
+def _mismatched(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> dict[str, str]:
+    """Groups whose resize does not even fit together, and why: seen from shapes alone, without computing anything."""
+    failed: dict[str, str] = {}
+    try:
+        shapes, y = copy.deepcopy(net).to("meta"), x.to("meta")
+        _output(shapes, y)
+    except Exception:  # a network that looks at values: the probes will tell
+        return failed
+    for n in names:
+        try:
+            _output(_resized(shapes, groups, {n: keep(_kept(groups[n]))}), y)
+        except Exception as error:
+            failed[n] = _does_not_run(error)
+    return failed
+
+
+def _does_not_run(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"a resized network does not run: {first[:160]}"
+
+
+def _found_out(net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: Tensor, failed: dict[str, str]) -> list[str]:
+    """The groups that pass, by halves; the reasons of the others go into ``failed``."""
+    if not names:
+        return []
+    why = _probe(net, groups, names, x, reference)
+    if why and len(names) == 1:
+        failed[names[0]] = why
+    if not why or len(names) == 1:
+        return [] if why else names
+    half = len(names) // 2
+    return [n for part in (names[:half], names[half:]) for n in _found_out(net, groups, part, x, reference, failed)]
+
+
+def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: Tensor) -> str:
+    """Why these groups cannot be resized together; "" if they can. ``reference`` is what the network gives."""
     chosen = [groups[n] for n in names]
     try:
-        reference = _output(net, x)
         split = _output(_resized(net, groups, {g.name: _split_plan(g) for g in chosen}), x)
         if problem := _difference(split, reference):
             return f"splitting its channels {problem}"
@@ -358,8 +392,7 @@ def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> str:
                 return f"gating weights instead of inputs {problem}"
         return _insensitive(net, groups, chosen, x) or _untrainable(net, small, x)
     except Exception as error:  # whatever a foreign forward raises: the group stays frozen, with the cause
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"a resized network does not run: {first[:160]}"
+        return _does_not_run(error)
 
 
 def _resized(net: nn.Module, groups: Groups, plan: Plan) -> nn.Module:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from widthbench.errors import NoGroupsError, UsageError, did_you_mean
 from widthbench.width.adapters import Origin
-from widthbench.width.labels import OUTPUT, Ids, Key, Labels, evaluating, trace
+from widthbench.width.labels import OUTPUT, Ids, Key, Labels, Size, evaluating, trace
 from widthbench.width.layers import Side, kind_of
 
 Grade = Literal["exact", "coupled", "frozen"]
@@ -57,6 +57,10 @@ class Segment:
     def size(self) -> int:
         """Number of positions."""
         return self.channels * self.repeat
+
+    def made_by(self, name: str) -> bool:
+        """Whether these positions hold a group's own channels: all of its positions, but for keys."""
+        return self.outer == name or (self.group == name and not self.reads)
 
 
 Axis = tuple[Segment, ...]
@@ -179,7 +183,7 @@ class Groups(Mapping[str, Group]):
             offset = 0
             found: list[int] = []
             for segment in axis:
-                if name in (segment.group, segment.outer) and not segment.reads:
+                if segment.made_by(name):
                     found.extend(range(offset, offset + segment.size))
                 offset += segment.size
             if found:
@@ -292,7 +296,7 @@ def channel_rows(groups: Groups, name: str, layer: str, tensor: Tensor) -> Tenso
         ``[N, D]``; D counts repeats and copies of the channel too. A view where the layer holds nothing else.
     """
     axis = groups.axes[layer, "out"]
-    copies = [s for s in axis if name in (s.group, s.outer) and not s.reads]
+    copies = [s for s in axis if s.made_by(name)]
     tensor = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
     if len(copies) < len(axis):
         ends = itertools.accumulate(s.size for s in axis)
@@ -388,6 +392,7 @@ class _Part:
         reason: Why it may not change.
         blocks: Contiguous blocks that keep equal counts.
         keys: The axes that it lies on.
+        raw: Which cut it comes from.
     """
 
     channels: Ids
@@ -395,6 +400,7 @@ class _Part:
     reason: str
     blocks: int = 1
     keys: list[Key] = field(default_factory=list)
+    raw: int = 0
     group: Group | None = None
 
 
@@ -421,6 +427,7 @@ class _Assembly:
         self.reasons = dict(labels.reasons)
         self.spoiled = _shared_layers(model)
         self.parts: list[_Part] = []
+        self.raws = 0
         self.part_of = np.full(labels.count, -1, dtype=np.int64)  # of each channel
         self.place_in = np.zeros(labels.count, dtype=np.int64)
         self.head_part = np.full(labels.count, -1, dtype=np.int64)
@@ -434,6 +441,7 @@ class _Assembly:
             self._cut(raw)
         self._index()
         self._halve()
+        self._whole_again()
         layouts = {key: self._layout(key, array) for key, array in self.arrays.items()}
         for part in self.parts:
             self._describe(part, layouts)
@@ -479,9 +487,13 @@ class _Assembly:
                 self._freeze(ids, "its channels are multiplied with themselves")
                 continue
             self.reads[ids] = True
-            if meeting.scaled:
+            owner = layer.rpartition(".")[0]
+            scale = getattr(self.modules[owner], "scale", None)
+            kept = isinstance(scale, float) and math.isclose(scale, meeting.depth**-0.5)
+            if meeting.scaled or kept:  # in either case as if it had been built with as many head dimensions as are left
                 self.scaled[ids] = True
-                self.scale_of[layer.rpartition(".")[0]] = ids
+            if kept:
+                self.scale_of[owner] = ids
 
     def _freeze(self, ids: Ids, reason: str) -> None:
         for c in np.unique(self.labels.channel[ids]).tolist():
@@ -542,8 +554,9 @@ class _Assembly:
         if len(borders) - 1 > min(MAX_PARTS, max(3, n // 2)) or (raw.heads and len(borders) > 2):
             reason = reason or "its channels are permuted on the way to a consumer"
             borders = [0, n]
+        self.raws += 1
         for start, stop in itertools.pairwise(borders):
-            self.parts.append(_Part(raw.channels[start:stop], raw.heads, reason, keys=keys))
+            self.parts.append(_Part(raw.channels[start:stop], raw.heads, reason, keys=keys, raw=self.raws))
 
     def _index(self) -> None:
         for i, part in enumerate(self.parts):
@@ -582,6 +595,32 @@ class _Assembly:
                 part.reason = part.reason or f"{len(part.channels)} channels do not divide into {part.blocks} blocks"
                 part.blocks = 1
 
+    def _whole_again(self) -> None:
+        """Parts of one cut of which none may change are one group, such as the head dimensions where each head has its own queries, keys and values side by side."""
+        found: list[_Part] = []
+        for _, several in itertools.groupby(self.parts, key=lambda p: p.raw):
+            parts = list(several)
+            if len(parts) > 1 and all(p.reason for p in parts):
+                parts = [replace(parts[0], channels=np.concatenate([p.channels for p in parts]))]
+            found += parts
+        self.parts = found
+        self._index()
+        self._one_number_each()
+
+    def _one_number_each(self) -> None:
+        """What one number states must be one width: parts that nothing else ties stay as they are."""
+        known: dict[Origin, set[int]] = {}
+        for size in self.labels.sizes:
+            if (counted := self._counted(size)) is None:
+                continue
+            channels = counted[0]
+            parts = set(np.where(self.is_head[channels], self.head_part[channels], self.part_of[channels]).tolist()) - {-1}
+            several = known.setdefault(size.of, parts)
+            if parts != several and parts and several:
+                for i in parts ^ several:
+                    part, number = self.parts[i], ".".join(p for p in size.of[:2] if p)
+                    part.reason = part.reason or f"the number '{number}' states its width and another one"
+
     def _layout(self, key: Key | None, array: Ids, ids: Ids | None = None) -> list[_Run]:
         """One axis as runs of positions; a part that is not there as whole copies is frozen."""
         array = array.ravel()
@@ -609,18 +648,21 @@ class _Assembly:
                     part = self.parts[run.part]
                     part.reason = part.reason or f"only some of its channels along {where} are keys"
                 run.reads, run.scaled = bool(own.all()), bool(scaled[run.start : run.stop].all())
-        by_span = {(r.start, r.stop): r for r in runs}
         for head in outer:
-            inside = by_span.get((head.start, head.stop))
-            fits = inside is not None and (
-                inside.part < 0 or (inside.channels % head.channels == 0 and self.parts[inside.part].blocks % head.channels == 0)
-                or (bool(self.parts[inside.part].reason) and inside.channels % head.channels == 0)
-            )
-            if not fits:
-                part = self.parts[head.part]
+            inside = [r for r in runs if r.start < head.stop and r.stop > head.start]
+            part = self.parts[head.part]
+            if all(r.part < 0 or self.parts[r.part].reason for r in inside):  # nothing within a head can change
+                if inside[0].start < head.start or inside[-1].stop > head.stop:
+                    part.reason = part.reason or f"heads do not align with channels along {where}"
+                    continue
+                at = runs.index(inside[0])
+                runs[at : at + len(inside)] = [_Run(-1, head.stop - head.start, 1, head.start, head.stop, outer=head.part)]
+            elif len(inside) == 1 and (inside[0].start, inside[0].stop) == (head.start, head.stop) and not (
+                inside[0].channels % head.channels or self.parts[inside[0].part].blocks % head.channels
+            ):
+                inside[0].outer = head.part
+            else:
                 part.reason = part.reason or f"heads do not align with channels along {where}"
-            elif inside is not None:
-                inside.outer = head.part
         return runs
 
     def _axis(self, layout: Iterable[_Run]) -> Axis:
@@ -686,28 +728,34 @@ class _Assembly:
             if count > 1:
                 part.group = replace(part.group, name=f"{part.group.name}#{count}")
 
+    def _counted(self, size: Size) -> tuple[Ids, float, bool] | None:
+        """What a number counts: channels (or heads), how many of them per unit of it, and whether they lie within a head.
+
+        None where it counts what stays, such as the 3 of queries, keys and values.
+        """
+        grid, at = self.labels.channel[size.ids], size.axis
+        rows = np.moveaxis(grid, at, -1).reshape(-1, grid.shape[at])
+        heads, over = self.head[rows], float(size.factor)
+        if grid.ndim > 1 and (heads >= 0).all() and (heads == heads[:1]).all() and len(set(heads[0].tolist())) == heads.shape[1]:
+            return heads[0], over, False  # an index for each head
+        if (rows == rows[:, :1]).all() and rows.shape[1] > 1:
+            return None
+        kept: list[Ids] = []  # rows that hold other channels than those before
+        for row in rows:
+            if not any(np.array_equal(row, k) for k in kept):
+                kept.append(row)
+        return np.concatenate(kept), over * len(kept), grid.ndim > 1
+
     def _stated(self) -> Iterator[Stated]:
         """Numbers that state the width of something that can change."""
         for size in self.labels.sizes:
-            grid, at = self.labels.channel[size.ids], size.axis
-            rows = np.moveaxis(grid, at, -1).reshape(-1, grid.shape[at])
-            heads = self.head[rows]
-            over: float = float(size.factor)
-            if grid.ndim > 1 and (heads >= 0).all() and (heads == heads[:1]).all() and len(set(heads[0].tolist())) == heads.shape[1]:
-                array = heads[0]  # an index per head
-            elif (rows == rows[:, :1]).all() and rows.shape[1] > 1:
-                continue  # the same channels at each place: a number that stays
-            else:
-                kept = []  # rows that hold other channels than those before
-                for row in rows:
-                    if not any(np.array_equal(row, k) for k in kept):
-                        kept.append(row)
-                array = np.concatenate(kept)
-                over *= len(kept)
+            if (counted := self._counted(size)) is None:
+                continue
+            array, over, within = counted
             runs = self._layout(None, array)
-            if grid.ndim > 1:
+            if within:  # what lies within a head does not depend on how many there are
                 for run in runs:
-                    run.outer = -1 if run.part >= 0 else run.outer
+                    run.outer = -1
             axis = self._axis(runs)
             if any(s.group or s.outer for s in axis):
                 yield Stated(size.of, axis, over)
@@ -717,8 +765,7 @@ class _Assembly:
         for name, ids in self.scale_of.items():
             part = self.part_of[self.labels.channel[ids[0]]]
             group = self.parts[part].group if part >= 0 else None
-            scale = getattr(self.modules[name], "scale", None)
-            if group is not None and isinstance(scale, float) and math.isclose(scale, (group.channels / group.blocks) ** -0.5):
+            if group is not None:
                 yield name, group.name
 
 

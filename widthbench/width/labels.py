@@ -88,6 +88,7 @@ class Meeting:
         left: Labels of the one, ``left_near`` the layers that it comes from.
         right: Labels of the other, in the same order.
         scaled: Whether the product is divided by the root of how many there are per head (fused attention's own default).
+        depth: How many there are per head.
     """
 
     left: Ids
@@ -95,6 +96,7 @@ class Meeting:
     right: Ids
     right_near: frozenset[str]
     scaled: bool
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -443,7 +445,7 @@ class _Tracer(TorchDispatchMode):
                 left, right = np.broadcast_arrays(left, right)
                 grid = left
                 if va.data and vb.data:
-                    self.meetings.append(Meeting(left.ravel(), va.near, right.ravel(), vb.near, scaled))
+                    self.meetings.append(Meeting(left.ravel(), va.near, right.ravel(), vb.near, scaled, left.shape[-1]))
         else:
             for f, v, other in ((fa, va, vb), (fb, vb, va)):
                 if f is not None and not other.constant:
@@ -1230,7 +1232,7 @@ RULES: dict[str, Callable[..., Any]] = {
         ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "logsumexp",
          "linalg_vector_norm", "norm", "argmax", "argmin"), _reduce,
     ),
-    **dict.fromkeys(("_softmax", "_log_softmax", "softmax"), _softmax),
+    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax", "softmax"), _softmax),
     **dict.fromkeys(
         ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices",
          "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",

@@ -1,0 +1,86 @@
+"""Numbers that know where they come from."""
+
+import copy
+import pickle
+from fractions import Fraction
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from widthbench.errors import PlanError
+from widthbench.width import find_groups, keep, resize
+from widthbench.width.adapters import Integer, declare_integer, watched_integers
+from widthbench.width.certify import errors_of_all
+
+
+def test_products_and_quotients_keep_the_origin():
+    n = Integer(6, ("m", "width", None))
+    assert (int(n * 2), (n * 2).factor) == (12, 2)
+    assert (int(n // 3), (n // 3).factor) == (2, Fraction(1, 3))
+    assert ((2 * n) // 4).factor == Fraction(1, 2)
+    assert [type(v) for v in (n // 4, n + 1, n * n, 30 // n, n * 0.5)] == [int, int, int, int, float]
+    assert (n // 4, 30 // n) == (1, 5)
+    assert type(copy.deepcopy(n)) is int
+    assert type(pickle.loads(pickle.dumps(n))) is int
+
+
+class Keeper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.width, self.flag, self.parts, self.shape, self.name = 8, True, [2, 3], (4, 1), "x"
+        self.conv = nn.Conv2d(3, 8, 3)
+
+
+def test_numbers_are_themselves_again_afterwards():
+    model = Keeper()
+    before = dict(vars(model))
+    with pytest.raises(RuntimeError), watched_integers(model):
+        assert isinstance(model.width, Integer)
+        assert isinstance(model.parts[1], Integer)
+        assert type(model.shape[1]) is int  # 1 states nothing
+        assert type(model.conv.out_channels) is int  # layers are declared by the resize
+        raise RuntimeError
+    assert all(vars(model)[k] is v for k, v in before.items())
+
+
+def test_declaring_a_place_in_a_tuple():
+    model = Keeper()
+    declare_integer(model, ("", "shape", 0), 7)
+    declare_integer(model, ("", "width", None), 5)
+    assert (model.shape, model.width) == ((7, 1), 5)
+
+
+def test_padding_shortcuts_follow_both_widths():
+    model = timm.create_model("resnet20_cifar", shortcut="A").eval()
+    x = torch.randn(1, 3, 32, 32)
+    groups = find_groups(model, x)
+    assert {g.grade for g in groups.values()} == {"exact"}
+    assert max(errors_of_all(model, groups, x)) < 1e-9
+    small = resize(model, groups, {"layer2.0.conv2[0:8]": keep([1, 2, 5]), "conv1": keep(range(10))})
+    assert small.get_submodule("layer2.0.shortcut").more == 6
+    assert small.get_submodule("layer2.1.conv1").in_channels == 16
+    assert small(x).shape == (1, 10)
+
+
+class Twice(nn.Module):
+    """One number for two widths that nothing ties."""
+
+    def __init__(self):
+        super().__init__()
+        self.half = 4
+        self.a, self.b, self.c, self.d = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.c(self.a(x).relu()[:, : self.half]) + self.d(self.b(x).relu()[:, : self.half])
+
+
+def test_one_number_cannot_state_two_widths():
+    model, x = Twice(), torch.randn(2, 3)
+    groups = find_groups(model, x, cache=False)
+    assert {g.grade for g in groups.values()} == {"frozen"}
+    assert "the number 'half' states its width and another one" in groups["a[0:4]"].reason
+    free = groups.with_grades(dict.fromkeys(groups, ("exact", "")))
+    with pytest.raises(PlanError, match="'half' would have to be both 2 and 3"):
+        resize(model, free, {"a[0:4]": keep([0, 1]), "b[0:4]": keep([0, 1, 2])})

@@ -1,0 +1,177 @@
+"""Heads and head dimensions: two groups on the same positions, keys that read queries, fused and plain products alike."""
+
+import pytest
+import timm
+import torch
+import zoo
+from torch import nn
+from torch.nn import functional as F
+
+from widthbench import models
+from widthbench.width import CostModel, Resize, find_groups, gated, keep, resize
+from widthbench.width.certify import randomised
+from widthbench.width.cost import count_macs
+
+
+class Attention(nn.Module):
+    """Multi-head attention over 5 tokens: packed or separate layers, fused or plain, with or without a bias for each head."""
+
+    def __init__(self, packed=True, fused=True, bias=False):
+        super().__init__()
+        self.heads, self.each, self.packed, self.fused = 3, 4, packed, fused
+        self.scale = self.each**-0.5
+        self.embed = nn.Linear(6, 10)
+        for name in ("qkv",) if packed else ("q", "k", "v"):
+            self.add_module(name, nn.Linear(10, 36 if packed else 12))
+        self.bias = nn.Parameter(torch.randn(5, 5, 3)) if bias else None
+        self.proj, self.head = nn.Linear(12, 7), nn.Linear(7, 4)
+
+    def forward(self, x):
+        x = self.embed(x)
+        b, n, _ = x.shape
+        if self.packed:
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, self.each).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = (layer(x).view(b, n, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        bias = None if self.bias is None else self.bias.permute(2, 0, 1)[None]
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            y = q * self.scale @ k.transpose(-2, -1)
+            y = (y if bias is None else y + bias).softmax(-1) @ v
+        return self.head(self.proj(y.transpose(1, 2).flatten(2)).relu().mean(1))
+
+
+VARIANTS = [{"packed": p, "fused": f, "bias": b} for p in (True, False) for f in (True, False) for b in (True, False)]
+
+
+def made(**options):
+    torch.manual_seed(0)
+    model = randomised(Attention(**options).eval())
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    return model, x, find_groups(model, x, cache=False)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_heads_and_head_dimensions_are_exact(options):
+    model, _, groups = made(**options)
+    assert {g.grade for g in groups.values()} == {"exact"}
+    first = "qkv" if options["packed"] else "q"
+    heads = groups[f"{first}.heads"]
+    assert (heads.channels, heads.heads, heads.consumers) == (3, True, ("proj",))
+    assert set(heads.tensors) == ({"bias"} if options["bias"] else set())
+    assert groups[first].blocks == 3
+    assert groups[first].keys == (("qkv",) if options["packed"] else ("k",))
+    if not options["packed"]:  # values are free of queries and keys
+        assert (groups["v"].channels, groups["v"].blocks, groups["v"].keys) == (12, 3, ())
+
+
+def random_plan(groups, seed=0):
+    """Permuted and repeated channels within blocks, each copy with a share of the whole."""
+    draw, plan = torch.Generator().manual_seed(seed), {}
+    for name, group in groups.items():
+        size = group.channels // group.blocks
+        picks = [torch.randint(size, (2,), generator=draw) for _ in range(group.blocks)]
+        rows = torch.cat([torch.cat([torch.randperm(size, generator=draw), p]) + b * size for b, p in enumerate(picks)])
+        mix = F.one_hot(rows, group.channels).T.double()
+        plan[name] = Resize(rows, mix / mix.sum(1, keepdim=True))
+    return plan
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_splitting_heads_and_dimensions_at_once_changes_nothing(options):
+    model, x, groups = made(**options)
+    grown = resize(model, groups, random_plan(groups))
+    assert zoo.error(grown(x), model(x)) < 1e-9
+
+
+@pytest.mark.parametrize("on", ["input", "weight"])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_closed_gates_are_removal_of_heads_and_dimensions_at_once(options, on):
+    model, x, groups = made(**options)
+    kept = {}
+    for name, group in groups.items():
+        size = group.channels // group.blocks
+        kept[name] = torch.cat([b * size + torch.tensor([(b + i) % size for i in range(max(1, size - 2))]).sort().values for b in range(group.blocks)])
+    gates = {n: torch.zeros(groups[n].channels, dtype=torch.float64).index_fill(0, k, 1.0) for n, k in kept.items()}
+    small = resize(model, groups, {n: keep(k) for n, k in kept.items()})
+    with gated(model, groups, gates, on=on):
+        expected = model(x)
+    assert zoo.error(small(x), expected) < 1e-9
+
+
+def test_dense_mixes_of_head_dimensions_meet_in_the_product():
+    """Queries that are linear in fewer ones, with keys mixed to match, give what the low-rank product gives."""
+    model, x, groups = made(fused=False)
+    rows = torch.tensor([0, 1, 4, 5, 8, 9])
+    mix = torch.zeros(12, 6, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(1)
+    for head in range(3):
+        mix[4 * head : 4 * head + 4, 2 * head : 2 * head + 2] = torch.randn(4, 2, generator=draw, dtype=torch.float64)
+    small = resize(model, groups, {"qkv": Resize(rows, mix)})
+    with torch.no_grad():  # the same by hand: queries and values W = mix @ picked rows
+        for part in (0, 2):
+            for tensor in (model.qkv.weight, model.qkv.bias):
+                block = tensor[12 * part : 12 * part + 12]
+                block.copy_(torch.tensordot(mix, block[rows].clone(), dims=1))
+    assert torch.allclose(small(x), model(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"])
+def test_transformers_resize_attention_and_mlps(name):
+    size = 32 if name == "test_vit" else 224
+    model = models.create(name, classes=10, channels=3, size=size)
+    x = torch.randn(1, 3, size, size)
+    groups = find_groups(model, x)
+    inner = groups.select("inner")
+    assert {n.rpartition("attn.")[2] for n in inner if ".attn." in n} == {"qkv", "qkv.heads"}
+    assert any(".mlp.fc1" in n for n in inner)
+    widths = {n: max(1, g.channels // g.blocks // 2) * g.blocks for n, g in inner.items()}
+    plan = {n: keep(torch.cat([torch.arange(widths[n] // g.blocks) + b * (g.channels // g.blocks) for b in range(g.blocks)])) for n, g in inner.items()}
+    small = resize(model, groups, plan)
+    cost = CostModel(model, groups, x)(widths)
+    assert cost.macs == count_macs(small, x)
+    assert cost.params == sum(p.numel() for p in small.parameters())
+    attention = next(m for m in small.modules() if hasattr(m, "num_heads"))
+    assert attention.qkv.out_features == 3 * attention.num_heads * round(attention.scale**-2)
+    small.load_state_dict(small.state_dict())
+
+
+def test_fused_and_plain_attention_agree_after_a_resize():
+    model = models.create("test_vit", classes=10, channels=3, size=32).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    groups = find_groups(model, x[:1])
+    small = resize(model, groups, {"blocks.0.attn.qkv": keep(torch.arange(64).view(2, 32)[:, :5].flatten())})
+    fused = small(x)
+    for module in small.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    assert torch.allclose(small(x), fused, rtol=1e-9, atol=1e-12)
+
+
+def test_fused_attention_counts_as_many_macs_as_plain():
+    model = models.create("test_vit", classes=10, channels=3, size=64)
+    x = torch.randn(1, 3, 64, 64)
+    fused = count_macs(model, x)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    assert count_macs(model, x) == fused
+
+
+def test_tables_of_relative_positions_lose_the_columns_of_heads():
+    model = timm.create_model("swin_tiny_patch4_window7_224").eval()
+    groups = find_groups(model, torch.randn(1, 3, 224, 224))
+    name = "layers.0.blocks.1.attn.qkv.heads"
+    table = "layers.0.blocks.1.attn.relative_position_bias_table"
+    small = resize(model, groups, {name: keep([0, 2])})
+    assert torch.equal(small.get_parameter(table), model.get_parameter(table)[:, [0, 2]])
+    assert small.get_submodule("layers.0.blocks.1.attn").num_heads == 2
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "beit_base_patch16_224"])
+def test_attention_that_reshapes_to_its_inputs_width_stays_frozen_with_the_reason(name):
+    groups = find_groups(timm.create_model(name).eval(), torch.randn(1, 3, 224, 224))
+    heads = [g for g in groups.values() if g.heads]
+    assert heads
+    assert all(g.grade == "frozen" and "does not run" in g.reason for g in heads)

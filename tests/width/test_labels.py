@@ -1,0 +1,173 @@
+"""Labels through operations: what a small network does to its channels, and the axes that must come out."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from widthbench.width import discover, find_groups
+from widthbench.width.groups import Segment
+from widthbench.width.labels import _chunks, trace
+
+
+class Two(nn.Module):
+    """Two linear layers with something in between."""
+
+    def __init__(self, between, inside=8, middle=8):
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(4, inside), nn.Linear(middle, 3), between
+
+    def forward(self, x):
+        return self.b(self.between(self.a(x)))
+
+
+def halves(t):
+    left, right = t.chunk(2, dim=-1)
+    return left * torch.sigmoid(right)
+
+
+CASES = [
+    ("relu", torch.relu, 8, 8, {"a": 8}, [("a", 8, 1)]),
+    ("in place", lambda t: t.relu_().add_(1), 8, 8, {"a": 8}, [("a", 8, 1)]),
+    ("repeated", lambda t: t[..., None].expand(-1, -1, 3).flatten(1), 4, 12, {"a": 4}, [("a", 4, 3)]),
+    ("tiled", lambda t: t.repeat(1, 3), 4, 12, {"a": 4}, [("a", 4, 1)] * 3),
+    ("concatenated", lambda t: torch.cat([t, t.tanh()], 1), 4, 8, {"a": 4}, [("a", 4, 1)] * 2),
+    ("gated halves", halves, 8, 4, {"a": 4}, [("a", 4, 1)]),
+    ("zeros behind", lambda t: F.pad(t, (0, 2)), 8, 10, {"a": 8}, [("a", 8, 1), (None, 2, 1)]),
+    ("all but the last", lambda t: t[:, :-2], 8, 6, {"a[0:6]": 6}, [("a[0:6]", 6, 1)]),
+    ("equal halves", lambda t: torch.cat(t.chunk(2, 1)[::-1], 1), 8, 8, {"a": 4}, [("a", 4, 1)] * 2),
+    ("shuffled", lambda t: t.unflatten(1, (2, -1)).transpose(1, 2).flatten(1), 8, 8, {"a": 4}, [("a", 4, 2)]),
+    ("pooled pairs", lambda t: t.unflatten(1, (2, -1)).sum(1), 8, 4, {"a": 4}, [("a", 4, 1)]),
+    ("softmax over pairs", lambda t: t.unflatten(1, (2, -1)).softmax(1).flatten(1), 8, 8, {"a": 4}, [("a", 4, 1)] * 2),
+    ("by a function", lambda t: F.pad(t, (0, 0)).clone(memory_format=torch.contiguous_format), 8, 8, {"a": 8}, [("a", 8, 1)]),
+]
+
+
+@pytest.mark.parametrize(("between", "inside", "middle", "groups", "axis"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_channels_are_followed_and_proven(between, inside, middle, groups, axis):
+    torch.manual_seed(0)
+    found = find_groups(Two(between, inside, middle), torch.randn(2, 4), cache=False)
+    exact = {n: g.channels for n, g in found.items() if g.grade == "exact"}
+    assert exact == groups
+    assert found.axes["b", "in"] == tuple(Segment(*s) for s in axis)
+
+
+FROZEN = [
+    ("flipped", lambda t: t.flip(1), 8, "permuted"),
+    ("rolled", lambda t: t.roll(1, 1), 8, "rolled"),
+    ("normalised", lambda t: t / t.norm(dim=1, keepdim=True), 8, "runs over its channels"),
+    ("softmax", lambda t: t.softmax(1), 8, "a softmax runs over its channels"),
+    ("picked", lambda t: t[:, :1] * t[:, 3:4] + t[:, [0]], 1, ""),
+    ("sorted", lambda t: t.sort(1).values, 8, "the operation sort has no rule"),
+]
+
+
+@pytest.mark.parametrize(("between", "middle", "reason"), [c[1:] for c in FROZEN], ids=[c[0] for c in FROZEN])
+def test_what_labels_cannot_follow_is_frozen(between, middle, reason):
+    found = find_groups(Two(between, 8, middle), torch.randn(2, 4), cache=False)
+    assert all(g.grade == "frozen" for n, g in found.items() if "[" not in n)
+    assert any(reason in g.reason for g in found.values())
+
+
+class Unequal(nn.Module):
+    """Halves whose widths must be equal though nothing ties them: ``chunk`` cuts in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.left, self.right = nn.Linear(4, 8), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        left, right = self.a(x).relu().chunk(2, dim=1)
+        return self.left(left) + self.right(right)
+
+
+def test_halves_that_nothing_states_keep_equal_counts():
+    (group,) = find_groups(Unequal(), torch.randn(2, 4), cache=False).values()
+    assert (group.channels, group.grade, group.consumers) == (4, "exact", ("left", "right"))
+
+
+class Stated(nn.Module):
+    """The same, split at a number that it keeps: both widths are free, in one list, at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.left, self.right = nn.Linear(4, 9), nn.Linear(5, 3), nn.Linear(4, 3)
+        self.parts = [5, 4]
+
+    def forward(self, x):
+        left, right = self.a(x).relu().split(self.parts, dim=1)
+        return self.left(left) + self.right(right)
+
+
+def test_numbers_that_state_parts_follow_each_of_them():
+    model = Stated()
+    found = find_groups(model, torch.randn(2, 4), cache=False)
+    assert {n: (g.channels, g.grade) for n, g in found.items()} == {"a[0:5]": (5, "exact"), "a[5:9]": (4, "exact")}
+    assert all(type(v) is int for v in model.parts)
+
+
+class Bare(nn.Module):
+    """A parameter without a layer, and a buffer, along a residual stream; tokens in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 6, 8))
+        self.scale = nn.Parameter(torch.rand(8))
+        self.register_buffer("shift", torch.randn(8))
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], dim=1) + self.place
+        x = x + self.scale * self.mix(x + self.shift).relu()
+        return self.head(x[:, 0])
+
+
+def test_bare_tensors_ride_along():
+    model = Bare()
+    found = find_groups(model, torch.randn(2, 5, 3), cache=False)
+    assert (found["embed"].grade, found["embed"].inner) == ("exact", False)
+    assert set(found["embed"].tensors) == {"token", "place", "scale", "shift"}
+    assert found.tensors["place", 2] == (Segment("embed", 8),)
+
+
+def test_a_single_channel_is_followed_too():
+    net = nn.Sequential(nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 2))
+    found = find_groups(net.eval(), torch.randn(2, 3, 4, 4), cache=False)
+    assert {n: (g.channels, g.grade) for n, g in found.items()} == {"0": (1, "exact"), "4": (1, "exact")}
+    assert found.axes["4", "in"] == (Segment("0", 1, 4),)
+
+
+def test_layers_called_by_function_count_as_layers():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return F.linear(F.linear(x, self.a.weight, self.a.bias).relu(), self.b.weight, self.b.bias)
+
+    found = discover(Functional(), torch.randn(2, 4))
+    assert found["a"].consumers == ("b",)
+    assert found.applied == {"a": 1, "b": 1}
+
+
+def test_the_trace_counts_how_often_weights_are_applied():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2), nn.Flatten(), nn.Linear(5 * 9, 2))
+    assert trace(net.eval(), torch.randn(1, 3, 9, 9)).applied == {"0": 49, "2": 9, "4": 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "chunks"),
+    [
+        ([1, 12], [1, 3, 4], [([0], [0]), ([1], [1, 2])]),
+        ([2, 3, 4], [6, 4], [([0, 1], [0]), ([2], [1])]),
+        ([2, 6], [3, 4], [([0, 1], [0, 1])]),
+        ([5, 1], [5], [([0, 1], [0])]),
+    ],
+)
+def test_runs_of_dimensions_that_hold_the_same_elements(old, new, chunks):
+    found = list(_chunks(old, new))
+    assert [(a, b) for a, b in found if a or b] == chunks
+    for a, b in found:
+        assert np.prod([old[i] for i in a]) == np.prod([new[j] for j in b])
