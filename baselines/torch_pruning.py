@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from widthbench.budget import Allocation
-from widthbench.task import Task
+from widthbench.task import Access, Task
 from widthbench.technique import Outcome, Technique
 from widthbench.width.ablation import Sample, cross_entropy
 from widthbench.width.groups import Groups
@@ -67,17 +67,15 @@ def as_group(model: nn.Module, groups: Groups, name: str) -> list[Any]:
             for i in range(several):
                 some = [j for j in range(len(positions)) if several == 1 or _nth(channels, j) == i]
                 items.append(_Item(module, pruning, [positions[j] for j in some], [channels[j] for j in some]))
-    first = groups[name].producers[0]
-    head = model.get_submodule(first)
-    items.sort(key=lambda item: item[0].layer is not head or item[0].pruning_fn not in (PRUNING["conv", "out"], PRUNING["linear", "out"]))
-    return items
+    head, making = model.get_submodule(groups[name].producers[0]), (PRUNING["conv", "out"], PRUNING["linear", "out"])
+    return sorted(items, key=lambda item: not (item[0].layer is head and item[0].pruning_fn in making))
 
 
 def _channels(groups: Groups, name: str, layer: str, side: Side) -> list[int]:
     """The channel at each of a group's positions along an axis, in the order of ``Groups.places``."""
     found: list[int] = []
     for s in groups.axes[layer, side]:
-        if (s.made_by(name) if side == "out" else name in (s.group, s.outer)):
+        if s.made_by(name) if side == "out" else name in (s.group, s.outer):
             each = s.size // groups[name].channels
             found += [c for c in range(groups[name].channels) for _ in range(each)]
     return found
@@ -99,7 +97,7 @@ class TorchPruning(Technique):
             scores that the importance normalises by group.
     """
 
-    access = "none"
+    access: ClassVar[Access] = "none"
     importance: ClassVar[Callable[[], Any]]
     bibtex = """@inproceedings{fang2023depgraph,
   title = {{DepGraph}: Towards Any Structural Pruning},
@@ -173,7 +171,7 @@ class _WithGradients(TorchPruning):
         samples: Training samples that the loss is taken on.
     """
 
-    access = "labelled"
+    access: ClassVar[Access] = "labelled"
 
     def __init__(self, *, allocation: Allocation = "uniform", samples: int = 256) -> None:
         super().__init__(allocation=allocation)

@@ -156,7 +156,6 @@ def sensitivities(
     Returns:
         ``[N]`` per group.
     """
-
     heads = {n: g.channels for n, g in groups.everything.items() if g.heads}
 
     def total(factor: Callable[[Tensor, Tensor], Tensor]) -> PerGroup:

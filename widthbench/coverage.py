@@ -27,7 +27,7 @@ from widthbench.errors import UsageError, did_you_mean
 from widthbench.paths import write_atomic
 from widthbench.report.speed import where
 from widthbench.width.certify import certify
-from widthbench.width.cost import CostModel
+from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.doctor import diagnose
 from widthbench.width.groups import discover
 
@@ -99,8 +99,11 @@ def survey(name: str) -> Row:
         half = api.apply("l1-norm", model, budget="channels:0.5", example_input=x, scope="all")
     except UsageError as error:
         return row | {"problem": row["problem"] or f"cannot be halved: {_first(error)}"}
-    cost, small = (CostModel(m, discover(m, x), x).macs for m in (model, half))
-    row["half MACs"] = round(small / max(cost, 1), 4)
+    cost = CostModel(model, groups, x)
+    left = discover(half, x)  # of one head alone nothing is found
+    widths = {n: left[n].channels if n in left else 1 for n, g in groups.items() if g.grade != "frozen"}
+    small = Cost(count_macs(half, x), sum(p.numel() for p in half.parameters()))
+    row |= {"half MACs": round(small.macs / max(cost.macs, 1), 4), "cost exact": cost(widths) == small}
     for what, check in (("forwards", _forwards), ("backwards", _backwards), ("saved and loaded", _reloads)):
         try:
             problem = "" if check(half, x) else f"half of it, {what}, gives something else"
@@ -187,6 +190,8 @@ def passed(row: Row) -> bool:
 def page(rows: Sequence[Row]) -> str:
     """The survey as a page of markdown."""
     good = [r for r in rows if passed(r)]
+    share = 100 * len(good) / max(1, len(rows))
+    counted, agree = sum("cost exact" in r for r in rows), sum(r.get("cost exact", False) for r in rows)
     split, removal = (max((float(r[k]) for r in rows if k in r), default=0.0) for k in ("split error", "gates vs removal"))
     table = [
         {
@@ -218,12 +223,13 @@ def page(rows: Sequence[Row]) -> str:
     return f"""{TITLE}
 
 One member of each of timm's {len(rows)} families, the one with the fewest parameters, untrained, at the input size that it was
-published with. {len(good)} of {len(rows)} ({100 * len(good) / max(1, len(rows)):.0f} %) load, have at least one exact group, and survive a 50 % L1 resize of all certified
-groups forwards, backwards (in training mode) and through saved weights. Largest errors over all exact groups of all of them, all
-groups of a network at once: splitting {split:.1e}, removal against gates {removal:.1e} (relative, float64; the bound is 1e-9).
+published with. {len(good)} of {len(rows)} ({share:.0f} %) load, have at least one exact group, and survive a 50 % L1 resize of all
+certified groups forwards, backwards (in training mode) and through saved weights. Largest errors over all exact groups of all of
+them, all groups of a network at once: splitting {split:.1e}, removal against gates {removal:.1e} (relative, float64; the bound is
+1e-9). The analytic cost of the half is what torch counts in {agree} of {counted}.
 
-"exact" groups may be resized, heads among them; "coupled" ones with scope="all" only; "down to" is the share of the MACs that is left
-with one channel per group, "half's" the share after the resize. Written by `widthbench doctor --all-families`.
+"exact" groups may be resized, heads among them; "coupled" ones with scope="all" only; "down to" is the share of the MACs that is
+left with one channel per group, "half's" the share after the resize. Written by `widthbench doctor --all-families`.
 
 {tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True)}
 

@@ -63,7 +63,8 @@ def test_gradients_are_those_of_the_mean_loss_and_squares_those_of_single_sample
     assert torch.allclose(model.conv1.weight.grad, expected)
     Hessian().fill(model, sample)
     squares = [
-        torch.autograd.grad(F.cross_entropy(model(a), b), model.conv1.weight)[0].square() for a, b in Sample(sample.x, sample.y).batches(1)
+        torch.autograd.grad(F.cross_entropy(model(a), b), model.conv1.weight)[0].square()
+        for a, b in Sample(sample.x, sample.y).batches(1)
     ]
     assert torch.allclose(model.conv1.weight.grad, torch.stack(squares).mean(0))
 

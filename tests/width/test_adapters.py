@@ -36,12 +36,12 @@ class Keeper(nn.Module):
 def test_numbers_are_themselves_again_afterwards():
     model = Keeper()
     before = dict(vars(model))
-    with pytest.raises(RuntimeError), watched_integers(model):
+    with pytest.raises(RuntimeError, match="torn"), watched_integers(model):  # noqa: PT012
         assert isinstance(model.width, Integer)
         assert isinstance(model.parts[1], Integer)
         assert type(model.shape[1]) is int  # 1 states nothing
         assert type(model.conv.out_channels) is int  # layers are declared by the resize
-        raise RuntimeError
+        raise RuntimeError("torn")
     assert all(vars(model)[k] is v for k, v in before.items())
 
 

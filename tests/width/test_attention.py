@@ -54,7 +54,7 @@ def made(**options):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_heads_and_head_dimensions_are_exact(options):
-    model, _, groups = made(**options)
+    _, _, groups = made(**options)
     assert {g.grade for g in groups.values()} == {"exact"}
     first = "qkv" if options["packed"] else "q"
     heads = groups[f"{first}.heads"]
@@ -92,7 +92,9 @@ def test_closed_gates_are_removal_of_heads_and_dimensions_at_once(options, on):
     kept = {}
     for name, group in groups.items():
         size = group.channels // group.blocks
-        kept[name] = torch.cat([b * size + torch.tensor([(b + i) % size for i in range(max(1, size - 2))]).sort().values for b in range(group.blocks)])
+        kept[name] = torch.cat(
+            [b * size + torch.tensor([(b + i) % size for i in range(max(1, size - 2))]).sort().values for b in range(group.blocks)]
+        )
     gates = {n: torch.zeros(groups[n].channels, dtype=torch.float64).index_fill(0, k, 1.0) for n, k in kept.items()}
     small = resize(model, groups, {n: keep(k) for n, k in kept.items()})
     with gated(model, groups, gates, on=on):
@@ -127,7 +129,10 @@ def test_transformers_resize_attention_and_mlps(name):
     assert {n.rpartition("attn.")[2] for n in inner if ".attn." in n} == {"qkv", "qkv.heads"}
     assert any(".mlp.fc1" in n for n in inner)
     widths = {n: max(1, g.channels // g.blocks // 2) * g.blocks for n, g in inner.items()}
-    plan = {n: keep(torch.cat([torch.arange(widths[n] // g.blocks) + b * (g.channels // g.blocks) for b in range(g.blocks)])) for n, g in inner.items()}
+    plan = {
+        n: keep(torch.cat([torch.arange(widths[n] // g.blocks) + b * (g.channels // g.blocks) for b in range(g.blocks)]))
+        for n, g in inner.items()
+    }
     small = resize(model, groups, plan)
     cost = CostModel(model, groups, x)(widths)
     assert cost.macs == count_macs(small, x)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from widthbench.width import discover, find_groups
 from widthbench.width.groups import Segment
-from widthbench.width.labels import _chunks, trace
+from widthbench.width.operations import _chunks, trace
 
 
 class Two(nn.Module):

@@ -341,7 +341,8 @@ class Ablation:
                 f"channel group '{name}' is closed channel by channel, since torch cannot batch it: {problem}", stacklevel=2
             )
             return "loop"
-        if batched == "update" and all(kind_of(self.model.get_submodule(c)) == "linear" for c in self.groups[name].consumers):
+        kinds = {kind_of(self.model.get_submodule(c)) for c in self.groups[name].consumers}
+        if batched == "update" and kinds == {"linear"}:
             return batched
         begin = time.perf_counter()
         self._batch(batched, name, index, gates, value, x, y)
@@ -352,7 +353,9 @@ class Ablation:
 
     def _updatable(self, name: str) -> bool:
         layers = [self.model.get_submodule(c) for c in self.groups[name].consumers]
-        return not self.groups[name].keys and all(kind_of(m) == "linear" or (kind_of(m) == "conv" and getattr(m, "groups", 1) == 1) for m in layers)
+        return not self.groups[name].keys and all(
+            kind_of(m) == "linear" or (kind_of(m) == "conv" and getattr(m, "groups", 1) == 1) for m in layers
+        )
 
     def _parts(self, name: str, count: int) -> tuple[int, int]:
         """(candidates, samples) at once, within the memory limit: rather all candidates on fewer samples, which share the front."""

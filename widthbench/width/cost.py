@@ -55,10 +55,8 @@ def _attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwar
 
 
 def counter_of_operations() -> FlopCounterMode:
-    """torch's counter (2 per multiply-add), which does not know the fused attention that CPUs run."""
-    return FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-    )
+    """The counter of torch (2 per multiply-add), which does not know the fused attention that CPUs run."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention})
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from widthbench.errors import NoGroupsError, UsageError, did_you_mean
 from widthbench.width.adapters import Origin
-from widthbench.width.labels import OUTPUT, Ids, Key, Labels, Size, evaluating, trace
+from widthbench.width.labels import OUTPUT, Ids, Key, Labels, Size, evaluating
 from widthbench.width.layers import Side, kind_of
+from widthbench.width.operations import trace
 
 Grade = Literal["exact", "coupled", "frozen"]
 Scope = Literal["inner", "all"]
@@ -451,7 +452,9 @@ class _Assembly:
         axes = {key: self._axis(layout) for key, layout in layouts.items()}
         touched = {k: a for k, a in axes.items() if any(s.group or s.outer for s in a)}
         layers = sorted((k for k in touched if isinstance(k[1], str)), key=lambda k: (self.order[k[0]], k[1]))
-        products = [(p.macs, tuple(self._axis(self._layout(None, self.labels.channel[g], g)) for g in p.grids)) for p in self.labels.products]
+        products = [
+            (p.macs, tuple(self._axis(self._layout(None, self.labels.channel[g])) for g in p.grids)) for p in self.labels.products
+        ]
         return Groups(
             members,
             {k: touched[k] for k in layers},  # type: ignore[misc]
@@ -596,7 +599,7 @@ class _Assembly:
                 part.blocks = 1
 
     def _whole_again(self) -> None:
-        """Parts of one cut of which none may change are one group, such as the head dimensions where each head has its own queries, keys and values side by side."""
+        """Parts of one cut of which none may change are one group: head dimensions where heads lie between them."""
         found: list[_Part] = []
         for _, several in itertools.groupby(self.parts, key=lambda p: p.raw):
             parts = list(several)
@@ -621,7 +624,7 @@ class _Assembly:
                     part, number = self.parts[i], ".".join(p for p in size.of[:2] if p)
                     part.reason = part.reason or f"the number '{number}' states its width and another one"
 
-    def _layout(self, key: Key | None, array: Ids, ids: Ids | None = None) -> list[_Run]:
+    def _layout(self, key: Key | None, array: Ids) -> list[_Run]:
         """One axis as runs of positions; a part that is not there as whole copies is frozen."""
         array = array.ravel()
         where = str(key[0]) if key is not None else ""
@@ -657,8 +660,10 @@ class _Assembly:
                     continue
                 at = runs.index(inside[0])
                 runs[at : at + len(inside)] = [_Run(-1, head.stop - head.start, 1, head.start, head.stop, outer=head.part)]
-            elif len(inside) == 1 and (inside[0].start, inside[0].stop) == (head.start, head.stop) and not (
-                inside[0].channels % head.channels or self.parts[inside[0].part].blocks % head.channels
+            elif (
+                len(inside) == 1
+                and (inside[0].start, inside[0].stop) == (head.start, head.stop)
+                and not (inside[0].channels % head.channels or self.parts[inside[0].part].blocks % head.channels)
             ):
                 inside[0].outer = head.part
             else:
@@ -693,13 +698,13 @@ class _Assembly:
         if not producers or not (consumers or reading or part.reason):
             return
         first = producers[0]
-        name, start = first, 0
+        name = first
         runs = layouts[first, "out"]
         mine = [r for r in runs if index in (r.part, r.outer)]
         if part.heads:
             name = f"{first}.heads"
         elif mine and any(r.part != index for r in runs):
-            name, start = f"{first}[{mine[0].start}:{mine[0].stop}]", mine[0].start
+            name = f"{first}[{mine[0].start}:{mine[0].stop}]"
         channels = set(part.channels.tolist())
         joined = bool(channels & set(self.labels.joined.tolist()))
         riders = [n for n in out if self.kinds[n] not in ("conv", "linear")]

@@ -17,12 +17,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from widthbench.width.adapters import Integer, watched_integers
+from widthbench.width.adapters import Integer
 from widthbench.width.layers import Side, axis_length, kind_of
 
 Ids = np.ndarray
@@ -42,6 +41,7 @@ Key = tuple[str, str | int]
 
 MEETS = "its channels meet positions that are not channels"
 OUTPUT = "the network's output"
+FILLING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # that leave a constant what it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,45 +157,27 @@ class Labels:
     output: Any = None
 
 
-def trace(model: nn.Module, x: Tensor) -> Labels:
-    """Run a network on one input and follow its channels.
-
-    Args:
-        model: In eval mode; it is left as it was.
-        x: ``[1, ...]``, on the network's device.
-    """
-    tracer = _Tracer(model)
-    tracer.values[x] = Value(data=True)
-    with torch.no_grad(), watched_integers(model), _Calls(tracer), tracer:
-        output = model(x)
-    for t in tree_leaves(output):
-        if isinstance(t, Tensor):
-            for _, ids in tracer.of(t).factors:
-                tracer.freeze(ids, OUTPUT)
-    return tracer.finish(output)
-
-
-class _Calls(TorchFunctionMode):
+class Calls(TorchFunctionMode):
     """Looks at calls before torch takes them apart: integers that know where they come from, attention's own scale."""
 
-    def __init__(self, tracer: _Tracer) -> None:
+    def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         before = self.tracer.call
-        call = self.tracer.call = _Call(getattr(func, "__name__", ""), args, kwargs)
+        call = self.tracer.call = Call(getattr(func, "__name__", ""), args, kwargs)
         try:
             if call.name == "__getitem__":
-                _note_whole(self.tracer, call)
+                note_whole(self.tracer, call)
             return func(*args, **kwargs)
         finally:
             self.tracer.call = before
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """A call of one of torch's functions or methods."""
 
     name: str = ""
@@ -225,11 +207,19 @@ class _Call:
         return found
 
 
-class _Tracer(TorchDispatchMode):
-    def __init__(self, model: nn.Module) -> None:
+class Tracer(TorchDispatchMode):
+    """Runs the rule of each operation; rules read and write what is known here.
+
+    Args:
+        model: The network, in eval mode.
+        rules: Gives the rule of an operation: ``(tracer, name, arguments, output)`` to what is known of the output, or of each.
+    """
+
+    def __init__(self, model: nn.Module, rules: Callable[[Any], Callable[..., Any] | None]) -> None:
         super().__init__()
+        self.rules = rules
         self.values: Any = WeakTensorKeyDictionary()
-        self.call = _Call()
+        self.call = Call()
         self.kinds = {name: kind_of(m) for name, m in model.named_modules()}
         self.axes: dict[Key, tuple[int, int]] = {}
         self.starts: list[int] = []
@@ -369,22 +359,19 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        rule: Callable[..., Any] | None = RULES.get(name)
-        if rule is None and (torch.Tag.pointwise in func.tags or name in POINTWISE):
-            rule = _pointwise
+        rule = self.rules(func)
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         values = [self.of(t) for t in inputs]
         if not any(v.factors or v.data for v in values):
             result: Any = [Value(constant=True)] * len(outputs)
-            if name in IN_PLACE:
+            if name in FILLING:
                 result = [values[0]] * len(outputs)
         elif rule is None:
             self.freeze_all(values, f"the operation {name} has no rule for channels")
-            result = [_plain(values)] * len(outputs)
+            result = [plain_value(values)] * len(outputs)
         else:
-            arguments = [*args, *kwargs.values()] if name in NAMED else args
-            result = rule(self, name, arguments, output)
+            result = rule(self, name, args, output)
         if isinstance(result, Value):
             result = [result] * len(outputs)
         for t, value in zip(outputs, result, strict=True):
@@ -454,10 +441,10 @@ class _Tracer(TorchDispatchMode):
         for value, summed, mapping in ((va, fa, maps[0]), (vb, fb, maps[1])):
             for f in value.factors:
                 if f is not summed:
-                    left_over.append(_moved(f, mapping))
+                    left_over.append(moved_factor(f, mapping))
                 elif len(f[0]) > 1:
                     kept = [i for i, d in enumerate(f[0]) if d in mapping]
-                    left_over.append(_moved((tuple(f[0][i] for i in kept), self.blocks(f[1], kept)), mapping))
+                    left_over.append(moved_factor((tuple(f[0][i] for i in kept), self.blocks(f[1], kept)), mapping))
         factors = self.merged(left_over)
         if va.data and vb.data:
             grids = [] if grid is None else [grid]
@@ -541,14 +528,14 @@ def _laid(ids: Ids, names: Sequence[Any], order: Sequence[Any]) -> Ids:
     return ids.reshape([ids.shape[present.index(n)] if n in present else 1 for n in order])
 
 
-def _moved(factor: Factor, mapping: Mapping[int, int]) -> Factor:
+def moved_factor(factor: Factor, mapping: Mapping[int, int]) -> Factor:
     """A factor whose dimensions have moved."""
     dims = [mapping[d] for d in factor[0]]
     order = sorted(range(len(dims)), key=lambda i: dims[i])
     return tuple(dims[i] for i in order), factor[1].transpose(order)
 
 
-def _simple(dims: Sequence[int], ids: Ids) -> list[Factor]:
+def simple_factors(dims: Sequence[int], ids: Ids) -> list[Factor]:
     """A factor without the axes along which its labels do not change; a single channel keeps them."""
     if ids.ndim and bool((ids == ids.flat[0]).all()):
         return [(tuple(dims), ids)]
@@ -559,176 +546,19 @@ def _simple(dims: Sequence[int], ids: Ids) -> list[Factor]:
     return [(tuple(dims), ids)] if ids.ndim else []
 
 
-def _plain(values: Iterable[Value]) -> Value:
+def plain_value(values: Iterable[Value]) -> Value:
     """What is known of an operation's output without labels."""
     values = list(values)
     near = frozenset().union(*(v.near for v in values)) if values else frozenset()
     return Value(constant=all(v.constant for v in values), data=any(v.data for v in values), near=near, direct=False)
 
 
-def _with(value: Value, factors: Iterable[Factor], **changes: Any) -> Value:
-    known = {"constant": value.constant, "data": value.data, "near": value.near, "direct": value.direct}
-    return Value(tuple(factors), **(known | changes))
+def with_factors(value: Value, factors: Iterable[Factor], **changes: Any) -> Value:
+    """What is known of a tensor, with other labels."""
+    return replace(value, factors=tuple(factors), **changes)
 
 
-# rules: (tracer, name, arguments, output) -> what is known of the output, or of each of them
-
-
-def _pointwise(tracer: _Tracer, name: str, args: Any, output: Any) -> Value:
-    outs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-    out = outs[0]
-    inputs = [a for a in tree_leaves(args) if isinstance(a, Tensor)]
-    factors: list[Factor] = []
-    plain: set[int] = set()
-    branches: dict[tuple[int, ...], list[Ids]] = {}
-    for t in inputs:
-        value, shift = tracer.of(t), out.dim() - t.dim()
-        covered = set()
-        for dims, ids in value.factors:
-            moved = tuple(d + shift for d in dims)
-            covered.update(dims)
-            if any(t.shape[d] != out.shape[m] for d, m in zip(dims, moved, strict=True)):
-                tracer.freeze(ids, "a single channel meets many")
-                continue
-            factors.append((moved, ids))
-            if value.data:
-                branches.setdefault(moved, []).append(ids)
-        if not value.constant:
-            one = 1 if value.data else 0  # a single position that is no channel may meet a single channel
-            plain |= {d + shift for d, n in enumerate(t.shape) if d not in covered and (n > 1 or n == one == out.shape[d + shift])}
-    for dims, ids in factors:
-        if plain & set(dims):
-            tracer.freeze(ids, MEETS)
-    found = [f for f in tracer.merged(factors) if not plain & set(f[0])]
-    if name in JOINING:
-        for parts in branches.values():
-            if len(parts) > 1 and any(p is not parts[0] and not np.array_equal(p, parts[0]) for p in parts):
-                tracer.joined.append(parts[0])
-    values = [tracer.of(t) for t in inputs]
-    value = _plain(values)
-    return _with(value, found, direct=name in ("clone", "_to_copy", "alias", "detach") and values[0].direct)
-
-
-def _same(tracer: _Tracer, name: str, args: Any, output: Any) -> Value:
-    value = tracer.of(args[0])
-    if output.shape != args[0].shape:  # other strides are the same positions, another shape is not
-        tracer.freeze_all([value], f"the operation {name} has no rule for channels")
-        return _with(value, [], direct=False)
-    return value
-
-
-def _remapped(tracer: _Tracer, t: Tensor, mapping: Mapping[int, int]) -> Value:
-    value = tracer.of(t)
-    for dims, ids in value.factors:
-        if not all(d in mapping for d in dims):
-            tracer.freeze(ids, "its only channel is squeezed away")
-    return _with(value, [_moved(f, mapping) for f in value.factors if all(d in mapping for d in f[0])])
-
-
-def _permute(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t = args[0]
-    n = t.dim()
-    if name == "t":
-        order = list(reversed(range(n)))
-    elif name.startswith("transpose"):
-        order = list(range(n))
-        a, b = (d % n for d in args[1:3])
-        order[a], order[b] = order[b], order[a]
-    else:
-        order = [d % n for d in args[1]]
-    return _remapped(tracer, t, {old: new for new, old in enumerate(order)})
-
-
-def _unsqueeze(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    at = args[1] % output.dim()
-    return _remapped(tracer, args[0], {d: d + (d >= at) for d in range(args[0].dim())})
-
-
-def _squeeze(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t = args[0]
-    dims = range(t.dim()) if len(args) < 2 else [args[1]] if isinstance(args[1], int) else args[1]
-    gone = {d % t.dim() for d in dims if t.shape[d] == 1}
-    kept = [d for d in range(t.dim()) if d not in gone]
-    return _remapped(tracer, t, {d: i for i, d in enumerate(kept)})
-
-
-def _expand(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t = args[0]
-    shift = output.dim() - t.dim()
-    return _remapped(tracer, t, {d: d + shift for d in range(t.dim())})
-
-
-def _chunks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Runs of dimensions of two shapes that hold the same elements."""
-    i = j = 0
-    while i < len(old) or j < len(new):
-        a, b = [], []
-        size_a = size_b = 1
-        while True:
-            if size_a <= size_b and i < len(old) and (not a or size_a < size_b):
-                size_a *= old[i]
-                a.append(i)
-                i += 1
-            elif j < len(new) and (not b or size_b < size_a):
-                size_b *= new[j]
-                b.append(j)
-                j += 1
-            else:
-                break
-        while i < len(old) and old[i] == 1 and j == len(new):
-            a.append(i)
-            i += 1
-        while j < len(new) and new[j] == 1 and i == len(old):
-            b.append(j)
-            j += 1
-        yield a, b
-
-
-def _view(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t, value = args[0], tracer.of(args[0])
-    if not value.factors:
-        return value
-    chunks = list(_chunks(list(t.shape), list(output.shape)))
-    factors: list[Factor] = []
-    for dims, ids in value.factors:
-        touched = [(a, b) for a, b in chunks if set(a) & set(dims)]
-        if ids.size == 1:  # a single channel: it goes where its dimension goes, repeated where others are merged with it
-            (a, b), at = touched[0], int(dims[0])
-            many = [d for d in b if output.shape[d] > 1]
-            if len(b) == 1 or (len(many) <= 1 and len(a) > 1 and max(t.shape[d] for d in a) > 1):
-                to = many[0] if many else b[0]
-                factors.append(((to,), np.full(output.shape[to], ids.flat[0])))
-            elif at - a[0] < len(b) and len(a) == len(b):
-                factors.append(((b[at - a[0]],), ids))
-            else:
-                tracer.freeze(ids, "its only channel is squeezed away")
-            continue
-        olds = [d for a, _ in touched for d in a]
-        news = [d for _, b in touched for d in b]
-        full = ids.reshape([t.shape[d] if d in dims else 1 for d in olds])
-        if any(len([d for d in a if t.shape[d] > 1]) > 1 for a, _ in touched):
-            full = np.broadcast_to(full, [t.shape[d] for d in olds])
-        elif math.prod(full.shape) != math.prod(output.shape[d] for d in news):
-            full = np.broadcast_to(full, [t.shape[d] for d in olds])
-        found = _simple(news, full.reshape([output.shape[d] for d in news]))
-        for f in found:
-            if f[1].ndim > len(dims):
-                tracer.cut(f[1])
-        factors += found
-    taken = [d for dims, _ in factors for d in dims]
-    if len(taken) > len(set(taken)):
-        tracer.freeze_all([value], "a reshape merges its channels with others")
-        factors = []
-    alike = len(factors) == len(value.factors) and all(
-        np.array_equal(new[1], old[1]) for new, old in zip(factors, value.factors, strict=True)
-    )
-    for i, size in enumerate(tracer.call.shape()):
-        if isinstance(size, Integer) and len(tracer.call.shape()) == output.dim() and size == output.shape[i]:
-            _note_size(tracer, size, factors, i)
-    return _with(value, factors, direct=value.direct and alike)
-
-
-def _note_whole(tracer: _Tracer, call: _Call) -> None:
+def note_whole(tracer: Tracer, call: Call) -> None:
     """A slice up to a number that is a dimension's whole length is no operation to torch, yet it states a width."""
     t, index = call.args
     for dim, part in enumerate(index if isinstance(index, tuple) else (index,)):
@@ -737,523 +567,14 @@ def _note_whole(tracer: _Tracer, call: _Call) -> None:
                 return
             continue
         if isinstance(part.stop, Integer) and not part.start and dim < t.dim() and part.stop == t.shape[dim]:
-            _note_size(tracer, part.stop, tracer.of(t).factors, dim)
+            note_size(tracer, part.stop, tracer.of(t).factors, dim)
 
 
-def _note_size(tracer: _Tracer, size: Integer, factors: Iterable[Factor], dim: int) -> None:
+def note_size(tracer: Tracer, size: Integer, factors: Iterable[Factor], dim: int) -> None:
+    """Note that a number states the size of a dimension."""
     for dims, ids in factors:
         if dim in dims:
             tracer.sizes.append(Size(size.origin, size.factor, ids, dims.index(dim)))
-
-
-def _picked(tracer: _Tracer, t: Tensor, dim: int, picks: Callable[[Ids, int], Ids], keepdim: bool) -> Value:
-    """What is left of one dimension after a selection along it."""
-    value, dim = tracer.of(t), dim % t.dim()
-    factors: list[Factor] = []
-    for dims, ids in value.factors:
-        if dim in dims:
-            axis = dims.index(dim)
-            chosen = picks(ids, axis)
-            left = [d for d in dims if keepdim or d != dim]
-            if not keepdim and not left:
-                tracer.freeze(ids, "single channels of it are picked out")
-            factors += _simple([d - (not keepdim and d > dim) for d in left], chosen) if chosen.ndim else []
-        else:
-            factors.append((tuple(d - (not keepdim and d > dim) for d in dims), ids))
-    return _with(value, factors)
-
-
-def _select(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    return _picked(tracer, args[0], args[1], lambda ids, axis: ids.take(args[2], axis=axis), False)
-
-
-def _slice(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t = args[0]
-    dim = (args[1] if len(args) > 1 else 0) % t.dim()
-    length = t.shape[dim]
-    start, stop, step = (args[i] if len(args) > i and args[i] is not None else d for i, d in ((2, 0), (3, length), (4, 1)))
-    start, stop, _ = slice(start, stop).indices(length)
-    factor = tracer.of(t).at(dim)
-    if factor is not None:
-        axis = factor[0].index(dim)
-        known = [i for i in tracer.call.integers() if int(i) in (start, stop)]
-        for integer in known:
-            part = factor[1].take(range(int(integer)), axis=axis)
-            tracer.sizes.append(Size(integer.origin, integer.factor, part, axis))
-        if not known and (start, stop) != (0, length):
-            _even(tracer, factor, axis, start, stop)
-    return _picked(tracer, t, dim, lambda ids, axis: ids.take(range(start, stop, step), axis=axis), True)
-
-
-def _even(tracer: _Tracer, factor: Factor, axis: int, start: int, stop: int) -> None:
-    """A part whose size nothing states: where it is one of several equal ones, they need equal counts."""
-    size, length = stop - start, factor[1].shape[axis]
-    if size and length % size == 0 and start % size == 0:
-        ids = np.moveaxis(factor[1], axis, -1)
-        tracer.cut(ids.reshape(*ids.shape[:-1], length // size, size))
-
-
-def _split(tracer: _Tracer, name: str, args: Any, output: Any) -> list[Value]:
-    t = args[0]
-    dim = (args[2] if len(args) > 2 else 0) % t.dim()
-    factor = tracer.of(t).at(dim)
-    sizes = [o.shape[dim] for o in output]
-    starts = [0, *itertools.accumulate(sizes)]
-    if factor is not None:
-        axis = factor[0].index(dim)
-        if len(set(sizes)) == 1 and name != "split_with_sizes":
-            _even(tracer, factor, axis, 0, sizes[0])
-        for integer in tracer.call.integers():
-            matching = [i for i, s in enumerate(sizes) if s == int(integer)]
-            stated = tracer.call.args[1] if len(tracer.call.args) > 1 else None
-            if isinstance(stated, list | tuple):
-                matching = [i for i in matching if i < len(stated) and stated[i] is integer]
-            for i in matching[:1]:
-                part = factor[1].take(range(starts[i], starts[i + 1]), axis=axis)
-                tracer.sizes.append(Size(integer.origin, integer.factor, part, axis))
-        if len(set(sizes)) == 1 and name == "split_with_sizes" and not tracer.call.integers():
-            _even(tracer, factor, axis, 0, sizes[0])
-    return [
-        _picked(tracer, t, dim, lambda ids, axis, a=a, b=b: ids.take(range(a, b), axis=axis), True)
-        for a, b in itertools.pairwise(starts)
-    ]
-
-
-def _unbind(tracer: _Tracer, name: str, args: Any, output: Any) -> list[Value]:
-    dim = args[1] if len(args) > 1 else 0
-    return [
-        _picked(tracer, args[0], dim, lambda ids, axis, i=i: ids.take(i, axis=axis), False) for i in range(len(output))
-    ]
-
-
-def _cat(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    tensors = [t for t in args[0] if t.numel() or t.dim() == output.dim()]
-    dim = (args[1] if len(args) > 1 else 0) % output.dim()
-    values = [tracer.of(t) for t in tensors]
-    base = _plain(values)
-    others = tracer.merged(f for v in values for f in v.factors if dim not in f[0])
-    plain = {
-        d
-        for v, t in zip(values, tensors, strict=True)
-        for d, n in enumerate(t.shape)
-        if d != dim and n > 1 and v.at(d) is None and not v.constant
-    }
-    for dims, ids in others:
-        if plain & set(dims):
-            tracer.freeze(ids, MEETS)
-    others = [f for f in others if not plain & set(f[0])]
-    along = [v.at(dim) for v in values]
-    if not any(along):
-        return _with(base, others, direct=False)
-    dims = max((f[0] for f in along if f is not None), key=len)
-    parts = []
-    for f, v, t in zip(along, values, tensors, strict=True):
-        shape = [t.shape[d] for d in dims]
-        if f is not None and f[0] == dims:
-            parts.append(f[1])
-        elif f is not None and set(f[0]) < set(dims):
-            parts.append(np.broadcast_to(f[1].reshape([t.shape[d] if d in f[0] else 1 for d in dims]), shape))
-        elif f is None:  # fixed positions between channels: tokens in front of others, or constants
-            new = tracer._new(math.prod(shape)).reshape(shape)
-            tracer.freeze(new, "fixed positions lie beside its channels")
-            parts.append(new)
-        else:
-            tracer.freeze_all(values, "a concatenation lays its channels across others")
-            return _with(base, [], direct=False)
-    return _with(base, [*[f for f in others if not set(f[0]) & set(dims)], (dims, np.concatenate(parts, axis=dims.index(dim)))], direct=False)
-
-
-def _stack(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    tensors = args[0]
-    dim = (args[1] if len(args) > 1 else 0) % output.dim()
-    mapping = {d: d + (d >= dim) for d in range(output.dim() - 1)}
-    values = [_remapped(tracer, t, mapping) for t in tensors]
-    base = _plain(values)
-    shapes = {tuple(f[0] for f in v.factors) for v in values}
-    if len(shapes) != 1:
-        tracer.freeze_all(values, MEETS)
-        return _with(base, [], direct=False)
-    factors: list[Factor] = []
-    for several in zip(*(v.factors for v in values), strict=True):
-        dims = (dim, *several[0][0])
-        ids = np.stack([ids for _, ids in several])
-        tracer.cut(ids) if not all(np.array_equal(ids[0], i) for i in ids) else None
-        factors += [_moved(f, {d: d for d in dims}) for f in _simple(dims, ids)]
-    taken = [d for dims, _ in factors for d in dims]
-    if len(taken) > len(set(taken)):
-        tracer.freeze_all(values, "a stack lays its channels across others")
-        factors = []
-    return _with(base, factors, direct=False)
-
-
-def _pad(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t, pads = args[0], list(args[1])
-    value = tracer.of(t)
-    factors: list[Factor] = []
-    for dims, ids in value.factors:
-        for i in range(len(pads) // 2):
-            dim = t.dim() - 1 - i
-            before, after = pads[2 * i], pads[2 * i + 1]
-            if dim not in dims or not (before or after):
-                continue
-            if before < 0 or after < 0:
-                tracer.freeze(ids, "a negative padding cuts its channels")
-                return _with(value, [f for f in value.factors if f[1] is not ids], direct=False)
-            axis, parts = dims.index(dim), [ids]
-            stated = next((i for i in tracer.call.integers() if i in (before, after)), None)
-            known = stated is not None and {before, after} <= {0, int(stated)}
-            new: list[Ids] = []
-            for n, front in ((before, True), (after, False)):
-                if n:
-                    shape = [n if a == axis else s for a, s in enumerate(ids.shape)]
-                    new.append(tracer._new(math.prod(shape)).reshape(shape))
-                    parts = [new[-1], *parts] if front else [*parts, new[-1]]
-                    if stated is None or not known:
-                        tracer.freeze(new[-1], "zeros are padded to it, a fixed number of them")
-                    else:  # one number for both ends: they keep equal counts
-                        tracer.tie(new[0], new[-1])
-                        tracer.sizes.append(Size(stated.origin, stated.factor, new[-1], axis))
-            ids = np.concatenate(parts, axis=axis)
-        factors.append((dims, ids))
-    return _with(value, factors, direct=False)
-
-
-def _index(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t, indices = args[0], list(args[1])
-    value = tracer.of(t)
-    at = [i for i, index in enumerate(indices) if index is not None]
-    given = [indices[i] for i in at]
-    if any(i.dtype in (torch.bool, torch.uint8) for i in given):
-        tracer.freeze_all([value], "a mask picks among its channels")
-        return _with(value, [], direct=False)
-    rank = max(i.dim() for i in given)
-    start = at[0] if at == list(range(at[0], at[0] + len(at))) else 0
-    kept = [d for d in range(t.dim()) if d not in at]
-    mapping = {d: n if n < start else n + rank for n, d in enumerate(kept)}
-    factors: list[Factor] = []
-    for dims, ids in value.factors:
-        if not set(dims) & set(at):
-            factors.append(_moved((dims, ids), mapping))
-        elif len(dims) == len(at) == 1 and tracer.of(given[0]).constant:
-            factors += _simple(range(start, start + rank), ids[given[0].cpu().numpy()])
-        elif value.data:
-            tracer.freeze(ids, "an index picks among its channels")
-    return _with(value, factors, direct=False)
-
-
-def _index_select(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    index = args[2].cpu().numpy()
-    return _picked(tracer, args[0], args[1], lambda ids, axis: ids.take(index, axis=axis), True)
-
-
-def _flip(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t, value = args[0], tracer.of(args[0])
-    turned = {d % t.dim() for d in (args[1] if name == "flip" else args[2] if len(args) > 2 else range(t.dim()))}
-    factors: list[Factor] = []
-    for dims, ids in value.factors:
-        if turned & set(dims):
-            if name == "roll":
-                tracer.freeze(ids, "its channels are rolled")
-                continue
-            ids = np.flip(ids, [dims.index(d) for d in turned & set(dims)])
-        factors.append((dims, ids))
-    return _with(value, factors, direct=False)
-
-
-def _repeat(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t, value = args[0], tracer.of(args[0])
-    shift = output.dim() - t.dim()
-    factors = []
-    for dims, ids in value.factors:
-        moved = tuple(d + shift for d in dims)
-        factors.append((moved, np.tile(ids, [output.shape[m] // t.shape[d] for m, d in zip(moved, dims, strict=True)])))
-    return _with(value, factors, direct=False)
-
-
-def _reduce(tracer: _Tracer, name: str, args: Any, output: Any) -> Value | list[Value]:
-    t = args[0]
-    given = args[2] if name == "linalg_vector_norm" and len(args) > 2 else args[1] if len(args) > 1 and name != "linalg_vector_norm" else None
-    if isinstance(given, bool) or given is None or given == []:
-        dims = set(range(t.dim()))
-    else:
-        dims = {d % t.dim() for d in ([given] if isinstance(given, int) else given)}
-    first = next(o for o in tree_leaves(output) if isinstance(o, Tensor))
-    keepdim = first.dim() == t.dim()
-    kept = [d for d in range(t.dim()) if keepdim or d not in dims]
-    mapping = {d: i for i, d in enumerate(kept)}
-    value = tracer.of(t)
-    factors: list[Factor] = []
-    for own, ids in value.factors:
-        over = [i for i, d in enumerate(own) if d in dims]
-        if len(over) == len(own):
-            tracer.freeze(ids, f"{name} runs over its channels")
-            continue
-        left = ids
-        for axis in sorted(over, reverse=True):
-            tracer.tie(left, left.take([0], axis=axis))
-            left = left.take(0, axis=axis)
-        factors.append(_moved((tuple(d for i, d in enumerate(own) if i not in over), left), mapping))
-    return _with(value, factors, direct=False)
-
-
-def _softmax(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    t, value = args[0], tracer.of(args[0])
-    dim = args[1] % t.dim()
-    factors = []
-    for dims, ids in value.factors:
-        if dims == (dim,):
-            tracer.freeze(ids, "a softmax runs over its channels")
-            continue
-        if dim in dims:
-            tracer.tie(ids, ids.take([0], axis=dims.index(dim)))
-        factors.append((dims, ids))
-    return _with(value, factors, direct=False)
-
-
-def _spatial(tracer: _Tracer, name: str, args: Any, output: Any) -> Value:
-    """Pooling and interpolation: channels come second."""
-    value = tracer.of(args[0])
-    factors = []
-    for dims, ids in value.factors:
-        if dims == (1,):
-            factors.append((dims, ids))
-        else:
-            tracer.freeze(ids, f"{name} runs over its channels")
-    return _with(value, factors, direct=False)
-
-
-def _convolution(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    x, w, b = args[:3]
-    transposed, groups = args[6], args[8]
-    vx, vw = tracer.of(x), tracer.of(w)
-    for dims, ids in vx.factors:
-        if dims != (1,):
-            tracer.freeze(ids, "a convolution runs over its channels as if they were places")
-    fx = next((ids for dims, ids in vx.factors if dims == (1,)), None)
-    fo = next((ids for dims, ids in vw.factors if dims == (0,)), None)
-    fi = next((ids for dims, ids in vw.factors if dims == (1,)), None)
-    layer = tracer.layer_of(fo)
-    if transposed or vw.data or any(dims not in ((0,), (1,)) for dims, _ in vw.factors):
-        tracer.freeze_all([vx, vw], "a transposed convolution, or one whose weights depend on the input, has no rule")
-        return _with(_plain([vx, vw]), [])
-    if vw.constant and groups == x.shape[1] == output.shape[1]:
-        return _with(vx, [] if fx is None else [((1,), fx)], direct=False)  # a fixed filter for each channel, of any number
-    made = fo
-    if groups == 1:
-        if fx is not None and fi is not None:
-            tracer.tie(fx, fi)
-        elif fi is not None and not vx.constant:
-            tracer.freeze(fi, "reads positions that are not channels")
-        elif fx is not None:
-            tracer.freeze(fx, MEETS)
-    elif groups == x.shape[1] == output.shape[1]:
-        if fx is not None and fo is not None:
-            tracer.tie(fx, fo)
-            made = fx
-        elif fo is not None:
-            tracer.freeze(fo, MEETS)
-            made = None
-        elif fx is not None:
-            tracer.freeze(fx, MEETS)
-    elif layer is not None and tracer.kinds[layer] == "conv":
-        start, length = tracer.axes[layer, "in"]
-        inside = np.arange(start, start + length)
-        if fx is not None and length == len(fx):
-            tracer.tie(fx, inside)
-            tracer.halves.append((inside, groups, layer))
-            if fo is not None:
-                tracer.halves.append((fo, groups, layer))
-        else:
-            tracer.freeze(inside, MEETS)
-            if fo is not None:
-                tracer.freeze(fo, f"{layer} reads positions that are not channels in {groups} blocks")
-    else:
-        tracer.freeze_all([vx, vw], "a grouped convolution with weights of its own making")
-    if b is not None and made is not None and (fb := tracer.of(b).at(0)) is not None:
-        tracer.tie(made, fb[1])
-    near, direct = tracer.passes(layer, vx, output.numel() // output.shape[1] // output.shape[0])
-    return Value(() if made is None else (((1,), made),), data=vx.data, near=near, direct=direct)
-
-
-def _matmul(tracer: _Tracer, name: str, args: Any, output: Tensor) -> Value:
-    bias = args[0] if name in ("addmm", "baddbmm", "addbmm") else None
-    a, b = args[1:3] if bias is not None else args[:2]
-    batch = {0: 0} if output.dim() == 3 else {}
-    n = len(batch)
-    macs = output.numel() * a.shape[-1]
-    if name == "linear":
-        last = output.dim() - 1
-        maps: Any = ({d: d for d in range(last)}, {0: last})
-        contracted = ((a, a.dim() - 1), (b, 1))
-        bias = args[2] if len(args) > 2 else None
-    else:
-        maps = ({**batch, n: n}, {**batch, n + 1: n + 1})
-        contracted = ((a, n + 1), (b, n))
-    va, vb = tracer.of(a), tracer.of(b)
-    scaled = tracer.call.name == "scaled_dot_product_attention" and tracer.call.kwargs.get("scale") is None
-    value = tracer.contract(*contracted, maps, macs, scaled)
-    layer = None
-    if not vb.data:
-        dims = (0,) if name == "linear" else (n + 1,)
-        layer = tracer.layer_of(next((ids for d, ids in vb.factors if d == dims), None))
-    near, direct = tracer.passes(layer, va, output.numel() // output.shape[-1])
-    if layer is not None:
-        value = _with(value, value.factors, near=near, direct=direct)
-    if isinstance(bias, Tensor):
-        vbias, shift = tracer.of(bias), output.dim() - bias.dim()
-        moved = [(tuple(d + shift for d in dims), ids) for dims, ids in vbias.factors]
-        value = _with(value, tracer.merged([*value.factors, *moved]))
-    return value
-
-
-def _attention(tracer: _Tracer, name: str, args: Any, output: Any) -> list[Value]:
-    q, k, v = args[:3]
-    batch = {d: d for d in range(q.dim() - 2)}
-    n = len(batch)
-    scaled = tracer.call.kwargs.get("scale") is None and tracer.call.name == "scaled_dot_product_attention"
-    heads = q.shape[1] if q.dim() == 4 else 1
-    logits = q.shape[0] * heads * q.shape[-2] * k.shape[-2]
-    first = tracer.contract((q, n + 1), (k, n + 1), ({**batch, n: n}, {**batch, n: n + 1}), logits * q.shape[-1], scaled)
-    mask = tracer.call.kwargs.get("attn_mask", tracer.call.args[3] if len(tracer.call.args) > 3 else None)
-    if isinstance(mask, Tensor):
-        shift = q.dim() - mask.dim()
-        moved = [(tuple(d + shift for d in dims), ids) for dims, ids in tracer.of(mask).factors]
-        first = _with(first, tracer.merged([*first.factors, *moved]))
-    weights = q.new_empty(0)
-    tracer.values[weights] = first
-    second = tracer.contract((weights, n + 1), (v, n), ({**batch, n: n}, {**batch, n + 1: n + 1}), logits * v.shape[-1])
-    count = len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
-    return [second, *[_with(second, [])] * (count - 1)]
-
-
-def _batch_norm(tracer: _Tracer, name: str, args: Any, output: Any) -> list[Value]:
-    x = args[0]
-    vx = tracer.of(x)
-    tensors = [a for a in args[1:5] if isinstance(a, Tensor)]
-    training = next((a for a in args[1:] if isinstance(a, bool)), False) and "no_training" not in name
-    owners = [f for t in tensors if (f := tracer.of(t).at(0)) is not None]
-    layer = next((found for _, ids in owners if (found := tracer.layer_of(ids))), None)
-    at = vx.at(1)
-    factors = list(vx.factors)
-    if at is not None and at[0] != (1,):
-        tracer.freeze_all([vx], "a batch norm runs over its channels as if they were places")
-        factors = []
-    elif at is None:
-        for _, ids in owners:
-            tracer.freeze(ids, MEETS)
-    else:
-        for _, ids in owners:
-            tracer.tie(at[1], ids)
-        for dims, ids in vx.factors:
-            if training and dims != (1,):
-                tracer.freeze(ids, "weights are standardised over it")
-    near, direct = tracer.passes(layer, vx)
-    count = len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
-    return [_with(vx, factors, near=near, direct=direct), *[_with(vx, [])] * (count - 1)]
-
-
-def _layer_norm(tracer: _Tracer, name: str, args: Any, output: Any) -> list[Value]:
-    x, shape = args[0], args[1]
-    vx = tracer.of(x)
-    affine = [f[1] for t in args[2:4] if isinstance(t, Tensor) and (f := tracer.of(t).at(0)) is not None]
-    layer = next((found for ids in affine if (found := tracer.layer_of(ids))), None)
-    last = x.dim() - 1
-    normed = {x.dim() - 1 - i for i in range(len(shape))}
-    factors = []
-    for dims, ids in vx.factors:
-        if not normed & set(dims):
-            factors.append((dims, ids))
-        elif len(shape) > 1 or layer is None:
-            tracer.freeze(ids, "a norm across its channels that is no layer of ours")
-        else:
-            for own in affine:
-                tracer.merged([(dims, ids), ((last,), own)])
-            tracer.normalised.append(ids)
-            factors.append((dims, ids))
-    if vx.at(last) is None:
-        for own in affine:
-            tracer.freeze(own, MEETS)
-    near, direct = tracer.passes(layer, vx)
-    count = len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
-    return [_with(vx, factors, near=near, direct=direct), *[_with(vx, [])] * (count - 1)]
-
-
-def _group_norm(tracer: _Tracer, name: str, args: Any, output: Any) -> list[Value]:
-    x, groups = args[0], args[6]
-    vx = tracer.of(x)
-    affine = [f[1] for t in args[1:3] if isinstance(t, Tensor) and (f := tracer.of(t).at(0)) is not None]
-    layer = next((found for ids in affine if (found := tracer.layer_of(ids))), None)
-    factors = []
-    for dims, ids in vx.factors:
-        if dims != (1,) or layer is None:
-            tracer.freeze(ids, "a norm across its channels that is no layer of ours")
-            continue
-        for own in affine:
-            tracer.tie(ids, own)
-        if groups > 1:
-            tracer.halves.append((ids, groups, layer))
-        tracer.normalised.append(ids)
-        factors.append((dims, ids))
-    if vx.at(1) is None:
-        for own in affine:
-            tracer.freeze(own, MEETS)
-    near, direct = tracer.passes(layer, vx)
-    count = len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
-    return [_with(vx, factors, near=near, direct=direct), *[_with(vx, [])] * (count - 1)]
-
-
-JOINING = ("add", "add_", "sub", "sub_", "rsub", "_foreach_add", "maximum", "minimum")
-POINTWISE = {
-    "hardswish", "hardswish_", "_prelu_kernel", "prelu", "native_dropout", "log_sigmoid_forward", "_to_copy", "copy_", "rsub",
-    "masked_fill_", "lift_fresh", "contiguous", "gelu_", "hardtanh_", "hardsigmoid_", "leaky_relu_", "elu_", "silu_", "celu_",
-    "mish_", "clamp_", "clamp_min_", "relu6", "where", "logical_not_", "_conj",
-}  # fmt: skip
-IN_PLACE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "resize_", "set_"}
-NAMED: set[str] = set()
-RULES: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("detach", "alias", "lift_fresh", "_conj", "detach_", "fill_", "zero_", "as_strided_", "as_strided"), _same),
-    **dict.fromkeys(("permute", "transpose", "transpose_", "t"), _permute),
-    **dict.fromkeys(("unsqueeze", "unsqueeze_"), _unsqueeze),
-    **dict.fromkeys(("squeeze", "squeeze_"), _squeeze),
-    "expand": _expand,
-    **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape", "_reshape_copy"), _view),
-    "select": _select,
-    "slice": _slice,
-    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "chunk"), _split),
-    "unbind": _unbind,
-    "cat": _cat,
-    "stack": _stack,
-    "constant_pad_nd": _pad,
-    "index": _index,
-    "index_select": _index_select,
-    **dict.fromkeys(("flip", "roll"), _flip),
-    "repeat": _repeat,
-    **dict.fromkeys(
-        ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "logsumexp",
-         "linalg_vector_norm", "norm", "argmax", "argmin"), _reduce,
-    ),
-    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax", "softmax"), _softmax),
-    **dict.fromkeys(
-        ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices",
-         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",
-         "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
-         "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
-         "replication_pad2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d"), _spatial,
-    ),
-    **dict.fromkeys(("convolution", "_convolution"), _convolution),
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "linear"), _matmul),
-    **dict.fromkeys(
-        ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-         "_scaled_dot_product_attention_math", "_scaled_dot_product_fused_attention_overrideable"), _attention,
-    ),
-    **dict.fromkeys(
-        ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-         "_batch_norm_with_update", "miopen_batch_norm"), _batch_norm,
-    ),
-    "native_layer_norm": _layer_norm,
-    "native_group_norm": _group_norm,
-}  # fmt: skip
 
 
 @contextmanager

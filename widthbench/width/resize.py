@@ -91,10 +91,11 @@ def resize_uncertified(model: nn.Module, groups: Groups, plan: Plan) -> nn.Modul
 
     memo = detached(model)
     widths: dict[str, dict[Side, int]] = {}
+    channels = {n: len(change.rows) for n, change in plan.items()}
     with torch.no_grad():
         for layer, sides in layers.items():
             module = model.get_submodule(layer)
-            widths[layer] = {side: axis_width(axis, {n: len(c.rows) for n, c in plan.items()}, groups.everything) for side, axis in sides.items()}
+            widths[layer] = {side: axis_width(axis, channels, groups.everything) for side, axis in sides.items()}
             for name, new in _tensors(layer, module, sides, plan, groups).items():
                 _replace(getattr(module, name), new, memo)
         for name, tensor in _bare(model, groups, plan).items():
