@@ -189,7 +189,7 @@ def test_one_adamw_step_with_label_smoothing_equals_torchs_own(digits):
     loss.backward()
     optimizer.step()
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+        assert torch.allclose(a, b, atol=1e-5)  # a gradient near AdamW's epsilon, 1e-8, makes a step of lr g / (g + epsilon)
 
 
 def test_batches_of_one_are_refused():

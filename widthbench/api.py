@@ -15,7 +15,7 @@ from widthbench.budget import Budget
 from widthbench.errors import UsageError
 from widthbench.recipe import Recipe
 from widthbench.task import Samples, Task, bar, quiet
-from widthbench.technique import Technique, runs
+from widthbench.technique import Outcome, Technique, runs
 from widthbench.training import fit
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import CostModel, count_macs
@@ -103,6 +103,36 @@ def apply(
         >>> small(x).shape
         torch.Size([1, 1000])
     """
+    resized = outcome(
+        technique,
+        model,
+        budget=budget,
+        example_input=example_input,
+        data=data,
+        scope=scope,
+        include=include,
+        seed=seed,
+        progress=progress,
+        **params,
+    ).resized
+    assert resized is not None  # Technique.apply() always fills it in
+    return resized
+
+
+def outcome(
+    technique: str | Technique,
+    model: nn.Module,
+    *,
+    budget: str | Budget,
+    example_input: Tensor,
+    data: Any = None,
+    scope: Scope = "inner",
+    include: str | Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **params: Any,
+) -> Outcome:
+    """``apply`` with everything that was decided: the plan, the widths, what is kept, and the resized network."""
     if not isinstance(technique, str | Technique):
         raise UsageError(f"technique must be a registered name or an instance, not {technique!r}")
     if not isinstance(model, nn.Module):
@@ -147,12 +177,12 @@ def apply(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        outcome = chosen.apply(task)
-        resized = outcome.resized
-        assert resized is not None  # apply() always fills it in
-        if not outcome.met:
+        decided = chosen.apply(task)
+        resized = decided.resized
+        assert resized is not None
+        if not decided.met:
             warnings.warn(
-                f"technique '{chosen.id}' leaves part of the budget {parsed} unused: it keeps {outcome.kept:.3f}", stacklevel=2
+                f"technique '{chosen.id}' leaves part of the budget {parsed} unused: it keeps {decided.kept:.3f}", stacklevel=3
             )
         resized.eval()
         if not runs(resized, example_input, groups.output_shapes):
@@ -160,7 +190,7 @@ def apply(
     finally:
         for m, mode in modes.items():
             m.training = mode
-    return resized
+    return decided
 
 
 def _samples(data: Any, which: str, device: torch.device) -> Samples:

@@ -33,6 +33,7 @@ from widthbench.width.groups import discover
 
 Row = dict[str, Any]
 TITLE = "# What of timm's families can be resized"
+LARGE = 400  # pixels, above which a network is looked at with 224: attention over 768 px does not fit this memory in float64
 
 
 def members(families: Sequence[str] = ()) -> dict[str, tuple[str, int]]:
@@ -70,13 +71,16 @@ def survey(name: str) -> Row:
     """One network: its groups, how well they are proven, and what half of it does.
 
     Args:
-        name: Any timm model name; it is built untrained, at the input size that it was published with.
+        name: Any timm model name; it is built untrained, at the input size that it was published with, or at 224 px where that
+            is above 400 px.
 
     Returns:
         Counts by grade, the largest errors of the split and gate probes over all exact groups at once, seconds, and for the
         50 % L1 resize of all certified groups whether it runs forwards, backwards, and comes back from saved weights the same.
     """
     channels, height, width, classes = models.native(name)
+    if max(height, width) > LARGE:
+        height = width = 224
     row: Row = {"model": name, "input": f"{channels} x {height} x {width}"}
     try:
         model = models.create(name, classes=classes, channels=channels, size=height)
@@ -96,14 +100,13 @@ def survey(name: str) -> Row:
     row["reasons"] = dict(Counter(g.reason for g in groups.values() if g.grade == "frozen").most_common())
     row["problem"] = groups.problem or ("" if row["exact"] else "no exact group")
     try:
-        half = api.apply("l1-norm", model, budget="channels:0.5", example_input=x, scope="all")
+        outcome = api.outcome("l1-norm", model, budget="channels:0.5", example_input=x, scope="all")
     except UsageError as error:
         return row | {"problem": row["problem"] or f"cannot be halved: {_first(error)}"}
-    cost = CostModel(model, groups, x)
-    left = discover(half, x)  # of one head alone nothing is found
-    widths = {n: left[n].channels if n in left else 1 for n, g in groups.items() if g.grade != "frozen"}
+    half, cost = outcome.resized, CostModel(model, groups, x)
+    assert half is not None  # apply() always fills it in
     small = Cost(count_macs(half, x), sum(p.numel() for p in half.parameters()))
-    row |= {"half MACs": round(small.macs / max(cost.macs, 1), 4), "cost exact": cost(widths) == small}
+    row |= {"half MACs": round(small.macs / max(cost.original.macs, 1), 4), "cost exact": cost(outcome.widths) == small}
     for what, check in (("forwards", _forwards), ("backwards", _backwards), ("saved and loaded", _reloads)):
         try:
             problem = "" if check(half, x) else f"half of it, {what}, gives something else"
@@ -223,10 +226,10 @@ def page(rows: Sequence[Row]) -> str:
     return f"""{TITLE}
 
 One member of each of timm's {len(rows)} families, the one with the fewest parameters, untrained, at the input size that it was
-published with. {len(good)} of {len(rows)} ({share:.0f} %) load, have at least one exact group, and survive a 50 % L1 resize of all
-certified groups forwards, backwards (in training mode) and through saved weights. Largest errors over all exact groups of all of
-them, all groups of a network at once: splitting {split:.1e}, removal against gates {removal:.1e} (relative, float64; the bound is
-1e-9). The analytic cost of the half is what torch counts in {agree} of {counted}.
+published with, or at 224 px where that is above {LARGE} px. {len(good)} of {len(rows)} ({share:.0f} %) load, have at least one
+exact group, and survive a 50 % L1 resize of all certified groups forwards, backwards (in training mode) and through saved weights.
+Largest errors over all exact groups of all of them, all groups of a network at once: splitting {split:.1e}, removal against gates
+{removal:.1e} (relative, float64; the bound is 1e-9). The analytic cost of the half is what torch counts in {agree} of {counted}.
 
 "exact" groups may be resized, heads among them; "coupled" ones with scope="all" only; "down to" is the share of the MACs that is
 left with one channel per group, "half's" the share after the resize. Written by `widthbench doctor --all-families`.

@@ -8,7 +8,7 @@ import zoo
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from widthbench.width import certify, discover, find_groups
+from widthbench.width import certify, discover, find_groups, keep, resize
 from widthbench.width.certify import _split_plan, errors_of_all, fingerprint, randomised
 from widthbench.width.doctor import diagnose
 from widthbench.width.groups import Group, Segment
@@ -238,3 +238,32 @@ def test_the_fingerprint_sees_what_a_grade_depends_on():
     assert of(zoo.Plain()) == of(zoo.Plain())
     assert of(zoo.Plain()) != of(strided)
     assert of(zoo.Plain()) != of(zoo.Plain(), torch.randn(1, 2, 10, 10))
+
+
+class Own(nn.Module):
+    """A layer whose instances choose their forward, and hold a number without axes."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+        self.register_buffer("limit", torch.tensor(float("inf")))
+        self.forward = self.forward_residual
+
+    def forward_residual(self, x):
+        return x + self.layer(x).clamp(max=self.limit)
+
+
+def test_an_instances_own_forward_is_the_copys():
+    model, x = nn.Sequential(nn.Linear(3, 8), Own(8), nn.Linear(8, 2)), torch.randn(2, 3)
+    groups = find_groups(model, x)
+    assert groups["0"].grade == "exact"
+    small = resize(model, groups, {"0": keep([1, 2, 5])})
+    with torch.no_grad():
+        small[1].layer.weight.zero_()
+        small[1].layer.bias.zero_()
+        assert torch.equal(small(x), small[2](small[0](x)))
+
+
+def test_partial_convolutions_of_fasternet_are_exact():
+    model, x = timm.create_model("fasternet_t0"), torch.randn(1, 3, 64, 64)
+    assert {g.grade for g in find_groups(model, x).values()} == {"exact"}

@@ -44,7 +44,7 @@ class _Affine(nn.Module):
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.norm = norm  # read at each call: `_resized` binds a copy's forward to the copy's own norm
+        self.norm = norm  # read at each call, and copied with it
 
     def forward(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
@@ -84,7 +84,12 @@ def certify(model: nn.Module, groups: Groups, example_input: Tensor, *, cache: b
         The groups with grades. *exact*: splitting leaves the output unchanged (relative error < 1e-9 in float64), removal
         equals gates at 0, and the output depends on the group. *coupled*: the same once each norm across channels that
         rides along is replaced by its per-channel affine. *frozen*: anything else.
+
+    Raises:
+        UsageError: Under ``torch.inference_mode()``.
     """
+    if torch.is_inference_mode_enabled():
+        raise UsageError("channel groups are certified by gradients: leave torch.inference_mode() for it")
     key = fingerprint(model, groups, example_input) if cache else None
     path = cache_dir() / "grades" / f"{key}.json"
     if key and path.is_file():
@@ -151,7 +156,7 @@ def _described(value: Any, depth: int = 0) -> str:
     if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.device | torch.Size):
         return repr(value)
     if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        content = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
         return f"{value.dtype}{list(value.shape)}{hashlib.sha256(content).hexdigest()}"
     if isinstance(value, list | tuple):
         return f"{type(value).__name__}[{','.join(_described(v, depth + 1) for v in value)}]"
@@ -396,11 +401,7 @@ def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor, referenc
 
 
 def _resized(net: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
-    swapped = {n: m for n, m in net.named_modules() if "forward" in vars(m)}
-    new = resize_uncertified(net, groups, plan)
-    for name in swapped:  # an instance's own forward is bound to the old module
-        module = new.get_submodule(name)
-        module.forward = _Affine(module).forward
+    new = resize_uncertified(net, groups, plan)  # a deep copy, which binds an instance's own forward to the copy
     if bad := disagreements(new):
         raise RuntimeError(f"declared and real shapes differ at {bad[0]}")
     return new
