@@ -135,7 +135,12 @@ def _blocks(records: Sequence[Record]) -> dict[str, dict[tuple[str, str], list[L
             block = found.setdefault(line.first().cell.technique, {}).setdefault((line.dataset, line.model), {})
             if line.label not in block or _fraction(line) < _fraction(block[line.label]):
                 block[line.label] = line
-    return {t: {network: list(block.values()) for network, block in n.items()} for t, n in found.items()}
+    return {t: {network: sorted(block.values(), key=_rank) for network, block in n.items()} for t, n in found.items()}
+
+
+def _rank(line: Line) -> tuple[int, str]:
+    """The technique before its variants, so that a variant has one colour in all rows of a figure."""
+    return len(line.first().cell.params), line.label
 
 
 def _fraction(line: Line) -> float:
@@ -204,7 +209,7 @@ def _layers(place: Any, line: Line, label: str) -> None:
             name = group.removeprefix(WIDTH)
             place.annotate(name, (100, at), (3, 0), "data", "offset points", fontsize=6, color=colour, va="center")
     place.set_xlim(0, 100)
-    place.set_ylabel(f"channels per layer{f', {label}' if label else ''}", fontsize=8)
+    place.set_ylabel(f"channels per layer{f'{chr(10)}{label}' if label else ''}", fontsize=8)
     place.tick_params(labelsize=7)
     place.grid(alpha=0.3)
 
