@@ -9,7 +9,7 @@ import multiprocessing
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from textwrap import shorten
@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+import torch_pruning as tp
 from tabulate import tabulate
 from timm.models import list_models, list_modules
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from widthbench.width.certify import certify
 from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.doctor import diagnose
 from widthbench.width.groups import discover
+from widthbench.width.layers import kind_of
 
 Row = dict[str, Any]
 TITLE = "# What of timm's families can be resized"
@@ -78,13 +80,10 @@ def survey(name: str) -> Row:
         Counts by grade, the largest errors of the split and gate probes over all exact groups at once, seconds, and for the
         50 % L1 resize of all certified groups whether it runs forwards, backwards, and comes back from saved weights the same.
     """
-    channels, height, width, classes = models.native(name)
-    if max(height, width) > LARGE:
-        height = width = 224
-    row: Row = {"model": name, "input": f"{channels} x {height} x {width}"}
+    row: Row = {"model": name}
     try:
-        model = models.create(name, classes=classes, channels=channels, size=height)
-        x = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+        model, x = _built(name)
+        row["input"] = " x ".join(map(str, x.shape[1:]))
         with torch.no_grad():
             model(x)
     except Exception as error:
@@ -153,36 +152,92 @@ def _reloads(half: nn.Module, x: Tensor) -> bool:
         return all(torch.equal(a, b) for a, b in zip(_tensors(half(x)), _tensors(other(x)), strict=True))
 
 
-def _send(name: str, threads: int, into: Connection) -> None:
+def survey_alone(name: str) -> Row:
+    """What Torch-Pruning's own pruner makes of a network at 50 % of its channels by L1 norm, for comparison.
+
+    Returns:
+        ``alone``: the share of MACs that its half has, or why there is none.
+    """
+    model, x = _built(name)
+    shapes, macs = [t.shape for t in _tensors(model(x))], count_macs(model, x)
+    begin = time.perf_counter()
+    try:
+        prune_alone(model, x)
+    except Exception as error:
+        return {"alone": f"raises {type(error).__name__}: {_first(error)}"}
+    row: Row = {"alone s": round(time.perf_counter() - begin, 2)}
+    try:
+        if [t.shape for t in _tensors(model(x))] != shapes:
+            return row | {"alone": "half of it gives something of another shape"}
+        share = count_macs(model, x) / max(macs, 1)
+    except Exception as error:
+        return row | {"alone": f"half of it does not run: {_first(error)}"}
+    return row | {"alone": round(share, 4)}
+
+
+def prune_alone(model: nn.Module, example_input: Tensor, fraction: float = 0.5) -> None:
+    """Torch-Pruning's own pruner by L1 norm, as its documentation has it, in place: to compare with, no technique of ours.
+
+    Args:
+        model: The network. The classifier that it names stays; modules with ``qkv`` and ``num_heads`` count as attention.
+        example_input: ``[B, ...]``.
+        fraction: Of each of its groups, what goes.
+    """
+    head: Any = getattr(model, "get_classifier", lambda: None)()
+    heads = {
+        m.qkv: m.num_heads for m in model.modules() if hasattr(m, "num_heads") and isinstance(getattr(m, "qkv", None), nn.Linear)
+    }
+    options: dict[str, Any] = {"num_heads": heads, "prune_head_dims": True} if heads else {}
+    ignored = [m for m in (head.modules() if isinstance(head, nn.Module) else ()) if kind_of(m)]
+    importance = tp.importance.MagnitudeImportance(p=1)
+    tp.pruner.MagnitudePruner(model, (example_input,), importance, pruning_ratio=fraction, ignored_layers=ignored, **options).step()
+
+
+def _built(name: str) -> tuple[nn.Module, Tensor]:
+    channels, height, width, classes = models.native(name)
+    if max(height, width) > LARGE:
+        height = width = 224
+    model = models.create(name, classes=classes, channels=channels, size=height)
+    return model, torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def _send(what: Callable[[str], Row], name: str, threads: int, into: Connection) -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     try:
-        into.send(survey(name))
+        into.send(what(name))
     except Exception as error:
-        into.send({"model": name, "problem": f"{type(error).__name__}: {_first(error)}"})
+        into.send({"problem": f"{type(error).__name__}: {_first(error)}"})
+
+
+def _apart(what: Callable[[str], Row], name: str, threads: int, limit_s: float) -> Row:
+    """A row made in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(what, name, threads, theirs))
+    process.start()
+    theirs.close()
+    try:
+        row: Row = ours.recv() if ours.poll(limit_s) else {"problem": f"took more than {limit_s:g} s"}
+    except EOFError:
+        row = {"problem": "its process died (out of memory?)"}
+    process.kill()
+    process.join()
+    return row
 
 
 def survey_all(chosen: Mapping[str, tuple[str, int]], *, limit_s: float, threads: int = 1) -> Iterator[Row]:
-    """A row for each family, each in a process of its own that may take so many seconds.
+    """A row for each family: ours and Torch-Pruning's, each in a process of its own that may take so many seconds.
 
     Args:
         chosen: By family, the network and the number of members.
-        limit_s: Seconds for one network.
+        limit_s: Seconds for one network; Torch-Pruning has at most 120 of them.
         threads: CPU threads.
     """
-    context = multiprocessing.get_context("spawn")
     for family, (name, count) in chosen.items():
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_send, args=(name, threads, theirs))
-        process.start()
-        theirs.close()
-        try:
-            row = ours.recv() if ours.poll(limit_s) else {"model": name, "problem": f"took more than {limit_s:g} s"}
-        except EOFError:
-            row = {"model": name, "problem": "its process died (out of memory?)"}
-        process.kill()
-        process.join()
-        yield {"family": family, "members": count, **row}
+        row = {"family": family, "members": count, "model": name, **_apart(survey, name, threads, limit_s)}
+        other = _apart(survey_alone, name, threads, min(limit_s, 120))
+        yield row | ({"alone": other["problem"]} if "problem" in other else other)
 
 
 def passed(row: Row) -> bool:
@@ -214,6 +269,7 @@ def page(rows: Sequence[Row]) -> str:
             "split error": r.get("split error", ""),
             "gates vs removal": r.get("gates vs removal", ""),
             "passes": "yes" if passed(r) else "**no**",
+            "Torch-Pruning's half": _percent(r["alone"]) if isinstance(r.get("alone"), float) else "–",
         }
         for r in rows
     ]
@@ -221,6 +277,10 @@ def page(rows: Sequence[Row]) -> str:
     for r in rows:
         for reason, n in r.get("reasons", {}).items():
             why[_general(reason)] += n
+    runs = [r["alone"] for r in rows if isinstance(r.get("alone"), float)]
+    others = (
+        "\n".join(f"- {r['family']} (`{r['model']}`): {r['alone']}" for r in rows if isinstance(r.get("alone"), str)) or "- none"
+    )
     failed = "\n".join(f"- {r['family']} (`{r['model']}`): {r['problem']}" for r in rows if not passed(r)) or "- none"
     reasons = "\n".join(f"- {n} groups: {reason}" for reason, n in why.most_common(25)) or "- none"
     return f"""{TITLE}
@@ -232,13 +292,20 @@ Largest errors over all exact groups of all of them, all groups of a network at 
 {removal:.1e} (relative, float64; the bound is 1e-9). The analytic cost of the half is what torch counts in {agree} of {counted}.
 
 "exact" groups may be resized, heads among them; "coupled" ones with scope="all" only; "down to" is the share of the MACs that is
-left with one channel per group, "half's" the share after the resize. Written by `widthbench doctor --all-families`.
+left with one channel per group, "half's" the share after the resize. "Torch-Pruning's half" is the share that its own pruner
+leaves at 50 % of the channels by L1 norm, without our groups and certificates: in {len(runs)} of {len(rows)} families the network
+that it leaves runs, in {sum(r > 0.99 for r in runs)} of these with no less than 99 % of the MACs. Written by `widthbench doctor
+--all-families`.
 
 {tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True)}
 
 Those that do not pass:
 
 {failed}
+
+What Torch-Pruning's own pruner says or leaves where its half does not run (it may take 120 s):
+
+{others}
 
 Why groups are frozen, most frequent first:
 

@@ -20,10 +20,10 @@ from unittest import mock
 
 import timm
 import torch
-import torch_pruning as tp
 from tabulate import tabulate
 
 import widthbench
+from widthbench.coverage import prune_alone
 from widthbench.report import speed
 
 PAIRS = 5
@@ -50,11 +50,7 @@ def ours(model: torch.nn.Module, x: torch.Tensor) -> None:
 
 
 def theirs(model: torch.nn.Module, x: torch.Tensor) -> None:
-    heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "num_heads") and hasattr(m, "qkv")}
-    importance = tp.importance.MagnitudeImportance(p=1)
-    options = {"num_heads": heads, "prune_head_dims": True} if heads else {}
-    head = model.get_classifier()
-    tp.pruner.MagnitudePruner(model, (x,), importance, pruning_ratio=0.5, ignored_layers=[head], **options).step()
+    prune_alone(model, x)
 
 
 def _status(field: str) -> float:
