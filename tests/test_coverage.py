@@ -104,7 +104,12 @@ def test_the_command_writes_the_page_and_fails_below_nine_tenths(tmp_path, monke
 
     rows = [{"family": "vgg", "members": 1, "model": "vgg11", "problem": "no exact group"}]
     monkeypatch.setattr(coverage, "survey_all", lambda *a, **k: iter(rows))
-    assert main(["doctor", "--all-families", "vgg", "--results", str(tmp_path)]) == 1
+    monkeypatch.setattr(coverage, "members", lambda families: {"vgg": ("vgg11", 1)})
+    assert main(["doctor", "--all-families", "--results", str(tmp_path)]) == 1
     assert "no exact group" in (tmp_path / "coverage.md").read_text()
     assert (tmp_path / "coverage.jsonl").read_text().count("\n") == 1
-    assert "vgg" in capsys.readouterr().out
+    assert "coverage.md" in capsys.readouterr().out
+    rows[0]["problem"] = ""
+    assert main(["doctor", "--all-families", "vgg", "--results", str(tmp_path / "other")]) == 0
+    assert "vgg11" in capsys.readouterr().out
+    assert not (tmp_path / "other").exists()  # a part of the families is no page
