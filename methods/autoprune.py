@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from widthbench import parallel
 from widthbench.budget import Budget, asked, global_widths, top_channels, used
 from widthbench.errors import UsageError
 from widthbench.measure import accuracy, fastest_layout
@@ -268,7 +269,7 @@ class Gates:
             if self.method.mu is None:
                 self.mu = self._needed()
         x, y = self._drawn()
-        with norms_left_alone(model):
+        with norms_left_alone(model), parallel.alike():
             loss = F.cross_entropy(model(x.contiguous(memory_format=fastest_layout(model)) if x.dim() == 4 else x), y)
         used_by = [(layer, t) for layer, found in self.products.items() for t in found]
         slopes: dict[str, Tensor] = {}

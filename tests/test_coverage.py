@@ -88,8 +88,14 @@ def test_a_network_that_takes_too_long_or_kills_its_process_is_a_row():
 
 
 def test_the_page_counts_what_passes_and_names_the_rest():
-    good = {"family": "a", "members": 3, "model": "a_s", "exact": 2, "split error": "1e-15", "gates vs removal": "2e-15", "problem": ""}
-    good |= {"cost exact": True, "half MACs": 0.25, "alone": 0.3, "reasons": {"splitting it changes the output by 1e-3": 2}}
+    good = {"family": "a", "members": 3, "model": "a_s", "exact": 2, "split error": "1e-15", "gates vs removal": "2e-15"}
+    good |= {
+        "problem": "",
+        "cost exact": True,
+        "half MACs": 0.25,
+        "alone": 0.3,
+        "reasons": {"splitting it changes the output by 1e-3": 2},
+    }
     bad = {"family": "b", "members": 1, "model": "b_s", "problem": "does not load: weights", "alone": "raises ValueError: no"}
     page = coverage.page([good, bad])
     assert "1 of 2 (50 %) load" in page

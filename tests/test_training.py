@@ -195,3 +195,112 @@ def test_one_adamw_step_with_label_smoothing_equals_torchs_own(digits):
 def test_batches_of_one_are_refused():
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         Recipe(epochs=1, lr=0.1, batch_size=1)
+
+
+def states(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_accumulated_parts_make_the_whole_batchs_step(digits, parts):
+    """Without batch norm; 64 do not divide by 3."""
+    one, two = small(), small()
+    recipe = Recipe(epochs=0.5, batch_size=64, lr=0.05, label_smoothing=0.1)
+    bills = [fit(m, digits.train, r, macs=7) for m, r in ((one, recipe), (two, recipe.model_copy(update={"accumulate": parts})))]
+    assert bills[0].forward_macs == bills[1].forward_macs
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_an_average_of_weights_is_what_the_training_ends_with(digits):
+    recipe = Recipe(epochs=1, batch_size=256, lr=0.05)
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x):
+            if self.training:
+                seen.append(self.net.ip1.weight.detach().clone())
+            return self.net(x)
+
+    last, averaged = small(), Watched()
+    fit(last, digits.train, recipe, macs=1, seed=2)
+    fit(averaged, digits.train, recipe.model_copy(update={"ema": 0.9}), macs=1, seed=2)
+    expected = seen[0].clone()  # the average starts from the first weights
+    for weights in [*seen[1:], last.ip1.weight.detach()]:
+        expected.lerp_(weights, 0.1)
+    assert torch.allclose(averaged.net.ip1.weight, expected, atol=1e-6)
+    assert not torch.allclose(averaged.net.ip1.weight, last.ip1.weight, atol=1e-4)
+
+
+def test_a_resumed_average_goes_on(digits, tmp_path):
+    recipe = Recipe(epochs=4, batch_size=256, lr=0.05, ema=0.9)
+    whole, torn = small(), small()
+    fit(whole, digits.train, recipe, macs=1)
+
+    def stop(epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(torn, digits.train, recipe, macs=1, resume=Resume(tmp_path / "a", 0), after_epoch=stop)
+    again = small()
+    fit(again, digits.train, recipe, macs=1, resume=Resume(tmp_path / "a", 0))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+class Hungry(torch.nn.Module):
+    """Runs out of memory above so many samples, as a GPU does."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.net, self.most, self.sizes = small(), most, []
+
+    def forward(self, x):
+        if self.training:
+            self.sizes.append(len(x))
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.net(x)
+
+
+def test_out_of_memory_halves_the_batch_once_and_says_so(digits):
+    recipe = Recipe(epochs=0.2, batch_size=64, lr=0.05)
+    reference, hungry = small(), Hungry(40)
+    fit(reference, digits.train, recipe, macs=1)
+    with pytest.warns(UserWarning, match="out of memory: batches of 64 are computed in 2 parts from here on"):
+        spent = fit(hungry, digits.train, recipe, macs=1)
+    assert spent.halved == 1
+    assert hungry.sizes == [64, *[32] * 2 * steps_of(recipe, len(digits.train))[1]]
+    for a, b in zip(hungry.net.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    with (
+        pytest.warns(UserWarning, match="in 2 parts"),
+        pytest.raises(UsageError, match=r"64 samples in 2 part.*lower batch_size = 64"),
+    ):
+        fit(Hungry(20), digits.train, recipe, macs=1)
+
+
+def test_a_techniques_own_steps_are_neither_halved_nor_accumulated(digits):
+    def losses(model, x, y):
+        yield F.cross_entropy(model(x), y)
+
+    recipe = Recipe(epochs=0.2, batch_size=64, lr=0.05)
+    with pytest.raises(UsageError, match=r"64 samples in 1 part.*lower batch_size = 64$"):
+        fit(Hungry(40), digits.train, recipe, macs=1, losses=losses)
+    with pytest.raises(UsageError, match="accumulate = 2 is for plain steps"):
+        fit(small(), digits.train, recipe.model_copy(update={"accumulate": 2}), macs=1, losses=losses)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_training(digits):
+    recipe = Recipe(epochs=0.3, batch_size=64, lr=0.05)
+    plain, compiled = small(), small()
+    fit(plain, digits.train, recipe, macs=1)
+    fit(compiled, digits.train, recipe.model_copy(update={"compile": True}), macs=1)
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert type(compiled) is type(plain)

@@ -196,10 +196,12 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from widthbench import suites
+    from widthbench import parallel, suites
     from widthbench.engines import local
     from widthbench.paths import require_writable
 
+    if parallel.launched() and args.jobs > 1:
+        raise UsageError("a launcher started several processes for each cell, so --jobs must be 1: cells run one after another")
     chosen = {s.name: (s, [c for c in s.cells() if _wanted(c.id, args.only)]) for s in map(suites.load, args.suite)}
     for suite, cells in chosen.values():
         if not cells:
@@ -210,16 +212,21 @@ def _run(args: argparse.Namespace) -> int:
 
     def done(record: Any) -> None:
         counted[record.status] += 1
+        if not parallel.first():
+            return
         note = f"  {record.reason}" if record.status != "done" else ""
         print(f"[{sum(counted.values())}/{len(cells)}] {record.cell.id}: {record.status}{note}", file=sys.stderr)
 
     require_writable(args.results)
+    parallel.start()
     try:
         local.run(cells, jobs=args.jobs, done=done)
+        return _report(args) if parallel.first() else 0
     except local.WorkerError as error:
         print(f"widthbench: {error}", file=sys.stderr)
         return 1
-    return _report(args)
+    finally:
+        parallel.stop()
 
 
 def _wanted(name: str, only: Sequence[str]) -> bool:

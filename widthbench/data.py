@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from widthbench.errors import UsageError
 from widthbench.randomness import seeded
 from widthbench.recipe import Recipe
 
+Part = Callable[[int], slice]
+"""Which samples of a batch of so many belong to this process."""
+
 # inside an engine's own worker Python would start anew, and import torch, for every pass over the data
 FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 CENTRE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.875}
@@ -31,17 +34,20 @@ CENTRE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpol
 class _Normalised:
     """Bytes to float batches on a device, augmented on the way."""
 
+    parted: ClassVar[bool] = True  # batches() knows ``part``
     mean: tuple[float, ...]
     std: tuple[float, ...]
     device: torch.device
 
-    def _finish(self, x: Tensor, recipe: Recipe | None, generator: torch.Generator | None) -> Tensor:
+    def _finish(
+        self, x: Tensor, recipe: Recipe | None, generator: torch.Generator | None, of: tuple[int, slice] | None = None
+    ) -> Tensor:  # fmt: skip
         """uint8 ``[B, C, H, W]`` to normalised float32 on the device: ``(x / 255 - mean) / std``."""
         x = x.to(self.device, non_blocking=True)
         if recipe is not None and recipe.augments:
             if generator is None:
                 raise UsageError("augmentation draws at random: give batches() a generator with it")
-            x = augmented(x, recipe, generator)
+            x = augmented(x, recipe, generator, of=of)
         mean = torch.tensor(self.mean, device=self.device)[:, None, None]
         std = torch.tensor(self.std, device=self.device)[:, None, None]
         return x.float().div_(255).sub_(mean).div_(std)
@@ -69,7 +75,7 @@ class ImageSamples(_Normalised):
         return len(self.labels)
 
     def batches(
-        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None, part: Part | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised batches.
 
@@ -77,6 +83,7 @@ class ImageSamples(_Normalised):
             size: Samples per batch; the last one may be smaller.
             generator: Shuffles with it if given, and draws what the augmentation needs.
             augment: A recipe whose random crop, flip and cutout are applied, each sample with its own draw.
+            part: Which samples of a batch of so many to yield (perhaps none), the others being other processes'; None: all.
 
         Yields:
             float32 ``x [B, C, H, W]`` and long ``y [B]`` on the device.
@@ -87,8 +94,10 @@ class ImageSamples(_Normalised):
         if augment is not None and augment.resized_crop:
             raise UsageError("recipe: resized_crop is for images that are read from files; this set is in memory: use crop")
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for index in order.to(self.images.device).split(size):
-            yield self._finish(self.images[index], augment, generator), self.labels[index].to(self.device)
+        for whole in order.to(self.images.device).split(size):
+            mine = slice(None) if part is None else part(len(whole))
+            index = whole[mine]
+            yield self._finish(self.images[index], augment, generator, (len(whole), mine)), self.labels[index].to(self.device)
 
 
 @dataclass(frozen=True)
@@ -121,32 +130,32 @@ class FileSamples(_Normalised):
         return len(self.index)
 
     def batches(
-        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None, part: Part | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``ImageSamples.batches``; with ``resized_crop`` in the recipe, a random resized crop while reading."""
         order, seed = torch.arange(len(self)), 0
         if generator is not None:
             order = torch.randperm(len(self), generator=generator)
             seed = int(torch.randint(2**62, (), generator=generator))
+        wholes = order.split(size)
         workers = self.workers if len(self) > size else 0
         transform = self._transform(0 if augment is None else augment.resized_crop)
         loader = DataLoader(
             _Decoded(self.files, self.index, transform, seed),
-            batch_sampler=_Batches(order, size),
+            batch_sampler=_Batches(wholes, part),
             num_workers=workers,
             multiprocessing_context=FORK if workers else None,
             generator=torch.Generator(),  # the workers' seeds must not draw on the global state
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
-        while True:
+        for whole in wholes:
+            mine = slice(None) if part is None else part(len(whole))
             try:
-                x, y = next(batches)
-            except StopIteration:
-                return
+                x, y = next(batches) if len(whole[mine]) else (torch.empty(0, 3, self.size, self.size), torch.empty(0).long())
             except UsageError as error:  # torch wraps a worker's error in its traceback
                 raise UsageError(str(error).rpartition("UsageError: ")[2].strip()) from None
-            yield self._finish(x, augment, generator), y.to(self.device)
+            yield self._finish(x, augment, generator, (len(whole), mine)), y.to(self.device)
 
     def _transform(self, least_area: float) -> Any:
         common: dict[str, Any] = {
@@ -179,8 +188,9 @@ class _Decoded(Dataset[tuple[Tensor, int]]):
 
 
 class _Batches(Sampler[list[int]]):
-    def __init__(self, order: Tensor, size: int) -> None:
-        self.parts = [part.tolist() for part in order.split(size)]
+    def __init__(self, wholes: Sequence[Tensor], part: Part | None) -> None:
+        parts = [(whole if part is None else whole[part(len(whole))]).tolist() for whole in wholes]
+        self.parts = [p for p in parts if p]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.parts)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from widthbench import parallel
+
 MIB = 2**20
 T = TypeVar("T")
 
@@ -49,7 +51,7 @@ def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accura
 
     Args:
         model: Gives logits ``[B, K]``.
-        samples: Anything with ``batches(size)``.
+        samples: Anything with ``batches(size)``; in several processes (``parallel``) each takes its part of ``parted`` ones.
         batch_size: Samples per forward pass; partial batches are weighted by their size.
     """
     training, layout = model.training, fastest_layout(model)
@@ -58,15 +60,27 @@ def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accura
     model.eval().to(memory_format=layout)
     right = right5 = total = classes = 0
     loss = 0.0
+    shared = {"part": parallel.part} if parallel.world() > 1 and getattr(samples, "parted", False) else {}
+    size = batch_size * parallel.world() if shared else batch_size
+    left = len(samples) if shared else 0
     with torch.no_grad():
-        for x, y in samples.batches(batch_size):
-            logits = model(x.contiguous(memory_format=layout) if x.dim() == 4 else x).float()
+        for x, y in samples.batches(size, **shared):
+            whole = min(size, left) if shared else len(y)
+            left -= whole
+            if not len(y):
+                continue
+            with parallel.sharing(whole, len(y)):
+                logits = model(x.contiguous(memory_format=layout) if x.dim() == 4 else x).float()
             classes = logits.shape[1]
             right += int((logits.argmax(1) == y).sum())
             if classes >= 100:
                 right5 += int((logits.topk(5, dim=1).indices == y[:, None]).any(1).sum())
             loss += float(F.cross_entropy(logits.double(), y, reduction="sum"))
             total += len(y)
+    if shared:
+        found = parallel.gathered((right, right5, loss, total, classes))
+        right, right5, total = (sum(int(f[i]) for f in found) for i in (0, 1, 3))
+        loss, classes = sum(f[2] for f in found), max(f[4] for f in found)
     model.train(training).to(memory_format=before)
     top5 = 100 * right5 / total if classes >= 100 else None
     return Accuracy(100 * right / total, top5, loss / total, total)
@@ -193,9 +207,10 @@ class Meter:
         return self
 
     def _count(self, module: nn.Module, args: Any, output: Any) -> None:
-        done = self.macs * args[0].shape[0]
+        samples = parallel.billed(args[0].shape[0])
+        done = self.macs * samples
         self.forward_macs += done
-        self.passes += args[0].shape[0]
+        self.passes += samples
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(lambda gradient: self._back(2 * done))
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from widthbench import data, models, registry, sources, weights
+from widthbench import data, models, parallel, registry, sources, weights
 from widthbench.budget import Budget, feasible
 from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.measure import Meter, accuracy
@@ -39,7 +39,7 @@ from widthbench.width.resize import resize
 
 BASE_CODE = (
     "randomness.py", "sources.py", "data.py", "augment.py", "networks.py", "models.py", "weights.py", "measure.py", "training.py",
-    "recipe.py",
+    "recipe.py", "parallel.py", "_shared_statistics.py",
 )  # fmt: skip
 CELL_CODE = (*BASE_CODE, "width", "budget.py", "task.py", "technique.py", "protocol.py", "controls.py")
 
@@ -198,8 +198,9 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
     key = base_key(cell)
     path = cache_dir() / "bases" / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with parallel.held(FileLock(path.with_suffix(".lock"))):
         spent = _read_weights(path, model)
+        parallel.everyone()
         if spent is None:
             macs = count_macs(model, x)
             desc = f"base {cell.group}"
@@ -207,8 +208,10 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
             spent = fit(
                 model, split.train, cell.base, macs=macs, seed=cell.seed, progress=progress, desc=desc, resume=resume
             )  # fmt: skip
-            _write_weights(path, model, spent)
-            resume.discard()
+            if parallel.first():
+                _write_weights(path, model, spent)
+                resume.discard()
+            parallel.everyone()
     groups = find_groups(model, x)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Base(model, groups, CostModel(model, groups, x), split, x, spent, digest)
@@ -279,12 +282,13 @@ def run_cell(cell: Cell, store: Store, *, progress: Progress = quiet) -> Record:
         UsageError: If the cell itself makes no sense: unknown technique, model or data set, no such device.
     """
     key = cell_key(cell)
-    with store.lock(key):
-        if record := store.get(key):
+    with parallel.held(store.lock(key)):
+        if record := parallel.agreed(lambda: store.get(key)):
             return record
         with pinned(cell):
-            record = _compute(cell, key, store, progress)
-        store.put(record)
+            record = parallel.agreed(partial(_compute, cell, key, store, progress), everywhere=True)
+        if parallel.first():
+            store.put(record)
         return record
 
 
@@ -292,6 +296,7 @@ def _compute(cell: Cell, key: str, store: Store, progress: Progress) -> Record:
     from widthbench.controls import run_control  # the controls are built on this module
 
     where = {**stamp(), "threads": cell.threads, "dtype": "float32", "device": str(device_of(cell)), "seed": cell.seed}
+    where["processes"] = parallel.world()
     where["dataset_digest"] = sources.load(cell.dataset).digest
     try:
         run = run_control if cell.technique in CONTROLS else _run_technique
@@ -426,10 +431,12 @@ def _billed(key: str, work: Callable[[], tuple[dict[str, Tensor], Spent]]) -> tu
 
     def make() -> dict[str, Tensor]:
         state, spent = work()
-        write_atomic(bill, spent.model_dump_json())
+        if parallel.first():
+            write_atomic(bill, spent.model_dump_json())
         return state
 
     state = _cached_tensors(key, make)
+    parallel.everyone()
     try:
         return state, Spent.model_validate_json(bill.read_text())
     except (OSError, ValueError):
@@ -440,14 +447,16 @@ def _billed(key: str, work: Callable[[], tuple[dict[str, Tensor], Spent]]) -> tu
 def _cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     path = _cached_path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with parallel.held(FileLock(path.with_suffix(".lock"))):
         if path.is_file():
             try:
                 return dict(load_file(path))
             except (OSError, SafetensorError) as error:
                 warnings.warn(f"damaged state {path} ({error}): it is computed again", stacklevel=2)
+        parallel.everyone()  # nobody sees the file that the first one is about to write
         state = make()
-        write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
+        if parallel.first():
+            write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
         return state
 
 

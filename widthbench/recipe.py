@@ -26,6 +26,10 @@ class Recipe(BaseModel):
         resized_crop: Least share of the area in a random resized crop (0.08 is usual on ImageNet; 0: none), for sets of images
             that are read from files. Those in memory are small already.
         amp: Compute forward passes in bfloat16 where torch finds that safe (autocast); weights stay in float32.
+        accumulate: Parts that a batch is computed in, one after another, gradients added up: less memory, the same step.
+            BatchNorm sees the parts.
+        ema: Decay of an average of the weights over steps, which the training ends with (timm's ``ModelEmaV3``); 0 for none.
+        compile: Train the network through ``torch.compile``, where a step is a plain cross-entropy.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -44,6 +48,9 @@ class Recipe(BaseModel):
     cutout: int = Field(default=0, ge=0, le=512)
     resized_crop: float = Field(default=0, ge=0, le=1)
     amp: bool = False
+    accumulate: int = Field(default=1, ge=1)
+    ema: float = Field(default=0, ge=0, lt=1)
+    compile: bool = False
 
     @property
     def augments(self) -> bool:
@@ -59,6 +66,7 @@ class Spent(BaseModel):
         backward_macs: In backward passes, counted as twice the forward pass (gradients of weights and of inputs).
         epochs: Passes over the training samples, where it trained.
         seconds: Wall-clock time.
+        halved: Training runs whose batches were computed in halves for want of memory.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,6 +75,7 @@ class Spent(BaseModel):
     backward_macs: int = 0
     epochs: float = 0
     seconds: float = 0
+    halved: int = 0
 
     def add(self, other: Spent) -> Spent:
         """The sum of both."""

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from widthbench import parallel
 from widthbench.errors import UsageError
 from widthbench.measure import fastest_layout
 from widthbench.paths import write_atomic
@@ -32,8 +34,13 @@ STATE_EVERY_S = 10.0  # writing a state costs far less than what is lost without
 def steps_of(recipe: Recipe, samples: int) -> tuple[int, int]:
     """(steps per epoch, steps in all) of a recipe on so many samples."""
     full, rest = divmod(samples, recipe.batch_size)
-    per_epoch = full + (rest > 1)
+    per_epoch = full + (rest >= _least())
     return per_epoch, max(1, round(recipe.epochs * per_epoch))
+
+
+def _least() -> int:
+    """Samples that a batch must have: BatchNorm cannot normalise one, and each process needs one."""
+    return max(2, parallel.world())
 
 
 Losses = Callable[[nn.Module, Tensor, Tensor], Iterator[Tensor]]
@@ -73,7 +80,9 @@ def fit(
 ) -> Spent:
     """Train a network in place; it is left in eval mode.
 
-    Networks with convolutions are trained in channels-last layout and left in the usual one.
+    Networks with convolutions are trained in channels-last layout and left in the usual one. In several processes (``parallel``)
+    each takes its part of every batch, gradients and BatchNorm's statistics are those of the whole batch, and all end with the same
+    weights. Where memory runs out, batches are computed in halves from there on, once, with a warning, and the bill says so.
 
     Args:
         model: Gives logits ``[B, K]``.
@@ -93,7 +102,8 @@ def fit(
         What it cost; with ``resume``, earlier runs included.
 
     Raises:
-        UsageError: If the loss is no longer finite, or there are too few samples for one batch.
+        UsageError: If the loss is no longer finite, there are too few samples for one batch, memory runs out in halves too, or
+            the recipe asks for what does not go together.
     """
     per_epoch, total = steps_of(recipe, len(train))
     if per_epoch < 1:
@@ -119,59 +129,86 @@ def fit(
     for name, kept in (optimizer_state or {}).items():
         optimizer.state[named[name]] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
     objective = losses or partial(_cross_entropy, recipe.label_smoothing)
+    _require_possible(recipe, losses)
+    whole_batches = losses is None and parallel.world() == 1  # what can be halved
+    parts, halved = recipe.accumulate, 0
     begin, seen, step, first = time.perf_counter(), 0, 0, 0
     layout = fastest_layout(model)
     model.to(memory_format=layout)
+    network: Any = torch.compile(model) if recipe.compile and losses is None else model
+    average = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
     order = torch.Generator().manual_seed(seed)
-    with seeded(seed):
+    options: dict[str, Any] = {"augment": recipe} if recipe.augments else {}
+    several, parted = parallel.world() > 1, getattr(train, "parted", False)
+    if several and parted:
+        options["part"] = parallel.part
+    with seeded(seed + parallel.rank()), parallel.batch_statistics():
         if resume is not None and (last := resume.read(recipe, len(train))) is not None:
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
             order.set_state(last["order"])
-            torch.set_rng_state(last["random"])
-            if last["random_gpu"]:
-                torch.cuda.set_rng_state_all(last["random_gpu"])
+            if average is not None:
+                average.module.load_state_dict(last["average"])
+            random, random_gpu = last["random"][parallel.rank() % len(last["random"])]
+            torch.set_rng_state(random)
+            if random_gpu:
+                torch.cuda.set_rng_state_all(random_gpu)
+            parts, halved = last["parts"], last["halved"]
             if state is not None:
                 state.load_state_dict(last["state"])
             seen, step, first = last["seen"], last["step"], last["epoch"]
             begin -= last["seconds"]
         model.train()
         for epoch in progress(range(first, math.ceil(total / per_epoch)), desc=desc):
-            for x, y in train.batches(recipe.batch_size, generator=order, **({"augment": recipe} if recipe.augments else {})):
+            left = len(train)
+            for x, y in train.batches(recipe.batch_size, generator=order, **options):
+                whole = min(recipe.batch_size, left) if several and parted else len(y)
+                left -= whole
                 if step >= total:
                     break
-                if len(y) < 2:
+                if whole < _least():
                     continue
+                if several and not parted:
+                    x, y = x[parallel.part(whole)], y[parallel.part(whole)]
                 schedule.step_update(step)
                 if x.dim() == 4:
                     x = x.contiguous(memory_format=layout)
-                optimizer.zero_grad(set_to_none=True)
-                parts = objective(model, x, y)
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
-                    loss = next(parts, None)
-                while loss is not None:
-                    if not torch.isfinite(loss):
-                        what = f"the loss is {float(loss.detach())} at step {step + 1} of {total}"
-                        raise UsageError(f"training diverged: {what}; lower lr = {recipe.lr:g}")
-                    loss.backward()
-                    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
-                        loss = next(parts, None)
+                loss = None
+                while loss is None:
+                    try:
+                        loss = _gradients(network, objective, x, y, recipe, parts=parts, whole=whole)
+                    except torch.OutOfMemoryError as error:
+                        if halved or not whole_batches or whole < 4 * parts:
+                            remedy = f"lower batch_size = {recipe.batch_size}" + (", or raise accumulate" if losses is None else "")
+                            what = f"out of memory in a training step of {whole} samples in {parts} part(s)"
+                            raise UsageError(f"{what}: {remedy}") from error
+                        parts, halved = 2 * parts, 1
+                        text = f"{desc}: out of memory: batches of {whole} are computed in {parts} parts from here on"
+                        warnings.warn(text, stacklevel=2)
+                        torch.cuda.empty_cache()
+                if not math.isfinite(loss):
+                    what = f"the loss is {loss} at step {step + 1} of {total}"
+                    raise UsageError(f"training diverged: {what}; lower lr = {recipe.lr:g}")
                 optimizer.step()
-                seen += len(y)
+                if average is not None:
+                    average.update(model)
+                seen += whole
                 step += 1
-            if resume is not None and resume.due() and step < total:
-                resume.write(
-                    recipe, len(train),
-                    {
-                        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "order": order.get_state(),
-                        "random": torch.get_rng_state(),
-                        "random_gpu": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                        "state": None if state is None else state.state_dict(),
-                        "seen": seen, "step": step, "epoch": epoch + 1, "seconds": time.perf_counter() - begin,
-                    },
-                )  # fmt: skip
+            if resume is not None and step < total and parallel.agreed(resume.due):
+                random_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+                kept = {
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "order": order.get_state(),
+                    "random": parallel.gathered((torch.get_rng_state(), random_gpu)),
+                    "average": None if average is None else average.module.state_dict(),
+                    "state": None if state is None else state.state_dict(), "parts": parts, "halved": halved,
+                    "seen": seen, "step": step, "epoch": epoch + 1, "seconds": time.perf_counter() - begin,
+                }  # fmt: skip
+                if parallel.first():
+                    resume.write(recipe, len(train), kept)
             if after_epoch is not None:
                 after_epoch(epoch + 1)
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
     model.to(memory_format=torch.contiguous_format)
     model.eval()
     optimizer.zero_grad(set_to_none=True)
@@ -183,7 +220,44 @@ def fit(
         backward_macs=2 * macs * seen,
         epochs=step / per_epoch,
         seconds=time.perf_counter() - begin,
+        halved=halved,
     )
+
+
+def _require_possible(recipe: Recipe, losses: Losses | None) -> None:
+    if losses is not None and recipe.accumulate > 1:
+        raise UsageError(f"recipe: accumulate = {recipe.accumulate} is for plain steps; this technique's own take whole batches")
+    if recipe.compile and parallel.world() > 1:
+        raise UsageError("recipe: compile = true is for one process: BatchNorm's statistics are shared outside compiled code")
+
+
+def _gradients(
+    model: nn.Module, objective: Losses, x: Tensor, y: Tensor, recipe: Recipe, *, parts: int, whole: int
+) -> float:  # fmt: skip
+    """Fill in the gradients of one step, summed over parts and processes; gives the loss, of several the last."""
+    for p in model.parameters():
+        p.grad = None
+    seen = 0.0
+    with parallel.sharing(whole, len(y)):
+        for some_x, some_y in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+            share = len(some_y) / whole
+            found = objective(model, some_x, some_y)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
+                loss = next(found, None)
+            value = 0.0
+            while loss is not None:
+                value = float(loss.detach())
+                if not math.isfinite(value) and parallel.world() == 1:
+                    return value
+                (loss if share == 1 else loss * share).backward()
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
+                    loss = next(found, None)
+            seen += share * value
+    if parallel.world() > 1:
+        total = torch.tensor([seen], dtype=torch.float32, device=x.device)
+        parallel.add_up([total, *(p.grad for p in model.parameters() if p.grad is not None)])
+        return float(total)
+    return seen
 
 
 def _cross_entropy(smoothing: float, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:

@@ -1,0 +1,99 @@
+"""Several processes, through gloo on the CPU, against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from widthbench import parallel
+from widthbench.cli import main
+
+HERE = Path(__file__).parent
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def run(*command, cache=None):
+    names = {"OMP_NUM_THREADS": "1"} | ({"WIDTHBENCH_CACHE": str(cache)} if cache else {})
+    done = subprocess.run(command, env=os.environ | names, capture_output=True, text=True, check=False, timeout=540)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.mark.parametrize(("name", "size"), [("lenet5", 28), ("test_vit", 32), ("test_efficientnet", 32)])
+def test_two_processes_train_and_score_as_one_does(name, size, tmp_path):
+    """In float64, with augmentation, an uneven last batch, an average of weights, and batch norms."""
+    worker = str(HERE / "parallel_worker.py")
+    run(sys.executable, worker, name, str(size), str(tmp_path / "one.pt"))
+    run(*LAUNCH, worker, name, str(size), str(tmp_path / "two.pt"))
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
+    assert one["macs"] == two["macs"]
+    assert one["scores"] == pytest.approx(two["scores"], rel=1e-8)
+    for key, value in one["state"].items():
+        assert torch.allclose(value.double(), two["state"][key].double(), rtol=1e-8, atol=1e-9), key
+
+
+SUITE = """
+name = "tiny"
+title = "two networks"
+citable = false
+datasets = ["digits"]
+seeds = [0]
+budgets = ["macs:0.5"]
+techniques = ["l1-norm", {{ id = "autoprune", params = {{ epochs = 1 }} }}]
+controls = ["base", "scratch:l1-norm"]
+base = {{ epochs = 1, batch_size = 64, lr = 0.02 }}
+finetune = {{ epochs = 1, batch_size = 64, lr = 0.005 }}
+
+[[models]]
+name = "lenet_300_100"
+size = 8
+"""
+
+
+def test_a_suite_in_two_processes_gives_the_records_of_one(tmp_path):
+    suite = tmp_path / "tiny.toml"
+    suite.write_text(SUITE.format())
+    found = {}
+    for name, launch in (("one", (sys.executable,)), ("two", LAUNCH)):
+        command = ("-m", "widthbench", "run", str(suite), "--results", str(tmp_path / name))
+        done = run(*launch, *command, cache=tmp_path / f"cache-{name}")
+        assert done.stderr.count("] digits-") == 4  # the first process alone says what is done
+        lines = (tmp_path / name / "tiny" / "records.jsonl").read_text().splitlines()
+        found[name] = {r["cell"]["technique"]: r for r in map(json.loads, lines)}
+    for technique, one in found["one"].items():
+        two = found["two"][technique]
+        assert (two["status"], two["macs"], two["params"]) == ("done", one["macs"], one["params"])
+        assert [r["loss"] for r in two["rows"]] == pytest.approx([r["loss"] for r in one["rows"]], rel=1e-3)
+        for phase, spent in one["spent"].items():
+            assert two["spent"][phase]["forward_macs"] == spent["forward_macs"], (technique, phase)
+            assert two["spent"][phase]["backward_macs"] == spent["backward_macs"], (technique, phase)
+        assert two["provenance"]["processes"] == 2
+
+
+def test_parts_of_a_batch_are_all_of_it(monkeypatch):
+    for count in (1, 2, 7, 8):
+        for world in (1, 2, 3, 4):
+            monkeypatch.setattr(parallel, "world", lambda world=world: world)
+            seen = []
+            for rank in range(world):
+                monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+                seen += list(range(count))[parallel.part(count)]
+            assert seen == list(range(count))
+
+
+def test_one_process_needs_nothing():
+    assert (parallel.world(), parallel.rank(), parallel.first()) == (1, 0, True)
+    assert parallel.agreed(lambda: 3) == 3
+    assert parallel.gathered("x") == ["x"]
+    parallel.everyone()
+    parallel.add_up([torch.ones(2)])
+
+
+def test_jobs_and_a_launcher_do_not_go_together(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["run", "smoke", "--jobs", "2"]) == 2
+    assert "--jobs must be 1" in capsys.readouterr().err
