@@ -193,8 +193,7 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
     split = load_data(cell)
     if not cell.trains_base:
         digest = load_weights(cell, model)
-        groups = find_groups(model, x)
-        return Base(model, groups, CostModel(model, groups, x), split, x, Spent(), digest, loaded=True)
+        return Base(model, *_known(cell, model, x), split, x, Spent(), digest, loaded=True)
     key = base_key(cell)
     path = cache_dir() / "bases" / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,9 +211,21 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
                 _write_weights(path, model, spent)
                 resume.discard()
             parallel.everyone()
-    groups = find_groups(model, x)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Base(model, groups, CostModel(model, groups, x), split, x, spent, digest)
+    return Base(model, *_known(cell, model, x), split, x, spent, digest)
+
+
+_groups: dict[str, tuple[Groups, CostModel]] = {}
+
+
+def _known(cell: Cell, model: nn.Module, x: Tensor) -> tuple[Groups, CostModel]:
+    """Groups and cost of a base network; the last ones stay in memory, since cells of one base follow each other."""
+    key = base_key(cell)
+    if key not in _groups:
+        groups = find_groups(model, x)
+        _groups.clear()
+        _groups[key] = groups, CostModel(model, groups, x)
+    return _groups[key]
 
 
 def load_weights(cell: Cell, model: nn.Module) -> str:
