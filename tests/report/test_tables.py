@@ -135,6 +135,22 @@ def test_rows_at_the_floor_are_flagged_and_explained():
     assert "§" not in board([record()])
 
 
+def test_top_5_is_a_column_where_it_was_measured():
+    rows = tuple(Row(stage=s, top1=50.0, top5=t, loss=1, samples=9) for s, t in (("resized", 60.0), ("recalibrated", 75.0)))
+    page = board([record(rows=rows)])
+    assert row_of(page, "technique")[6] == "top-5 %, last"
+    assert row_of(page, "l1-norm")[6:8] == ["75.00", "500"]
+    assert "top-5" not in board([record()])
+
+
+def test_halved_batches_are_flagged_and_explained():
+    spent = {"base": Spent(forward_macs=100), "decision": Spent(), "adaptation": Spent(forward_macs=30, halved=1)}
+    page = board([record(spent=spent)])
+    assert row_of(page, "l1-norm")[0] == "l1-norm ¶"
+    assert "¶ some of its batches were computed in halves" in page
+    assert "¶" not in board([record()])
+
+
 def test_a_public_checkpoint_counts_once_has_no_cost_and_says_that_val_may_be_seen():
     where = {**WHERE, "checkpoint": "abc", "val_seen": True}
     stages = tuple(Row(stage=s, top1=50.0, loss=1, samples=9) for s in ("resized", "recalibrated"))

@@ -69,6 +69,11 @@ class Line:
         """Top-1 at a stage (the last one if None); None if no record has it."""
         return over_bases({k: row.top1 for k, r in self.done.items() if (row := r.row(stage)) is not None})
 
+    def top5(self) -> Summary | None:
+        """Top-5 at the last stage; None below 100 classes."""
+        rows = {k: row for k, r in self.done.items() if (row := r.row()) is not None}
+        return over_bases({k: row.top5 for k, row in rows.items() if row.top5 is not None})
+
     def final(self) -> Summary | None:
         """Top-1 after training of some kind; None where a suite trains nothing after the resize."""
         return next((s for stage in FINAL if (s := self.summary(stage)) is not None), None)
@@ -157,11 +162,12 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
 def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, Any]], *, ranked: bool) -> str:
     """The rows of one network as a markdown table."""
     places = _ranks(block) if ranked else {}
+    five = any(line.top5() for line in block)
     rows: list[list[Any]] = []
     for line in block:
         r = line.first()
         if not line.done:
-            rows.append([f"{line.label}", _access(line), line.budget or "–", f"{r.status}", *[""] * 9])
+            rows.append([f"{line.label}", _access(line), line.budget or "–", f"{r.status}", *[""] * (9 + five)])
             continue
         macs, params = _mean(line, "macs"), _mean(line, "params")
         final = line.final()
@@ -174,6 +180,7 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
                 _text(line.summary("resized")),
                 _text(line.summary("recalibrated")) + ("" if final else place),
                 f"**{_text(final)}**{place}" if final else "",
+                *([_text(line.top5())] if five else []),
                 _count(params),
                 _count(macs),
                 f"{_ratio(r.base_params, params)}x",
@@ -185,9 +192,10 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
         )
     headers = [
         "technique", "data", "budget", "top-1 % resized", "recalibrated", "fine-tuned / trained" + (" (rank)" if places else ""),
-        "params", "FLOPs (as MACs)", "compression", "speed-up, theory", "measured", "train cost", "n",
+        *(["top-5 %, last"] if five else []), "params", "FLOPs (as MACs)", "compression", "speed-up, theory", "measured",
+        "train cost", "n",
     ]  # fmt: skip
-    text = ("left",) * 3 + ("right",) * 10
+    text = ("left",) * 3 + ("right",) * (10 + five)
     return tabulate(rows, headers=headers, tablefmt="pipe", colalign=text, disable_numparse=True)
 
 
@@ -257,7 +265,12 @@ def _flags(line: Line) -> str:
     records = line.done.values()
     missed = " †" if any(not r.met for r in records) else ""
     at_floor = " §" if any(r.floor for r in records) else ""
-    return missed + (" ‡" if any(r.coupled for r in records) else "") + at_floor
+    halves = " ¶" if any(_halved(r) for r in records) else ""
+    return missed + (" ‡" if any(r.coupled for r in records) else "") + at_floor + halves
+
+
+def _halved(record: Record) -> bool:
+    return any(spent.halved for spent in record.spent.values())
 
 
 def _text(summary: Summary | None) -> str:
@@ -323,13 +336,15 @@ def shape_of(record: Record) -> str:
 
 def _problems(records: Sequence[Record]) -> list[str]:
     parts = []
-    flagged = [r for r in records if r.status == "done" and (not r.met or r.coupled or r.floor)]
+    flagged = [r for r in records if r.status == "done" and (not r.met or r.coupled or r.floor or _halved(r))]
     if any(not r.met for r in flagged):
         parts.append("† leaves more than 5 % of its budget unused.")
     if any(r.coupled for r in flagged):
         parts.append("‡ resizes channels under a norm across channels (grade *coupled*).")
     if any(r.floor for r in flagged):
         parts.append("§ the budget lies below the feasible floor (one channel per block of each group) and was run at the floor.")
+    if any(_halved(r) for r in flagged):
+        parts.append("¶ some of its batches were computed in halves, for want of memory.")
     if any(r.provenance.get("val_seen") for r in records if r.status == "done"):
         parts.append("Base networks from published weights may have seen this suite's val split in their training (`val_seen`).")
     bad = [r for r in records if r.status != "done"]
@@ -350,7 +365,10 @@ def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> lis
         packages = ("widthbench", "torch", "timm", "torch-pruning")
         facts.setdefault("versions", set()).add(", ".join(f"{k} {p['versions'].get(k)}" for k in packages))
         facts.setdefault("hardware", set()).add(str(p["hardware"].get("gpu") or p["hardware"].get("cpu")))
-        facts.setdefault("device and threads", set()).add(f"{p.get('device')}, {p.get('threads')} thread(s)")
+        facts.setdefault("device and threads", set()).add(
+            f"{p.get('device')}, {p.get('threads')} thread(s)"
+            + (f", {p['processes']} processes" if p.get("processes", 1) > 1 else "")
+        )
         state = " with uncommitted changes" if p.get("dirty") else ""
         facts.setdefault("commit", set()).add(f"{p['commit'][:12]}{state}" if p.get("commit") else "not a checkout")
         facts.setdefault("date", set()).add(str(p.get("when"))[:10])
