@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from timm.layers import StdConv2d
 from torch import nn
 from torch.nn import functional as F
 
-from widthbench.width import discover, find_groups
+from widthbench.width import discover, find_groups, keep, resize
 from widthbench.width.groups import Segment
 from widthbench.width.operations import _chunks, trace
 
@@ -53,6 +54,11 @@ def test_channels_are_followed_and_proven(between, inside, middle, groups, axis)
     assert found.axes["b", "in"] == tuple(Segment(*s) for s in axis)
 
 
+def outer(t, at):
+    """Two runs of channels along two dimensions."""
+    return t[:, at : at + 2, None] * t[:, None, 2 * at : 2 * at + 4]
+
+
 FROZEN = [
     ("flipped", lambda t: t.flip(1), 8, "permuted"),
     ("rolled", lambda t: t.roll(1, 1), 8, "rolled"),
@@ -60,6 +66,20 @@ FROZEN = [
     ("softmax", lambda t: t.softmax(1), 8, "a softmax runs over its channels"),
     ("picked", lambda t: t[:, :1] * t[:, 3:4] + t[:, [0]], 1, ""),
     ("sorted", lambda t: t.sort(1).values, 8, "the operation sort has no rule"),
+    ("cropped", lambda t: F.pad(t, (0, -2)), 6, "a negative padding cuts its channels"),
+    (
+        "with itself",
+        lambda t: torch.cat([t @ t.T, t], 1)[:, -8:] * (t @ t.T).sum(),
+        8,
+        "its channels are multiplied with themselves",
+    ),
+    ("crossed", lambda t: torch.stack([outer(t, 0), outer(t, 2)], 1).flatten(1), 16, "a stack lays its channels across others"),
+    (
+        "across",
+        lambda t: (t.unflatten(1, (2, 4))[:, :, :, None] * t.unflatten(1, (4, 2))[:, None]).flatten(1),
+        16,
+        "lie across others",
+    ),
 ]
 
 
@@ -68,6 +88,75 @@ def test_what_labels_cannot_follow_is_frozen(between, middle, reason):
     found = find_groups(Two(between, 8, middle), torch.randn(2, 4), cache=False)
     assert all(g.grade == "frozen" for n, g in found.items() if "[" not in n)
     assert any(reason in g.reason for g in found.values())
+
+
+def test_one_channel_that_meets_many_is_frozen_and_they_are_not():
+    found = find_groups(Two(lambda t: t[:, :1] * t[:, 1:], 8, 7), torch.randn(2, 4), cache=False)
+    assert (found["a[0:1]"].grade, found["a[0:1]"].reason) == ("frozen", "a single channel meets many")
+    assert found["a[1:8]"].grade == "exact"
+
+
+class Convs(nn.Module):
+    """A convolution, something, a convolution."""
+
+    def __init__(self, between, middle=8):
+        super().__init__()
+        self.a, self.between, self.c = nn.Conv2d(3, 8, 3), between, nn.Conv2d(middle, 2, 1)
+
+    def forward(self, x):
+        return self.c(self.between(self.a(x).relu()))
+
+
+def test_transposed_convolutions_freeze_what_enters_and_leaves():
+    found = find_groups(Convs(nn.ConvTranspose2d(8, 6, 3), 6).eval(), torch.randn(1, 3, 9, 9), cache=False)
+    assert {g.reason for g in found.values()} == {"a transposed convolution has no rule"}
+
+
+def test_weights_that_are_standardised_are_frozen_on_the_side_that_it_runs_over():
+    found = find_groups(Convs(StdConv2d(8, 6, 3), 6).eval(), torch.randn(1, 3, 9, 9), cache=False)
+    assert {n: (g.grade, g.reason) for n, g in found.items()} == {
+        "a": ("frozen", "weights are standardised over it"),
+        "between": ("exact", ""),
+    }
+
+
+def fixed_filter(dtype):
+    return lambda t: F.conv2d(t, torch.ones(t.shape[1], 1, 3, 3, dtype=dtype or t.dtype), groups=t.shape[1])
+
+
+def test_a_filter_made_for_any_number_of_channels_lets_them_pass():
+    found = find_groups(Convs(fixed_filter(None)).eval(), torch.randn(1, 3, 9, 9), cache=False)
+    assert (found["a"].grade, found["a"].consumers) == ("exact", ("c",))
+
+
+def test_a_network_of_one_precision_is_frozen_and_says_so():
+    found = find_groups(Convs(fixed_filter(torch.float32)).eval(), torch.randn(1, 3, 9, 9), cache=False)
+    assert found["a"].grade == "frozen"
+    assert "does not run on two samples in float64" in found["a"].reason
+
+
+class Biased(nn.Module):
+    """Fused attention with a learned bias for each head."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.heads, self.bias = 2, nn.Parameter(torch.randn(1, 2, 5, 5))
+
+    def forward(self, x):
+        q, k, v = (m(x).reshape(*x.shape[:2], self.heads, -1).transpose(1, 2) for m in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias).transpose(1, 2).flatten(2))
+
+
+def test_a_bias_of_attention_goes_with_its_heads():
+    found = find_groups(Biased(), torch.randn(2, 5, 8), cache=False)
+    assert {n: (g.grade, g.channels, g.tensors) for n, g in found.items()} == {
+        "q": ("exact", 8, ()),
+        "q.heads": ("exact", 2, ("bias",)),
+        "v": ("exact", 8, ()),
+    }
+    small = resize(Biased(), found, {"q.heads": keep([1])})
+    assert (small.bias.shape, small.heads) == ((1, 1, 5, 5), 1)
 
 
 class Unequal(nn.Module):

@@ -292,6 +292,12 @@ def _grade(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades:
         except Exception as error:  # a network that cannot be copied cannot be resized
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return grades | dict.fromkeys(candidates, ("frozen", f"the network cannot be copied: {first[:120]}"))
+        try:
+            _output(net, x)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = f"the network does not run on two samples in float64, in which groups are proven: {first[:120]}"
+            return grades | dict.fromkeys(candidates, ("frozen", reason))
         grades |= _grade_on(net, groups, candidates, x)
         # a grade holds for the architecture: channels that are dead with these weights are tried with others
         candidates = [n for n in candidates if grades[n] == ("frozen", INSENSITIVE)]

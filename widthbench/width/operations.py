@@ -495,7 +495,8 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     fi = next((ids for dims, ids in vw.factors if dims == (1,)), None)
     layer = tracer.layer_of(fo)
     if transposed or vw.data or any(dims not in ((0,), (1,)) for dims, _ in vw.factors):
-        tracer.freeze_all([vx, vw], "a transposed convolution, or one whose weights depend on the input, has no rule")
+        what = "a transposed convolution" if transposed else "a convolution whose weights are made from activations"
+        tracer.freeze_all([vx, vw], f"{what} has no rule")
         return with_factors(plain_value([vx, vw]), [])
     if vw.constant and groups == x.shape[1] == output.shape[1]:
         return with_factors(vx, [] if fx is None else [((1,), fx)], direct=False)  # a fixed filter for each channel, of any number
