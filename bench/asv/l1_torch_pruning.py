@@ -93,9 +93,7 @@ def apart(name: str, which: str, what: str) -> float:
     """``measure`` in a fresh process, for memory one that hands each freed tensor back to the system at once."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    with mock.patch.dict(
-        os.environ, {} if what == "seconds" else {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    ):
+    with mock.patch.dict(os.environ, {} if what == "seconds" else FRUGAL):
         process = context.Process(target=_send, args=(name, which, what, sender))
         process.start()
     found: float = receiver.recv()

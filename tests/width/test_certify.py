@@ -1,5 +1,7 @@
 import importlib
 import json
+import math
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -7,7 +9,9 @@ import torch
 import zoo
 from timm.layers import LayerNorm2d
 from torch import nn
+from torch.nn import functional as F
 
+import widthbench
 from widthbench.width import certify, discover, find_groups, keep, resize
 from widthbench.width.certify import _split_plan, errors_of_all, fingerprint, randomised
 from widthbench.width.doctor import diagnose
@@ -267,3 +271,190 @@ def test_an_instances_own_forward_is_the_copys():
 def test_partial_convolutions_of_fasternet_are_exact():
     model, x = timm.create_model("fasternet_t0"), torch.randn(1, 3, 64, 64)
     assert {g.grade for g in find_groups(model, x).values()} == {"exact"}
+
+
+class Dividing(nn.Module):
+    """Divides by its first width, which no resize may change; what comes behind hides it or not."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.c1, self.c2, self.fc, self.end = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5), end
+
+    def forward(self, x):
+        h = F.relu(self.c1(x))
+        return self.end(self.fc(F.relu(self.c2(h / h.shape[1])).mean((2, 3))))
+
+
+@dataclass
+class Held:
+    logits: torch.Tensor
+
+
+HIDING = {
+    "mask": lambda y: y.masked_fill(torch.tensor([False, False, False, True, False]), -1e9),
+    "infinite mask": lambda y: y.masked_fill(torch.tensor([False, False, False, True, False]), -math.inf),
+    "saturated": lambda y: torch.sigmoid(1e3 * y),
+    "beside a large one": lambda y: (y, 1e9 * torch.ones_like(y)),
+    "no batch": lambda y: y.sum(),
+    "vector": lambda y: y[:, 0],
+}
+
+
+@pytest.mark.parametrize("end", HIDING.values(), ids=HIDING)
+def test_large_entries_of_an_output_hide_no_error(end):
+    torch.manual_seed(0)
+    found = find_groups(Dividing(end).eval(), torch.randn(1, 3, 8, 8), cache=False)
+    assert found["c1"].grade == "frozen"
+    assert "moves the output" in found["c1"].reason
+    assert found["c2"].grade == "exact"
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (lambda y: (y, Held(y)), "its output holds a Held, which cannot be seen into"),
+        (lambda y: y.argmax(1), "its output holds no floating-point numbers"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_freeze_everything(end, reason):
+    found = find_groups(Dividing(end).eval(), torch.randn(1, 3, 8, 8), cache=False)
+    assert {g.grade for g in found.values()} == {"frozen"}
+    assert reason in found["c1"].reason
+
+
+class Trained(nn.Module):
+    """Reads two channels in training mode only; and drops some at random, which must not be in the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.c2, self.fc, self.aux = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5), nn.Linear(2, 5)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        h = F.relu(self.c1(x))
+        y = self.fc(self.drop(F.relu(self.c2(h)).mean((2, 3))))
+        return (y, self.aux(h[:, :2].mean((2, 3)))) if self.training else y
+
+
+def test_what_training_alone_computes_must_not_change():
+    found = find_groups(Trained(), torch.ones(1, 3, 8, 8), cache=False)
+    assert found["c1"].reason.startswith("in training mode splitting its channels moves the output")
+    assert found["c2"].grade == "exact"
+
+
+def test_certification_leaves_the_random_state_alone():
+    model, state = Trained(), torch.get_rng_state()
+    find_groups(model, torch.ones(1, 3, 8, 8), cache=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Equal(nn.Module):
+    """Two branches whose widths must be equal, which only a plan for one of them alone shows."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.conv1, self.f1, self.f2 = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.name = name
+        self.add_module(name, nn.Conv2d(3, 8, 3))
+
+    def forward(self, x):
+        h, g = F.relu(self.conv1(x)), F.relu(self.get_submodule(self.name)(x))
+        return self.f1(h.mean((2, 3))) + self.f2(g.reshape(len(x), h.shape[1], -1).mean(-1))
+
+
+@pytest.mark.parametrize("name", ["skip", "side", "branch", "gate"])
+def test_groups_are_tried_alone_whatever_they_are_called(name):
+    found = find_groups(Equal(name), torch.randn(1, 3, 8, 8), cache=False)
+    assert {g.grade for g in found.values()} == {"frozen"}
+
+
+class Uneven(nn.Module):
+    """``chunk`` into 4, 4 and 3 channels, which no other width gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.a, self.b, self.c = nn.Conv2d(3, 11, 3), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        p, q, r = F.relu(self.c1(x)).chunk(3, 1)
+        return self.a(p) + self.b(q) + self.c(r)
+
+
+class Squeezed(nn.Module):
+    """Runs at any width but one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x)[:, :, None].relu().squeeze())
+
+
+class Chunked(nn.Module):
+    """Queries, keys and values by ``chunk``, heads by ``view``."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o, self.heads = nn.Linear(24, 72), nn.Linear(24, 24), 3
+
+    def forward(self, x):
+        q, k, v = (t.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(Uneven(), (1, 3, 8, 8)), (Squeezed(), (2, 4)), (Chunked(), (1, 7, 24))],
+    ids=["uneven", "squeezed", "chunked"],
+)
+def test_every_exact_group_takes_any_legal_width_alone(model, shape):
+    x = torch.randn(shape)
+    found = find_groups(model, x, cache=False)
+    for name, group in found.items():
+        if group.grade == "exact":
+            for each in range(1, group.channels // group.blocks + 1):
+                rows = torch.arange(group.channels).reshape(group.blocks, -1)[:, :each].flatten()
+                assert torch.isfinite(resize(model, found, {name: keep(rows)})(x)).all(), (name, each)
+
+
+def test_what_attention_keeps_in_evaluation_is_forgotten():
+    model, x = timm.create_model("levit_128s").eval(), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        model(x)
+    found = find_groups(model, x)
+    heads = [n for n, g in found.items() if g.heads and g.grade == "exact"]
+    assert len(heads) >= 9
+    small = resize(model, found, {heads[0]: keep(range(found[heads[0]].channels - 1))})
+    assert small(x).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_mambaout"])
+def test_a_new_classifier_fits_a_resized_network(name):
+    size = timm.get_pretrained_cfg(name).input_size[1]
+    model, x = timm.create_model(name), torch.randn(1, 3, size, size)
+    small = widthbench.apply("l1-norm", model, budget="channels:0.5", example_input=x, scope="all")
+    small.reset_classifier(5)
+    assert small(x).shape == (1, 5)
+
+
+def test_the_fingerprint_sees_what_a_helper_elsewhere_computes():
+    x = torch.randn(1, 3, 8, 8)
+    prints = set()
+    for helper in (lambda h: h * 0.5, lambda h: h * 0.25, lambda h: h / h.shape[1]):
+        model = Helped()
+        HELPERS["norm"] = helper
+        prints.add(fingerprint(model, discover(model, x), x))
+    assert len(prints) == 3
+
+
+HELPERS = {}
+
+
+class Helped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.b(HELPERS["norm"](F.relu(self.a(x))))

@@ -75,6 +75,12 @@ def watched_integers(model: nn.Module) -> Iterator[None]:
     finally:
         for holder, key, value in kept:
             holder[key] = value
+        for module in model.modules():  # what the network has worked out from them and kept
+            for key, value in vars(module).items():
+                if isinstance(value, Integer):
+                    module.__dict__[key] = int(value)
+                elif type(value) in (list, tuple) and any(isinstance(v, Integer) for v in value):
+                    module.__dict__[key] = type(value)(int(v) if isinstance(v, Integer) else v for v in value)
 
 
 def declare_integer(model: nn.Module, origin: Origin, value: int) -> None:

@@ -1,8 +1,9 @@
 """Certification: no channel group is resized before two numerical proofs that its index maps are right.
 
 On a float64 copy with randomised statistics, (1) every group's channels are permuted and a few of them split into
-halves: the output must not move; (2) half of the channels are removed: the output must equal that of the whole network with
-those input gates at 0. Both are asked of all groups in one pass; if that fails, of each group alone.
+halves: the output must not move, nor in training mode; (2) half of the channels are removed: the output must equal that of the
+whole network with those input gates at 0. Each group alone must fit together by its shapes; both proofs are then asked of all
+groups in one pass, in which no two of one width change alike; if that fails, of each group alone.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from widthbench.errors import UsageError
 from widthbench.paths import cache_dir, write_atomic
+from widthbench.randomness import seeded
 from widthbench.width.gates import gated
 from widthbench.width.groups import Grade, Group, Groups, discover
 from widthbench.width.layers import kind_of
@@ -33,7 +39,6 @@ from widthbench.width.resize import Plan, Resize, detached, disagreements, keep,
 TOLERANCE = 1e-9  # relative to the largest output, in float64
 ATTEMPTS = 4  # draws of weights after which a group that the output does not depend on is given up
 INSENSITIVE = "the output does not depend on its channels"
-DROPPED = (0.5, 0.25, 0.375, 0.625)  # shares of channels that removal is tried with
 PICKED = 3  # channels split per block of a group
 
 Grades = dict[str, tuple[Grade, str]]
@@ -99,7 +104,8 @@ def certify(model: nn.Module, groups: Groups, example_input: Tensor, *, cache: b
                 return groups.with_grades(grades)
         except (ValueError, KeyError, TypeError):
             pass  # a damaged file: certify again and rewrite it
-    grades = _grade(model, groups, example_input)
+    with seeded(0):  # what a network draws in training mode leaves the caller's random state alone
+        grades = _grade(model, groups, example_input)
     if key:
         try:
             write_atomic(path, json.dumps({"model": type(model).__name__, "grades": grades}, indent=1))
@@ -126,7 +132,7 @@ def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str 
         digest.update(f"{package}={version(package)};".encode())
     digest.update(_own_source().encode())
     digest.update(f"{list(example_input.shape)};{groups.members!r};{sorted(groups.axes.items())!r};".encode())
-    digest.update(f"{sorted(groups.tensors.items())!r};{groups.stated!r};{groups.scales!r};".encode())
+    digest.update(f"{sorted(groups.tensors.items())!r};{groups.stated!r};{groups.scales!r};{groups.program};".encode())
     try:
         for name, module in model.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:
@@ -218,7 +224,7 @@ def randomised(model: nn.Module, *, seed: int = 0, redraw: bool = False) -> nn.M
     heads) are drawn at random; other weights are kept, or drawn too if ``redraw``.
     """
     generator = torch.Generator().manual_seed(seed)
-    net = copy.deepcopy(model, detached(model)).cpu().double().eval()
+    net = copy.deepcopy(model, detached(model)).cpu().double().train().eval()  # which clears what attention keeps in evaluation
 
     def uniform(t: Tensor) -> Tensor:
         return torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
@@ -257,8 +263,8 @@ def errors_of_all(model: nn.Module, groups: Groups, example_input: Tensor) -> tu
     if not chosen:
         return 0.0, 0.0
     net, x = randomised(model), _random_input(example_input)
-    split = _resized(net, groups, {g.name: _split_plan(g) for g in chosen})
-    kept = {g.name: _kept(g) for g in chosen}
+    split = _resized(net, groups, {g.name: _split_plan(g, i) for g, i in _placed(chosen)})
+    kept = {g.name: _kept(g, i) for g, i in _placed(chosen)}
     removed = _resized(net, groups, {n: keep(k) for n, k in kept.items()})
     with gated(net, groups, _gates(chosen, kept)):
         gates = _output(net, x)
@@ -276,8 +282,19 @@ def _gates(chosen: Iterable[Group], kept: Mapping[str, Tensor]) -> dict[str, Ten
     return {g.name: torch.zeros(g.channels, dtype=torch.float64).index_fill(0, kept[g.name], 1.0) for g in chosen}
 
 
-def _error(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))
+def _error(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest difference of two outputs, each entry relative to its own size, or to its tensor's median one where that is more.
+
+    Relative to the largest entry of all, a mask of -1e9 or a saturated output would hide what the others do.
+    """
+    worst = 0.0
+    for new, old in zip(a, b, strict=True):
+        sizes = old.abs()
+        some = sizes[(sizes > 0) & sizes.isfinite()]
+        scale = sizes.clamp_min(float(some.median()) if some.numel() else 1.0)
+        moved = torch.where(new == old, 0.0, (new - old).abs() / scale)  # infinities that stay are no difference
+        worst = max(worst, float(torch.nan_to_num(moved, nan=math.inf).max()) if moved.numel() else 0.0)
+    return worst
 
 
 def _grade(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades:
@@ -296,7 +313,7 @@ def _grade(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades:
             _output(net, x)
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            reason = f"the network does not run on two samples in float64, in which groups are proven: {first[:120]}"
+            reason = f"nothing can be proven on two samples in float64: {first[:120]}"
             return grades | dict.fromkeys(candidates, ("frozen", reason))
         grades |= _grade_on(net, groups, candidates, x)
         # a grade holds for the architecture: channels that are dead with these weights are tried with others
@@ -335,10 +352,11 @@ def _passing(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> tup
     if not names:
         return [], {}
     reference = _output(net, x)
-    if not _probe(net, groups, names, x, reference):
-        return names, {}
     failed = _mismatched(net, groups, names, x)
-    passed = _found_out(net, groups, [n for n in names if n not in failed], x, reference, failed)
+    fitting = [n for n in names if n not in failed]
+    if not fitting or not _probe(net, groups, fitting, x, reference):
+        return fitting, failed
+    passed = _found_out(net, groups, fitting, x, reference, failed)
     if passed and _probe(net, groups, passed, x, reference):
         together: list[str] = []
         for n in passed:
@@ -351,7 +369,7 @@ def _passing(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> tup
 
 
 def _mismatched(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> dict[str, str]:
-    """Groups whose resize does not even fit together, and why: seen from shapes alone, without computing anything."""
+    """Groups that cannot be resized alone, and why: to half, to one channel per block, and split, by shapes without numbers."""
     failed: dict[str, str] = {}
     try:
         shapes, y = copy.deepcopy(net).to("meta"), x.to("meta")
@@ -359,8 +377,12 @@ def _mismatched(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> 
     except Exception:  # a network that looks at values: the probes will tell
         return failed
     for n in names:
+        size = groups[n].channels // groups[n].blocks
+        half, least = _kept(groups[n]), torch.arange(groups[n].blocks) * size
+        plans = [_split_plan(groups[n]), keep(half), *([keep(least)] if len(least) < len(half) else [])]
         try:
-            _output(_resized(shapes, groups, {n: keep(_kept(groups[n]))}), y)
+            for plan in plans:
+                _output(_resized(shapes, groups, {n: plan}), y)
         except Exception as error:
             failed[n] = _does_not_run(error)
     return failed
@@ -371,7 +393,9 @@ def _does_not_run(error: Exception) -> str:
     return f"a resized network does not run: {first[:160]}"
 
 
-def _found_out(net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: Tensor, failed: dict[str, str]) -> list[str]:
+def _found_out(
+    net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: list[Tensor], failed: dict[str, str]
+) -> list[str]:
     """The groups that pass, by halves; the reasons of the others go into ``failed``."""
     if not names:
         return []
@@ -384,14 +408,14 @@ def _found_out(net: nn.Module, groups: Groups, names: list[str], x: Tensor, refe
     return [n for part in (names[:half], names[half:]) for n in _found_out(net, groups, part, x, reference, failed)]
 
 
-def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: Tensor) -> str:
+def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: list[Tensor]) -> str:
     """Why these groups cannot be resized together; "" if they can. ``reference`` is what the network gives."""
     chosen = [groups[n] for n in names]
     try:
-        split = _output(_resized(net, groups, {g.name: _split_plan(g) for g in chosen}), x)
-        if problem := _difference(split, reference):
+        wide = _resized(net, groups, {g.name: _split_plan(g, i) for g, i in _placed(chosen)})
+        if problem := _difference(_output(wide, x), reference):
             return f"splitting its channels {problem}"
-        kept = {g.name: _kept(g) for g in chosen}
+        kept = {g.name: _kept(g, i) for g, i in _placed(chosen)}
         small = _resized(net, groups, {n: keep(k) for n, k in kept.items()})
         removed = _output(small, x)
         values = _gates(chosen, kept)
@@ -401,7 +425,7 @@ def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor, referenc
         with gated(net, groups, values, on="weight"):
             if problem := _difference(removed, _output(net, x)):
                 return f"gating weights instead of inputs {problem}"
-        return _insensitive(net, groups, chosen, x) or _untrainable(net, small, x)
+        return _insensitive(net, groups, chosen, x) or _untrainable(net, wide, small, x)
     except Exception as error:  # whatever a foreign forward raises: the group stays frozen, with the cause
         return _does_not_run(error)
 
@@ -413,19 +437,26 @@ def _resized(net: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     return new
 
 
-def _output(net: nn.Module, x: Tensor) -> Tensor:
+def _output(net: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return _tensor(net(x))
+        return _tensors(net(x))
 
 
-def _tensor(output: Any) -> Tensor:
-    """All floating tensors of a network's output in one flat vector per sample."""
-    return torch.cat([t.flatten(1) for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()], dim=1)
+def _tensors(output: Any) -> list[Tensor]:
+    """All floating tensors of a network's output, flat."""
+    leaves = tree_leaves(output)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | bool | int | float | str | None):
+            raise TypeError(f"its output holds a {type(leaf).__name__}, which cannot be seen into")
+    found = [t.flatten() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    if not found:
+        raise TypeError("its output holds no floating-point numbers")
+    return found
 
 
-def _difference(a: Tensor, b: Tensor) -> str:
-    if a.shape != b.shape:
-        return f"changes the output's shape to {list(a.shape)}"
+def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> str:
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return "changes the output's shape"
     error = _error(a, b)
     return "" if error < TOLERANCE else f"moves the output by {error:.1e} (relative)"
 
@@ -436,11 +467,19 @@ def _picks(group: Group, generator: torch.Generator, count: int) -> Tensor:
     return torch.stack([b * size + torch.randperm(size, generator=generator)[:count] for b in range(group.blocks)])
 
 
-def _split_plan(group: Group) -> Resize:
-    """Permute the channels within each block, and split a few into two halves."""
+def _placed(chosen: Iterable[Group]) -> Iterator[tuple[Group, int]]:
+    """Groups with their places among those of as many channels, so that each of them can change to another number."""
+    seen: Counter[int] = Counter()
+    for group in chosen:
+        yield group, seen[group.channels]
+        seen[group.channels] += 1
+
+
+def _split_plan(group: Group, place: int = 0) -> Resize:
+    """Permute the channels within each block, and split a few into two halves: another number at each place."""
     generator = torch.Generator().manual_seed(group.channels)
     size = group.channels // group.blocks
-    picks = _picks(group, generator, min(PICKED, size))
+    picks = _picks(group, generator, min(PICKED + place, size))
     rows = []
     for b in range(group.blocks):
         both = torch.cat([torch.arange(size) + b * size, picks[b]])
@@ -451,38 +490,62 @@ def _split_plan(group: Group) -> Resize:
     return Resize(all_rows, mix)
 
 
-def _kept(group: Group) -> Tensor:
-    """A random part of the channels, in order; a block of one channel keeps it.
+def _kept(group: Group, place: int = 0) -> Tensor:
+    """A random part of the channels, in order: half of each block and another number at each place; a block of one keeps it.
 
-    How many depends on the group's name, so that widths that must be equal and are not tied are found out.
+    Widths that must be equal and are not tied are found out, since groups of one width never shrink alike.
     """
     generator = torch.Generator().manual_seed(group.channels + 1)
-    size, share = group.channels // group.blocks, DROPPED[hashlib.sha256(group.name.encode()).digest()[0] % len(DROPPED)]
-    dropped = _picks(group, generator, min(size - 1, max(1, round(size * share)))).flatten()
+    size = group.channels // group.blocks
+    left = 1 + (max(1, size // 2) - 1 + place) % max(1, size - 1)
+    dropped = _picks(group, generator, size - left).flatten()
     mask = torch.ones(group.channels, dtype=torch.bool)
     mask[dropped] = False
     return mask.nonzero().flatten()
 
 
-def _untrainable(net: nn.Module, small: nn.Module, x: Tensor) -> str:
-    """Layers that only training mode uses (auxiliary heads) are not in the trace: the resized network must run there too."""
+def _untrainable(net: nn.Module, wide: nn.Module, small: nn.Module, x: Tensor) -> str:
+    """What only training mode uses (auxiliary heads) is not in the trace: there a split must change nothing, a removal must run.
+
+    Batch norms and dropout stay as in evaluation; a network that draws at random elsewhere is not compared.
+    """
     try:
+        with _training(net), seeded(0):
+            reference = _output(net, x)
+        with _training(net), seeded(1):
+            steady = not _difference(_output(net, x), reference)
+    except Exception:
+        return ""  # the network itself does not run in training mode on this input
+    try:
+        with _training(wide), seeded(0):
+            split = _output(wide, x)
+        if steady and (problem := _difference(split, reference)):
+            return f"in training mode splitting its channels {problem}"
         _output(small.train(), x)
     except Exception as error:
-        try:
-            _output(copy.deepcopy(net).train(), x)
-        except Exception:
-            return ""  # the network itself does not run in training mode on this input
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"a resized network does not run in training mode: {first[:120]}"
     return ""
+
+
+@contextmanager
+def _training(net: nn.Module) -> Iterator[None]:
+    """Training mode, but for what estimates or draws in it."""
+    modes = {m: m.training for m in net.modules()}
+    for m in modes:
+        m.training = not (isinstance(m, _NormBase) or "drop" in type(m).__name__.lower())
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
 
 
 def _insensitive(net: nn.Module, groups: Groups, chosen: list[Group], x: Tensor) -> str:
     """A proof on a group that the output does not depend on would be empty: ask for a gradient at every group's gates."""
     values = {g.name: torch.ones(g.channels, dtype=torch.float64, requires_grad=True) for g in chosen}
     with torch.enable_grad(), gated(net, groups, values):
-        total = _tensor(net(x)).square().sum()
+        total = torch.stack([t.square().sum() for t in _tensors(net(x))]).sum()
         gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
     for gradient in gradients:
         if gradient is None or float(gradient.abs().max()) == 0.0:

@@ -136,6 +136,7 @@ class Groups(Mapping[str, Group]):
         everything: All groups, also those that were not selected.
         behind: For every layer, the nearest layers that it reads from, through operations without weights.
         adjacent: BatchNorms whose input is the output of the layer before, with no operation in between.
+        program: A digest of what the network computes on the example input.
     """
 
     members: Mapping[str, Group]
@@ -151,6 +152,7 @@ class Groups(Mapping[str, Group]):
     applied: Mapping[str, int] = field(default_factory=dict, repr=False)
     input_shape: tuple[int, ...] = ()
     everything: Mapping[str, Group] = field(default_factory=dict, repr=False)
+    program: str = field(default="", repr=False)
 
     def __getitem__(self, name: str) -> Group:
         try:
@@ -375,7 +377,7 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
             return Groups({}, {}, shapes_of(output), f"its channels cannot be followed: {type(error).__name__}: {first[:120]}")
     found = _Assembly(model, labels).groups()
     shapes = tuple((len(example_input), *s[1:]) if s else s for s in shapes_of(labels.output))
-    return replace(found, output_shapes=shapes, input_shape=tuple(example_input.shape[1:]))
+    return replace(found, output_shapes=shapes, input_shape=tuple(example_input.shape[1:]), program=labels.program)
 
 
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:

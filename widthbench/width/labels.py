@@ -13,6 +13,7 @@ index gets a label of its own, a *block*, whose members are the labels in its ro
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from widthbench.width.adapters import Integer
 from widthbench.width.layers import Side, axis_length, kind_of
 
+PLAIN = (bool, int, float, complex, str, torch.dtype)
 Ids = np.ndarray
 Factor = tuple[tuple[int, ...], Ids]
 """Dimensions of a tensor, ascending, and the labels along them: an array with as many axes."""
@@ -137,6 +140,7 @@ class Labels:
         adjacent: BatchNorms right behind another layer.
         applied: How many times per sample each layer's weight is applied.
         output: The network's output.
+        program: A digest of all calls with their arguments, tensors by shape.
     """
 
     axes: dict[Key, tuple[int, int]]
@@ -155,6 +159,7 @@ class Labels:
     adjacent: frozenset[str] = frozenset()
     applied: dict[str, int] = field(default_factory=dict)
     output: Any = None
+    program: str = ""
 
 
 class Calls(TorchFunctionMode):
@@ -168,6 +173,7 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         before = self.tracer.call
         call = self.tracer.call = Call(getattr(func, "__name__", ""), args, kwargs)
+        self.tracer.program.update(call.described().encode())
         try:
             if call.name == "__getitem__":
                 note_whole(self.tracer, call)
@@ -192,6 +198,15 @@ class Call:
         if self.name == "unflatten":
             rest = rest[-1:]
         return list(rest[0]) if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
+
+    def described(self) -> str:
+        """Its name and arguments, tensors by shape: two networks that compute something else differ in some call."""
+        leaves = tree_leaves([self.args, dict(self.kwargs)])
+        parts = [
+            f"{list(a.shape)}" if isinstance(a, Tensor) else type(a).__name__ + (f" {a!r}" if isinstance(a, PLAIN) else "")
+            for a in leaves
+        ]
+        return f"{self.name}({','.join(parts)});"
 
     def integers(self) -> list[Integer]:
         """All integers with an origin among the arguments."""
@@ -239,6 +254,7 @@ class Tracer(TorchDispatchMode):
         self.behind: dict[str, dict[str, None]] = {}
         self.adjacent: set[str] = set()
         self.applied: dict[str, int] = {}
+        self.program = hashlib.sha256()
         self._label_tensors(model)
 
     # labels
@@ -499,6 +515,7 @@ class Tracer(TorchDispatchMode):
             frozenset(self.adjacent),
             self.applied,
             output,
+            self.program.hexdigest(),
         )
 
     def _components(self) -> Ids:
@@ -579,11 +596,15 @@ def note_size(tracer: Tracer, size: Integer, factors: Iterable[Factor], dim: int
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; every layer's mode as it was afterwards."""
+    """Eval mode; every layer's mode as it was afterwards.
+
+    Through training mode, in which networks forget what they keep in evaluation (attention biases of LeViT), and back.
+    """
     training = {m: m.training for m in model.modules()}
     try:
-        model.eval()
+        model.train().eval()
         yield
+        model.train()
     finally:
         for m, mode in training.items():
             m.training = mode

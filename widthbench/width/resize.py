@@ -102,6 +102,10 @@ def resize_uncertified(model: nn.Module, groups: Groups, plan: Plan) -> nn.Modul
             _replace(_tensor(model, name), tensor, memo)
     # deepcopy takes the new tensors from the memo, so that the old ones are never copied
     resized = copy.deepcopy(model, memo)
+    modes = [m.training for m in resized.modules()]
+    resized.train()  # forgets what networks keep in evaluation, at the old widths
+    for module, mode in zip(resized.modules(), modes, strict=True):
+        module.training = mode
     for layer, new_widths in widths.items():
         for side, width in new_widths.items():
             _declare(resized.get_submodule(layer), side, width)
@@ -205,15 +209,20 @@ def detached(model: nn.Module) -> dict[int, Any]:
     return memo
 
 
+FEATURES = ("num_features", "head_hidden_size", "embed_dim", "in_features")
+
+
 def _declare_features(model: Any, resized: Any) -> None:
-    """Keep timm's ``num_features`` true, which its ``reset_classifier`` builds a new head from."""
+    """Keep timm's ``num_features`` and the like true, which its ``reset_classifier`` builds a new head from."""
     if not callable(getattr(model, "get_classifier", None)):
         return
     old, new = model.get_classifier(), resized.get_classifier()
-    if isinstance(old, nn.Linear) and old.in_features != new.in_features:
-        for name in ("num_features", "head_hidden_size"):
-            if getattr(model, name, None) == old.in_features:
-                setattr(resized, name, new.in_features)
+    if not isinstance(old, nn.Linear) or old.in_features == new.in_features:
+        return
+    for part in (resized, getattr(resized, "head", None)):  # a head may be a module that holds pooling, norm and classifier
+        for name in FEATURES if isinstance(part, nn.Module) else ():
+            if getattr(part, name, None) == old.in_features:
+                setattr(part, name, new.in_features)
 
 
 def _check(model: nn.Module, groups: Groups, group: Group, change: Resize) -> None:
