@@ -33,6 +33,7 @@ def test_kills():
 
 
 @pytest.mark.slow
-def test_imagenet_generated(tmp_path):
-    out = run("imagenet_generated.py", str(tmp_path), "--only", "mobilenetv1")
-    assert "suite imagenet: 11 of 55 cells done" in out
+@pytest.mark.parametrize("layout", ["folders", "tars"])
+def test_imagenet_generated(tmp_path, layout):
+    out = run("imagenet_generated.py", str(tmp_path), "--brief", "--layout", layout, "--only", "mobilenetv1")
+    assert "suite imagenet: 18 of 56 cells done" in out
