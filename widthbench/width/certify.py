@@ -3,7 +3,7 @@
 On a float64 copy with randomised statistics, (1) every group's channels are permuted and a few of them split into
 halves: the output must not move, nor in training mode; (2) half of the channels are removed: the output must equal that of the
 whole network with those input gates at 0. Each group alone must fit together by its shapes; both proofs are then asked of all
-groups in one pass, in which no two of one width change alike; if that fails, of each group alone.
+groups in one pass, in which those of one width go to different ones as far as there are any; if that fails, of each alone.
 """
 
 from __future__ import annotations
@@ -493,7 +493,7 @@ def _split_plan(group: Group, place: int = 0) -> Resize:
 def _kept(group: Group, place: int = 0) -> Tensor:
     """A random part of the channels, in order: half of each block and another number at each place; a block of one keeps it.
 
-    Widths that must be equal and are not tied are found out, since groups of one width never shrink alike.
+    Widths that must be equal and are not tied are found out: groups of one width shrink alike only where there are more than widths.
     """
     generator = torch.Generator().manual_seed(group.channels + 1)
     size = group.channels // group.blocks
