@@ -493,7 +493,7 @@ def _split_plan(group: Group, place: int = 0) -> Resize:
 def _kept(group: Group, place: int = 0) -> Tensor:
     """A random part of the channels, in order: half of each block and another number at each place; a block of one keeps it.
 
-    Widths that must be equal and are not tied are found out: groups of one width shrink alike only where there are more than widths.
+    Widths that must be equal and are not tied are found out: groups of one width shrink alike only where widths run out.
     """
     generator = torch.Generator().manual_seed(group.channels + 1)
     size = group.channels // group.blocks
