@@ -162,6 +162,14 @@ class FPGM(TorchPruning):
     id = "torch-pruning:fpgm"
     importance = tp.importance.FPGMImportance
 
+    def skip(self, task: Task) -> str | None:
+        """Also where a grouped convolution reads a group: Torch-Pruning 1.6's FPGM fails there."""
+        for name, group in task.groups.items():
+            for layer in group.consumers:
+                if kind_of(module := task.model.get_submodule(layer)) == "conv" and getattr(module, "groups", 1) > 1:
+                    return f"FPGM fails on grouped convolutions, such as '{layer}', which reads channel group '{name}'"
+        return super().skip(task)
+
 
 class _WithGradients(TorchPruning):
     """Importances that read gradients of the loss.

@@ -7,7 +7,7 @@ import torch
 import torch_pruning as tp
 import zoo
 from torch.nn import functional as F
-from widthbench.baselines.torch_pruning import BNScale, Hessian, Taylor, as_group
+from widthbench.baselines.torch_pruning import FPGM, BNScale, Hessian, Taylor, as_group
 
 from widthbench import models, registry
 from widthbench.errors import UsageError
@@ -73,6 +73,13 @@ def test_groups_without_a_batch_norm_are_named():
     model, _, groups = zoo.certified(zoo.Mlp)
     task = type("Task", (), {"model": model, "groups": groups})
     assert "'fc1' has none of the layers that BNScaleImportance reads" in BNScale().skip(task)
+
+
+def test_grouped_convolutions_are_named():
+    for cls, reason in ((zoo.Grouped, "fails on grouped convolutions, such as 'conv2'"), (zoo.Plain, None)):
+        model, _, groups = zoo.certified(cls)
+        found = FPGM().skip(type("Task", (), {"model": model, "groups": groups}))
+        assert found is None if reason is None else reason in found
 
 
 def test_samples_must_be_some():

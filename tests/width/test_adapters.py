@@ -5,14 +5,14 @@ import pickle
 from fractions import Fraction
 
 import pytest
-import timm
 import torch
 from torch import nn
 
+from widthbench import models
 from widthbench.errors import PlanError
 from widthbench.width import find_groups, keep, resize
 from widthbench.width.adapters import Integer, declare_integer, watched_integers
-from widthbench.width.certify import errors_of_all
+from widthbench.width.certify import errors_of_all, randomised
 
 
 def test_products_and_quotients_keep_the_origin():
@@ -53,7 +53,7 @@ def test_declaring_a_place_in_a_tuple():
 
 
 def test_padding_shortcuts_follow_both_widths():
-    model = timm.create_model("resnet20_cifar", shortcut="A").eval()
+    model = models.create("resnet20_cifar", classes=10, channels=3, size=32, shortcut="A").eval()
     x = torch.randn(1, 3, 32, 32)
     groups = find_groups(model, x)
     assert {g.grade for g in groups.values()} == {"exact"}
@@ -84,3 +84,27 @@ def test_one_number_cannot_state_two_widths():
     free = groups.with_grades(dict.fromkeys(groups, ("exact", "")))
     with pytest.raises(PlanError, match="'half' would have to be both 2 and 3"):
         resize(model, free, {"a[0:4]": keep([0, 1]), "b[0:4]": keep([0, 1, 2])})
+
+
+class PaddedLike(nn.Module):
+    """A shortcut of the padding kind, with zeros in the shape of its input laid behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        y = self.b(x) + torch.cat([x, torch.zeros_like(x)], 1)
+        return self.c(y.relu()).mean((2, 3))
+
+
+def test_zeros_in_the_shape_of_channels_go_with_them():
+    torch.manual_seed(0)
+    model, x = randomised(PaddedLike().eval()), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    groups = find_groups(model, x, cache=False)
+    assert {n: (g.channels, g.grade) for n, g in groups.items()} == {"a": (4, "exact")}
+    small = resize(model, groups, {"a": keep([1, 3])})
+    assert (small.a.out_channels, small.b.out_channels) == (2, 4)
+    assert torch.equal(small.b.weight, model.b.weight[[1, 3, 5, 7]][:, [1, 3]])
+    assert max(errors_of_all(model, groups, x)) < 1e-9

@@ -102,6 +102,60 @@ def test_closed_gates_are_removal_of_heads_and_dimensions_at_once(options, on):
     assert zoo.error(small(x), expected) < 1e-9
 
 
+class Chunked(nn.Module):
+    """Queries, keys and values by ``chunk`` or from layers of their own, with one number for the head dimension of all three."""
+
+    def __init__(self, packed):
+        super().__init__()
+        self.heads, self.each, self.packed = 3, 4, packed
+        self.embed, self.proj, self.head = nn.Linear(6, 10), nn.Linear(12, 7), nn.Linear(7, 4)
+        for name in ("qkv",) if packed else ("q", "k", "v"):
+            self.add_module(name, nn.Linear(10, 36 if packed else 12))
+
+    def forward(self, x):
+        x = self.embed(x)
+        parts = self.qkv(x).chunk(3, -1) if self.packed else (self.q(x), self.k(x), self.v(x))
+        shape = (*x.shape[:2], self.heads, -1 if self.packed else self.each)
+        q, k, v = (t.view(shape).transpose(1, 2) for t in parts)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.head(self.proj(y.flatten(2)).relu().mean(1))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_queries_and_values_of_one_head_dimension_are_one_group(packed):
+    torch.manual_seed(0)
+    model, x = randomised(Chunked(packed).eval()), torch.randn(2, 5, 6, dtype=torch.float64)
+    groups = find_groups(model, x, cache=False)
+    first = "qkv" if packed else "q"
+    assert {n: g.grade for n, g in groups.items()} == dict.fromkeys(("embed", first, f"{first}.heads", "proj"), "exact")
+    assert (groups[first].channels, groups[first].blocks) == (12, 3)
+    assert set(groups[first].producers) == ({"qkv"} if packed else {"q", "v"})
+    assert zoo.error(resize(model, groups, random_plan(groups))(x), model(x)) < 1e-9
+    small = resize(model, groups, {first: keep([0, 2, 5, 6, 8, 9]), f"{first}.heads": keep([0, 2])})
+    assert (small.each, small.heads, small.proj.in_features) == (4 if packed else 2, 2, 4)
+
+
+class SharedKeys(nn.Module):
+    """Four heads of queries for each head of keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.q, self.kv, self.head = nn.Linear(6, 10), nn.Linear(10, 32), nn.Linear(10, 16), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        q = self.q(x).view(*x.shape[:2], 8, 4).transpose(1, 2)
+        k, v = self.kv(x).view(*x.shape[:2], 2, 2, 4).permute(2, 0, 3, 1, 4)
+        return self.head(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2).mean(1))
+
+
+def test_attention_with_shared_keys_leaves_the_rest_of_the_network_alone():
+    model, x = SharedKeys().eval(), torch.randn(2, 5, 6)
+    groups = find_groups(model, x, cache=False)
+    assert groups["embed"].grade == "exact"
+    assert {g.grade for n, g in groups.items() if n != "embed"} == {"frozen"}
+
+
 def test_dense_mixes_of_head_dimensions_meet_in_the_product():
     """Queries that are linear in fewer ones, with keys mixed to match, give what the low-rank product gives."""
     model, x, groups = made(fused=False)

@@ -483,7 +483,7 @@ class Tracer(TorchDispatchMode):
         heads = np.full(self.count, -1, dtype=np.int64)  # the block of each label, as its channel
         for block, row in self.members.items():
             heads[row] = channel[block]
-        for grid in self.grids:
+        for grid in (_unfolded(grid, heads) for grid in self.grids):
             rows = heads[grid]
             along = [i for i in range(grid.ndim) if _varies(rows, i)] if (rows >= 0).all() else []
             if len(along) == grid.ndim:
@@ -493,6 +493,7 @@ class Tracer(TorchDispatchMode):
                 if i != free and i not in along:
                     self.tie(grid, grid.take([0], axis=i))
             lattices.append((grid, tuple(along), free))
+        self._tie_numbers(heads)
         channel = self._components()
         reasons: dict[int, str] = {}
         for ids, reason in self.frozen:
@@ -518,6 +519,15 @@ class Tracer(TorchDispatchMode):
             self.program.hexdigest(),
         )
 
+    def _tie_numbers(self, heads: Ids) -> None:
+        """What one number states within a head, such as the head dimension of queries and of values, is as wide everywhere."""
+        first: dict[tuple[Any, ...], Ids] = {}
+        for size in self.sizes:
+            rows = heads[size.ids]
+            if size.ids.ndim > 1 and (rows >= 0).all() and not _varies(rows, size.axis):
+                other = first.setdefault((size.of, size.factor, size.axis, size.ids.shape), size.ids)
+                self.tie(other, size.ids)
+
     def _components(self) -> Ids:
         if not self.ties:
             return np.arange(self.count)
@@ -536,6 +546,22 @@ def _unique(channel: Ids, parts: list[Ids]) -> Ids:
 
 def _varies(ids: Ids, axis: int) -> bool:
     return ids.shape[axis] > 1 and not bool((ids == ids.take([0], axis=axis)).all())
+
+
+def _unfolded(grid: Ids, heads: Ids) -> Ids:
+    """A grid with an axis of its own for heads that lie one after the other along an axis, as after ``qkv.chunk(3)``."""
+    rows = heads[grid]
+    if (rows < 0).any():
+        return grid
+    for axis in range(grid.ndim):
+        line = np.moveaxis(rows, axis, -1).reshape(-1, grid.shape[axis])[0]
+        each = int(np.flatnonzero(line != line[0])[0]) if (line != line[0]).any() else 0
+        if each < 2 or grid.shape[axis] % each:
+            continue
+        shape = (*grid.shape[:axis], -1, each, *grid.shape[axis + 1 :])
+        if not _varies(rows.reshape(shape), axis + 1):
+            return grid.reshape(shape)
+    return grid
 
 
 def _laid(ids: Ids, names: Sequence[Any], order: Sequence[Any]) -> Ids:

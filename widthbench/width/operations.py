@@ -85,6 +85,16 @@ def _pointwise(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
     return with_factors(value, found, direct=name in ("clone", "_to_copy", "alias", "detach") and values[0].direct)
 
 
+def _like(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
+    """A constant in the shape of a tensor has as many channels as that, so that each goes with one of them."""
+    return Value(tracer.of(args[0]).factors)
+
+
+def _fixed(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
+    """A constant of a stated shape."""
+    return Value(constant=True)
+
+
 def _same(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
     value = tracer.of(args[0])
     if output.shape != args[0].shape:  # other strides are the same positions, another shape is not
@@ -570,6 +580,10 @@ def _matmul(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
 
 def _attention(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
     q, k, v = args[:3]
+    if k.shape[:-2] != q.shape[:-2]:
+        tracer.freeze_all([tracer.of(t) for t in (q, k, v)], "an attention whose heads share keys has no rule")
+        plain = plain_value([tracer.of(t) for t in (q, k, v)])
+        return [plain] * len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
     batch = {d: d for d in range(q.dim() - 2)}
     n = len(batch)
     scaled = tracer.call.kwargs.get("scale") is None and tracer.call.name == "scaled_dot_product_attention"
@@ -672,6 +686,8 @@ POINTWISE = {
 }  # fmt: skip
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("detach", "alias", "lift_fresh", "_conj", "detach_", "fill_", "zero_", "as_strided_", "as_strided"), _same),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), _like),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _fixed),
     **dict.fromkeys(("permute", "transpose", "transpose_", "t"), _permute),
     **dict.fromkeys(("unsqueeze", "unsqueeze_"), _unsqueeze),
     **dict.fromkeys(("squeeze", "squeeze_"), _squeeze),
