@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -80,8 +83,22 @@ def owner(name: str) -> str:
 
 
 def _declared() -> dict[str, list[EntryPoint]]:
+    return _scanned(entry_points, tuple((path, _changed(path)) for path in sys.path))
+
+
+def _changed(path: str) -> int:
+    """When a folder last gained or lost something, such as a distribution."""
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=1)
+def _scanned(scan: Callable[..., Iterable[EntryPoint]], installed: tuple[tuple[str, int], ...]) -> dict[str, list[EntryPoint]]:
+    """What all distributions declare, read again (10 ms) once something has been installed."""
     found: dict[str, dict[str, EntryPoint]] = {}
-    for point in entry_points(group=GROUP):
+    for point in scan(group=GROUP):
         # a checkout's own metadata on sys.path repeats what the installed distribution says
         found.setdefault(point.name, {})[point.value] = point
     return {name: list(points.values()) for name, points in found.items()}
