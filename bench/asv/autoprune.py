@@ -1,8 +1,8 @@
 """AutoPrune's gated step over a plain training step, in turn in one run.
 
-``python bench/asv/autoprune.py [--write results/autoprune-speed]`` prints the table (and writes FILE.md and FILE.jsonl); asv
-tracks the ratio. A gated step trains the weights behind closed and open gates; a step of the auxiliary parameters (a forward and a
-backward pass of a batch of val) is timed beside it, since the two alternate.
+``python bench/asv/autoprune.py [--write results/autoprune-speed]`` prints the table (and writes FILE.md and FILE.jsonl). A gated
+step trains the weights behind closed and open gates; a step of the auxiliary parameters (a forward and a backward pass of a batch
+of val) is timed beside it, since the two alternate.
 """
 
 import copy
@@ -104,17 +104,6 @@ def pairs(name: str, count: int) -> list[dict]:
         times = {call: 1e3 * seconds(call, repeats) for call in order}
         rows.append(dict(zip(("plain", "gated", "auxiliary"), (times[c] for c in calls), strict=True), network=name))
     return rows
-
-
-def track_gated_over_plain_step(name: str) -> float:
-    """A gated step over a plain one, median of pairs; lower is better."""
-    return statistics.median(r["gated"] / r["plain"] for r in pairs(name, 5))
-
-
-track_gated_over_plain_step.unit = "gated / plain"
-track_gated_over_plain_step.params = (list(NETWORKS),)
-track_gated_over_plain_step.param_names = ("network",)
-track_gated_over_plain_step.timeout = 600
 
 
 def measure() -> list[dict]:

@@ -1,6 +1,6 @@
 """L1 pruning to half, discovery included: our time and peak memory over those of Torch-Pruning's own pruner, in pairs of one run.
 
-``python bench/asv/l1_torch_pruning.py [--write results/l1-torch-pruning]`` prints the pairs; asv tracks the median ratios. Each
+``python bench/asv/l1_torch_pruning.py [--write results/l1-torch-pruning]`` prints the pairs. Each
 measurement is made in a process of its own on one thread; ours takes its grades from the cache, as any second call does.
 """
 
@@ -109,30 +109,6 @@ def pairs(name: str) -> list[dict[str, dict[str, float]]]:
         order = ("theirs", "ours", "certifying") if i % 2 else ("ours", "theirs", "certifying")
         found.append({which: {what: apart(name, which, what) for what in ("seconds", "mib")} for which in order})
     return found
-
-
-def ratio(found: list[dict[str, dict[str, float]]], what: str) -> float:
-    return statistics.median(p["ours"][what] / p["theirs"][what] for p in found)
-
-
-class TrackL1:
-    """Ours over Torch-Pruning's; lower is better."""
-
-    params = NETWORKS
-    param_names = ("model",)
-    timeout = 900
-    unit = "ours / Torch-Pruning"
-
-    def setup_cache(self) -> dict[str, list[dict[str, dict[str, float]]]]:
-        return {name: pairs(name) for name in NETWORKS}
-
-    setup_cache.timeout = 900
-
-    def track_seconds(self, found: dict[str, list[dict[str, dict[str, float]]]], model: str) -> float:
-        return ratio(found[model], "seconds")
-
-    def track_peak_memory(self, found: dict[str, list[dict[str, dict[str, float]]]], model: str) -> float:
-        return ratio(found[model], "mib")
 
 
 def rows() -> list[dict[str, object]]:

@@ -1,7 +1,7 @@
 """Brute force on neurons: ours over the plain loop, a whole greedy curve, and two processes over one, side by side in one run.
 
 ``python bench/asv/neuron_removal.py [--write results/neuron-removal-speed]`` prints the table (and writes FILE.md and
-FILE.jsonl); asv tracks the ratios. Random images stand in for data: the work is the same.
+FILE.jsonl). Random images stand in for data: the work is the same.
 """
 
 import math
@@ -22,11 +22,11 @@ IMAGES = 10_000
 PAIRS = 5
 
 
-def network(name: str, **args):
+def network(name: str, images: int = IMAGES, **args):
     """(network, groups, a sample of random images)."""
     torch.manual_seed(0)
     model = models.create(name, classes=10, channels=1, size=28, seed=0, **args).eval()
-    sample = Sample(torch.randn(IMAGES, 1, 28, 28), torch.randint(0, 10, (IMAGES,)))
+    sample = Sample(torch.randn(images, 1, 28, 28), torch.randint(0, 10, (images,)))
     return model, find_groups(model, sample.x[:1]), sample
 
 
@@ -43,9 +43,9 @@ def plain_loop(model, layer: str, sample: Sample, batch: int = 1000) -> torch.Te
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def first_layer() -> tuple[float, float]:
+def first_layer(images: int = IMAGES) -> tuple[float, float]:
     """(ours, plain loop) in seconds: all 300 neurons of LeNet-300-100's first layer; the losses must agree to 1e-6."""
-    model, groups, sample = network("lenet_300_100")
+    model, groups, sample = network("lenet_300_100", images)
     begin = time.perf_counter()
     found = Ablation(model, groups, sample).losses({}, {"ip1": torch.arange(300)})["ip1"]
     middle = time.perf_counter()
@@ -100,30 +100,6 @@ def _in_turn(model, groups, sample, pairs: int, job) -> tuple[list[tuple[float, 
                 one, two = job(alone), job(both)
             found.append((one, two))
     return found, started
-
-
-def track_first_layer_over_plain_loop() -> float:
-    """All 300 neurons of LeNet-300-100's first layer, 10,000 images: our seconds over the plain loop's; lower is better."""
-    ours, loop = first_layer()
-    return ours / loop
-
-
-def track_greedy_curve_seconds() -> float:
-    """A greedy curve with re-ranking on an MLP of 100 sigmoid units, 10,000 images: seconds."""
-    model, groups, sample = network("mlp_sigmoid")
-    return greedy(Ablation(model, groups, sample), groups)
-
-
-def track_two_processes_over_one() -> float:
-    """The same curve by two processes: seconds over those of one; lower is better."""
-    return statistics.median(two / one for one, two in one_and_two(3)[0])
-
-
-track_first_layer_over_plain_loop.unit = "ours / plain loop"
-track_greedy_curve_seconds.unit = "s"
-track_two_processes_over_one.unit = "two processes / one"
-for track in (track_first_layer_over_plain_loop, track_greedy_curve_seconds, track_two_processes_over_one):
-    track.timeout = 600
 
 
 def measure() -> list[dict]:

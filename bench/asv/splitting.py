@@ -1,8 +1,8 @@
 """Eigenpairs of splitting matrices: one joint product, and all to 1e-3, over one backward pass of the same network and batch.
 
-``python bench/asv/splitting.py [--write results/splitting-speed]`` prints the tables (and writes FILE.md and FILE.jsonl); asv
-tracks the ratios. Random images stand in for data: the work is the same. The exact eigen-decomposition's growth with the number of
-neurons n and of their parameters d, and how many products gradient steps need where Lanczos' method needs few, stand beside it.
+``python bench/asv/splitting.py [--write results/splitting-speed]`` prints the tables (and writes FILE.md and FILE.jsonl). Random
+images stand in for data: the work is the same. The exact eigen-decomposition's growth with the number of neurons n and of their
+parameters d, and how many products gradient steps need where Lanczos' method needs few, stand beside it.
 """
 
 import math
@@ -117,22 +117,6 @@ def gradient_steps(matrices: SplittingMatrices, names, size, steps: int) -> dict
         values = {n: (product[n] * v[n]).sum(dim=1).double() for n in names}
         v = {n: F.normalize(v[n] - product[n] / size[n][:, None].float(), dim=1) for n in names}
     return values
-
-
-def track_product_over_backward() -> float:
-    """One joint product over all layers of LeNet-5 over a backward pass; at most 2."""
-    return statistics.median(row["product"] / row["backward"] for row in costs("lenet5", PAIRS))
-
-
-def track_eigenpairs_over_backward() -> float:
-    """All eigenpairs of LeNet-5 to 1e-3, with the pass that they need, over a backward pass."""
-    return statistics.median(row["all"] / row["backward"] for row in costs("lenet5", PAIRS))
-
-
-track_product_over_backward.unit = "product / backward pass"
-track_eigenpairs_over_backward.unit = "eigenpairs / backward pass"
-for track in (track_product_over_backward, track_eigenpairs_over_backward):
-    track.timeout = 600
 
 
 def measure() -> list[dict]:

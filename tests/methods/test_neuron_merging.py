@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import zoo
-from merging_speed import loop
+from asv.neuron_merging import loop
 from torch import nn
 from widthbench._claims import neuron_merging as checks
 from widthbench.methods.neuron_merging import NeuronMerging, Pairs, compare, filters, score

@@ -1,6 +1,6 @@
 """The in-memory pipeline against torchvision's DataLoader, side by side: images per second, and accuracy after the same epochs.
 
-python bench/pipeline.py [--epochs 3] [--seeds 0 1 2] > results/pipeline.md
+python bench/asv/pipeline.py [--epochs 3] [--seeds 0 1 2] > results/pipeline.md
 """
 
 from __future__ import annotations
@@ -74,6 +74,13 @@ def images_per_second(batches: Iterator, count: int) -> float:
     return seen / (time.perf_counter() - begin)
 
 
+def speeds_of(samples: data.ImageSamples, recipe: Recipe, seed: int) -> list[float]:
+    """[ours, the DataLoader's] images per second over an epoch each, less its first batch: the workers' start does not count."""
+    ours = samples.batches(BATCH, generator=torch.Generator().manual_seed(seed), augment=recipe)
+    theirs = Loaded(samples, recipe.crop).batches(BATCH, generator=torch.Generator().manual_seed(seed))
+    return [images_per_second((next(b), b)[1], len(samples) - BATCH) for b in (ours, theirs)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=float, default=3)
@@ -85,12 +92,7 @@ def main() -> None:
     speeds, scores = [], []
     for name, size in SETS.items():
         samples = data.load(name, size, val=0).train
-        pairs = []
-        for seed in range(args.rounds):
-            # an epoch each, less its first batch: the start of the two worker processes is not counted
-            ours = samples.batches(BATCH, generator=torch.Generator().manual_seed(seed), augment=recipe)
-            theirs = Loaded(samples, recipe.crop).batches(BATCH, generator=torch.Generator().manual_seed(seed))
-            pairs.append([images_per_second((next(b), b)[1], len(samples) - BATCH) for b in (ours, theirs)])
+        pairs = [speeds_of(samples, recipe, seed) for seed in range(args.rounds)]
         ratios = [a / b for a, b in pairs]
         middle = [f"{statistics.median(p[i] for p in pairs):,.0f}" for i in (0, 1)]
         speeds.append([name, *middle, f"{statistics.median(ratios):.1f}x", f"{min(ratios):.1f}x"])

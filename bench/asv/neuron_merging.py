@@ -1,6 +1,6 @@
 """Neuron merging of all inner groups of a ResNet-56, vectorised, against a Python loop over the pairs: both in one run, in turn.
 
-    python bench/merging_speed.py [--rounds 5] [--keep 0.5]
+    python bench/asv/neuron_merging.py [--rounds 5] [--keep 0.5]
 
 Each round times `widthbench.apply` (discovery of the channel groups, grades from the cache, decision, resize), the decision alone,
 and the same decision by a loop over pairs, once with torch's and once with NumPy's scalars, with the same weights, formulas and
@@ -28,6 +28,9 @@ from widthbench.budget import top_channels
 from widthbench.width import find_groups
 from widthbench.width.certify import randomised
 from widthbench.width.groups import Groups
+
+APPLY, DECISION = "`widthbench.apply`: discovery, decision, resize", "the decision alone"
+LOOP = "the decision by a loop over pairs"
 
 
 def loop(
@@ -89,34 +92,28 @@ def by_loop(model: nn.Module, groups: Groups, plan: dict[str, Tensor], library: 
     return mixes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (default: 5)")
-    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the channels that is kept (default: 0.5)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    budget = f"channels:{options.keep}:floor"
+def measure(rounds: int, keep: float = 0.5) -> tuple[dict[str, list[float]], str]:
+    """Seconds of each way, by round, and a sentence on the work; all ways must decide the same."""
+    budget = f"channels:{keep}:floor"
     model = randomised(models.create("resnet56_cifar", classes=10, channels=3, size=32, seed=0)).float()
     x = torch.randn(1, 3, 32, 32)
     groups = find_groups(model, x)  # the grades are cached from here on
     inner = groups.select()
     technique = NeuronMerging()
-    kept = {n: kept_by_l1(model, groups, n, options.keep) for n in inner}
+    kept = {n: kept_by_l1(model, groups, n, keep) for n in inner}
 
     def decide() -> dict[str, np.ndarray]:
         return {n: technique.merged(model, groups, n, rows).mix.numpy() for n, rows in kept.items()}
 
     ways: dict[str, Callable[[], Any]] = {
-        "`widthbench.apply`: discovery, decision, resize": lambda: widthbench.apply(
-            technique, model, budget=budget, example_input=x
-        ),
-        "the decision alone": decide,
-        "the decision by a loop over pairs, torch": lambda: by_loop(model, groups, kept, "torch"),
-        "the decision by a loop over pairs, NumPy": lambda: by_loop(model, groups, kept, "numpy"),
+        APPLY: lambda: widthbench.apply(technique, model, budget=budget, example_input=x),
+        DECISION: decide,
+        f"{LOOP}, torch": lambda: by_loop(model, groups, kept, "torch"),
+        f"{LOOP}, NumPy": lambda: by_loop(model, groups, kept, "numpy"),
     }
     times: dict[str, list[float]] = {what: [] for what in ways}
     found: dict[str, Any] = {}
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for what, work in ways.items():
             start = time.perf_counter()
             found[what] = work()
@@ -130,10 +127,19 @@ def main() -> None:
             f"{n} keeps other channels"
         )
     pairs = sum(len(rows) * (inner[n].channels - len(rows)) for n, rows in kept.items())
-    print(f"ResNet-56, {len(inner)} inner groups, {pairs} pairs, {budget}, medians of {options.rounds} rounds, one thread\n")
-    whole, alone = list(times.values())[:2]
+    return times, f"ResNet-56, {len(inner)} inner groups, {pairs} pairs, {budget}, medians of {rounds} rounds, one thread"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (default: 5)")
+    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the channels that is kept (default: 0.5)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    times, work = measure(options.rounds, options.keep)
+    print(f"{work}\n")
     rows = [
-        [what, f"{1000 * statistics.median(taken):.1f}", *(f"{ratio(taken, other):.2f}" for other in (whole, alone))]
+        [what, f"{1000 * statistics.median(taken):.1f}", *(f"{ratio(taken, times[other]):.2f}" for other in (APPLY, DECISION))]
         for what, taken in times.items()
     ]
     headers = ["what", "ms", "over apply", "over the decision alone"]

@@ -1,0 +1,444 @@
+"""What benchmarks time, in a process of its own that answers one request after the other.
+
+    python bench/asv/measuring.py --list                                  what there is
+    python bench/asv/measuring.py "inference resnet20_cifar batch=16"     one of them, as JSON
+
+A client (``Worker``) starts this file with any installation of widthbench on its path, sends items, and gets milliseconds or MiB
+back: asv's benchmarks and ``widthbench regress`` both do. torch is imported there alone, so that asv's many short processes start
+at once. On CUDA, times are those of events after a warm-up, and memory is what the allocator says; on a CPU, ``perf_counter`` and
+the high-water mark of the resident set above what was held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MODELS = {  # pixels, channels, classes
+    "lenet5": (28, 1, 10),
+    "test_resnet": (32, 3, 10),
+    "resnet20_cifar": (32, 3, 10),
+    "vgg16_cifar": (32, 3, 10),
+    "mobilenetv2_100_cifar": (32, 3, 10),
+    "vit_tiny_patch16_224": (224, 3, 1000),
+    "resnet50": (224, 3, 1000),
+}
+TECHNIQUES: dict[str, dict[str, Any]] = {  # with parameters that keep the work small; a test compares them with the registry
+    "autoprune": {"epochs": 1},
+    "autoslim": {"epochs": 1, "steps": 5, "samples": 256, "calibration": 64},
+    "l1-norm": {},
+    "neuron-merging": {},
+    "neuron-removal": {"samples": 256},
+    "nmf": {"iterations": 5},
+    "random-channels": {},
+    "splitting": {"epochs": 1, "rounds": 2, "samples": 64, "final_epochs": 1},
+    "torch-pruning:bn-scale": {},
+    "torch-pruning:fpgm": {},
+    "torch-pruning:hessian": {"samples": 64},
+    "torch-pruning:lamp": {},
+    "torch-pruning:magnitude": {},
+    "torch-pruning:taylor": {"samples": 64},
+}
+KINDS = ("training step", "inference", "discovery", "certification", "resize", "technique")
+SAMPLES = 256  # random images that techniques look at
+STEPS = 4  # of one timed training
+MIB = 2**20
+FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc hands freed tensors back at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One thing that is measured.
+
+    Attributes:
+        kind: One of ``KINDS``.
+        model: One of ``MODELS``.
+        technique: One of ``TECHNIQUES``, where the kind is "technique".
+        budget: Such as "macs:0.5": what the technique, or L1 in "inference", leaves; "" for the whole network.
+        device: "cpu" or "cuda".
+        batch: Images in a training step or a forward pass.
+    """
+
+    kind: str
+    model: str
+    technique: str = ""
+    budget: str = ""
+    device: str = "cpu"
+    batch: int = 1
+
+    def __str__(self) -> str:
+        words = [self.kind, self.technique, self.model, self.budget]
+        more = [f"batch={self.batch}"] if self.kind in ("training step", "inference") else []
+        return " ".join(w for w in (*words, *more, "" if self.device == "cpu" else self.device) if w)
+
+
+def items(device: str = "cpu") -> list[Item]:
+    """Everything that ``widthbench regress`` compares: each technique, and each operation on a small network."""
+    found = [
+        Item("training step", "resnet20_cifar", device=device, batch=64),
+        Item("inference", "resnet20_cifar", device=device, batch=64),
+        Item("inference", "resnet20_cifar", budget="macs:0.5", device=device, batch=64),
+        Item("discovery", "resnet20_cifar", device=device),
+        Item("certification", "test_resnet", device=device),
+        Item("resize", "resnet20_cifar", device=device),
+    ]
+    for technique in TECHNIQUES:
+        model = "test_resnet" if technique == "torch-pruning:bn-scale" else "lenet5"  # the former has batch norms
+        found.append(Item("technique", model, technique=technique, budget="macs:0.5", device=device))
+    return found
+
+
+# the client
+
+
+class Worker:
+    """A process that measures, with an installation of widthbench of its own.
+
+    Args:
+        path: Folders that come first where modules are looked for.
+        frugal: Let the process hand freed memory back to the system at once, for memory's sake.
+        source: The file that it runs.
+    """
+
+    def __init__(self, path: Sequence[str | Path] = (), *, frugal: bool = False, source: Path | None = None) -> None:
+        before = os.environ.get("PYTHONPATH")
+        self._environment = {
+            **os.environ,
+            **(FRUGAL if frugal else {}),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "PYTHONPATH": os.pathsep.join([*map(str, path), *([before] if before else [])]),
+            "PYTHONSAFEPATH": "1",  # this folder's own modules are no modules of theirs
+        }
+        self._source = Path(source or __file__)
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, item: Item, timeout: float = 300, **request: Any) -> dict[str, Any]:
+        """What the process says: numbers, or "skip" or "error" with the reason. One that dies or hangs is an error.
+
+        Args:
+            item: What is measured.
+            timeout: Seconds after which the process is killed; the next request starts another.
+            **request: ``rounds`` and ``least`` (seconds of a timed sample), or ``memory=True``.
+        """
+        process = self._started()
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.write(json.dumps({"item": dataclasses.asdict(item), **request}) + "\n")
+            process.stdin.flush()
+        try:
+            line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            self.close()
+            return {"error": f"it took longer than {timeout:g} s"}
+        if line is None:
+            code = process.wait()
+            self._log.seek(0)
+            last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
+            self.close()
+            return {"error": f"the process ended with exit code {code}{': ' + last[0] if last else ''}"}
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+            self._process = subprocess.Popen(
+                [sys.executable, str(self._source), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+                text=True, env=self._environment,
+            )  # fmt: skip
+            self._lines: queue.Queue[str | None] = queue.Queue()
+            threading.Thread(target=_reading, args=(self._process, self._lines), daemon=True).start()
+        return self._process
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._log.close()
+        self._process = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _reading(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line)
+    lines.put(None)
+
+
+# for asv
+
+
+def quick() -> bool:
+    """Whether asv was asked to run each benchmark only once."""
+    if os.environ.get("WIDTHBENCH_QUICK"):
+        return True
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+        return b"--quick" in words or b"-q" in words
+    return False
+
+
+Measured = dict[str, dict[str, Any]]
+
+
+def measured(wanted: Sequence[Item]) -> Measured:
+    """Milliseconds and MiB of items: time in one process, memory in another that hands what is freed back at once."""
+    rounds = 1 if quick() else 7
+    found: Measured = {}
+    with Worker() as timing, Worker(frugal=True) as remembering:
+        for item in wanted:
+            answer = timing.ask(item, rounds=rounds, least=0.0 if quick() else 0.05)
+            if "ms" in answer:
+                answer |= {k: v for k, v in remembering.ask(item, memory=True).items() if k != "skip"}
+                answer["ms"] = statistics.median(answer["ms"])
+            found[str(item)] = answer
+    return found
+
+
+def number(found: Measured, item: Item, name: str) -> float:
+    """One number of an item.
+
+    Raises:
+        RuntimeError: If it could not be measured, with the reason.
+    """
+    answer = found[str(item)]
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return float(answer[name])
+
+
+def applicable(found: Measured, item: Item) -> None:
+    """For ``setup``: what the machine, the installation or the technique does not have is no benchmark.
+
+    Raises:
+        NotImplementedError: With the reason.
+    """
+    if reason := found.get(str(item), {}).get("skip"):
+        raise NotImplementedError(reason)
+
+
+# the process that measures
+
+
+class NotHereError(Exception):
+    """No such device, package or combination."""
+
+
+class Batch:
+    """The same random batch, a few times over."""
+
+    parted = False
+
+    def __init__(self, x: Any, y: Any, times: int) -> None:
+        self.x, self.y, self.times = x, y, times
+
+    def __len__(self) -> int:
+        return len(self.y) * self.times
+
+    def batches(self, size: int, **_: Any) -> Iterator[Any]:
+        return iter([(self.x, self.y)] * self.times)
+
+
+def prepared(item: Item) -> tuple[Callable[[], Any], int]:
+    """What is timed, and how many times the item it holds.
+
+    Raises:
+        NotHereError: With the reason.
+    """
+    import torch
+
+    if item.device == "cuda" and not torch.cuda.is_available():
+        raise NotHereError("torch finds no GPU")
+    try:
+        from widthbench import api, models, registry, training
+        from widthbench.errors import UsageError
+        from widthbench.measure import fastest_layout
+        from widthbench.recipe import Recipe
+        from widthbench.width import certify, discover, find_groups, resize
+    except ImportError as error:
+        raise NotHereError(f"this widthbench lacks it: {error}") from error
+    size, channels, classes = MODELS[item.model]
+    torch.manual_seed(0)
+    model = models.create(item.model, classes=classes, channels=channels, size=size).to(item.device).eval()
+    x = torch.randn(1, channels, size, size, device=item.device)
+
+    def images(count: int) -> tuple[Any, Any]:
+        return torch.randn(count, channels, size, size, device=item.device), torch.randint(classes, (count,), device=item.device)
+
+    if item.kind == "training step":
+        recipe = Recipe(epochs=1, batch_size=item.batch, lr=1e-6, amp=item.device == "cuda")
+        repeated = Batch(*images(item.batch), STEPS)
+        return (lambda: training.fit(model, repeated, recipe, macs=1)), STEPS
+    if item.kind == "inference":
+        if item.budget:
+            model = api.apply("l1-norm", model, budget=item.budget, example_input=x)
+        layout = fastest_layout(model)
+        model, batch = model.to(memory_format=layout), images(item.batch)[0].contiguous(memory_format=layout)
+
+        def passed() -> None:
+            with torch.no_grad():
+                model(batch)
+
+        return passed, 1
+    if item.kind == "discovery":
+        return (lambda: discover(model, x)), 1
+    if item.kind == "certification":
+        found = discover(model, x)
+        return (lambda: certify(model, found, x, cache=False)), 1
+    if item.kind == "resize":
+        plan = api.outcome("l1-norm", model, budget="channels:0.5", example_input=x, scope="all").plan
+        groups = find_groups(model, x)
+        return (lambda: resize(model, groups, plan)), 1
+    if item.technique not in registry.names():
+        raise NotHereError(f"this widthbench has no technique '{item.technique}'")
+    data = images(SAMPLES)
+
+    def applied() -> None:
+        api.outcome(
+            item.technique, model, budget=item.budget, example_input=x, data=data, **TECHNIQUES[item.technique]
+        )  # fmt: skip
+
+    try:
+        applied()
+    except UsageError as error:
+        raise NotHereError(str(error)) from error
+    return applied, 1
+
+
+def _status(field: str) -> float:
+    """A line of this process's memory, in MiB; NaN where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / MIB
+
+
+def memory(call: Callable[[], Any], device: str) -> dict[str, float]:
+    """MiB held before a second call, and at its peak above that."""
+    call()
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() / MIB
+        call()
+        torch.cuda.synchronize()
+        return {"held": held, "peak": torch.cuda.max_memory_allocated() / MIB - held}
+    held = _status("VmRSS")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    call()
+    return {"held": held, "peak": max(0.0, _status("VmHWM") - held)}
+
+
+def milliseconds(call: Callable[[], Any], device: str, rounds: int, least: float) -> list[float]:
+    """Times of a call after a warm-up: one per round, each the mean of as many calls as ``least`` seconds hold."""
+    begin = time.perf_counter()
+    call()
+    took = time.perf_counter() - begin
+    if took < least:  # the first call may be slow
+        begin = time.perf_counter()
+        call()
+        took = time.perf_counter() - begin
+    count = max(1, min(1000, round(least / max(took, 1e-6))))
+    found = []
+    for _ in range(rounds):
+        if device == "cuda":
+            import torch
+
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(count):
+                call()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / count)
+        else:
+            begin = time.perf_counter()
+            for _ in range(count):
+                call()
+            found.append(1000 * (time.perf_counter() - begin) / count)
+    return found
+
+
+_last: dict[Item, tuple[Callable[[], Any], int]] = {}
+
+
+def answered(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to one request."""
+    item = Item(**request["item"])
+    try:
+        if item not in _last:
+            _last.clear()
+            gc.collect()
+            _last[item] = prepared(item)
+        call, times = _last[item]
+        if request.get("memory"):
+            return memory(call, item.device)
+        taken = milliseconds(call, item.device, request.get("rounds", 1), request.get("least", 0.0))
+        return {"ms": [t / times for t in taken]}
+    except NotHereError as error:
+        return {"skip": str(error)}
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def serve() -> None:
+    """Answer requests, a line of JSON each; what libraries print goes to the error output."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import warnings
+
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    for line in sys.stdin:
+        answers.write(json.dumps(answered(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("item", nargs="*", help="names as --list prints them, or parts of them")
+    parser.add_argument("--list", action="store_true", help="print the names")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve()
+        return
+    for item in items(options.device):
+        if options.list:
+            print(item)
+        elif any(part in str(item) for part in options.item):
+            print(item, json.dumps(measured([item])[str(item)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Run asv's benchmarks on what is installed here, and keep the numbers under the checked-out commit.
+
+    python bench/track.py [--quick] [--bench REGEX]      measure; results/asv/MACHINE/COMMIT-....json
+    python bench/track.py --publish                      write the pages of all kept numbers: .asv/html/index.html
+
+The machine's name says what its numbers depend on: GPU (or processor), CUDA, torch and timm. Everything that asv itself can do
+works too: ``asv compare``, ``asv show``, ``asv preview``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine() -> str:
+    """Such as ``NVIDIA-H200-cuda13.0-torch2.14.1-timm1.0.31``, or the processor's name where there is no GPU."""
+    import timm
+    import torch
+
+    from widthbench.provenance import hardware
+
+    if torch.cuda.is_available():
+        chip = f"{torch.cuda.get_device_name(0)}-cuda{torch.version.cuda}"
+    else:
+        chip = f"{hardware().get('cpu')}-{os.cpu_count()}cores"
+    versions = [f"{m.__name__}{m.__version__.partition('+')[0]}" for m in (torch, timm)]
+    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join([chip, *versions]))
+
+
+def asv(*words: str) -> int:
+    """One of asv's commands in this repository."""
+    print("+ asv", *words, flush=True)
+    return subprocess.run([sys.executable, "-m", "asv", *words], cwd=ROOT, check=False).returncode
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def described(name: str) -> None:
+    """What asv knows of the machine, in its own file in the user's home folder, which it wants before it runs."""
+    path = Path.home() / ".asv-machine.json"
+    known = json.loads(path.read_text()) if path.is_file() else {"version": 1}
+    if name not in known:
+        import platform
+
+        from widthbench.provenance import hardware
+
+        known[name] = {
+            "machine": name, "os": platform.platform(terse=True), "arch": platform.machine(),
+            "cpu": str(hardware().get("cpu")), "num_cpu": str(os.cpu_count()), "ram": "",
+        }  # fmt: skip
+        path.write_text(json.dumps(known, indent=4) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="each benchmark once, nothing kept: do they run?")
+    parser.add_argument("--bench", metavar="REGEX", action="append", default=[], help="only these")
+    parser.add_argument("--publish", action="store_true", help="write the pages of all numbers that are kept")
+    options = parser.parse_args()
+    if options.publish:
+        sys.exit(asv("publish") or print(f"open {ROOT / '.asv/html/index.html'}, or run `asv preview`"))
+    if not options.quick and git("status", "--porcelain", "--untracked-files=no"):
+        sys.exit("there are uncommitted changes: numbers are kept under a commit; commit them, or use --quick")
+    name = machine()
+    described(name)
+    words = ["run", "--machine", name, "--environment", f"existing:{sys.executable}", "--show-stderr"]
+    words += [w for b in options.bench for w in ("--bench", b)]
+    sys.exit(asv(*words, *(["--quick"] if options.quick else ["--set-commit-hash", git("rev-parse", "HEAD")])))
+
+
+if __name__ == "__main__":
+    main()
