@@ -121,8 +121,25 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--verify", action="store_true", help="certify anew, and show the errors of resizing all groups at once")
     _json(verb)
     verb.set_defaults(run=_doctor)
+
+    verb = verbs.add_parser(
+        "regress", help="whether a commit made anything slower than another one",
+        description="Install two commits of the repository at hand side by side, in folders of their own, and measure both in "
+        "the environment at hand, sample by sample in turn; what is beyond the factor is measured again, by fresh processes and "
+        "twice as often, before it is called slower. Prints a markdown table for a pull request. Exit codes: 0 nothing got worse, "
+        "1 something is slower or takes more memory, 2 a benchmark broke, or bad input.",
+    )  # fmt: skip
+    verb.add_argument("base", metavar="BASE", help="the commit that was: a hash, a branch, a tag")
+    verb.add_argument("head", metavar="HEAD", nargs="?", default="HEAD", help="the commit that is (default: HEAD)")
+    verb.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only benchmarks whose name holds one of these")
+    verb.add_argument("--factor", type=float, default=1.5, help="from which ratio on something is slower (default: 1.5)")
+    verb.add_argument("--pairs", type=_positive, default=5, metavar="N", help="pairs of samples of a first look (default: 5)")
+    verb.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure (default: cpu)")
+    verb.add_argument("--write", type=Path, metavar="FILE", help="also write the table to a file")
+    _json(verb)
+    verb.set_defaults(run=_regress)
     for verb in verbs.choices.values():
-        if verb.prog.split()[-1] != "doctor":
+        if verb.prog.split()[-1] not in ("doctor", "regress"):
             verb.add_argument("--data", metavar="DIR", help="where data sets lie (default: WIDTHBENCH_DATA, or the cache)")
     return parser
 
@@ -333,6 +350,20 @@ def _families(args: argparse.Namespace) -> int:
         files = coverage.write(rows, args.results)
         _show(rows, True) if args.json else print("\n".join(str(f) for f in files))
     return 0 if sum(map(coverage.passed, rows)) >= 0.9 * len(rows) else 1
+
+
+def _regress(args: argparse.Namespace) -> int:
+    from widthbench import regress
+    from widthbench.paths import write_atomic
+
+    found = regress.compare(
+        args.base, args.head, factor=args.factor, pairs=args.pairs, only=args.only, device=args.device,
+        tell=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print(json.dumps([r.plain() for r in found.rows], indent=1) if args.json else found.markdown())
+    if args.write:
+        write_atomic(args.write, found.markdown())
+    return found.exit_code
 
 
 def _doctor(args: argparse.Namespace) -> int:

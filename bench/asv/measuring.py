@@ -112,19 +112,21 @@ class Worker:
     Args:
         path: Folders that come first where modules are looked for.
         frugal: Let the process hand freed memory back to the system at once, for memory's sake.
-        source: The file that it runs.
+        environment: Variables that it gets beside this process's.
     """
 
-    def __init__(self, path: Sequence[str | Path] = (), *, frugal: bool = False, source: Path | None = None) -> None:
+    def __init__(
+        self, path: Sequence[str | Path] = (), *, frugal: bool = False, environment: Mapping[str, str] | None = None
+    ) -> None:  # fmt: skip
         before = os.environ.get("PYTHONPATH")
         self._environment = {
             **os.environ,
+            **(environment or {}),
             **(FRUGAL if frugal else {}),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             "PYTHONPATH": os.pathsep.join([*map(str, path), *([before] if before else [])]),
             "PYTHONSAFEPATH": "1",  # this folder's own modules are no modules of theirs
         }
-        self._source = Path(source or __file__)
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, item: Item, timeout: float = 300, **request: Any) -> dict[str, Any]:
@@ -135,10 +137,17 @@ class Worker:
             timeout: Seconds after which the process is killed; the next request starts another.
             **request: ``rounds`` and ``least`` (seconds of a timed sample), or ``memory=True``.
         """
+        return self._sent({"item": dataclasses.asdict(item), **request}, timeout)
+
+    def where(self) -> str:
+        """The file of the widthbench that it measures; "" if there is none."""
+        return str(self._sent({"where": True}, 300).get("where", ""))
+
+    def _sent(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         process = self._started()
         assert process.stdin is not None
         with contextlib.suppress(OSError):
-            process.stdin.write(json.dumps({"item": dataclasses.asdict(item), **request}) + "\n")
+            process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
         try:
             line = self._lines.get(timeout=timeout)
@@ -158,7 +167,7 @@ class Worker:
         if self._process is None:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
             self._process = subprocess.Popen(
-                [sys.executable, str(self._source), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+                [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
                 text=True, env=self._environment,
             )  # fmt: skip
             self._lines: queue.Queue[str | None] = queue.Queue()
@@ -391,6 +400,10 @@ _last: dict[Item, tuple[Callable[[], Any], int]] = {}
 
 def answered(request: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to one request."""
+    if "where" in request:
+        import widthbench
+
+        return {"where": widthbench.__file__}
     item = Item(**request["item"])
     try:
         if item not in _last:
