@@ -109,8 +109,8 @@ class Regression:
         return (
             f"### Speed of `{self.head[:12]}` against `{self.base[:12]}`: {title}\n\n"
             f"{tabulate(lines, headers='keys', tablefmt='pipe', disable_numparse=True)}\n\n"
-            f"Medians on {self.device}. Slower means {self.factor:g}x or more, in a second look too, by fresh processes and twice as "
-            f"many pairs; more memory means {self.factor:g}x and {NOTABLE:g} MiB or more.\n" + (f"\n{notes}" if notes else "")
+            f"Medians on {self.device}. Slower means {self.factor:g}x or more, in a second look too, by fresh processes and twice "
+            f"as many pairs; more memory means {self.factor:g}x and {NOTABLE:g} MiB or more.\n" + (f"\n{notes}" if notes else "")
         )
 
 
