@@ -23,7 +23,7 @@ def run(script, *arguments):
 def test_pipeline():
     if any(sources.locate(name) is None for name in ("fashionmnist", "cifar10")):
         pytest.skip("fashionmnist and cifar10 are not in WIDTHBENCH_DATA")
-    out = run("pipeline.py", "--epochs", "0.02", "--seeds", "0", "--rounds", "1")
+    out = run("asv/pipeline.py", "--epochs", "0.02", "--seeds", "0", "--rounds", "1")
     assert "| cifar10 " in out
 
 
@@ -37,3 +37,11 @@ def test_kills():
 def test_imagenet_generated(tmp_path, layout):
     out = run("imagenet_generated.py", str(tmp_path), "--brief", "--layout", layout, "--only", "mobilenetv1")
     assert "suite imagenet: 18 of 56 cells done" in out
+
+
+@pytest.mark.slow
+def test_latency(tmp_path):
+    out = run("latency.py", "--models", "resnet20_cifar", "--device", "cpu", "--write", str(tmp_path / "latency"))
+    assert out.count("| resnet20_cifar ") == 8
+    assert "speed-up, theory" in (tmp_path / "latency.md").read_text()
+    assert (tmp_path / "latency.png").stat().st_size > 10_000
