@@ -32,6 +32,7 @@ from typing import Any
 MODELS = {  # pixels, channels, classes
     "lenet5": (28, 1, 10),
     "test_resnet": (32, 3, 10),
+    "test_vit": (32, 3, 10),
     "resnet20_cifar": (32, 3, 10),
     "vgg16_cifar": (32, 3, 10),
     "mobilenetv2_100_cifar": (32, 3, 10),
@@ -56,7 +57,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {  # with parameters that keep the work 
 }
 KINDS = ("training step", "inference", "discovery", "certification", "resize", "technique")
 SAMPLES = 256  # random images that techniques look at
-STEPS = 4  # of one timed training
+STEPS = 2  # of one timed training
 MIB = 2**20
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc hands freed tensors back at once
 
@@ -213,14 +214,17 @@ Measured = dict[str, dict[str, Any]]
 
 
 def measured(wanted: Sequence[Item]) -> Measured:
-    """Milliseconds and MiB of items: time in one process, memory in another that hands what is freed back at once."""
-    rounds = 1 if quick() else 7
+    """Milliseconds and MiB of items: time in one process, memory in another that hands what is freed back at once.
+
+    In a hurry (``quick``) one call gives both, and the times are worth nothing.
+    """
     found: Measured = {}
     with Worker() as timing, Worker(frugal=True) as remembering:
         for item in wanted:
-            answer = timing.ask(item, rounds=rounds, least=0.0 if quick() else 0.05)
+            answer = remembering.ask(item, memory=True)
+            if "ms" in answer and not quick():
+                answer = answer | timing.ask(item, rounds=7, least=0.05)
             if "ms" in answer:
-                answer |= {k: v for k, v in remembering.ask(item, memory=True).items() if k != "skip"}
                 answer["ms"] = statistics.median(answer["ms"])
             found[str(item)] = answer
     return found
@@ -325,14 +329,13 @@ def prepared(item: Item) -> tuple[Callable[[], Any], int]:
     data = images(SAMPLES)
 
     def applied() -> None:
-        api.outcome(
-            item.technique, model, budget=item.budget, example_input=x, data=data, **TECHNIQUES[item.technique]
-        )  # fmt: skip
+        try:
+            api.outcome(
+                item.technique, model, budget=item.budget, example_input=x, data=data, **TECHNIQUES[item.technique]
+            )  # fmt: skip
+        except UsageError as error:
+            raise NotHereError(str(error)) from error
 
-    try:
-        applied()
-    except UsageError as error:
-        raise NotHereError(str(error)) from error
     return applied, 1
 
 
@@ -345,10 +348,11 @@ def _status(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / MIB
 
 
-def memory(call: Callable[[], Any], device: str) -> dict[str, float]:
-    """MiB held before a second call, and at its peak above that."""
+def memory(call: Callable[[], Any], device: str) -> dict[str, Any]:
+    """MiB held before a second call, and at its peak above that; and its ms, of one sample."""
     call()
     gc.collect()
+    begin = time.perf_counter()
     if device == "cuda":
         import torch
 
@@ -357,12 +361,14 @@ def memory(call: Callable[[], Any], device: str) -> dict[str, float]:
         held = torch.cuda.memory_allocated() / MIB
         call()
         torch.cuda.synchronize()
-        return {"held": held, "peak": torch.cuda.max_memory_allocated() / MIB - held}
+        took = 1000 * (time.perf_counter() - begin)
+        return {"held": held, "peak": torch.cuda.max_memory_allocated() / MIB - held, "ms": [took]}
     held = _status("VmRSS")
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    begin = time.perf_counter()
     call()
-    return {"held": held, "peak": max(0.0, _status("VmHWM") - held)}
+    return {"held": held, "peak": max(0.0, _status("VmHWM") - held), "ms": [1000 * (time.perf_counter() - begin)]}
 
 
 def milliseconds(call: Callable[[], Any], device: str, rounds: int, least: float) -> list[float]:
@@ -412,9 +418,10 @@ def answered(request: Mapping[str, Any]) -> dict[str, Any]:
             _last[item] = prepared(item)
         call, times = _last[item]
         if request.get("memory"):
-            return memory(call, item.device)
-        taken = milliseconds(call, item.device, request.get("rounds", 1), request.get("least", 0.0))
-        return {"ms": [t / times for t in taken]}
+            found = memory(call, item.device)
+        else:
+            found = {"ms": milliseconds(call, item.device, request.get("rounds", 1), request.get("least", 0.0))}
+        return found | {"ms": [t / times for t in found["ms"]]}
     except NotHereError as error:
         return {"skip": str(error)}
     except Exception:

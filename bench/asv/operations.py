@@ -1,11 +1,12 @@
 """Training steps, forward passes, discovery, certification, resizing: milliseconds, and MiB above what is held before."""
 
+import itertools
+
 from .measuring import Item, Measured, applicable, measured, number
 
 DEVICES = ["cpu", "cuda"]
 NETWORKS = ["resnet20_cifar", "vit_tiny_patch16_224", "resnet50"]
-SMALL = ["test_resnet", "vit_tiny_patch16_224"]
-BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
+SMALL = ["test_resnet", "test_vit"]
 TIMEOUT = 600
 
 
@@ -22,8 +23,7 @@ class _Operation:
         return Item(self.kind, **dict(zip(self.param_names, at, strict=True)))
 
     def items(self) -> list[Item]:
-        models, devices = self.params
-        return [self.item(m, d) for d in devices for m in models]
+        return [self.item(*at) for at in itertools.product(*self.params)]
 
     def setup(self, found: Measured, *at) -> None:
         applicable(found, self.item(*at))
@@ -34,43 +34,39 @@ class _Operation:
     def track_peak_mib(self, found: Measured, *at) -> float:
         return number(found, self.item(*at), "peak")
 
-    def track_held_mib(self, found: Measured, *at) -> float:
-        return number(found, self.item(*at), "held")
-
     track_ms.unit = "ms"
-    track_peak_mib.unit = track_held_mib.unit = "MiB"
+    track_peak_mib.unit = "MiB"
 
 
 class _Batched(_Operation):
     """In batches, as many images as the device suits."""
 
-    params = [NETWORKS, DEVICES, sorted({b for some in BATCHES.values() for b in some})]
-    param_names = ["model", "device", "batch"]
+    places = ["cpu, 1 image", "cpu, 8 images", "cuda, 1 image", "cuda, 256 images"]
+    params = [NETWORKS, places]
+    param_names = ["model", "where"]
 
-    def items(self) -> list[Item]:
-        return [self.item(m, d, b) for d, some in BATCHES.items() for m in NETWORKS for b in some]
-
-    def setup(self, found: Measured, *at) -> None:
-        item = self.item(*at)
-        if item.batch not in BATCHES[item.device]:
-            raise NotImplementedError(f"batches of {item.batch} are not for {item.device}")
-        applicable(found, item)
+    def item(self, *at) -> Item:
+        model, where, *budget = at
+        device, count = where.split(", ")
+        return Item(self.kind, model, device=device, batch=int(count.split()[0]), budget="".join(budget))
 
 
 class TrainingStep(_Batched):
     """A step of ``training.fit``: forward, backward, SGD; bfloat16 autocast on CUDA."""
 
     kind = "training step"
+    params = [NETWORKS, _Batched.places[1::2]]
 
     def setup_cache(self) -> Measured:
-        return measured([i for i in self.items() if i.batch > 1])
+        return measured(self.items())
 
     setup_cache.timeout = TIMEOUT
 
-    def setup(self, found: Measured, *at) -> None:
-        if self.item(*at).batch == 1:
-            raise NotImplementedError("batch norms need more than one image")
-        super().setup(found, *at)
+    def track_held_mib(self, found: Measured, *at) -> float:
+        """Before the steps: weights and the batch on CUDA; on a CPU the whole process."""
+        return number(found, self.item(*at), "held")
+
+    track_held_mib.unit = "MiB"
 
 
 class Inference(_Batched):
@@ -79,11 +75,6 @@ class Inference(_Batched):
     kind = "inference"
     params = [*_Batched.params, ["", "macs:0.5", "macs:0.25"]]
     param_names = [*_Batched.param_names, "budget"]
-
-    def items(self) -> list[Item]:
-        return [
-            self.item(m, d, b, budget) for d, some in BATCHES.items() for m in NETWORKS for b in some for budget in self.params[-1]
-        ]
 
     def setup_cache(self) -> Measured:
         return measured(self.items())
