@@ -17,6 +17,8 @@ from widthbench.width.certify import _split_plan, errors_of_all, fingerprint, ra
 from widthbench.width.doctor import diagnose
 from widthbench.width.groups import Group, Segment
 
+certify_module = importlib.import_module("widthbench.width.certify")  # the package has a function of this name
+
 NETWORKS = ["resnet18", "mobilenetv2_100", "densenet121", "test_resnet", "test_efficientnet", "test_vit", "resnext26ts"]
 
 
@@ -147,7 +149,7 @@ def test_a_grade_is_the_architectures_not_the_weights(monkeypatch):
     groups = discover(model, x)
     assert {g.grade for g in certify(model, groups, x, cache=False).values()} == {"exact"}
     # the package's attribute of that name is the function
-    monkeypatch.setattr(importlib.import_module("widthbench.width.certify"), "ATTEMPTS", 1)
+    monkeypatch.setattr(certify_module, "ATTEMPTS", 1)
     assert "does not depend" in certify(model, groups, x, cache=False)["fc1"].reason
 
 
@@ -368,6 +370,32 @@ def test_groups_are_tried_alone_whatever_they_are_called(name):
     assert {g.grade for g in found.values()} == {"frozen"}
 
 
+class EqualAmongMany(Equal):
+    """The same behind nine layers that may change freely, none of which is to be tried for itself unless something is wrong."""
+
+    def __init__(self, name, equal):
+        super().__init__(name)
+        self.stem = nn.Sequential(*[nn.Conv2d(3 if i == 0 else 6, 6 if i < 9 else 3, 1) for i in range(10)])
+        self.equal = equal
+
+    def forward(self, x):
+        h, g = F.relu(self.conv1(x := self.stem(x))), F.relu(self.get_submodule(self.name)(x))
+        return self.f1(h.mean((2, 3))) + self.f2(g.reshape(len(x), h.shape[1] if self.equal else g.shape[1], -1).mean(-1))
+
+
+@pytest.mark.parametrize("name", ["skip", "gate"])
+@pytest.mark.parametrize("equal", [True, False])
+def test_groups_that_fit_only_together_are_found_among_many(name, equal, monkeypatch):
+    tried = []
+    real = certify_module._resized
+    monkeypatch.setattr(certify_module, "_resized", lambda net, groups, plan: tried.append(plan) or real(net, groups, plan))
+    found = find_groups(EqualAmongMany(name, equal), torch.randn(1, 3, 8, 8), cache=False)
+    grades = {n: g.grade for n, g in found.items()}
+    frozen = {"conv1", name} if equal else set()
+    assert {n for n, g in grades.items() if g == "frozen"} == frozen
+    assert any(len(p) == 1 for p in tried) == equal
+
+
 class Uneven(nn.Module):
     """``chunk`` into 4, 4 and 3 channels, which no other width gives."""
 
@@ -458,3 +486,13 @@ class Helped(nn.Module):
 
     def forward(self, x):
         return self.b(HELPERS["norm"](F.relu(self.a(x))))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
+def test_few_rounds_tell_any_two_groups_apart(count):
+    names = [f"g{i}" for i in range(count)]
+    rounds = certify_module._separating(names)
+    assert len(rounds) <= 2 * max(1, (count - 1).bit_length())
+    for a in names:
+        assert any(a in r for r in rounds)
+        assert all(any(a in r and b not in r for r in rounds) for b in names if b != a)

@@ -356,7 +356,9 @@ def _passing(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> tup
     fitting = [n for n in names if n not in failed]
     if not fitting or not _probe(net, groups, fitting, x, reference):
         return fitting, failed
-    passed = _found_out(net, groups, fitting, x, reference, failed)
+    half = len(fitting) // 2  # all together have just failed
+    parts = (fitting[:half], fitting[half:]) if half else (fitting,)
+    passed = [n for part in parts for n in _found_out(net, groups, part, x, reference, failed)]
     if passed and _probe(net, groups, passed, x, reference):
         together: list[str] = []
         for n in passed:
@@ -369,23 +371,48 @@ def _passing(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> tup
 
 
 def _mismatched(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> dict[str, str]:
-    """Groups that cannot be resized alone, and why: to half, to one channel per block, and split, by shapes without numbers."""
+    """Groups that cannot be resized alone, and why: to half, to one channel per block, and split, by shapes without numbers.
+
+    First several at once, in rounds in which each group changes while each other one stays as it is: what fits then fits alone.
+    Only where a round does not fit is each group tried for itself.
+    """
     failed: dict[str, str] = {}
     try:
         shapes, y = copy.deepcopy(net).to("meta"), x.to("meta")
         _output(shapes, y)
     except Exception:  # a network that looks at values: the probes will tell
         return failed
-    for n in names:
-        size = groups[n].channels // groups[n].blocks
-        half, least = _kept(groups[n]), torch.arange(groups[n].blocks) * size
-        plans = [_split_plan(groups[n]), keep(half), *([keep(least)] if len(least) < len(half) else [])]
+    plans = {n: _shapes_alone(groups[n]) for n in names}
+
+    def problem(some: Sequence[str]) -> str:
         try:
-            for plan in plans:
-                _output(_resized(shapes, groups, {n: plan}), y)
+            for i in range(max(len(plans[n]) for n in some)):
+                _output(_resized(shapes, groups, {n: plans[n][min(i, len(plans[n]) - 1)] for n in some}), y)
         except Exception as error:
-            failed[n] = _does_not_run(error)
+            return _does_not_run(error)
+        return ""
+
+    rounds = _separating(names)
+    if len(rounds) < len(names) and not any(map(problem, rounds)):
+        return failed
+    for n in names:
+        if why := problem([n]):
+            failed[n] = why
     return failed
+
+
+def _shapes_alone(group: Group) -> list[Resize]:
+    """Split, to half, and to one channel per block."""
+    size = group.channels // group.blocks
+    half, least = _kept(group), torch.arange(group.blocks) * size
+    return [_split_plan(group), keep(half), *([keep(least)] if len(least) < len(half) else [])]
+
+
+def _separating(names: Sequence[str]) -> list[list[str]]:
+    """Few sets of names such that for any two one set holds the first and not the second: by the binary digits of their places."""
+    digits = max(1, (len(names) - 1).bit_length())
+    rounds = [[n for i, n in enumerate(names) if i >> d & 1 == side] for d in range(digits) for side in (0, 1)]
+    return [r for r in rounds if r]
 
 
 def _does_not_run(error: Exception) -> str:
