@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -101,6 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     _results(verb)
     _json(verb)
     verb.set_defaults(run=_report)
+
+    verb = verbs.add_parser(
+        "cite", help="BibTeX of a suite's results and of the techniques in them",
+        description="Print BibTeX: an entry for each suite, with the version, commit and digest of its results, and one for each "
+        "technique that it compares.",
+    )  # fmt: skip
+    _suites(verb)
+    _results(verb)
+    verb.set_defaults(run=_cite)
 
     verb = verbs.add_parser(
         "doctor", help="channel groups of networks and their grades",
@@ -267,6 +277,19 @@ def _report(args: argparse.Namespace) -> int:
             for file in report.files:
                 print(f"wrote {file}")
     return 1 if failed else 0
+
+
+def _cite(args: argparse.Namespace) -> int:
+    from widthbench import suites
+    from widthbench.records import read_records
+    from widthbench.report.exports import citation
+
+    for suite in map(suites.load, args.suite):
+        path = args.results / suite.name / "records.jsonl"
+        there = path.is_file()
+        records = read_records(path) if there else []
+        print(citation(suite, records, hashlib.sha256(path.read_bytes()).hexdigest() if there else None))
+    return 0
 
 
 def _claims(args: argparse.Namespace) -> int:

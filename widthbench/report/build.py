@@ -17,7 +17,7 @@ from widthbench.measure import latency_ms, peak_memory_mib
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, hardware, versions
 from widthbench.records import Record, Store, digest_of, read_records, write_records
-from widthbench.report import curves, figures, tables, trajectories
+from widthbench.report import curves, exports, figures, tables, trajectories
 from widthbench.suites import Suite
 
 BATCH = 64
@@ -82,7 +82,9 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
     expected = len(suite.cells())
     write_atomic(folder / "leaderboard.md", tables.leaderboard(suite, records, timings, expected))
-    pages = [folder / "leaderboard.md"]
+    write_atomic(folder / "leaderboard.csv", exports.csv_text(records, timings))
+    write_atomic(folder / "leaderboard.tex", exports.latex_text(suite, records, timings))
+    pages = [folder / f"leaderboard.{ending}" for ending in ("md", "csv", "tex")]
     if tables.comparable(suite):
         pages.append(folder / "paired.md")
         write_atomic(pages[-1], tables.paired(suite, records))

@@ -123,6 +123,19 @@ def lines(records: Iterable[Record]) -> list[Line]:
     return sorted(found.values(), key=place)
 
 
+def blocks(records: Iterable[Record]) -> dict[tuple[str, str], list[Line]]:
+    """Rows by (data set, network), in leaderboard order."""
+    grouped: dict[tuple[str, str], list[Line]] = {}
+    for line in lines(records):
+        grouped.setdefault((line.dataset, line.model), []).append(line)
+    return grouped
+
+
+def speeds_of(timings: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Timings by (data set, network, shape)."""
+    return {(t["dataset"], t["model"], t["shape"]): t for t in timings}
+
+
 def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], expected: int) -> str:
     """The markdown page of a suite.
 
@@ -149,11 +162,8 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
     longest = f", but for at most {suite.longest:g} times X's epochs (*train cost* says how far that went)" if suite.longest else ""
     bases_each = f"{most} base networks each at most" if most > 1 else "one base network each: no ± and no ranks"
     parts += [f"{state}; {bases_each}.{grain}", "", NOTES.format(longest=longest), ""]
-    speeds = {(t["dataset"], t["model"], t["shape"]): t for t in timings}
-    grouped: dict[tuple[str, str], list[Line]] = {}
-    for line in lines(records):
-        grouped.setdefault((line.dataset, line.model), []).append(line)
-    for (dataset, model), block in grouped.items():
+    speeds = speeds_of(timings)
+    for (dataset, model), block in blocks(records).items():
         parts += [f"## {model} on {dataset}", "", table(block, speeds, ranked=suite.citable), ""]
     parts += _problems(records) + _footer(records, timings)
     return "\n".join(parts).rstrip() + "\n"
@@ -181,8 +191,8 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
                 _text(line.summary("recalibrated")) + ("" if final else place),
                 f"**{_text(final)}**{place}" if final else "",
                 *([_text(line.top5())] if five else []),
-                _count(params),
-                _count(macs),
+                count(params),
+                count(macs),
                 f"{_ratio(r.base_params, params)}x",
                 f"{_ratio(r.base_macs, macs)}x",
                 _speed_up(line, speeds),
@@ -236,7 +246,7 @@ def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
         if not line.done:
             rows.append([line.model, line.label, line.budget or "–", line.first().status, "", "", ""])
             continue
-        cost = f"{_count(_mean(line, 'params'))} / {_count(_mean(line, 'macs'))}"
+        cost = f"{count(_mean(line, 'params'))} / {count(_mean(line, 'macs'))}"
         after, final = _text(line.summary("resized")), _text(line.final())
         rows.append([line.model, line.label + _flags(line), line.budget or "–", after, final, cost, line.bases])
     headers = ["model", "technique", "budget", "top-1 % resized", "fine-tuned / trained", "params / MACs", "n"]
@@ -265,11 +275,12 @@ def _flags(line: Line) -> str:
     records = line.done.values()
     missed = " †" if any(not r.met for r in records) else ""
     at_floor = " §" if any(r.floor for r in records) else ""
-    halves = " ¶" if any(_halved(r) for r in records) else ""
+    halves = " ¶" if any(halved(r) for r in records) else ""
     return missed + (" ‡" if any(r.coupled for r in records) else "") + at_floor + halves
 
 
-def _halved(record: Record) -> bool:
+def halved(record: Record) -> bool:
+    """Whether some of its batches were computed in halves, for want of memory."""
     return any(spent.halved for spent in record.spent.values())
 
 
@@ -283,7 +294,7 @@ def _mean(line: Line, name: str) -> float:
     return found.mean
 
 
-def _count(value: float) -> str:
+def count(value: float) -> str:
     """``"2.29 M"``."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
@@ -296,7 +307,12 @@ def _ratio(whole: int | None, part: float) -> str:
 
 
 def _cost(line: Line) -> str:
-    """Everything spent over the cost of the base network's training, ``"1.08x"``."""
+    found = cost_of(line)
+    return f"{found.mean:.2f}x" if found else "–"
+
+
+def cost_of(line: Line) -> Summary | None:
+    """Everything spent over the cost of the base network's training; None where that is unknown."""
     shares = {}
     for k, r in line.done.items():
         if r.provenance.get("checkpoint"):  # what published weights cost is unknown
@@ -310,21 +326,24 @@ def _cost(line: Line) -> str:
             whole = round((own.forward_macs + own.backward_macs) / own.epochs * epochs * r.base_macs / r.macs) if own.epochs else 0
         if whole:
             shares[k] = total / whole
-    found = over_bases(shares)
-    return f"{found.mean:.2f}x" if found else "–"
+    return over_bases(shares)
 
 
 def _speed_up(line: Line, speeds: dict[tuple[str, str, str], dict[str, Any]]) -> str:
-    """Median latency of the base over that of the row's shapes."""
+    summary = speed_up_of(line, speeds)
+    return f"{summary.mean:.2f}x" if summary else "–"
+
+
+def speed_up_of(line: Line, speeds: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> Summary | None:
+    """Median latency of the base over that of the row's shapes; None where it was not measured."""
     if line.label == "base":
-        return "1.00x"
+        return Summary(1.0, None, line.bases)
     found = {}
     for k, r in line.done.items():
         entry = speeds.get((line.dataset, line.model, shape_of(r)))
         if entry:
             found[k] = entry["speed_up"]
-    summary = over_bases(found)
-    return f"{summary.mean:.2f}x" if summary else "–"
+    return over_bases(found)
 
 
 def shape_of(record: Record) -> str:
@@ -336,14 +355,14 @@ def shape_of(record: Record) -> str:
 
 def _problems(records: Sequence[Record]) -> list[str]:
     parts = []
-    flagged = [r for r in records if r.status == "done" and (not r.met or r.coupled or r.floor or _halved(r))]
+    flagged = [r for r in records if r.status == "done" and (not r.met or r.coupled or r.floor or halved(r))]
     if any(not r.met for r in flagged):
         parts.append("† leaves more than 5 % of its budget unused.")
     if any(r.coupled for r in flagged):
         parts.append("‡ resizes channels under a norm across channels (grade *coupled*).")
     if any(r.floor for r in flagged):
         parts.append("§ the budget lies below the feasible floor (one channel per block of each group) and was run at the floor.")
-    if any(_halved(r) for r in flagged):
+    if any(halved(r) for r in flagged):
         parts.append("¶ some of its batches were computed in halves, for want of memory.")
     if any(r.provenance.get("val_seen") for r in records if r.status == "done"):
         parts.append("Base networks from published weights may have seen this suite's val split in their training (`val_seen`).")

@@ -1,0 +1,172 @@
+"""Leaderboards for other programs and for papers: CSV with all digits, LaTeX with booktabs, BibTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from widthbench import registry
+from widthbench.errors import UsageError
+from widthbench.records import FINAL, Record
+from widthbench.report import tables
+from widthbench.report.statistics import Summary
+from widthbench.suites import Suite
+
+URL = "https://pypi.org/project/widthbench/"
+SUITE_KEY = "widthbench"
+
+
+def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One plain row for each row of the leaderboard: means, sample standard deviations, n; None where there is no number."""
+    speeds = tables.speeds_of(timings)
+    found = []
+    for line in tables.lines(records):
+        first = line.first()
+        row: dict[str, Any] = {
+            "dataset": line.dataset, "network": line.model, "technique": line.label, "control": line.control,
+            "data": "control" if line.control else line.access, "budget": line.budget or "", "n": line.bases,
+            "status": "done" if line.done else first.status,
+        }  # fmt: skip
+        for name, stages in (("resized", ("resized",)), ("recalibrated", ("recalibrated",)), ("final", FINAL)):
+            row |= _spread(f"top1_{name}", next((s for stage in stages if (s := line.summary(stage))), None))
+        row |= _spread("top5", line.top5() if line.done else None)
+        for name in ("params", "macs"):
+            value = tables.over_bases({k: float(getattr(r, name)) for k, r in line.done.items()})
+            row[name] = value.mean if value else None
+            base = getattr(first, f"base_{name}")
+            row[f"base_{name}"] = base
+            row[{"params": "compression", "macs": "speed_up_theory"}[name]] = base / value.mean if value and base else None
+        speed, cost = (tables.speed_up_of(line, speeds), tables.cost_of(line)) if line.done else (None, None)
+        row["speed_up_measured"], row["train_cost"] = speed and speed.mean, cost and cost.mean
+        done = list(line.done.values())
+        row |= {
+            "budget_unused": any(not r.met for r in done), "coupled": any(r.coupled for r in done),
+            "below_floor": any(r.floor for r in done), "batches_in_halves": any(tables.halved(r) for r in done),
+            "val_seen": any(r.provenance.get("val_seen", False) for r in done),
+        }  # fmt: skip
+        found.append(row)
+    return found
+
+
+def _spread(name: str, summary: Summary | None) -> dict[str, float | None]:
+    return {f"{name}_mean": summary.mean if summary else None, f"{name}_std": summary.std if summary else None}
+
+
+def csv_text(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> str:
+    """The leaderboard as CSV, a header first; every number with all its digits, empty where there is none."""
+    found = rows(records, timings)
+    into = io.StringIO()
+    writer = csv.DictWriter(into, list(found[0]) if found else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return into.getvalue()
+
+
+def latex_text(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> str:
+    """The leaderboard as LaTeX, a ``table`` of booktabs for each network and data set."""
+    parts = [f"% widthbench, suite {suite.name}; \\usepackage{{booktabs}}. FLOPs are counted as MACs."]
+    if not suite.citable:
+        parts.append("% A smoke suite: not for citation.")
+    speeds = tables.speeds_of(timings)
+    for (dataset, model), block in tables.blocks(records).items():
+        lines = [
+            [
+                _escaped(ln.label),
+                _escaped(ln.budget or "--"),
+                *(_plus_minus(ln.summary(stage)) for stage in ("resized", "recalibrated")),
+                _plus_minus(ln.final()),
+                *(_escaped(tables.count(tables.over_bases({k: float(getattr(r, name)) for k, r in ln.done.items()}).mean))  # type: ignore[union-attr]
+                  for name in ("params", "macs")),
+                f"{speed.mean:.2f}" if (speed := tables.speed_up_of(ln, speeds)) else "--",
+                str(ln.bases),
+            ]
+            for ln in block
+            if ln.done
+        ]  # fmt: skip
+        if not lines:
+            continue
+        headers = ["technique", "budget", "resized", "recalibrated", "fine-tuned", "params", "MACs", "speed-up", "$n$"]
+        body = tabulate(
+            lines, headers=headers, tablefmt="latex_raw", disable_numparse=True, colalign=("left",) * 2 + ("right",) * 7
+        )
+        most = max(ln.bases for ln in block)
+        spread = f"mean $\\pm$ standard deviation over up to {most} base networks" if most > 1 else "one base network"
+        caption = f"{_escaped(model)} on {_escaped(dataset)}: test top-1 in \\%, {spread}; suite {_escaped(suite.name)}."
+        label = re.sub(r"[^a-z0-9]+", "-", f"{suite.name} {model} {dataset}".lower()).strip("-")
+        parts += [
+            "",
+            r"\begin{table}",
+            r"\centering",
+            f"\\caption{{{caption}}}",
+            f"\\label{{tab:{label}}}",
+            _booktabs(body),
+            r"\end{table}",
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _booktabs(text: str) -> str:
+    """Raw LaTeX of tabulate with the rules of booktabs, which it has for escaped tables only."""
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
+        text = text.replace(r"\hline", rule, 1)
+    return text
+
+
+def _plus_minus(summary: Summary | None) -> str:
+    return "" if summary is None else summary.text().replace("±", r"$\pm$")
+
+
+def _escaped(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c) or (f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+
+
+def citation(suite: Suite, records: Sequence[Record], digest: str | None) -> str:
+    """BibTeX of a suite's results, and of every technique in them.
+
+    Args:
+        suite: The suite.
+        records: Its records, which say versions, commits and dates; none if it has not been run.
+        digest: SHA-256 of its ``records.jsonl``.
+
+    Returns:
+        Entries, the suite's first, each technique's once; a comment for techniques that name no paper.
+    """
+    versions = sorted({str(r.provenance["versions"].get("widthbench")) for r in records if "versions" in r.provenance})
+    commits = sorted({str(r.provenance["commit"])[:12] for r in records if r.provenance.get("commit")})
+    dates = sorted(str(r.provenance["when"])[:10] for r in records if r.provenance.get("when"))
+    notes = [f"suite {suite.name}"]
+    notes += [f"version {', '.join(versions)}"] if versions else []
+    notes += [f"commit {', '.join(commits)}"] if commits else []
+    notes += [f"SHA-256 of the records {digest}"] if digest else ["no results of its own yet"]
+    entry = [
+        f"@misc{{{SUITE_KEY}-{suite.name},",
+        "  title = {{widthbench}: a benchmark of techniques that decide how wide each layer of a neural network should be},",
+        "  author = {{The widthbench authors}},",
+        *([f"  year = {{{dates[-1][:4]}}},"] if dates else []),
+        f"  howpublished = {{\\url{{{URL}}}}},",
+        f"  note = {{{'; '.join(map(_escaped, notes))}}}",
+        "}",
+    ]
+    parts = ["\n".join(entry)]
+    if not suite.citable:
+        parts.insert(0, f"% {suite.name} is a smoke suite: its numbers are not for citation.")
+    for name, text in entries(suite).items():
+        parts.append(text.strip() if text else f"% {name}: names no paper")
+    return "\n\n".join(dict.fromkeys(parts)) + "\n"
+
+
+def entries(suite: Suite) -> Mapping[str, str]:
+    """The BibTeX of each technique of a suite; "" where it has none or is not installed here."""
+    found = {}
+    for name in sorted({c.of or c.technique for c in suite.cells()}):
+        try:
+            found[name] = registry.load(name).bibtex if name in registry.names() else ""
+        except UsageError:
+            found[name] = ""
+    return {n: t for n, t in found.items() if t or n in registry.names()}
