@@ -156,6 +156,27 @@ def test_attention_with_shared_keys_leaves_the_rest_of_the_network_alone():
     assert {g.grade for n, g in groups.items() if n != "embed"} == {"frozen"}
 
 
+class OneKey(nn.Module):
+    """Three heads of queries that share one head of keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.q, self.kv, self.head = nn.Linear(6, 10), nn.Linear(10, 12), nn.Linear(10, 8), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        q = self.q(x).view(*x.shape[:2], 3, 4).transpose(1, 2)
+        k, v = self.kv(x).view(*x.shape[:2], 2, 1, 4).permute(2, 0, 3, 1, 4)
+        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+
+def test_one_head_of_keys_for_all_queries_leaves_the_rest_of_the_network_alone():
+    model, x = OneKey().eval(), torch.randn(2, 5, 6)
+    groups = find_groups(model, x, cache=False)
+    assert groups["embed"].grade == "exact"
+    assert not any("share keys has no rule" in g.reason for g in groups.values())
+
+
 def test_dense_mixes_of_head_dimensions_meet_in_the_product():
     """Queries that are linear in fewer ones, with keys mixed to match, give what the low-rank product gives."""
     model, x, groups = made(fused=False)

@@ -580,7 +580,7 @@ def _matmul(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
 
 def _attention(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
     q, k, v = args[:3]
-    if k.shape[:-2] != q.shape[:-2]:
+    if any(own not in (1, other) for own, other in zip(k.shape[:-2], q.shape[:-2], strict=True)):
         tracer.freeze_all([tracer.of(t) for t in (q, k, v)], "an attention whose heads share keys has no rule")
         plain = plain_value([tracer.of(t) for t in (q, k, v)])
         return [plain] * len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
