@@ -39,7 +39,7 @@ def test_run_writes_a_leaderboard_and_report_writes_it_again(here, capsys):
     assert "digits-lenet_300_100-l1-norm-macs:0.0001-s0: skipped  budget" in out.err
     written = {p.name for p in (here / "results" / "tiny").rglob("*") if p.is_file()}
     boards = {f"leaderboard.{ending}" for ending in ("md", "csv", "tex")}
-    assert written == boards | {"records.jsonl", "timings.jsonl", "accuracy-macs.png", "accuracy-params.png"}
+    assert written == boards | {"SHA256SUMS", "records.jsonl", "timings.jsonl", "accuracy-macs.png", "accuracy-params.png"}
     board = (here / "results" / "tiny" / "leaderboard.md").read_text()
     (here / "results" / "tiny" / "leaderboard.md").unlink()
     assert main(["report", "tiny.toml"]) == 0

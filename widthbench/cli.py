@@ -113,6 +113,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_cite)
 
     verb = verbs.add_parser(
+        "verify", help="whether a suite's results are what they say: digests, and cells run again",
+        description="Hold the files of results/SUITE and each record in it to their digests, then run recorded cells again from "
+        "nothing, in a cache of their own. On the machine, with the code and the versions that a record names the rerun must be "
+        "equal bit by bit (but for times); elsewhere its test top-1 at the last stage must lie within one point or three "
+        "standard errors of the difference, and its MACs within 5 %%. Exit code 1 if anything differs.",
+    )  # fmt: skip
+    _suites(verb)
+    verb.add_argument("--sample", type=_count, metavar="N", help="run N cells again, drawn at random; 0: files only (default: all)")
+    verb.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (default: 0)")
+    verb.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="draw only from cells whose name holds one of these")
+    verb.add_argument("--jobs", type=_positive, default=1, metavar="N", help="worker processes (default: 1)")
+    _results(verb)
+    _json(verb)
+    verb.set_defaults(run=_verify)
+
+    verb = verbs.add_parser(
         "doctor", help="channel groups of networks and their grades",
         description="Discover and certify the channel groups of networks: exact groups may be resized, coupled ones only with "
         "scope='all', frozen ones never. 'inner' counts the exact groups outside residual streams, 'down to' is the share of "
@@ -171,6 +187,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
     return value
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
@@ -290,6 +310,36 @@ def _cite(args: argparse.Namespace) -> int:
         records = read_records(path) if there else []
         print(citation(suite, records, hashlib.sha256(path.read_bytes()).hexdigest() if there else None))
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from widthbench import suites, verify
+    from widthbench.engines.local import WorkerError
+    from widthbench.records import read_lines
+
+    checks = []
+    for suite in map(suites.load, args.suite):
+        folder = args.results / suite.name
+        found = verify.check_files(folder)
+        records = [line.record for line in read_lines(folder / "records.jsonl") if line.record]
+        wanted = [r for r in records if _wanted(r.cell.id, args.only)]
+        drawn = [] if args.sample == 0 else verify.sample(wanted, args.sample, args.seed)
+        if drawn:
+            spent = sum(s.seconds for r in drawn for s in r.spent.values())
+            print(f"{suite.name}: {len(drawn)} of {len(records)} cells again; they took {spent:.0f} s", file=sys.stderr)
+            try:
+                found += verify.rerun(
+                    suite, drawn, jobs=args.jobs,
+                    tell=lambda c: print(f"{c.what}: {'holds' if c.ok else 'DIFFERS'} ({c.by}) {c.note}", file=sys.stderr),
+                )  # fmt: skip
+            except WorkerError as error:
+                found.append(verify.Check(suite.name, "rerun", False, str(error)))
+        checks += [{"suite": suite.name, **c.plain()} for c in found]
+    _show(checks, args.json)
+    bad = sum(c["verdict"] != "holds" for c in checks)
+    if not args.json:
+        print(f"{bad} of {len(checks)} checks differ" if bad else f"all {len(checks)} checks hold")
+    return 1 if bad else 0
 
 
 def _claims(args: argparse.Namespace) -> int:

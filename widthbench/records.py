@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,27 +279,71 @@ class Store:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write records as JSON lines, sorted by cell, atomically."""
-    ordered = sorted(records, key=lambda r: r.cell.id)
-    write_atomic(path, "".join(json.dumps(r.model_dump(mode="json"), sort_keys=True) + "\n" for r in ordered))
+    """Write records as JSON lines, sorted by cell, each with the digest of what it says, atomically."""
+    write_atomic(path, "".join(record_line(r) + "\n" for r in sorted(records, key=lambda r: r.cell.id)))
+
+
+def record_line(record: Record) -> str:
+    """A record as one line of JSON; its field "digest" is the SHA-256 over all others (``digest_of``)."""
+    data = record.model_dump(mode="json")
+    return json.dumps({**data, "digest": digest_of(data)}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file of records.
+
+    Attributes:
+        number: From 1.
+        record: What it says; None if it is no record.
+        problem: What is wrong with it; "" if nothing is.
+        sealed: Whether it carries a digest.
+    """
+
+    number: int
+    record: Record | None
+    problem: str = ""
+    sealed: bool = False
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Read JSON lines, good and bad.
+
+    Raises:
+        UsageError: If the file cannot be read.
+    """
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise UsageError(f"no records at {path}: run the suite first (`widthbench run`)") from error
+    return [_line(number, text) for number, text in enumerate(lines, 1)]
+
+
+def _line(number: int, text: str) -> Line:
+    try:
+        data = json.loads(text)
+        digest = data.pop("digest", None)
+        record = Record.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return Line(number, None, f"not a record: {where or 'line'}: {first['msg']}")
+    except (ValueError, AttributeError, RecursionError) as error:
+        return Line(number, None, f"not a record: not a line of JSON ({error})")
+    altered = digest is not None and digest != digest_of(data)
+    problem = f"record of {record.cell.id} was changed after it was written: its digest does not match" if altered else ""
+    return Line(number, record, problem, digest is not None)
 
 
 def read_records(path: Path) -> list[Record]:
     """Read JSON lines.
 
     Raises:
-        UsageError: If the file is missing or a line is not a record; it names the line.
+        UsageError: If the file is missing, or a line is not a record or was changed since it was written; it names the line.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UsageError(f"no records at {path}: run the suite first (`widthbench run`)") from error
     records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(Record.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UsageError(f"{path}:{number}: not a record: {where or 'line'}: {first['msg']}") from error
+    for line in read_lines(path):
+        if line.problem or line.record is None:
+            raise UsageError(f"{path}:{line.number}: {line.problem}")
+        records.append(line.record)
     return records

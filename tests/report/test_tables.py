@@ -172,7 +172,7 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
     write_records(tmp_path / "records.jsonl", records)
     assert build._before(tmp_path / "records.jsonl") == sorted(read_records(tmp_path / "records.jsonl"), key=lambda r: r.cell.id)
     (tmp_path / "records.jsonl").write_text("nonsense")
-    with pytest.warns(UserWarning, match="the earlier results are not taken over: .*records.jsonl:1"):
+    with pytest.warns(UserWarning, match="1 of 1 earlier records are not taken over, .*records.jsonl:1"):
         assert build._before(tmp_path / "records.jsonl") == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import warnings
@@ -16,12 +17,13 @@ from widthbench.errors import UsageError
 from widthbench.measure import latency_ms, peak_memory_mib
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, hardware, versions
-from widthbench.records import Record, Store, digest_of, read_records, write_records
+from widthbench.records import Record, Store, digest_of, read_lines, write_records
 from widthbench.report import curves, exports, figures, tables, trajectories
 from widthbench.suites import Suite
 
 BATCH = 64
 ROUNDS = 5
+SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = ()) -> list[R
 
 
 def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True) -> Report:
-    """Write records, timings, figures, ``leaderboard.md``; ``paired.md``, ``curves.md`` and ``trajectories.md`` where they apply.
+    """Write records, timings, figures, ``leaderboard`` (.md, .csv, .tex), ``SHA256SUMS``; other pages where they apply.
 
     Args:
         suite: The suite.
@@ -81,7 +83,9 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     lines = sorted(json.dumps(t, sort_keys=True) for t in timings)
     write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
     expected = len(suite.cells())
-    write_atomic(folder / "leaderboard.md", tables.leaderboard(suite, records, timings, expected))
+    digest = file_digest(folder / "records.jsonl")
+    cite = exports.citation(suite, records, digest)
+    write_atomic(folder / "leaderboard.md", tables.leaderboard(suite, records, timings, expected, digest=digest, cite=cite))
     write_atomic(folder / "leaderboard.csv", exports.csv_text(records, timings))
     write_atomic(folder / "leaderboard.tex", exports.latex_text(suite, records, timings))
     pages = [folder / f"leaderboard.{ending}" for ending in ("md", "csv", "tex")]
@@ -99,7 +103,16 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
         more += trajectories.write(records, folder / "figures")
     drawn = figures.write(records, folder / "figures", suite.title or suite.name)
     files = [*pages, folder / "records.jsonl", folder / "timings.jsonl", *drawn, *more]
+    sums = folder / SUMS
+    write_atomic(sums, "".join(f"{file_digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in sorted(files)))
+    files.append(sums)
     return Report(records, folder, files, tables.terminal(suite, records, expected))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -111,14 +124,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _before(path: Path) -> list[Record]:
-    """The records of an earlier report; none, with a warning, if they cannot be read."""
+    """The sound records of an earlier report; a file with others is kept under another name, and said."""
     if not path.is_file():
         return []
-    try:
-        return read_records(path)
-    except UsageError as error:
-        warnings.warn(f"the earlier results are not taken over: {error}", stacklevel=2)
-        return []
+    lines = read_lines(path)
+    bad = [line for line in lines if line.problem]
+    if bad:
+        kept = path.with_suffix(".damaged.jsonl")
+        write_atomic(kept, path.read_bytes())
+        warnings.warn(
+            f"{len(bad)} of {len(lines)} earlier records are not taken over, the first at {path}:{bad[0].number} "
+            f"({bad[0].problem}); "
+            f"the file as it was is now {kept}",
+            stacklevel=2,
+        )
+    return [line.record for line in lines if line.record is not None and not line.problem]
 
 
 def timings_of(records: Sequence[Record], *, measure: bool, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:

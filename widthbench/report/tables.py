@@ -136,7 +136,9 @@ def speeds_of(timings: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], d
     return {(t["dataset"], t["model"], t["shape"]): t for t in timings}
 
 
-def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], expected: int) -> str:
+def leaderboard(
+    suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], expected: int, *, digest: str = "", cite: str = ""
+) -> str:
     """The markdown page of a suite.
 
     Args:
@@ -144,6 +146,8 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
         records: Its records.
         timings: One entry per distinct shape, from ``timings.jsonl``.
         expected: How many cells the suite has.
+        digest: SHA-256 of ``records.jsonl``.
+        cite: BibTeX.
     """
     done = sum(r.status == "done" for r in records)
     parts = [f"# {suite.name}: {suite.title}" if suite.title else f"# {suite.name}", ""]
@@ -166,6 +170,10 @@ def leaderboard(suite: Suite, records: Sequence[Record], timings: Sequence[dict[
     for (dataset, model), block in blocks(records).items():
         parts += [f"## {model} on {dataset}", "", table(block, speeds, ranked=suite.citable), ""]
     parts += _problems(records) + _footer(records, timings)
+    if digest:
+        parts.append(f"- SHA-256 of `records.jsonl`: `{digest}`; `widthbench verify {suite.name}` checks it and reruns cells")
+    if cite:
+        parts += ["", "## Citing", "", "```bibtex", cite.strip(), "```"]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -276,7 +284,9 @@ def _flags(line: Line) -> str:
     missed = " †" if any(not r.met for r in records) else ""
     at_floor = " §" if any(r.floor for r in records) else ""
     halves = " ¶" if any(halved(r) for r in records) else ""
-    return missed + (" ‡" if any(r.coupled for r in records) else "") + at_floor + halves
+    seen = " ◊" if any(r.provenance.get("val_seen") for r in records) else ""
+    partly = " ✕" if len(line.done) < len(line.records) else ""
+    return missed + (" ‡" if any(r.coupled for r in records) else "") + at_floor + halves + seen + partly
 
 
 def halved(record: Record) -> bool:
@@ -365,8 +375,11 @@ def _problems(records: Sequence[Record]) -> list[str]:
     if any(halved(r) for r in flagged):
         parts.append("¶ some of its batches were computed in halves, for want of memory.")
     if any(r.provenance.get("val_seen") for r in records if r.status == "done"):
-        parts.append("Base networks from published weights may have seen this suite's val split in their training (`val_seen`).")
+        parts.append("◊ its base comes from published weights and may have seen this suite's val split in training (`val_seen`).")
     bad = [r for r in records if r.status != "done"]
+    done = {(r.cell.dataset, r.cell.network, r.cell.label, r.cell.budget) for r in records if r.status == "done"}
+    if any((r.cell.dataset, r.cell.network, r.cell.label, r.cell.budget) in done for r in bad):
+        parts.append("✕ some of its cells have no result (below): n counts the others.")
     if bad:
         parts += ["", "## Cells without a result", ""]
         rows = [[f"`{r.cell.id}`", r.status, r.reason.replace("|", "\\|").replace("\n", " ")[:300]] for r in bad]
