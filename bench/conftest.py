@@ -107,8 +107,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 
 def _show_claims(terminalreporter: pytest.TerminalReporter, results: Path) -> None:
     """Count the verdicts, and write the page of claims."""
-    from widthbench.paths import write_atomic
-    from widthbench.report.claims import page
+    from widthbench.report.claims import write
 
     try:
         judged = claims.judge_all(results)
@@ -120,5 +119,5 @@ def _show_claims(terminalreporter: pytest.TerminalReporter, results: Path) -> No
         ids = [c.id for _, c, rows in judged if claims.overall(rows) == verdict]
         if ids:
             terminalreporter.write_line(f"{verdict}: {', '.join(ids)}")
-    write_atomic(results / "claims.md", page(judged))
-    terminalreporter.write_line(f"wrote {results / 'claims.md'}")
+    for file in write(judged, results):
+        terminalreporter.write_line(f"wrote {file}")

@@ -97,8 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     _json(verb)
     verb.set_defaults(run=_data)
 
-    verb = verbs.add_parser("report", help="write a suite's leaderboard and figures from finished cells")
-    _suites(verb)
+    verb = verbs.add_parser(
+        "report", help="write a suite's leaderboard and figures from finished cells, or a page of all results",
+        description="Write the leaderboards and figures of suites from their finished cells. With --site, also one static page, "
+        "site.html, of every suite in the results folder and of the claims there (`widthbench claims`).",
+    )  # fmt: skip
+    _suites(verb, "*")
+    verb.add_argument("--no-timing", action="store_true", help="measure no latency: keep the timings that are there")
+    verb.add_argument("--site", action="store_true", help="also write site.html; without SUITE, nothing but it")
     _results(verb)
     _json(verb)
     verb.set_defaults(run=_report)
@@ -170,8 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _suites(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("suite", nargs="+", metavar="SUITE", help="name of a suite (`widthbench list suites`), or a TOML file")
+def _suites(verb: argparse.ArgumentParser, nargs: str = "+") -> None:
+    verb.add_argument("suite", nargs=nargs, metavar="SUITE", help="name of a suite (`widthbench list suites`), or a TOML file")
 
 
 def _results(verb: argparse.ArgumentParser) -> None:
@@ -286,9 +292,11 @@ def _report(args: argparse.Namespace) -> int:
     from widthbench.report.build import build
 
     failed = 0
-    for name in args.suite:
-        suite = suites.load(name)
-        report = build(suite, args.results, Store())
+    site = getattr(args, "site", False)
+    if not (args.suite or site):
+        raise UsageError("name a suite (`widthbench list suites`), or ask for --site")
+    for suite in (chosen := [suites.load(name) for name in args.suite]):
+        report = build(suite, args.results, Store(), time_shapes=not getattr(args, "no_timing", False))
         failed += sum(r.status == "failed" for r in report.records)
         if args.json:
             print(json.dumps([r.model_dump(mode="json") for r in report.records]))
@@ -296,6 +304,10 @@ def _report(args: argparse.Namespace) -> int:
             print(f"\n{report.text}\n")
             for file in report.files:
                 print(f"wrote {file}")
+    if site:
+        from widthbench.report.site import write
+
+        print(f"wrote {write(args.results, chosen)}", file=sys.stderr if args.json else sys.stdout)
     return 1 if failed else 0
 
 
@@ -344,8 +356,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _claims(args: argparse.Namespace) -> int:
     from widthbench import claims
-    from widthbench.paths import require_writable, write_atomic
-    from widthbench.report.claims import page, rows_of
+    from widthbench.paths import require_writable
+    from widthbench.report.claims import rows_of, write
 
     chosen = claims.choose(claims.load(), args.id)
     require_writable(args.results)
@@ -354,9 +366,8 @@ def _claims(args: argparse.Namespace) -> int:
     judged = claims.judge_all(args.results, args.id)
     _show(rows_of(judged), args.json)
     if not args.id:
-        write_atomic(args.results / "claims.md", page(judged))
-        if not args.json:
-            print(f"wrote {args.results / 'claims.md'}")
+        for file in write(judged, args.results):
+            print(f"wrote {file}", file=sys.stderr if args.json else sys.stdout)
     return 0
 
 

@@ -18,7 +18,7 @@ from widthbench.measure import latency_ms, peak_memory_mib
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, hardware, versions
 from widthbench.records import Record, Store, digest_of, read_lines, write_records
-from widthbench.report import curves, exports, figures, tables, trajectories
+from widthbench.report import curves, exports, figures, tables, trajectories, widths
 from widthbench.suites import Suite
 
 BATCH = 64
@@ -101,7 +101,7 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
         pages.append(folder / "trajectories.md")
         write_atomic(pages[-1], trajectories.page(records, suite.name))
         more += trajectories.write(records, folder / "figures")
-    drawn = figures.write(records, folder / "figures", suite.title or suite.name)
+    drawn = figures.write(records, folder / "figures", suite.title or suite.name) + widths.write(records, folder / "figures")
     files = [*pages, folder / "records.jsonl", folder / "timings.jsonl", *drawn, *more]
     sums = folder / SUMS
     write_atomic(sums, "".join(f"{file_digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in sorted(files)))
@@ -149,9 +149,11 @@ def timings_of(records: Sequence[Record], *, measure: bool, before: Sequence[dic
     Args:
         records: Finished ones count.
         measure: Whether to measure what is missing.
-        before: An earlier report's; those of this hardware stand in for what the cache has nothing of.
+        before: An earlier report's; they stand in for what the cache has nothing of: those of this hardware, or all where
+            nothing is measured.
     """
-    old = {(t["dataset"], t["model"], t["shape"]): t for t in before if t.get("hardware") == hardware()}
+    kept = [t for t in before if t.get("hardware") == hardware() or not measure]
+    old = {(t["dataset"], t["model"], t["shape"]): t for t in kept}
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for record in records:
         key = (record.cell.dataset, record.cell.network, tables.shape_of(record))

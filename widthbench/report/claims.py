@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
 from widthbench.claims import VERDICTS, Claim, Document, Judged, overall, readings
+from widthbench.paths import write_atomic
 
 NOTES = """\
 Each row is one number or one statement of a source document, with what was measured here and a verdict by a rule that was
@@ -47,6 +51,33 @@ def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
         align = ("left", "right", "right", "left", "left", "left")
         parts += [tabulate(body, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True), ""]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def plain(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> list[dict[str, Any]]:
+    """All claims as plain data: what ``claims.json`` holds and the static page shows."""
+    return [
+        {
+            "document": document.document, "title": document.title, "technique": document.technique, "id": claim.id,
+            "text": claim.text, "note": claim.note, "needs": claim.needs, "verdict": overall(rows),
+            "readings": readings(rows) if len(readings(rows)) > 1 else {},
+            "rows": [
+                {
+                    "what": j.row.what, "reported": _reported(j), "measured": _measured(j), "verdict": j.verdict, "rule": _why(j),
+                    "check": j.row.check if j.row.check and j.measured else "", "records": list(j.records),
+                }
+                for j in rows
+            ],
+        }
+        for document, claim, rows in judged
+    ]  # fmt: skip
+
+
+def write(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: Path) -> list[Path]:
+    """Write ``claims.md`` and ``claims.json`` to a results folder; gives their paths."""
+    paths = [results / "claims.md", results / "claims.json"]
+    write_atomic(paths[0], page(judged))
+    write_atomic(paths[1], json.dumps(plain(judged), indent=1, ensure_ascii=False) + "\n")
+    return paths
 
 
 def rows_of(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> list[dict[str, str]]:

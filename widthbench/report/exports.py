@@ -48,6 +48,7 @@ def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> list[d
             "budget_unused": any(not r.met for r in done), "coupled": any(r.coupled for r in done),
             "below_floor": any(r.floor for r in done), "batches_in_halves": any(tables.halved(r) for r in done),
             "val_seen": any(r.provenance.get("val_seen", False) for r in done),
+            "incomplete": bool(done) and len(done) < len(line.records),
         }  # fmt: skip
         found.append(row)
     return found

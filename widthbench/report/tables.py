@@ -387,10 +387,8 @@ def _problems(records: Sequence[Record]) -> list[str]:
     return [*parts, ""] if parts else []
 
 
-def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> list[str]:
-    """Where the numbers come from."""
-    if not records:
-        return []
+def origins(records: Sequence[Record]) -> dict[str, list[str]]:
+    """Where records come from: versions, hardware, device and threads, commit, date; each with all that occur."""
     facts: dict[str, set[str]] = {}
     for r in records:
         p = r.provenance
@@ -404,7 +402,14 @@ def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> lis
         state = " with uncommitted changes" if p.get("dirty") else ""
         facts.setdefault("commit", set()).add(f"{p['commit'][:12]}{state}" if p.get("commit") else "not a checkout")
         facts.setdefault("date", set()).add(str(p.get("when"))[:10])
-    rows = [f"- {name}: {'; '.join(sorted(values))}" for name, values in facts.items()]
+    return {name: sorted(values) for name, values in facts.items()}
+
+
+def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> list[str]:
+    """Where the numbers come from."""
+    if not records:
+        return []
+    rows = [f"- {name}: {'; '.join(values)}" for name, values in origins(records).items()]
     if timings:
         sizes = " or ".join(str(b) for b in sorted({t.get("batch", 64) for t in timings}))
         rows.append(

@@ -1,0 +1,190 @@
+"""One static page of all results: tables to sort and filter, charts, claims, and the record behind each row."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from widthbench import __version__, suites
+from widthbench.errors import UsageError
+from widthbench.paths import write_atomic
+from widthbench.records import Record, read_records
+from widthbench.report import exports, tables
+from widthbench.report.build import file_digest
+from widthbench.report.figures import COLOURS, floor_of
+from widthbench.suites import Suite
+
+FLAGS = {
+    "budget_unused": ("unused", "leaves more than 5 % of its budget unused"),
+    "coupled": ("coupled", "resizes channels under a norm across channels"),
+    "below_floor": ("at the floor", "the budget lies below the feasible floor and was run at it"),
+    "batches_in_halves": ("halved", "some of its batches were computed in halves, for want of memory"),
+    "val_seen": ("val seen", "its base comes from published weights and may have seen the val split in training"),
+    "incomplete": ("incomplete", "some of its cells have no result: n counts the others"),
+}
+SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star", "triangle-left")  # as in figures
+DROPPED = ("series", "trace")  # of records: curves and tracebacks would make up most of the page
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One suite on the page.
+
+    Attributes:
+        name: Of the suite.
+        suite: The suite; None where its file is not at hand.
+        records: Its records.
+        timings: Its timings.
+        digest: SHA-256 of ``records.jsonl``.
+    """
+
+    name: str
+    suite: Suite | None
+    records: Sequence[Record]
+    timings: Sequence[dict[str, Any]]
+    digest: str
+
+
+def write(results: Path, named: Iterable[Suite] = ()) -> Path:
+    """Write ``site.html`` from all suites that have records in a results folder, and from ``claims.json`` there.
+
+    Args:
+        results: The results folder.
+        named: Suites that are not built in (read from files), so that their titles are known.
+
+    Returns:
+        The page: one file, which asks nothing of the network.
+
+    Raises:
+        UsageError: If there are no records, they are damaged, or the extra ``site`` is not installed.
+    """
+    known = {s.name: s for s in named}
+    shown = [_shown(path.parent, known) for path in sorted(results.glob("*/records.jsonl"))]
+    if not shown:
+        raise UsageError(f"no suite has records in {results}: run one first (`widthbench run digits`)")
+    path = results / "site.html"
+    write_atomic(path, html(shown, _claims(results / "claims.json")))
+    return path
+
+
+def _shown(folder: Path, known: Mapping[str, Suite]) -> Shown:
+    name = folder.name
+    suite = known.get(name) or (suites.load(name) if name in suites.names() else None)
+    path, timings = folder / "records.jsonl", folder / "timings.jsonl"
+    lines = timings.read_text().splitlines() if timings.is_file() else []
+    return Shown(name, suite, read_records(path), [json.loads(line) for line in lines], file_digest(path))
+
+
+def _claims(path: Path) -> list[dict[str, Any]]:
+    """What ``widthbench claims`` wrote; nothing if it has not been run."""
+    try:
+        return list(json.loads(path.read_text())) if path.is_file() else []
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): write it again with `widthbench claims`") from error
+
+
+def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
+    """The page as text.
+
+    Args:
+        shown: Its suites.
+        claims: As ``report.claims.plain`` gives them.
+
+    Raises:
+        UsageError: If the extra ``site`` is not installed.
+    """
+    where = {r.key: s.name for s in shown for r in s.records}
+    environment = Environment(
+        loader=PackageLoader("widthbench.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["count"] = tables.count
+    described = [_suite(s) for s in shown]
+    return environment.get_template("site.html").render(
+        version=__version__,
+        suites=described,
+        floors={s["name"]: {place: _floor(s, place) for place in s["places"]} for s in described},
+        points={s["name"]: s["points"] for s in described},
+        claims=[
+            {**c, "rows": [{**r, "records": [(k, where[k]) for k in r["records"] if k in where]} for r in c["rows"]]}
+            for c in claims
+        ],
+        verdicts=list(dict.fromkeys(c["verdict"] for c in claims)),
+        flags=FLAGS,
+        packed={s.name: _packed(json.dumps(_plain(s.records), allow_nan=False)) for s in shown},
+        plotly=_packed(_asset("plotly", "package_data/plotly.min.js")),
+        datatables=_packed(_asset("itables", "html/dt_bundle.js")),
+        datatables_css=_asset("itables", "html/dt_bundle.css"),
+        libraries=", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("plotly", "itables")),
+        style={"colours": COLOURS, "symbols": SYMBOLS},
+    )
+
+
+def _suite(shown: Shown) -> dict[str, Any]:
+    """What the page says of one suite."""
+    lines = tables.lines(shown.records)
+    rows = exports.rows(shown.records, shown.timings)
+    for line, row in zip(lines, rows, strict=True):
+        row["flags"] = [flag for flag in FLAGS if row[flag]]
+        row["records"] = [(r.cell.seed, r.key) for _, r in sorted(line.records.items(), key=lambda item: item[1].cell.seed)]
+        row["reason"] = "" if line.done else line.first().reason
+        row["place"] = f"{row['network']} on {row['dataset']}"
+    return {
+        "name": shown.name,
+        "title": shown.suite.title if shown.suite else "",
+        "citable": bool(shown.suite and shown.suite.citable),
+        "rows": rows,
+        "places": list(dict.fromkeys(r["place"] for r in rows)),
+        "done": sum(r.status == "done" for r in shown.records),
+        "cells": max(len(shown.suite.cells()) if shown.suite else 0, len(shown.records)),
+        "origins": tables.origins(shown.records),
+        "digest": shown.digest,
+        "cite": exports.citation(shown.suite, shown.records, shown.digest) if shown.suite else "",
+        "points": [
+            {k: r[k] for k in ("place", "technique", "control", "budget", "n", "macs", "params", "train_cost")}
+            | {s: [r[f"top1_{s}_mean"], r[f"top1_{s}_std"]] for s in ("resized", "recalibrated", "final")}
+            | {"records": [k for _, k in r["records"]]}
+            for r in rows
+            if r["macs"]
+        ],
+    }
+
+
+def _floor(described: Mapping[str, Any], place: str) -> float | None:
+    """Where the axis of a network's chart begins, so that a few rows far below do not flatten the others."""
+    stages = ("final", "recalibrated", "resized")
+    points = [p for p in described["points"] if p["place"] == place]
+    scores = [next(p[s][0] for s in stages if p[s][0] is not None) for p in points]
+    return floor_of(scores)
+
+
+def _plain(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Records by key, with the line of ``records.jsonl`` that each stands in."""
+    found = {}
+    for number, record in enumerate(sorted(records, key=lambda r: r.cell.id), 1):
+        data = json.loads(record.model_dump_json())  # which has null for what is not finite, as JSON wants it
+        left = {name: sorted(data[name]) if isinstance(data[name], dict) else len(data[name]) for name in DROPPED if data[name]}
+        data = {k: v for k, v in data.items() if k not in DROPPED}
+        found[record.key] = {"id": record.cell.id, "line": number, "left out": left, "record": data}
+    return found
+
+
+def _packed(text: str) -> str:
+    """Text, zipped and in base64, as a page can carry it."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def _asset(package: str, path: str) -> str:
+    try:
+        return (files(package) / path).read_text(encoding="utf-8")
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise UsageError(f"the page needs {package}: pip install 'widthbench[site]' ({error})") from error
