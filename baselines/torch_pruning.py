@@ -143,7 +143,7 @@ class Magnitude(TorchPruning):
 
 
 class BNScale(TorchPruning):
-    """Torch-Pruning's BN scale: |γ| of a channel's batch norms (Liu et al., "Network Slimming", ICCV 2017)."""
+    """Torch-Pruning's BN scale: ``|γ|`` of a channel's batch norms (Liu et al., "Network Slimming", ICCV 2017)."""
 
     id = "torch-pruning:bn-scale"
     importance = tp.importance.BNScaleImportance
@@ -205,7 +205,7 @@ class _WithGradients(TorchPruning):
 
 
 class Taylor(_WithGradients):
-    """Torch-Pruning's Taylor: |w ∂L/∂w| summed over everything that a channel has (Molchanov et al., CVPR 2019)."""
+    """Torch-Pruning's Taylor: ``|w ∂L/∂w|`` summed over everything that a channel has (Molchanov et al., CVPR 2019)."""
 
     id = "torch-pruning:taylor"
     importance = tp.importance.GroupTaylorImportance

@@ -193,3 +193,17 @@ def test_digests_do_not_hang_on_the_order_of_keys(ran):
     line = json.loads(records_file(ran).read_text().splitlines()[0])
     digest = line.pop("digest")
     assert digest == digest_of(dict(reversed(line.items())))
+
+
+def test_a_report_of_earlier_records_needs_no_data(tmp_path, monkeypatch, capsys):
+    """Who has cloned the results can write their tables again."""
+    text = SUITE.replace('"tiny"', '"elsewhere"').replace('["digits"]', '["not-here"]')
+    (tmp_path / "elsewhere.toml").write_text(text)
+    arguments = ["report", str(tmp_path / "elsewhere.toml"), "--results", str(tmp_path / "results"), "--no-timing"]
+    assert cli.main(arguments) == 2
+    assert "not-here" in capsys.readouterr().err
+    (one, *_) = suites.load(str(tmp_path / "elsewhere.toml")).cells()
+    done = verify.Record(key="k" * 40, cell=one, status="skipped", reason="why", provenance={"versions": {}, "hardware": {}})
+    write_records(tmp_path / "results" / "elsewhere" / "records.jsonl", [done])
+    assert cli.main(arguments) == 0
+    assert "skipped" in (tmp_path / "results" / "elsewhere" / "leaderboard.md").read_text()

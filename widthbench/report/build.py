@@ -51,14 +51,27 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = ()) -> list[R
         store: Where finished cells are.
         before: Records of an earlier report, which stand in for cells that the store has nothing of, so that running a part of a
             suite loses nothing. Each says which commit it comes from.
+
+    Raises:
+        UsageError: If there is nothing to show, and what the cells need (data, weights, a technique) is not at hand.
     """
     old = {r.cell.identity: r for r in before}
-    found = []
+    found: list[Record] = []
+    absent: dict[tuple[str | None, ...], UsageError] = {}
     for cell in suite.cells():
-        key = protocol.cell_key(cell)
-        record = store.get(key) or store.failure(key) or old.get(cell.identity)
+        needs = (cell.dataset, cell.model, cell.checkpoint, cell.of or cell.technique)
+        record = None
+        if needs not in absent:
+            try:
+                key = protocol.cell_key(cell)
+                record = store.get(key) or store.failure(key)
+            except UsageError as error:  # a key hashes the data: without them the store cannot be asked
+                absent[needs] = error
+        record = record or old.get(cell.identity)
         if record is not None:
             found.append(record)
+    if absent and not found:
+        raise next(iter(absent.values()))
     return found
 
 

@@ -1,0 +1,132 @@
+"""How the documentation is built: `sphinx-build -W docs docs/_build`, with the extra `docs` installed.
+
+Pages of techniques, recipes and the API are written from docstrings, the registry and the committed claims, into docs/_made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from tabulate import tabulate
+
+import widthbench
+from widthbench import registry
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+MADE = HERE / "_made"
+REPOSITORY = os.environ.get("WIDTHBENCH_REPOSITORY", "")  # where links to files that are no pages lead, if anywhere
+
+project = "widthbench"
+author = "The widthbench authors"
+version = release = widthbench.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"widthbench {version}"
+html_extra_path = ["_made/site"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_mock_imports: list[str] = []
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+suppress_warnings = ["myst.header", "ref.python"]
+
+FIGURES = {
+    "neuron-merging": ("merging-lenet", "accuracy-macs.png", "Merging, pruning by its criterion, and NMF on trained LeNets, nothing trained after"),
+    "nmf": ("merging-lenet", "accuracy-macs.png", "NMF beside merging on trained LeNets, nothing trained after"),
+    "neuron-removal": ("shrinking", "curves-accuracy.png", "Test accuracy against the share of neurons removed, by ranking"),
+    "autoprune": ("autoprune-lenet", "trajectory-autoprune.png", "AutoPrune along its steps, by estimator and decoupling"),
+    "splitting": ("growing", "trajectory-splitting.png", "Widths and losses as networks grow"),
+    "autoslim": ("lenet", "trajectory-autoslim.png", "AutoSlim's greedy path"),
+}  # fmt: skip
+ELSE = ("digits", "accuracy-macs.png", "Every technique on the suite digits")
+PARTS = {
+    "Using it": ["widthbench.api", "widthbench.technique", "widthbench.task", "widthbench.budget", "widthbench.registry",
+                 "widthbench.contract"],
+    "Channel groups": ["widthbench.width.groups", "widthbench.width.resize", "widthbench.width.gates", "widthbench.width.certify",
+                       "widthbench.width.cost", "widthbench.width.norms", "widthbench.width.ablation", "widthbench.width.derivatives",
+                       "widthbench.width.splitting_matrices", "widthbench.width.adapters"],
+    "The protocol": ["widthbench.protocol", "widthbench.controls", "widthbench.suites", "widthbench.records", "widthbench.recipe",
+                     "widthbench.training", "widthbench.measure", "widthbench.data", "widthbench.sources", "widthbench.weights",
+                     "widthbench.models"],
+    "Results": ["widthbench.claims", "widthbench.verify", "widthbench.report.build", "widthbench.report.tables",
+                "widthbench.report.statistics", "widthbench.report.exports", "widthbench.report.figures",
+                "widthbench.report.widths", "widthbench.report.site", "widthbench.regress", "widthbench.provenance"],
+}  # fmt: skip
+
+
+def technique_page(name: str, claims: list[dict[str, object]]) -> str:
+    """A technique: what it does, its parameters, its figure, its paper, its claims."""
+    cls = registry.load(name)
+    own = [c for c in claims if c["technique"] == name]
+    suite, file, caption = FIGURES.get(name, ELSE)
+    picture = f"{name.replace(':', '-')}.png"
+    figure = ROOT / "results" / suite / "figures" / file
+    shutil.copy(figure, MADE / "techniques" / picture)
+    parts = [
+        f"# {name}",
+        f"Looks at: **{cls.access}** data. Starts from a **{cls.start}** network{'; grows it' if cls.grows else ''}.",
+        f"```{{eval-rst}}\n.. autoclass:: {cls.__module__}.{cls.__qualname__}\n   :no-members:\n```",
+        f"## What it looks like\n\n```{{figure}} {picture}\n:alt: {caption}\n\n{caption} (suite `{suite}`)\n```",
+    ]
+    if own:
+        parts.append("## What its document claims")
+        rows = [[f"**{c['id']}**", str(c["text"]).replace("|", "\\|"), c["verdict"]] for c in own]
+        parts.append(tabulate(rows, headers=["claim", "what", "verdict"], tablefmt="pipe"))
+        parts.append("Row by row, with the records: the [page of results](../results.md), and `results/claims.md`.")
+    if cls.bibtex:
+        parts.append(f"## Paper\n\n```bibtex\n{cls.bibtex.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def make() -> None:
+    """Write all pages that are made from code and results."""
+    shutil.rmtree(MADE, ignore_errors=True)
+    (MADE / "techniques").mkdir(parents=True)
+    (MADE / "api").mkdir()
+    claims = json.loads((ROOT / "results" / "claims.json").read_text())
+    names = registry.names()
+    ours = [n for n in names if registry.owner(n).startswith("widthbench")]
+    for name in ours:
+        (MADE / "techniques" / f"{name.replace(':', '-')}.md").write_text(technique_page(name, claims))
+    listed = "\n".join(n.replace(":", "-") for n in ours)
+    (MADE / "techniques" / "index.md").write_text(f"# Techniques\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")
+    for title, modules in PARTS.items():
+        blocks = "\n\n".join(f"## {m}\n\n```{{eval-rst}}\n.. automodule:: {m}\n```" for m in modules)
+        (MADE / "api" / f"{title.lower().replace(' ', '-')}.md").write_text(f"# {title}\n\n{blocks}\n")
+    listed = "\n".join(t.lower().replace(" ", "-") for t in PARTS)
+    (MADE / "api" / "index.md").write_text(f"# API\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")
+    page = '# Results\n\n<a href="../site.html">All leaderboards, claims and records, on one page</a>: tables to sort and filter, charts, and the record behind each row.\n'
+    (MADE / "results.md").write_text(page)
+    from widthbench.report import site
+
+    (MADE / "site").mkdir()
+    shutil.copy(site.write(ROOT / "results"), MADE / "site" / "site.html")
+
+
+def links(app: object, docname: str, source: list[str]) -> None:
+    """Links to files of the repository that are no pages here become plain text, or links to the repository."""
+    target = rf"\[([^\]]*)\]\(\.\./([^)]+)\)"
+    if not docname.startswith("_made"):
+        source[0] = re.sub(target, rf"[\1]({REPOSITORY}/\2)" if REPOSITORY else r"\1 (`\2`)", source[0])
+
+
+def setup(app: object) -> None:
+    """Sphinx calls this first."""
+    make()
+    app.connect("source-read", links)  # type: ignore[attr-defined]
+
+
+sys.path.insert(0, str(ROOT))
