@@ -44,7 +44,7 @@ napoleon_use_ivar = True
 suppress_warnings = ["myst.header", "ref.python"]
 
 FIGURES = {
-    "neuron-merging": ("merging-lenet", "accuracy-macs.png", "Merging, pruning by its criterion, and NMF on trained LeNets, nothing trained after"),
+    "neuron-merging": ("merging-lenet", "accuracy-macs.png", "Merging, pruning by its criterion, and NMF on trained LeNets"),
     "nmf": ("merging-lenet", "accuracy-macs.png", "NMF beside merging on trained LeNets, nothing trained after"),
     "neuron-removal": ("shrinking", "curves-accuracy.png", "Test accuracy against the share of neurons removed, by ranking"),
     "autoprune": ("autoprune-lenet", "trajectory-autoprune.png", "AutoPrune along its steps, by estimator and decoupling"),
@@ -56,8 +56,8 @@ PARTS = {
     "Using it": ["widthbench.api", "widthbench.technique", "widthbench.task", "widthbench.budget", "widthbench.registry",
                  "widthbench.contract"],
     "Channel groups": ["widthbench.width.groups", "widthbench.width.resize", "widthbench.width.gates", "widthbench.width.certify",
-                       "widthbench.width.cost", "widthbench.width.norms", "widthbench.width.ablation", "widthbench.width.derivatives",
-                       "widthbench.width.splitting_matrices", "widthbench.width.adapters"],
+                       "widthbench.width.cost", "widthbench.width.norms", "widthbench.width.ablation",
+                       "widthbench.width.derivatives", "widthbench.width.splitting_matrices", "widthbench.width.adapters"],
     "The protocol": ["widthbench.protocol", "widthbench.controls", "widthbench.suites", "widthbench.records", "widthbench.recipe",
                      "widthbench.training", "widthbench.measure", "widthbench.data", "widthbench.sources", "widthbench.weights",
                      "widthbench.models"],
@@ -108,7 +108,8 @@ def make() -> None:
         (MADE / "api" / f"{title.lower().replace(' ', '-')}.md").write_text(f"# {title}\n\n{blocks}\n")
     listed = "\n".join(t.lower().replace(" ", "-") for t in PARTS)
     (MADE / "api" / "index.md").write_text(f"# API\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")
-    page = '# Results\n\n<a href="../site.html">All leaderboards, claims and records, on one page</a>: tables to sort and filter, charts, and the record behind each row.\n'
+    link = '<a href="../site.html">All leaderboards, claims and records, on one page</a>'
+    page = f"# Results\n\n{link}: tables to sort and filter, charts, and the record behind each row.\n"
     (MADE / "results.md").write_text(page)
     from widthbench.report import site
 
@@ -118,7 +119,7 @@ def make() -> None:
 
 def links(app: object, docname: str, source: list[str]) -> None:
     """Links to files of the repository that are no pages here become plain text, or links to the repository."""
-    target = rf"\[([^\]]*)\]\(\.\./([^)]+)\)"
+    target = r"\[([^\]]*)\]\(\.\./([^)]+)\)"
     if not docname.startswith("_made"):
         source[0] = re.sub(target, rf"[\1]({REPOSITORY}/\2)" if REPOSITORY else r"\1 (`\2`)", source[0])
 

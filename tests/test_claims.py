@@ -10,7 +10,7 @@ from widthbench.errors import UsageError
 from widthbench.recipe import Recipe
 from widthbench.records import Cell, Record, Spent, read_records, write_records
 from widthbench.records import Row as Scores
-from widthbench.report.claims import page
+from widthbench.report.claims import page, plain
 from widthbench.report.statistics import summarise
 
 ROOT = Path(__file__).parent.parent
@@ -557,3 +557,31 @@ def test_a_reported_number_never_fills_a_measured_column():
         elif len(cells) > 5 and re.match(r"\*\*", cells[4]):
             assert "(n=" in cells[3]
             assert cells[6]  # the records it rests on
+
+
+def test_whatever_a_document_reports_leaves_every_measured_column_as_it_is(tmp_path):
+    """The reported numbers of all claims are put up to nonsense: nothing measured moves, and without records nothing is there."""
+    found, nothing = Evidence(ROOT / "results"), Evidence(tmp_path)
+    for document in claims.load():
+        for one in document.claims:
+            rows = tuple(r for r in one.rows if not r.check)  # checks take neither the row nor the document
+            if not rows:
+                continue
+            honest = one.model_copy(update={"rows": rows})
+            moved = tuple(r if r.reported is None else r.model_copy(update={"reported": 987654.0}) for r in rows)
+            absurd = one.model_copy(update={"rows": moved})
+            columns = [[r["measured"] for r in plain([(document, c, claims.judge(c, found))])[0]["rows"]] for c in (honest, absurd)]
+            assert columns[0] == columns[1], one.id
+            text = page([(document, absurd, claims.judge(absurd, found))])
+            for line in text.splitlines():
+                cells = line.split("|")
+                assert "987654" not in "".join(cells[3:4]), line
+            assert {r["measured"] for r in plain([(document, one, claims.judge(honest, nothing))])[0]["rows"]} == {"–"}
+
+
+def test_the_committed_data_are_those_of_the_committed_page():
+    text = (ROOT / "results" / "claims.md").read_text()
+    for one in json.loads((ROOT / "results" / "claims.json").read_text()):
+        assert f"### {one['id']}: {one['verdict']}" in text
+        for row in one["rows"]:
+            assert row["measured"] in text

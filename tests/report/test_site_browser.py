@@ -32,8 +32,10 @@ def address(tmp_path_factory):
     records.append(record("broken", status="failed", reason=EVIL, key="f" * 40))
     row = {"what": "x", "reported": "90%", "measured": "91% (n=5)", "verdict": "reproduced", "rule": "±1", "check": "",
            "records": [records[4].key]}  # fmt: skip
-    claim = {"document": "000", "title": "t", "technique": "l1-norm", "id": "M1", "text": "says so", "note": EVIL, "needs": "",
-             "readings": {}, "verdict": "reproduced", "rows": [row, {**row, "what": "y", "verdict": "not run", "measured": "–"}]}  # fmt: skip
+    claim = {
+        "document": "000", "title": "t", "technique": "l1-norm", "id": "M1", "text": "says so", "note": EVIL, "needs": "",
+        "readings": {}, "verdict": "reproduced", "rows": [row, {**row, "what": "y", "verdict": "not run", "measured": "–"}],
+    }  # fmt: skip
     shown = site.Shown("s", suite(), records, [], "ab" * 32)
     path = tmp_path_factory.mktemp("site") / "site.html"
     path.write_text(site.html([shown], [claim]))
