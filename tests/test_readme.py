@@ -1,5 +1,6 @@
 """What the README shows is what the committed results say, and its code runs."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -8,15 +9,19 @@ import pytest
 import torch
 
 from widthbench import suites
+from widthbench.records import read_records
+from widthbench.report.claims import summary
+from widthbench.report.tables import lines
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def excerpt_from(board: str) -> str:
-    """The part of the leaderboard that the README shows."""
-    (block,) = re.findall(r"^## test_resnet on digits\n\n(.*?)\n\n", board, flags=re.S | re.M)
-    return block
+    """The part of the leaderboard that the README shows: one network, the base and one budget."""
+    (block,) = re.findall(r"^## lenet_300_100 on mnist\n\n(.*?)\n\n", board, flags=re.S | re.M)
+    head, rule, *rows = block.splitlines()
+    return "\n".join([head, rule, *(row for row in rows if row.split("|")[3].strip() in ("–", "macs:0.25"))])
 
 
 def committed(path: str) -> str:
@@ -28,9 +33,26 @@ def committed(path: str) -> str:
 
 
 def test_the_excerpt_is_the_committed_leaderboards():
-    board = committed("results/digits/leaderboard.md")
+    board = committed("results/lenet/leaderboard.md")
     (shown,) = re.findall(r"<!-- excerpt -->\n(.*?)\n<!-- /excerpt -->", committed("README.md"), flags=re.S)
-    assert shown == "`test_resnet` on `digits`:\n\n" + excerpt_from(board)
+    assert shown == excerpt_from(board)
+
+
+def test_controls_lead_as_often_as_it_says():
+    scratch = ("scratch", "scratch-budget", "uniform-width")
+    best: dict[tuple, dict[bool, float]] = {}
+    for line in lines(read_records(ROOT / "results" / "lenet" / "records.jsonl")):
+        fresh = line.first().cell.technique in scratch
+        if line.done and line.budget and (fresh or not line.control):
+            found = best.setdefault((line.dataset, line.model, line.budget), {})
+            found[fresh] = max(found.get(fresh, 0.0), line.summary(None).mean)
+    led = [b[True] > b[False] for b in best.values() if len(b) == 2]
+    assert f"In {sum(led)} of the {len(led)} comparisons of this suite" in README
+
+
+def test_its_table_of_claims_is_the_committed_one():
+    (shown,) = re.findall(r"<!-- claims -->\n(.*?)\n<!-- /claims -->", committed("README.md"), flags=re.S)
+    assert shown == summary(json.loads(committed("results/claims.json"))), "run `widthbench claims`, and put its verdicts here"
 
 
 def test_no_placeholder_is_left():

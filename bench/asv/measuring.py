@@ -210,6 +210,11 @@ def quick() -> bool:
     return False
 
 
+def fewer(values: list[Any]) -> list[Any]:
+    """All of some parameters; the first one where ``bench/track.py --quick`` asks: asv starts a process for each combination."""
+    return values[:1] if os.environ.get("WIDTHBENCH_QUICK") else values
+
+
 Measured = dict[str, dict[str, Any]]
 
 
@@ -221,7 +226,7 @@ def measured(wanted: Sequence[Item]) -> Measured:
     found: Measured = {}
     with Worker() as timing, Worker(frugal=True) as remembering:
         for item in wanted:
-            answer = remembering.ask(item, memory=True)
+            answer = remembering.ask(item, memory=True, warm=not quick())
             if "ms" in answer and not quick():
                 answer = answer | timing.ask(item, rounds=7, least=0.05)
             if "ms" in answer:
@@ -348,9 +353,10 @@ def _status(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / MIB
 
 
-def memory(call: Callable[[], Any], device: str) -> dict[str, Any]:
-    """MiB held before a second call, and at its peak above that; and its ms, of one sample."""
-    call()
+def memory(call: Callable[[], Any], device: str, *, warm: bool = True) -> dict[str, Any]:
+    """MiB held before a second call (the first, if not ``warm``), and at its peak above that; and its ms, of one sample."""
+    if warm:
+        call()
     gc.collect()
     begin = time.perf_counter()
     if device == "cuda":
@@ -418,7 +424,7 @@ def answered(request: Mapping[str, Any]) -> dict[str, Any]:
             _last[item] = prepared(item)
         call, times = _last[item]
         if request.get("memory"):
-            found = memory(call, item.device)
+            found = memory(call, item.device, warm=request.get("warm", True))
         else:
             found = {"ms": milliseconds(call, item.device, request.get("rounds", 1), request.get("least", 0.0))}
         return found | {"ms": [t / times for t in found["ms"]]}

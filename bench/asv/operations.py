@@ -2,11 +2,11 @@
 
 import itertools
 
-from .measuring import Item, Measured, applicable, measured, number
+from .measuring import Item, Measured, applicable, fewer, measured, number
 
 DEVICES = ["cpu", "cuda"]
-NETWORKS = ["resnet20_cifar", "vit_tiny_patch16_224", "resnet50"]
-SMALL = ["test_resnet", "test_vit"]
+NETWORKS = fewer(["resnet20_cifar", "vit_tiny_patch16_224", "resnet50"])
+SMALL = fewer(["test_resnet", "test_vit"])
 TIMEOUT = 600
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 
-from .measuring import TECHNIQUES, Item, Measured, applicable, measured, number
+from .measuring import TECHNIQUES, Item, Measured, applicable, fewer, measured, number
 
 
 class Technique:
@@ -10,7 +10,7 @@ class Technique:
 
     version = "1"
     timeout = 900
-    params = [list(TECHNIQUES), ["lenet5", "test_resnet"], ["macs:0.5"], ["cpu", "cuda"]]
+    params = [list(TECHNIQUES), fewer(["test_resnet", "lenet5"]), ["macs:0.5"], ["cpu", "cuda"]]
     param_names = ["technique", "model", "budget", "device"]
 
     def item(self, *at) -> Item:

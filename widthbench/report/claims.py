@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,16 @@ def plain(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> list[di
         }
         for document, claim, rows in judged
     ]  # fmt: skip
+
+
+def summary(claims: Sequence[Mapping[str, Any]]) -> str:
+    """A short markdown table of claims and verdicts.
+
+    Args:
+        claims: As ``plain`` gives them.
+    """
+    body = [[c["id"], _cell(c["text"]), f"**{c['verdict']}**"] for c in claims]
+    return tabulate(body, headers=["claim", "what", "verdict"], tablefmt="pipe", disable_numparse=True)
 
 
 def write(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: Path) -> list[Path]:
