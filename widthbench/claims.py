@@ -130,6 +130,7 @@ class Row(_Strict):
         check: ``module:function`` that measures it instead, as a list of numbers, one per base or pair of runs. A function
             that takes ``evidence`` is given it and returns a ``Picked``, for what no single pick can say; what it picks stands in
             its attribute ``picks``.
+        given: Arguments of the check.
         proxy: Smaller work than the document's: where it shows the direction, the verdict is "proxy scale" and never "reproduced".
         reading: Which of several readings of an ambiguous sentence the row belongs to; rows without one belong to all.
     """
@@ -144,6 +145,7 @@ class Row(_Strict):
     at: Pick | None = None
     minus: Pick | None = None
     check: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    given: dict[str, Any] = Field(default_factory=dict)
     proxy: bool = False
     reading: str = ""
 
@@ -158,6 +160,8 @@ class Row(_Strict):
             raise ValueError(f"'{self.what}': an order is strict: '<' or '>'")
         if self.at and self.check:
             raise ValueError(f"'{self.what}': at and check exclude each other")
+        if self.given and not self.check:
+            raise ValueError(f"'{self.what}': given needs check")
         if self.minus and not self.at:
             raise ValueError(f"'{self.what}': minus needs at")
         if self.at and self.kind in ("gain", "order") and not self.minus:
@@ -382,7 +386,7 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     if row.check:
         check = _function(row.check)
         asks = "evidence" in inspect.signature(check).parameters
-        picked = check(evidence) if asks else Picked(dict(enumerate(check())))
+        picked = check(evidence, **row.given) if asks else Picked(dict(enumerate(check(**row.given))))
         values: Mapping[object, float] = picked.values
         records, missing = picked.records, picked.missing
         remarks = _remarks(records, missing)
