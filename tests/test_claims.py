@@ -585,3 +585,27 @@ def test_the_committed_data_are_those_of_the_committed_page():
         assert f"### {one['id']}: {one['verdict']}" in text
         for row in one["rows"]:
             assert row["measured"] in text
+
+
+def test_parameters_follow_from_structure_as_the_resized_network_has_them():
+    import torch
+    from widthbench._claims.structure import parameters
+
+    import widthbench
+    from widthbench import models, suites
+
+    (cell, *_) = [c for c in suites.load("merging-cifar10").cells() if c.model == "mobilenetv1_100_cifar" and c.budget]
+    net = models.create(cell.model, classes=10, channels=3, size=cell.size)
+    x = torch.randn(1, 3, cell.size, cell.size)
+    small = widthbench.apply("l1-norm", net, budget=cell.budget, example_input=x, include=list(cell.include))
+    (counted,) = parameters("merging-cifar10", cell.model, cell.budget)
+    assert counted == sum(p.numel() for p in small.parameters()) / 1e6
+    assert parameters("merging-cifar10", cell.model) == [sum(p.numel() for p in net.parameters()) / 1e6]
+
+
+def test_arguments_of_a_check_are_given_to_it_and_need_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "_function", lambda name: lambda number: [number])
+    row = Row(what="x", kind="value", reported=2.0, tolerance=0.5, check="some:thing", given={"number": 2.25})
+    assert judge_row(row, claim(), Evidence(tmp_path)).verdict == "reproduced"
+    with pytest.raises(ValueError, match="given needs check"):
+        Row(what="x", kind="value", reported=2.0, tolerance=0.5, given={"number": 2.25})

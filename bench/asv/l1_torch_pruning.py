@@ -8,15 +8,14 @@ import contextlib
 import copy
 import gc
 import json
-import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
-from multiprocessing.connection import Connection
 from pathlib import Path
-from unittest import mock
 
 import timm
 import torch
@@ -85,20 +84,14 @@ def measure(name: str, which: str, what: str) -> float:
     return time.perf_counter() - begin if what == "seconds" else _status("VmHWM") - before
 
 
-def _send(name: str, which: str, what: str, into: Connection) -> None:
-    into.send(measure(name, which, what))
-
-
 def apart(name: str, which: str, what: str) -> float:
     """``measure`` in a fresh process, for memory one that hands each freed tensor back to the system at once."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    with mock.patch.dict(os.environ, {} if what == "seconds" else FRUGAL):
-        process = context.Process(target=_send, args=(name, which, what, sender))
-        process.start()
-    found: float = receiver.recv()
-    process.join()
-    return found
+    words = [sys.executable, __file__, "--one", name, which, what]
+    environment = os.environ | ({} if what == "seconds" else FRUGAL) | {"PYTHONSAFEPATH": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{which} on {name} ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")
+    return float(done.stdout.split()[-1])
 
 
 def pairs(name: str) -> list[dict[str, dict[str, float]]]:
@@ -141,4 +134,7 @@ def table(found: list[dict[str, object]]) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print(measure(*sys.argv[2:]))
+        sys.exit()
     speed.main(__doc__, PAGE, rows, table)
