@@ -44,8 +44,8 @@ def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
             parts += [claim.note, ""]
         if len(found := readings(rows)) > 1:
             parts += ["; ".join(f"Read as {name}: {verdict}" for name, verdict in found.items()) + ".", ""]
-        if {j.verdict for j in rows} == {"not run"}:
-            parts += [f"Needs: {claim.needs}.", ""]
+        if "not run" in (verdicts := {j.verdict for j in rows}):
+            parts += [f"{'Needs' if len(verdicts) == 1 else 'The rows that were not run need'}: {claim.needs}.", ""]
         body = [[_cell(j.row.what), _reported(j), _measured(j), f"**{j.verdict}**", _cell(_why(j)), _records(j)] for j in rows]
         headers = ["what", "reported", "measured", "verdict", "rule", "evidence"]
         align = ("left", "right", "right", "left", "left", "left")
