@@ -39,7 +39,14 @@ def test_run_writes_a_leaderboard_and_report_writes_it_again(here, capsys):
     assert "digits-lenet_300_100-l1-norm-macs:0.0001-s0: skipped  budget" in out.err
     written = {p.name for p in (here / "results" / "tiny").rglob("*") if p.is_file()}
     boards = {f"leaderboard.{ending}" for ending in ("md", "csv", "tex")}
-    assert written == boards | {"SHA256SUMS", "records.jsonl", "timings.jsonl", "accuracy-macs.png", "accuracy-params.png"}
+    assert written == boards | {
+        "SHA256SUMS",
+        "records.jsonl",
+        "timings.jsonl",
+        "accuracy-macs.png",
+        "accuracy-params.png",
+        "widths.png",
+    }
     board = (here / "results" / "tiny" / "leaderboard.md").read_text()
     (here / "results" / "tiny" / "leaderboard.md").unlink()
     assert main(["report", "tiny.toml"]) == 0
@@ -180,9 +187,11 @@ def test_claims_writes_the_page_and_names_what_is_unknown(here, capsys):
     page = (here / "results" / "claims.md").read_text()
     assert "claims: " in page
     assert "### A8: not run" in page
+    assert {c["id"]: c["verdict"] for c in json.loads((here / "results" / "claims.json").read_text())}["A8"] == "not run"
     (here / "results" / "claims.md").unlink()
+    capsys.readouterr()
     assert main(["claims", "--id", "M1", "--results", str(here / "results"), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out.partition("wrote")[2].partition("\n")[2])
+    rows = json.loads(capsys.readouterr().out)
     assert {r["claim"] for r in rows} == {"M1"}
     assert {r["measured"] for r in rows} == {"–"}
     assert not (here / "results" / "claims.md").exists()

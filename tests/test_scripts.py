@@ -35,7 +35,9 @@ def test_kills():
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["folders", "tars"])
 def test_imagenet_generated(tmp_path, layout):
-    out = run("imagenet_generated.py", str(tmp_path), "--brief", "--layout", layout, "--only", "mobilenetv1", "resnet34.tv_in1k-nmf")
+    out = run(
+        "imagenet_generated.py", str(tmp_path), "--brief", "--layout", layout, "--only", "mobilenetv1", "resnet34.tv_in1k-nmf"
+    )
     assert "suite imagenet: 18 of 56 cells done" in out
 
 
