@@ -1,4 +1,4 @@
-"""Lint, types, tests: what `tox run` does when it is given nothing else to run."""
+"""Lint, types, documentation, tests: what `tox run` does when it is given nothing else to run."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ STEPS = (
     ["ruff", "check", "."],
     ["ruff", "format", "--check", "."],
     ["mypy"],
+    ["sphinx", "-W", "-q", "docs", "docs/_build"],
     ["pytest", "tests", "-n", "auto"],
 )
 
