@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +51,8 @@ def check(results, *args):
 
 
 def bad(results):
-    return [c for c in verify.check_files(results / "results" / "tiny") if not c.ok]
+    suite = suites.load(str(results / "tiny.toml"))
+    return [c for c in verify.check_files(suite, results / "results" / "tiny") if not c.ok]
 
 
 def records_file(results):
@@ -60,9 +62,19 @@ def records_file(results):
 def resealed(results, change):
     """The records after a change by someone who also mends every digest."""
     path = records_file(results)
-    records = [change(r) for r in read_records(path)]
+    records = [r for r in map(change, read_records(path)) if r is not None]
     write_records(path, records)
+    resummed(path)
+
+
+def resummed(path, *, tables=True):
+    """SHA256SUMS as somebody would write it who has changed files, tables made anew."""
     sums = path.parent / verify.SUMS
+    if tables:
+        suite = suites.load(str(path.parents[2] / "tiny.toml"))
+        timings = [json.loads(line) for line in path.with_name("timings.jsonl").read_text().splitlines()]
+        for name, text in verify.leaderboards(suite, read_records(path), timings, verify.file_digest(path)).items():
+            path.with_name(name).write_text(text)
     lines = [f"{verify.file_digest(path.parent / n)}  {n}" for n in (ln.partition("  ")[2] for ln in sums.read_text().splitlines())]
     sums.write_text("\n".join(lines) + "\n")
 
@@ -90,7 +102,7 @@ def test_one_changed_digit_is_found_and_named(results, capsys):
     number = json.loads(lines[1])["rows"][0]["loss"]
     lines[1] = lines[1].replace(str(number), str(number)[:-1] + str((int(str(number)[-1]) + 1) % 10))
     path.write_text("\n".join(lines) + "\n")
-    assert {c.what for c in bad(results)} == {"records.jsonl", "records.jsonl:2"}
+    assert {"records.jsonl", "records.jsonl:2"} <= {c.what for c in bad(results)}
     assert check(results, "--sample", "0") == 1
     assert "was changed after it was written" in capsys.readouterr().out
     assert cli.main(["cite", str(results / "tiny.toml"), "--results", str(results / "results")]) == 2
@@ -117,6 +129,11 @@ def test_a_number_changed_with_all_its_digests_is_found_by_running_the_cell_agai
         (lambda p: p.with_name("leaderboard.md").unlink(), "the file is gone"),
         (lambda p: p.with_name("SHA256SUMS").write_text("00  ../../tiny.toml\n"), "not a line of digest and file"),
         (lambda p: p.with_name("SHA256SUMS").write_text(""), "is not in SHA256SUMS"),
+        (lambda p: p.with_name("extra.md").write_text("x"), "extra.md is not in SHA256SUMS"),
+        (lambda p: p.with_name("SHA256SUMS").write_text("00  a\0b\n"), "not a line of digest and file"),
+        (lambda p: p.with_name("SHA256SUMS").write_text("00  " + "x" * 5000 + "\n"), "not a line of digest and file"),
+        (lambda p: p.with_name("SHA256SUMS").write_text("00  figures\n"), "not a line of digest and file"),
+        (lambda p: p.with_name("timings.jsonl").write_text("{"), "timings.jsonl cannot be read"),
     ],
 )
 def test_damage_is_found(results, damage, found):
@@ -124,12 +141,61 @@ def test_damage_is_found(results, damage, found):
     assert any(found in f"{c.what} {c.note}" for c in bad(results)), bad(results)
 
 
-def test_records_without_digests_are_said(results):
+def test_records_without_digests_are_refused(results):
     path = records_file(results)
     lines = [{k: v for k, v in json.loads(line).items() if k != "digest"} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert any("3 records carry no digest" in c.note for c in bad(results))
-    assert len(read_records(path)) == 3
+    assert sum("carries no digest" in c.note for c in bad(results)) == 3
+    with pytest.raises(verify.UsageError, match=r"records.jsonl:1: .* carries no digest"):
+        read_records(path)
+
+
+def test_a_table_that_was_changed_with_its_sum_is_found(results):
+    path = records_file(results)
+    board = path.with_name("leaderboard.md")
+    (one, *_) = [line for line in board.read_text().splitlines() if line.startswith("| l1-norm")]
+    board.write_text(board.read_text().replace(one, one.replace("**", "**9", 1)))
+    resummed(path, tables=False)
+    assert [(c.what, c.by) for c in bad(results)] == [("leaderboard.md", "table")]
+
+
+def test_records_of_other_cells_are_found_and_missing_ones_said(results):
+    def longer(record):
+        if record.cell.technique == "random-channels":
+            return None
+        if record.cell.technique != "l1-norm":
+            return record
+        return record.model_copy(update={"cell": record.cell.model_copy(update={"calibration": 7})})
+
+    resealed(results, longer)
+    suite = suites.load(str(results / "tiny.toml"))
+    checks = verify.check_files(suite, records_file(results).parent)
+    assert [c.note for c in checks if not c.ok] == [
+        "1 records are of cells that the suite does not have, the first of digits-lenet_300_100-l1-norm-channels:0.5-s0"
+    ]
+    assert any("2 cells of the suite have none" in c.note for c in checks)
+
+
+def test_a_competitor_that_is_said_to_have_failed_is_found(results, capsys):
+    resealed(
+        results, lambda r: r.model_copy(update={"status": "failed", "reason": "broke"} if r.cell.technique == "l1-norm" else {})
+    )
+    assert check(results, "--sample", "0") == 0
+    assert check(results, "--only", "l1-norm") == 1
+    assert "recorded failed, now done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("excuse", [{"key": "0" * 40}, {"hardware": {"cpu": "another"}}])
+def test_what_no_machine_changes_cannot_be_excused(results, capsys, excuse):
+    def edited(record):
+        where = {**record.provenance, **{k: v for k, v in excuse.items() if k == "hardware"}}
+        rows = tuple(r.model_copy(update={"samples": 1}) for r in record.rows)
+        return record.model_copy(update={"provenance": where, "rows": rows, "params": 10, "key": excuse.get("key", record.key)})
+
+    resealed(results, edited)
+    assert check(results, "--only", "l1-norm") == 1
+    out = capsys.readouterr().out
+    assert "samples[0]: recorded 1, now 450" in out or "rows[0].samples: recorded 1, now 450" in out
 
 
 def test_a_report_takes_over_what_is_sound_and_keeps_the_rest_aside(results, monkeypatch):
@@ -147,7 +213,10 @@ def test_a_report_takes_over_what_is_sound_and_keeps_the_rest_aside(results, mon
 def test_elsewhere_a_rerun_must_lie_within_the_tolerance(ran):
     (_, old, _) = read_records(ran / "results" / "tiny" / "records.jsonl")
     assert verify.compare(old, old).by == "bit-equal"
-    other = old.model_copy(update={"key": "0" * 40})
+    clean = old.model_copy(update={"provenance": {**old.provenance, "dirty": False}})
+    assert "key: recorded" in verify.compare(clean, clean.model_copy(update={"key": "0" * 40})).note  # nothing explains it
+    elsewhere = {**old.provenance, "commit": "0" * 40, "dirty": False}
+    other = old.model_copy(update={"key": "0" * 40, "provenance": elsewhere})
     assert verify.compare(old, other) == verify.Check(old.cell.id, "tolerance", True, verify.compare(old, other).note)
     assert "other code or data" in verify.compare(old, other).note
     last = old.rows[-1]
@@ -168,7 +237,7 @@ def test_the_tolerance_is_a_point_or_three_standard_errors():
     assert verify.tolerance(100.0, 9) == 1.0
 
 
-def test_the_sample_is_the_same_for_one_seed_and_spares_what_is_not_done(ran):
+def test_the_sample_is_the_same_for_one_seed_and_spares_nothing(ran):
     records = read_records(ran / "results" / "tiny" / "records.jsonl")
     many = [r.model_copy(update={"cell": r.cell.model_copy(update={"seed": s})}) for r in records for s in range(20)]
     drawn = verify.sample(many, 10)
@@ -176,8 +245,9 @@ def test_the_sample_is_the_same_for_one_seed_and_spares_what_is_not_done(ran):
     assert drawn != verify.sample(many, 10, seed=1)
     assert len({r.cell.id for r in drawn}) == 10
     assert verify.sample(many, None) == verify.sample(many, 99)
-    with pytest.raises(verify.UsageError, match="nothing to run again"):
-        verify.sample([r.model_copy(update={"status": "failed"}) for r in records], 3)
+    assert len(verify.sample([r.model_copy(update={"status": "failed"}) for r in records], 2)) == 2
+    with pytest.raises(verify.UsageError, match="nothing can be run again"):
+        verify.sample([], 3)
 
 
 def test_a_rerun_leaves_no_trace_in_the_cache_or_the_environment(results, ran, monkeypatch):
@@ -207,3 +277,12 @@ def test_a_report_of_earlier_records_needs_no_data(tmp_path, monkeypatch, capsys
     write_records(tmp_path / "results" / "elsewhere" / "records.jsonl", [done])
     assert cli.main(arguments) == 0
     assert "skipped" in (tmp_path / "results" / "elsewhere" / "leaderboard.md").read_text()
+
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in RESULTS.glob("*/records.jsonl")))
+def test_committed_results_hold(name):
+    """Digests, sums, and tables that say what the records say; a change of the tables' form wants `widthbench report NAME`."""
+    assert [c.plain() for c in verify.check_files(suites.load(name), RESULTS / name) if not c.ok] == []

@@ -332,7 +332,7 @@ def _verify(args: argparse.Namespace) -> int:
     checks = []
     for suite in map(suites.load, args.suite):
         folder = args.results / suite.name
-        found = verify.check_files(folder)
+        found = verify.check_files(suite, folder)
         records = [line.record for line in read_lines(folder / "records.jsonl") if line.record]
         wanted = [r for r in records if _wanted(r.cell.id, args.only)]
         drawn = [] if args.sample == 0 else verify.sample(wanted, args.sample, args.seed)

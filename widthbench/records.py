@@ -297,13 +297,11 @@ class Line:
         number: From 1.
         record: What it says; None if it is no record.
         problem: What is wrong with it; "" if nothing is.
-        sealed: Whether it carries a digest.
     """
 
     number: int
     record: Record | None
     problem: str = ""
-    sealed: bool = False
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -330,9 +328,13 @@ def _line(number: int, text: str) -> Line:
         return Line(number, None, f"not a record: {where or 'line'}: {first['msg']}")
     except (ValueError, AttributeError, RecursionError) as error:
         return Line(number, None, f"not a record: not a line of JSON ({error})")
-    altered = digest is not None and digest != digest_of(data)
-    problem = f"record of {record.cell.id} was changed after it was written: its digest does not match" if altered else ""
-    return Line(number, record, problem, digest is not None)
+    if digest is None:
+        problem = f"record of {record.cell.id} carries no digest: it was taken out, or another program wrote the line"
+    elif digest != digest_of(data):
+        problem = f"record of {record.cell.id} was changed after it was written: its digest does not match"
+    else:
+        problem = ""
+    return Line(number, record, problem)
 
 
 def read_records(path: Path) -> list[Record]:

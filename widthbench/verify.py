@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -17,14 +18,15 @@ from widthbench import suites
 from widthbench.engines import local
 from widthbench.errors import UsageError
 from widthbench.provenance import hardware
-from widthbench.records import Record, read_lines
-from widthbench.report.build import SUMS, file_digest
+from widthbench.records import Line, Record, read_lines
+from widthbench.report.build import SUMS, file_digest, leaderboards
 from widthbench.suites import Suite
 
 POINTS = 1.0  # of test top-1: what a network trained anew on another machine may differ by (the tolerance of claims on own bases)
 DEVIATIONS = 3.0  # or standard errors of the difference of two accuracies on as many images, where that is more
 MACS = 0.05  # as budgets are met
 KEPT = ("base_digest", "checkpoint", "dataset_digest", "dtype", "threads", "val_seen", "processes", "device")  # of the provenance
+SAME = ("commit", "dirty", "versions", "dataset_digest")  # where these agree, so do keys
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Check:
 
     Attributes:
         what: A file, or a cell's name.
-        by: How: "digest", "record", "bit-equal", "tolerance".
+        by: How: "digest", "record", "table", "bit-equal", "tolerance", "status".
         ok: Whether it held.
         note: What differs, or how far apart the two are.
     """
@@ -48,18 +50,20 @@ class Check:
         return {"what": self.what, "by": self.by, "verdict": "holds" if self.ok else "DIFFERS", "note": self.note}
 
 
-def check_files(folder: Path) -> list[Check]:
-    """Hold the files of a suite's folder to its ``SHA256SUMS``, and each record to its own digest.
+def check_files(suite: Suite, folder: Path) -> list[Check]:
+    """Hold the files of a suite's folder to its ``SHA256SUMS``, each record to its own digest, and the tables to the records.
 
     Digests find accidents and careless edits. Who rewrites a number and all digests with it is found by running cells again.
 
     Args:
+        suite: The suite.
         folder: ``results/SUITE``.
 
     Raises:
         UsageError: If it has no records.
     """
-    return [*_sums(folder), *_records(folder)]
+    lines = read_lines(folder / "records.jsonl")
+    return [*_sums(folder), *_records(suite, lines), *_tables(suite, folder, [ln.record for ln in lines if ln.record])]
 
 
 def _sums(folder: Path) -> list[Check]:
@@ -70,36 +74,60 @@ def _sums(folder: Path) -> list[Check]:
     found = []
     for line in lines:
         digest, _, name = line.partition("  ")
-        path = folder / name
-        if not name or not path.resolve().is_relative_to(folder.resolve()):
-            found.append(Check(SUMS, "digest", False, f"not a line of digest and file: {line[:80]!r}"))
-        elif not path.is_file():
+        try:
+            inside = bool(name) and (folder / name).resolve().is_relative_to(folder.resolve())
+            same = (file_digest(folder / name) == digest) if inside else None
+        except FileNotFoundError:
             found.append(Check(name, "digest", False, "the file is gone"))
+            continue
+        except (OSError, ValueError):  # a folder, a name that no file can have
+            same = None
+        if same is None:
+            found.append(Check(SUMS, "digest", False, f"not a line of digest and file: {line[:80]!r}"))
         else:
-            same = file_digest(path) == digest
             found.append(Check(name, "digest", same, "" if same else f"was changed after {SUMS} was written"))
-    named = {line.partition("  ")[2] for line in lines}
-    found += [Check(n, "digest", False, f"is not in {SUMS}") for n in ("records.jsonl", "leaderboard.md") if n not in named]
+    named = {line.partition("  ")[2] for line in lines} | {SUMS, "records.damaged.jsonl"}
+    there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return found + [Check(n, "digest", False, f"is not in {SUMS}") for n in there if n not in named]
+
+
+def _records(suite: Suite, lines: Sequence[Line]) -> list[Check]:
+    found = [Check(f"records.jsonl:{line.number}", "record", False, line.problem) for line in lines if line.problem]
+    cells = {c.identity for c in suite.cells()}
+    counted = Counter(line.record.cell.identity for line in lines if line.record)
+    if twice := sum(n > 1 for n in counted.values()):
+        found.append(Check("records.jsonl", "record", False, f"{twice} cells have more than one record"))
+    foreign = [line for line in lines if line.record and line.record.cell.identity not in cells]
+    if foreign and foreign[0].record:
+        where = f"records.jsonl:{foreign[0].number}"
+        note = f"{len(foreign)} records are of cells that the suite does not have, the first of {foreign[0].record.cell.id}"
+        found.append(Check(where, "record", False, note))
+    good = sum(not line.problem for line in lines)
+    if good:
+        left = len(cells - counted.keys())
+        note = f"{good} records as they were written" + (f"; {left} cells of the suite have none" if left else "")
+        found.append(Check("records.jsonl", "record", True, note))
     return found
 
 
-def _records(folder: Path) -> list[Check]:
-    lines = read_lines(folder / "records.jsonl")
-    found = [Check(f"records.jsonl:{line.number}", "record", False, line.problem) for line in lines if line.problem]
-    bare = [line.number for line in lines if not line.problem and not line.sealed]
-    if bare:
-        found.append(Check(f"records.jsonl:{bare[0]}", "record", False, f"{len(bare)} records carry no digest of their own"))
-    twice = [i for i, n in Counter(line.record.cell.identity for line in lines if line.record).items() if n > 1]
-    if twice:
-        found.append(Check("records.jsonl", "record", False, f"{len(twice)} cells have more than one record"))
-    good = sum(not line.problem and line.sealed for line in lines)
-    if good:
-        found.append(Check("records.jsonl", "record", True, f"{good} records as they were written"))
+def _tables(suite: Suite, folder: Path, records: Sequence[Record]) -> list[Check]:
+    """Whether the leaderboards say what records and timings say."""
+    try:
+        timings = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
+        pages = leaderboards(suite, records, timings, file_digest(folder / "records.jsonl"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [Check("timings.jsonl", "table", False, f"cannot be read: {type(error).__name__} {error}")]
+    found = []
+    for name, text in pages.items():
+        path = folder / name
+        same = path.is_file() and path.read_text(errors="replace") == text
+        note = "" if same else "is not what this version writes from the records: `widthbench report` writes it anew"
+        found.append(Check(name, "table", same, note))
     return found
 
 
 def sample(records: Sequence[Record], count: int | None, seed: int = 0) -> list[Record]:
-    """Some of the finished records, drawn at random; all of them if ``count`` is None.
+    """Some of the records, drawn at random, failed and skipped ones too; all of them if ``count`` is None.
 
     Args:
         records: A suite's.
@@ -107,14 +135,14 @@ def sample(records: Sequence[Record], count: int | None, seed: int = 0) -> list[
         seed: Of the draw: the same one gives the same cells.
 
     Raises:
-        UsageError: If none is finished.
+        UsageError: If there is none.
     """
-    done = sorted((r for r in records if r.status == "done"), key=lambda r: r.cell.id)
-    if not done:
-        raise UsageError("none of its cells is finished: there is nothing to run again")
-    if count is None or count >= len(done):
-        return done
-    return sorted(random.Random(seed).sample(done, count), key=lambda r: r.cell.id)
+    ordered = sorted(records, key=lambda r: r.cell.id)
+    if not ordered:
+        raise UsageError("there is no record: nothing can be run again")
+    if count is None or count >= len(ordered):
+        return ordered
+    return sorted(random.Random(seed).sample(ordered, count), key=lambda r: r.cell.id)
 
 
 def rerun(
@@ -124,7 +152,7 @@ def rerun(
 
     Args:
         suite: The suite.
-        records: Finished ones of it.
+        records: Of its cells.
         jobs: Worker processes.
         tell: Called with each check as it is done.
 
@@ -162,11 +190,18 @@ def _cache(folder: Path) -> Iterator[None]:
 
 def compare(old: Record, new: Record) -> Check:
     """Hold a rerun to a record: bit by bit where code, versions, data and hardware are the record's, else within tolerance."""
+    if old.status != new.status:
+        return Check(new.cell.id, "status", False, f"recorded {old.status}, now {new.status} {new.reason[:120]}".rstrip())
+    if old.status != "done":
+        return Check(new.cell.id, "status", True, f"{new.status} again")
     if why := _elsewhere(old, new):
         return _within(old, new, why)
     differences = sorted(_differences(_result(old), _result(new)))
-    shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
-    return Check(new.cell.id, "bit-equal", not differences, shown)
+    return Check(new.cell.id, "bit-equal", not differences, _shortened(differences))
+
+
+def _shortened(differences: Sequence[str]) -> str:
+    return "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
 
 
 def _elsewhere(old: Record, new: Record) -> str:
@@ -176,8 +211,9 @@ def _elsewhere(old: Record, new: Record) -> str:
     for name in ("device", "processes"):
         if old.provenance.get(name) != new.provenance.get(name):
             return f"other {name}"
-    if new.key == old.key:
-        return ""
+    same = all(old.provenance.get(n) == new.provenance.get(n) for n in SAME)
+    if new.key == old.key or (same and not new.provenance.get("dirty")):
+        return ""  # where code, versions and data are the same, so must the key be
     then, now = (r.provenance.get("versions", {}) for r in (old, new))
     other = sorted(k for k in now if k != "widthbench" and then.get(k) != now[k])  # our own code is in the key
     return f"other {', '.join(other)}" if other else "other code or data"
@@ -211,7 +247,7 @@ def tolerance(top1: float, samples: int) -> float:
     The standard error of the difference of two accuracies p on N images each is ``sqrt(2 p (1 - p) / N)``.
 
     Args:
-        top1: Recorded, in %.
+        top1: Of the rerun, in %.
         samples: Test images N.
     """
     share = min(max(top1 / 100, 0.0), 1.0)
@@ -219,12 +255,22 @@ def tolerance(top1: float, samples: int) -> float:
 
 
 def _within(old: Record, new: Record, why: str) -> Check:
-    if new.status != old.status:
-        return Check(new.cell.id, "tolerance", False, f"{why}: recorded {old.status}, now {new.status} {new.reason[:80]}".rstrip())
     then, now = old.row(), new.row()
     if then is None or now is None or not old.macs or not new.macs:
         return Check(new.cell.id, "tolerance", False, f"{why}: a record without scores")
-    apart, allowed = now.top1 - then.top1, tolerance(then.top1, then.samples)
+    facts = [(_facts(r), {n: getattr(r, n) for n in ("macs", "params")} if old.widths == new.widths else {}) for r in (old, new)]
+    differences = sorted([*_differences(facts[0][0], facts[1][0]), *_differences(facts[0][1], facts[1][1])])
+    apart, allowed = now.top1 - then.top1, tolerance(now.top1, now.samples)
     macs = new.macs / old.macs - 1
     note = f"{why}: top-1 {then.top1:.2f} and {now.top1:.2f} ({apart:+.2f}, allowed ±{allowed:.2f}), MACs {100 * macs:+.2f} %"
-    return Check(new.cell.id, "tolerance", abs(apart) <= allowed and abs(macs) <= MACS, note)
+    others = [f"{a.stage} {a.top1:.2f} and {b.top1:.2f}" for a, b in zip(old.rows[:-1], new.rows[:-1], strict=False)]
+    note += f" (not judged: {', '.join(others)})" if others else ""
+    note += f"; {_shortened(differences)}" if differences else ""
+    return Check(new.cell.id, "tolerance", not differences and abs(apart) <= allowed and abs(macs) <= MACS, note)
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    """What does not hang on how training went: equal on every machine."""
+    found = {n: getattr(record, n) for n in ("access", "base_macs", "base_params", "base_widths", "coupled", "floor", "trials")}
+    seen = {n: record.provenance.get(n) for n in ("dataset_digest", "val_seen", "checkpoint")}
+    return found | seen | {"stages": [r.stage for r in record.rows], "samples": [r.samples for r in record.rows]}

@@ -17,7 +17,7 @@ from widthbench.errors import UsageError
 from widthbench.measure import latency_ms, peak_memory_mib
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, hardware, versions
-from widthbench.records import Record, Store, digest_of, read_lines, write_records
+from widthbench.records import Record, Store, digest_of, read_lines, read_records, write_records
 from widthbench.report import curves, exports, figures, tables, trajectories, widths
 from widthbench.suites import Suite
 
@@ -95,13 +95,12 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     write_records(folder / "records.jsonl", records)
     lines = sorted(json.dumps(t, sort_keys=True) for t in timings)
     write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
-    expected = len(suite.cells())
-    digest = file_digest(folder / "records.jsonl")
-    cite = exports.citation(suite, records, digest)
-    write_atomic(folder / "leaderboard.md", tables.leaderboard(suite, records, timings, expected, digest=digest, cite=cite))
-    write_atomic(folder / "leaderboard.csv", exports.csv_text(records, timings))
-    write_atomic(folder / "leaderboard.tex", exports.latex_text(suite, records, timings))
-    pages = [folder / f"leaderboard.{ending}" for ending in ("md", "csv", "tex")]
+    # as files hold them, so that whoever reads the files makes the same tables
+    records, timings = in_order(suite, read_records(folder / "records.jsonl")), _lines(folder / "timings.jsonl")
+    pages = []
+    for name, text in leaderboards(suite, records, timings, file_digest(folder / "records.jsonl")).items():
+        pages.append(folder / name)
+        write_atomic(pages[-1], text)
     if tables.comparable(suite):
         pages.append(folder / "paired.md")
         write_atomic(pages[-1], tables.paired(suite, records))
@@ -119,7 +118,31 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     sums = folder / SUMS
     write_atomic(sums, "".join(f"{file_digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in sorted(files)))
     files.append(sums)
-    return Report(records, folder, files, tables.terminal(suite, records, expected))
+    return Report(records, folder, files, tables.terminal(suite, records, len(suite.cells())))
+
+
+def leaderboards(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], digest: str) -> dict[str, str]:
+    """The leaderboard as markdown, CSV and LaTeX, by file name.
+
+    Args:
+        suite: The suite.
+        records: As ``records.jsonl`` holds them.
+        timings: As ``timings.jsonl`` holds them.
+        digest: SHA-256 of ``records.jsonl``.
+    """
+    records = in_order(suite, records)
+    cite = exports.citation(suite, records, digest)
+    return {
+        "leaderboard.md": tables.leaderboard(suite, records, timings, len(suite.cells()), digest=digest, cite=cite),
+        "leaderboard.csv": exports.csv_text(records, timings),
+        "leaderboard.tex": exports.latex_text(suite, records, timings),
+    }
+
+
+def in_order(suite: Suite, records: Sequence[Record]) -> list[Record]:
+    """Records in the order of their suite's cells, those of no cell last."""
+    place = {cell.identity: i for i, cell in enumerate(suite.cells())}
+    return sorted(records, key=lambda r: place.get(r.cell.identity, len(place)))
 
 
 def file_digest(path: Path) -> str:
