@@ -102,10 +102,14 @@ def test_the_command_writes_it(tmp_path, capsys):
     assert "--site" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     write_records(tmp_path / "mine" / "records.jsonl", [record()])
-    (tmp_path / "claims.json").write_text("[")
-    assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2
-    assert "widthbench claims" in capsys.readouterr().err
+    for damaged in ("[", "{}3", "7", "[7]", '[{"id": "M1"}]'):
+        (tmp_path / "claims.json").write_text(damaged)
+        assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2, damaged
+        assert "widthbench claims" in capsys.readouterr().err
     (tmp_path / "claims.json").unlink()
+    (tmp_path / "mine" / "timings.jsonl").write_text('{"half')
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "records.jsonl").write_text("")
     assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 0
     assert ">mine</a>" in (tmp_path / "site.html").read_text()
 

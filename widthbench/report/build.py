@@ -91,12 +91,12 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     records = collect(suite, store, _before(folder / "records.jsonl"))
     if not records:
         raise UsageError(f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)")
-    timings = timings_of(records, measure=time_shapes, before=_lines(folder / "timings.jsonl"))
+    timings = timings_of(records, measure=time_shapes, before=read_timings(folder))
     write_records(folder / "records.jsonl", records)
     lines = sorted(json.dumps(t, sort_keys=True) for t in timings)
     write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
     # as files hold them, so that whoever reads the files makes the same tables
-    records, timings = in_order(suite, read_records(folder / "records.jsonl")), _lines(folder / "timings.jsonl")
+    records, timings = in_order(suite, read_records(folder / "records.jsonl")), read_timings(folder)
     pages = []
     for name, text in leaderboards(suite, records, timings, file_digest(folder / "records.jsonl")).items():
         pages.append(folder / name)
@@ -151,12 +151,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; none if the file is absent or damaged, since what it holds can be measured again."""
+def read_timings(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``timings.jsonl``; none if it is absent or damaged, since what it holds can be measured again."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        found = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         return []
+    return found if all(isinstance(t, dict) and {"dataset", "model", "shape", "speed_up"} <= t.keys() for t in found) else []
 
 
 def _before(path: Path) -> list[Record]:

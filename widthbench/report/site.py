@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel
 
 from widthbench import __version__, suites
 from widthbench.errors import UsageError
 from widthbench.paths import write_atomic
 from widthbench.records import Record, read_records
 from widthbench.report import exports, tables
-from widthbench.report.build import file_digest
+from widthbench.report.build import file_digest, in_order, read_timings
 from widthbench.report.figures import COLOURS, floor_of
 from widthbench.suites import Suite
 
@@ -33,6 +34,31 @@ FLAGS = {
 }
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star", "triangle-left")  # as in figures
 DROPPED = ("series", "trace")  # of records: curves and tracebacks would make up most of the page
+
+
+class _ClaimRow(BaseModel):
+    what: str
+    reported: str
+    measured: str
+    verdict: str
+    rule: str
+    check: str
+    records: list[str]
+
+
+class _Claim(BaseModel):
+    """A claim as ``report.claims.plain`` writes it."""
+
+    document: str
+    title: str
+    technique: str
+    id: str
+    text: str
+    note: str
+    needs: str
+    verdict: str
+    readings: dict[str, str]
+    rows: list[_ClaimRow]
 
 
 @dataclass(frozen=True)
@@ -79,17 +105,21 @@ def write(results: Path, named: Iterable[Suite] = ()) -> Path:
 def _shown(folder: Path, known: Mapping[str, Suite]) -> Shown:
     name = folder.name
     suite = known.get(name) or (suites.load(name) if name in suites.names() else None)
-    path, timings = folder / "records.jsonl", folder / "timings.jsonl"
-    lines = timings.read_text().splitlines() if timings.is_file() else []
-    return Shown(name, suite, read_records(path), [json.loads(line) for line in lines], file_digest(path))
+    path = folder / "records.jsonl"
+    records = read_records(path)
+    return Shown(name, suite, in_order(suite, records) if suite else records, read_timings(folder), file_digest(path))
 
 
 def _claims(path: Path) -> list[dict[str, Any]]:
     """What ``widthbench claims`` wrote; nothing if it has not been run."""
+    if not path.is_file():
+        return []
     try:
-        return list(json.loads(path.read_text())) if path.is_file() else []
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}): write it again with `widthbench claims`") from error
+        found = [_Claim.model_validate(c).model_dump() for c in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
+        first = str(error).splitlines()[0]
+        raise UsageError(f"{path} is damaged ({first}): write it again with `widthbench claims`") from error
+    return found
 
 
 def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
