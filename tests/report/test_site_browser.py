@@ -79,6 +79,15 @@ def column(page, number):
     return page.locator(f"section:not([hidden]) table.board tbody tr td:nth-child({number})").all_inner_texts()
 
 
+def eventually(page, holds, what=""):
+    """Wait for something that the page does a moment later."""
+    for _ in range(50):
+        if holds():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(what or holds)
+
+
 def shoot(page, name):
     if folder := os.environ.get("WIDTHBENCH_SHOTS"):
         page.screenshot(path=Path(folder) / f"{name}-{page.viewport_size['width']}.png", full_page=True)
@@ -86,28 +95,30 @@ def shoot(page, name):
 
 def test_it_sorts_by_click_and_by_keyboard(page):
     go(page, "suite/s")
-    before = column(page, 7)
+
+    def scores():
+        return [float(text.split()[0]) for text in column(page, 7) if text]
+
+    before = scores()
     head = page.locator("section:not([hidden]) table.board thead th").nth(6)
     head.locator(".dt-column-title").click()
-    scores = [float(text.split()[0]) for text in column(page, 7) if text]
-    assert scores == sorted(scores)
-    assert column(page, 7) != before
+    eventually(page, lambda: scores() == sorted(before), "a click sorts")
+    assert before != sorted(before)
     head.locator("[tabindex='0'], button").first.focus()
     page.keyboard.press("Enter")
-    scores = [float(text.split()[0]) for text in column(page, 7) if text]
-    assert scores == sorted(scores, reverse=True)
+    eventually(page, lambda: scores() == sorted(before, reverse=True), "Enter sorts the other way")
 
 
 def test_it_filters_by_text_and_by_column(page):
     go(page, "suite/s")
     box = page.get_by_label("Filter rows:").locator("visible=true")
     box.fill("nmf")
-    assert set(column(page, 2)) == {"nmf"}
+    eventually(page, lambda: set(column(page, 2)) == {"nmf"}, "text filters")
     box.fill("")
     page.locator("section:not([hidden]) table.board thead th").nth(3).locator("button.dtcc-button, .dtcc-button").last.click()
     page.locator(".dtcc-dropdown:visible input").fill("macs:0.25")
     page.keyboard.press("Enter")
-    assert set(column(page, 4)) == {"macs:0.25"}
+    eventually(page, lambda: set(column(page, 4)) == {"macs:0.25"}, "a column filters")
 
 
 def test_a_rows_link_opens_its_record_and_escape_closes_it(page):
@@ -121,7 +132,7 @@ def test_a_rows_link_opens_its_record_and_escape_closes_it(page):
     shoot(page, "record")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog:not([open])", state="attached")
-    assert page.url.endswith("#suite/s")
+    eventually(page, lambda: page.url.endswith("#suite/s"), "back on the suite")
 
 
 def test_an_address_leads_straight_to_a_record(page):
@@ -140,7 +151,7 @@ def test_claims_filter_by_verdict_and_lead_to_records(page):
     page.locator("section:not([hidden]) details a").first.click()
     page.wait_for_selector("dialog[open]")
     page.keyboard.press("Escape")
-    assert page.url.endswith("#claims")
+    eventually(page, lambda: page.url.endswith("#claims"), "back on the claims")
 
 
 def test_charts_are_drawn_and_redrawn(page):
