@@ -163,15 +163,23 @@ def _suite(shown: Shown) -> dict[str, Any]:
     """What the page says of one suite."""
     lines = tables.lines(shown.records)
     rows = exports.rows(shown.records, shown.timings)
+    citable = bool(shown.suite and shown.suite.citable)
+    places = {
+        (*network, *row): int(rank)
+        for network, block in (tables.blocks(shown.records) if citable else {}).items()
+        for row, rank in tables.ranked_rows(block).items()
+    }
     for line, row in zip(lines, rows, strict=True):
         row["flags"] = [flag for flag in FLAGS if row[flag]]
         row["records"] = [(r.cell.seed, r.key) for _, r in sorted(line.records.items(), key=lambda item: item[1].cell.seed)]
+        row["rank"] = places.get((line.dataset, line.model, line.label, line.budget))
         row["reason"] = "" if line.done else line.first().reason
         row["place"] = f"{row['network']} on {row['dataset']}"
     return {
         "name": shown.name,
         "title": shown.suite.title if shown.suite else "",
-        "citable": bool(shown.suite and shown.suite.citable),
+        "citable": citable,
+        "ranked": bool(places),
         "rows": rows,
         "places": list(dict.fromkeys(r["place"] for r in rows)),
         "done": sum(r.status == "done" for r in shown.records),

@@ -179,7 +179,7 @@ def leaderboard(
 
 def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, Any]], *, ranked: bool) -> str:
     """The rows of one network as a markdown table."""
-    places = _ranks(block) if ranked else {}
+    places = ranked_rows(block) if ranked else {}
     five = any(line.top5() for line in block)
     rows: list[list[Any]] = []
     for line in block:
@@ -264,7 +264,7 @@ def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
     return f"{head}\n\n" + tabulate(rows, headers=headers, tablefmt="simple", colalign=align, disable_numparse=True)
 
 
-def _ranks(block: Sequence[Line]) -> dict[tuple[str, str | None], str]:
+def ranked_rows(block: Sequence[Line]) -> dict[tuple[str, str | None], str]:
     """Ranks among the techniques of one network at each budget, where the statistics carry them."""
     found: dict[tuple[str, str | None], str] = {}
     for budget in {line.budget for line in block if line.budget}:
