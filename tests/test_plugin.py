@@ -74,6 +74,12 @@ def test_it_runs_through_a_suite_onto_a_leaderboard(run):
     board = (run.folder / "results" / "with-plugin" / "leaderboard.md").read_text()
     assert "| keep-first" in board
     assert (run.folder / "results" / "with-plugin" / "figures" / "accuracy-macs.png").stat().st_size > 1000
+    done = run("-m", "widthbench", "report", "mine.toml", "--site")
+    assert done.returncode == 0, done.stderr
+    assert ">keep-first</td>" in (run.folder / "results" / "site.html").read_text()
+    done = run("-m", "widthbench", "verify", "mine.toml", "--only", "keep-first")
+    assert done.returncode == 0, done.stdout
+    assert "bit-equal" in done.stdout
 
 
 def test_it_keeps_the_contract(run):
