@@ -71,6 +71,10 @@ def main() -> None:
         sys.exit(asv("publish") or print(f"open {ROOT / '.asv/html/index.html'}, or run `asv preview`"))
     if not options.quick and git("status", "--porcelain", "--untracked-files=no"):
         sys.exit("there are uncommitted changes: numbers are kept under a commit; commit them, or use --quick")
+    import widthbench
+
+    if not Path(widthbench.__file__).resolve().is_relative_to(ROOT):
+        sys.exit(f"what would be measured is {widthbench.__file__}, not this checkout: `pip install -e .` here first")
     name = machine()
     described(name)
     kept = ROOT / "results/asv/benchmarks.json"  # asv's list of all benchmarks, which a quick run must leave as it is
