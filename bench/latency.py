@@ -36,20 +36,27 @@ BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
 ROUNDS = 7
 
 
+def _held(device: str) -> float:
+    """MiB that CUDA's allocator holds; on a CPU only what a network itself has is counted."""
+    return torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
+
+
 def measure(name: str, device: str, batch: int, least: float) -> list[dict[str, Any]]:
     """A row for each budget of a network."""
     size, channels, classes = MODELS[name]
     torch.manual_seed(0)
+    before = _held(device)
     whole = models.create(name, classes=classes, channels=channels, size=size).to(device).eval()
     one = torch.randn(1, channels, size, size, device=device)
     rows, calls = [], []
     for budget in BUDGETS:
+        before = before if budget == 1 else _held(device)  # the networks before it stay on the GPU
         model = whole if budget == 1 else widthbench.apply("l1-norm", whole, budget=f"macs:{budget}", example_input=one)
         layout = fastest_layout(model)
         model.to(memory_format=layout)
         x = torch.randn(batch, channels, size, size, device=device).contiguous(memory_format=layout)
         row = {"model": name, "device": device, "batch": batch, "budget": budget, "macs": count_macs(model, one)}
-        rows.append(row | {"params": sum(p.numel() for p in model.parameters()), "peak_mib": peak_memory_mib(model, x)})
+        rows.append(row | {"params": sum(p.numel() for p in model.parameters()), "peak_mib": peak_memory_mib(model, x) - before})
         calls.append(_call(model, x))
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):

@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.publish:
         sys.exit(asv("publish") or print(f"open {ROOT / '.asv/html/index.html'}, or run `asv preview`"))
-    if not options.quick and git("status", "--porcelain", "--untracked-files=no"):
+    if not options.quick and git("status", "--porcelain", "--", ".", ":!results"):
         sys.exit("there are uncommitted changes: numbers are kept under a commit; commit them, or use --quick")
     import widthbench
 
@@ -83,7 +83,11 @@ def main() -> None:
         os.environ["WIDTHBENCH_QUICK"] = "1"
     words = ["run", "--machine", name, "--environment", f"existing:{sys.executable}", "--show-stderr"]
     words += [w for b in options.bench for w in ("--bench", b)]
-    code = asv(*words, *(["--quick"] if options.quick else ["--set-commit-hash", git("rev-parse", "HEAD")]))
+    head = git("rev-parse", "HEAD")
+    code = asv(*words, *(["--quick"] if options.quick else ["--set-commit-hash", head]))
+    if not options.quick and (git("rev-parse", "HEAD") != head or git("status", "--porcelain", "--", ".", ":!results")):
+        print(f"the checkout changed during the run: do not keep the numbers that are now filed under {head[:12]}")
+        code = 1
     if options.quick and before is not None:
         kept.write_bytes(before)
     sys.exit(code)

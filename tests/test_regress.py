@@ -166,7 +166,56 @@ def test_what_head_lacks_is_broken_and_what_neither_has_is_not_here(tmp_path, co
     found = compared(tmp_path, {"alpha": {"ms": 1.0}}, {}, only=["alpha", "beta"])
     assert verdicts(found) == {"alpha": "broken", "beta": "not here"}
     assert found.exit_code == 2
-    assert compared(tmp_path, {}, {}).exit_code == 0
+    nothing = compared(tmp_path, {}, {})
+    assert nothing.exit_code == 2  # what compares nothing shows nothing
+    assert "nothing could be compared" in nothing.markdown()
+
+
+def test_a_base_that_breaks_is_no_new_benchmark(tmp_path, copied):
+    found = compared(tmp_path, EVEN | {"alpha": {"error": "boom"}}, EVEN)
+    assert verdicts(found) == {"alpha": "broken", "beta": "same", "gamma": "same"}
+    assert found.exit_code == 2
+    assert "none of 3 benchmarks got worse, 1 broke" in found.markdown()
+    assert "alpha: base fails: boom" in found.markdown()
+
+
+def test_a_head_that_dies_where_memory_is_measured_is_broken(tmp_path, copied):
+    dying = MEASURING.replace(
+        "assert self.frugal\n",
+        'assert self.frugal\n            if found.get("dies"):\n                return {"error": "killed"}\n',
+    )
+    first, second = committed(tmp_path, EVEN), committed(tmp_path, EVEN | {"beta": {"ms": 10.0, "dies": True}}, measuring=dying)
+    found = regress.compare(first, second, root=tmp_path)
+    assert verdicts(found)["beta"] == "broken"
+    assert found.exit_code == 2
+
+
+def test_it_runs_from_a_folder_within_and_says_what_it_leaves_out(tmp_path, copied):
+    first, second = committed(tmp_path, EVEN), committed(tmp_path, EVEN)
+    (tmp_path / "toy" / "numbers.json").write_text("{}")
+    said = []
+    found = regress.compare(first, second, root=tmp_path / "toy", tell=said.append)
+    assert found.exit_code == 0
+    assert "uncommitted changes" in said[0]
+
+
+def test_a_measured_commit_borrows_nothing_from_an_editable_installation(tmp_path):
+    """What a commit lacks must be missing, even where the environment has it."""
+    root = Path(__file__).resolve().parent.parent
+    measuring = regress._loaded(root / regress.MEASURING)
+    site = tmp_path / "site"
+    site.mkdir()
+    for name, source in {"": "widthbench", "methods": "methods", "baselines": "baselines", "_suites": "bench/suites",
+                         "_recipes": "bench/recipes", "_claims": "bench/claims"}.items():  # fmt: skip
+        subprocess.run(["cp", "-r", str(root / source), str(site / "widthbench" / name)], check=True)
+    lenet = next(i for i in measuring.items() if str(i).startswith("technique l1-norm"))
+    environment = {"WIDTHBENCH_CACHE": str(tmp_path / "cache")}
+    with measuring.Worker([site], environment=environment) as worker:
+        assert worker.where().startswith(str(site))
+        assert "ms" in worker.ask(lenet, rounds=1, least=0.0)
+    (site / "widthbench" / "baselines" / "l1_norm.py").unlink()
+    with measuring.Worker([site], environment=environment) as worker:
+        assert "ms" not in worker.ask(lenet, rounds=1, least=0.0)
 
 
 def test_bad_input_is_named(tmp_path, copied):
@@ -175,8 +224,10 @@ def test_bad_input_is_named(tmp_path, copied):
         regress.compare("nowhere", root=tmp_path)
     with pytest.raises(UsageError, match=r"no benchmark's name holds 'alfa'.*alpha"):
         regress.compare(one, root=tmp_path, only=["alfa"])
-    with pytest.raises(UsageError, match="above 1, not 1"):
+    with pytest.raises(UsageError, match="above 1 and finite, not 1"):
         regress.compare(one, root=tmp_path, factor=1.0)
+    with pytest.raises(UsageError, match="finite"):
+        regress.compare(one, root=tmp_path, factor=float("inf"))
     with pytest.raises(UsageError, match="is no commit of the repository"):
         regress.compare("HEAD", root=tmp_path.parent)
     (tmp_path / regress.MEASURING).unlink()

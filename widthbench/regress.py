@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import shutil
 import statistics
@@ -86,7 +87,7 @@ class Regression:
     def exit_code(self) -> int:
         """2 if a benchmark broke, 1 if one is slower or takes more memory, else 0."""
         verdicts = {r.verdict for r in self.rows}
-        return 2 if "broken" in verdicts else 1 if verdicts & set(BAD) else 0
+        return 2 if "broken" in verdicts or verdicts <= {"not here"} else 1 if verdicts & set(BAD) else 0
 
     def markdown(self) -> str:
         """A table for a pull request, the worst first."""
@@ -103,14 +104,16 @@ class Regression:
             }
             for r in sorted(self.rows, key=lambda r: (order.index(r.verdict), -r.ratio if r.pairs else 0))
         ]
-        bad = sum(r.verdict in (*BAD, "broken") for r in self.rows)
-        title = f"{bad} of {len(self.rows)} benchmarks got worse" if bad else f"none of {len(self.rows)} benchmarks got worse"
+        bad, broke, compared = (sum(r.verdict in v for r in self.rows) for v in (BAD, ("broken",), (*BAD, "faster", "same")))
+        title = f"{bad or 'none'} of {len(self.rows)} benchmarks got worse" if compared else "nothing could be compared"
+        title += f", {broke} broke" if broke else ""
         notes = "".join(f"- {r.what}: {r.note}\n" for r in self.rows if r.note)
         return (
             f"### Speed of `{self.head[:12]}` against `{self.base[:12]}`: {title}\n\n"
             f"{tabulate(lines, headers='keys', tablefmt='pipe', disable_numparse=True)}\n\n"
-            f"Medians on {self.device}. Slower means {self.factor:g}x or more, in a second look too, by fresh processes and twice "
-            f"as many pairs; more memory means {self.factor:g}x and {NOTABLE:g} MiB or more.\n" + (f"\n{notes}" if notes else "")
+            f"Medians on {self.device}. Slower means more than {self.factor:g}x, in a second look too, by fresh processes and "
+            f"twice as many pairs; more memory means more than {self.factor:g}x and {NOTABLE:g} MiB.\n"
+            + (f"\n{notes}" if notes else "")
         )
 
 
@@ -133,6 +136,20 @@ def commit_of(root: Path, name: str) -> str:
     if done.returncode:
         raise UsageError(f"'{name}' is no commit of the repository at {root}; name a branch, a tag or a hash that `git log` shows")
     return done.stdout.strip()
+
+
+def _top(folder: Path) -> Path:
+    """The repository that a folder lies in, or the folder, if in none."""
+    found = _git(folder, "rev-parse", "--show-toplevel")
+    return Path(found) if found else folder
+
+
+def _git(folder: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def install(root: Path, commit: str, folder: Path) -> Path:
@@ -200,9 +217,12 @@ def _pairs(workers: Mapping[str, Any], item: Any, count: int) -> list[dict[str, 
     return found
 
 
-def _peaks(workers: Mapping[str, Any], item: Any) -> tuple[float, float]:
-    base, head = (float(workers[side].ask(item, memory=True).get("peak", "nan")) for side in ("base", "head"))
-    return base, head
+def _peaks(workers: Mapping[str, Any], item: Any) -> tuple[float, float] | dict[str, dict[str, Any]]:
+    """MiB of both; or the answers, where one of them failed. NaN where the system does not say."""
+    answers = {side: workers[side].ask(item, memory=True) for side in ("base", "head")}
+    if any("peak" not in a for a in answers.values()):
+        return answers
+    return float(answers["base"]["peak"]), float(answers["head"]["peak"])
 
 
 def _more(peaks: tuple[float, float], factor: float) -> bool:
@@ -214,8 +234,9 @@ def _missing(what: str, answers: Mapping[str, Mapping[str, Any]]) -> Comparison:
     base, head = answers["base"], answers["head"]
     reason = {side: str(a.get("error") or a.get("skip") or "").strip().splitlines() for side, a in answers.items()}
     last = {side: lines[-1] if lines else "" for side, lines in reason.items()}
-    if "error" in head:
-        return Comparison(what, "broken", note=f"head fails: {last['head']}")
+    for side in ("head", "base"):
+        if "error" in answers[side]:
+            return Comparison(what, "broken", note=f"{side} fails: {last[side]}")
     if "skip" in head and "ms" in base:
         return Comparison(what, "broken", note=f"head lacks it: {last['head']}")
     if "skip" in head:
@@ -253,10 +274,17 @@ def compare(
     Raises:
         UsageError: On a commit or a benchmark that does not exist, one that cannot be installed, or a factor of at most 1.
     """
-    if not factor > 1:
-        raise UsageError(f"the factor must be above 1, not {factor:g}: a ratio of 1 is no change")
-    root = (root or Path.cwd()).resolve()
+    if not 1 < factor < math.inf:
+        raise UsageError(f"the factor must be above 1 and finite, not {factor:g}: a ratio of 1 is no change")
+    if device == "cuda":
+        import torch  # takes seconds, and nothing else here needs it
+
+        if not torch.cuda.is_available():
+            raise UsageError("device 'cuda' is asked for, but torch finds no GPU: nothing could be measured")
+    root = _top((root or Path.cwd()).resolve())
     commits = {"base": commit_of(root, base), "head": commit_of(root, head)}
+    if _git(root, "status", "--porcelain", "--untracked-files=no"):
+        tell("there are uncommitted changes: they are not measured, commits are")
     work = Path(tempfile.mkdtemp(prefix="widthbench-regress-"))
     try:
         sites = {side: install(root, commit, work / side) for side, commit in commits.items()}
@@ -290,9 +318,11 @@ def _compared(
             return _missing(what, repeated)
         found = repeated
     peaks = _peaks(remembering, item)
-    if _more(peaks, factor):
+    if not isinstance(peaks, dict) and _more(peaks, factor):
         with again_frugal() as fresh:
             peaks = _peaks(fresh, item)
+    if isinstance(peaks, dict):
+        return _missing(what, peaks)
     ratio, ratios = _ratio(found), [p["head"] / p["base"] for p in found]
     verdict: Verdict = "slower" if ratio > factor else "more memory" if _more(peaks, factor) else "same"
     if verdict == "same" and ratio < 1 / factor:

@@ -127,6 +127,7 @@ class Worker:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             "PYTHONPATH": os.pathsep.join([*map(str, path), *([before] if before else [])]),
             "PYTHONSAFEPATH": "1",  # this folder's own modules are no modules of theirs
+            "WIDTHBENCH_SITE": str(path[0]) if path else "",
         }
         self._process: subprocess.Popen[str] | None = None
 
@@ -296,7 +297,7 @@ def prepared(item: Item) -> tuple[Callable[[], Any], int]:
         from widthbench.recipe import Recipe
         from widthbench.width import certify, discover, find_groups, resize
     except ImportError as error:
-        raise NotHereError(f"this widthbench lacks it: {error}") from error
+        raise RuntimeError(f"this widthbench cannot be measured by these benchmarks: {error}") from error
     size, channels, classes = MODELS[item.model]
     torch.manual_seed(0)
     model = models.create(item.model, classes=classes, channels=channels, size=size).to(item.device).eval()
@@ -370,35 +371,49 @@ def memory(call: Callable[[], Any], device: str, *, warm: bool = True) -> dict[s
         took = 1000 * (time.perf_counter() - begin)
         return {"held": held, "peak": torch.cuda.max_memory_allocated() / MIB - held, "ms": [took]}
     held = _status("VmRSS")
-    with contextlib.suppress(OSError):
+    try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    except OSError:  # then it is that of all that the process ever did
+        held = float("nan")
     begin = time.perf_counter()
     call()
-    return {"held": held, "peak": max(0.0, _status("VmHWM") - held), "ms": [1000 * (time.perf_counter() - begin)]}
+    took = 1000 * (time.perf_counter() - begin)
+    above = _status("VmHWM") - held
+    return {"held": held, "peak": above if above != above else max(0.0, above), "ms": [took]}
+
+
+def _timed(call: Callable[[], Any], device: str) -> float:
+    """Seconds of one call, until the device has done it."""
+    begin = time.perf_counter()
+    call()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def milliseconds(call: Callable[[], Any], device: str, rounds: int, least: float) -> list[float]:
     """Times of a call after a warm-up: one per round, each the mean of as many calls as ``least`` seconds hold."""
-    begin = time.perf_counter()
-    call()
-    took = time.perf_counter() - begin
+    took = _timed(call, device)
     if took < least:  # the first call may be slow
-        begin = time.perf_counter()
-        call()
-        took = time.perf_counter() - begin
+        took = _timed(call, device)
     count = max(1, min(1000, round(least / max(took, 1e-6))))
     found = []
     for _ in range(rounds):
         if device == "cuda":
             import torch
 
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(count):
+            some = []
+            for _ in range(count):  # one call at a time: latency, not how much fits into a queue
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda.synchronize()
+                start.record()
                 call()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / count)
+                end.record()
+                end.synchronize()
+                some.append(start.elapsed_time(end))
+            found.append(statistics.fmean(some))
         else:
             begin = time.perf_counter()
             for _ in range(count):
@@ -427,6 +442,8 @@ def answered(request: Mapping[str, Any]) -> dict[str, Any]:
             found = memory(call, item.device, warm=request.get("warm", True))
         else:
             found = {"ms": milliseconds(call, item.device, request.get("rounds", 1), request.get("least", 0.0))}
+        if strays := strangers():
+            return {"error": f"it ran modules of another widthbench: {', '.join(strays[:3])}"}
         return found | {"ms": [t / times for t in found["ms"]]}
     except NotHereError as error:
         return {"skip": str(error)}
@@ -434,8 +451,20 @@ def answered(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": traceback.format_exc()}
 
 
+def strangers() -> list[str]:
+    """Modules of widthbench that do not come from the installation that is to be measured."""
+    site = os.environ.get("WIDTHBENCH_SITE")
+    if not site:
+        return []
+    own = os.path.realpath(site) + os.sep
+    loaded = [m for n, m in list(sys.modules.items()) if n.partition(".")[0] == "widthbench" and getattr(m, "__file__", None)]
+    return [m.__name__ for m in loaded if not os.path.realpath(str(m.__file__)).startswith(own)]
+
+
 def serve() -> None:
     """Answer requests, a line of JSON each; what libraries print goes to the error output."""
+    if os.environ.get("WIDTHBENCH_SITE"):  # an editable installation would lend what the measured one lacks
+        sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable___widthbench")]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import warnings
