@@ -41,6 +41,17 @@ def asv(*words: str) -> int:
     return subprocess.run([sys.executable, "-m", "asv", *words], cwd=ROOT, check=False).returncode
 
 
+def anonymous(folder: Path) -> None:
+    """Results under the version of Python in place of its path, which says nothing and differs from one environment to the next."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for path in folder.glob("*-existing-py_*.json"):
+        found = json.loads(path.read_text())
+        found |= {"env_name": f"existing-py{version}", "python": version}
+        found["params"]["python"] = version
+        path.with_name(f"{found['commit_hash'][:8]}-{found['env_name']}.json").write_text(json.dumps(found) + "\n")
+        path.unlink()
+
+
 def git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -88,6 +99,7 @@ def main() -> None:
     if not options.quick and (git("rev-parse", "HEAD") != head or git("status", "--porcelain", "--", ".", ":!results")):
         print(f"the checkout changed during the run: do not keep the numbers that are now filed under {head[:12]}")
         code = 1
+    anonymous(kept.parent / name)
     if options.quick and before is not None:
         kept.write_bytes(before)
     sys.exit(code)
