@@ -1,6 +1,6 @@
 """How the documentation is built: `sphinx-build -W docs docs/_build`, with the extra `docs` installed.
 
-Pages of techniques, recipes and the API are written from docstrings, the registry and the committed claims, into docs/_made.
+Pages of techniques and the API are written from docstrings, the registry and the committed claims, into docs/_made.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from tabulate import tabulate
@@ -37,7 +36,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_default_options = {"members": True, "show-inheritance": True}
-autodoc_mock_imports: list[str] = []
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -128,6 +126,3 @@ def setup(app: object) -> None:
     """Sphinx calls this first."""
     make()
     app.connect("source-read", links)  # type: ignore[attr-defined]
-
-
-sys.path.insert(0, str(ROOT))
