@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+from made import DONE
 
 from widthbench import claims
 from widthbench.claims import Claim, Evidence, Judged, Pick, Row, judge_row, overall
@@ -54,7 +55,7 @@ def record(technique, seed, top1, budget="macs:0.5", params=None, **provenance):
         base=recipe, finetune=recipe,
     )  # fmt: skip
     row = Scores(stage="resized", top1=top1, loss=0.1, samples=450)
-    return Record(key=f"{technique}{seed}" + "0" * 30, cell=cell, status="done", rows=(row,), provenance=provenance)
+    return Record(key=f"{technique}{seed}" + "0" * 30, cell=cell, **{**DONE, "rows": (row,)}, provenance=provenance)
 
 
 def evidence(tmp_path, scores, **provenance):
@@ -489,7 +490,7 @@ def test_rounds_are_held_against_widths_only_where_all_sizes_are_there(tmp_path)
 
     def grown(cell, rounds):
         series = {"trajectory.open": [20 + 12 * rounds], "trajectory.step": [rounds], "trajectory.splits": [12 * rounds]}
-        return Record(key=f"{cell.budget}{cell.seed}".ljust(40, "0"), cell=cell, status="done", series=series)
+        return Record(key=f"{cell.budget}{cell.seed}".ljust(40, "0"), cell=cell, **DONE, series=series)
 
     cells = [c for c in claims.suites.load("growing").cells() if c.variant == "rounds" and c.seed < 2]
     assert len(cells) == 10
@@ -511,7 +512,7 @@ def test_a_pipelines_cost_is_all_that_it_spent(tmp_path):
 
     def spent(cell, **parts):
         bills = {k: Spent(forward_macs=v, backward_macs=2 * v) for k, v in parts.items()}
-        return Record(key=cell.id.ljust(40, "0"), cell=cell, status="done", spent=bills)
+        return Record(key=cell.id.ljust(40, "0"), cell=cell, **DONE, spent=bills)
 
     cells = [c for c in claims.suites.load("growing").cells() if c.model == "lenet5" and c.dataset == "mnist" and c.seed == 0]
     split = [c for c in cells if c.technique == "splitting" and "select" not in c.params]

@@ -3,6 +3,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import DONE
 
 from widthbench.errors import UsageError
 from widthbench.paths import write_atomic
@@ -20,7 +21,7 @@ def cell(**changes):
 def record(key="k" * 40, **changes):
     row = Row(stage="resized", top1=50.0, loss=1.0, samples=10, val_top1=51.0, val_loss=1.1)
     spent = {"base": Spent(forward_macs=3, seconds=1.5)}
-    return Record(**{"key": key, "cell": cell(), "status": "done", "rows": (row,), "spent": spent, **changes})
+    return Record(**{"key": key, "cell": cell(), **DONE, "rows": (row,), "spent": spent, **changes})
 
 
 def test_a_cells_id_names_what_it_is():
@@ -99,11 +100,44 @@ def test_write_atomic_writes_all_and_leaves_nothing_else(tmp_path_factory, conte
 def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomic(path, "old")
-    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(UsageError, match=r"cannot write .*file: disk full"):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"schema_version": 99},
+        {"provenance": {"versions": "2.1"}},
+        {"provenance": {"hardware": None}},
+        {"access": "everything"},
+        {"rows": []},
+        {"macs": None},
+        {"base_macs": 0},
+        {"key": "../../etc/passwd"},
+        {"cell": {"budget": "abc"}},
+        {"cell": {"budget": "macs:NaN"}},
+        {"rows": [{"stage": "resized", "top1": float("nan"), "loss": 1.0, "samples": 9}]},
+        {"rows": [{"stage": "resized", "top1": 101.0, "loss": 1.0, "samples": 9}]},
+        {"rows": [{"stage": "resized", "top1": 50.0, "loss": float("nan"), "samples": 9}]},
+    ],
+)
+def test_what_is_no_record_is_refused_with_its_line(tmp_path, odd):
+    data = record().model_dump(mode="json")
+    data |= {"cell": data["cell"] | odd["cell"]} if "cell" in odd else odd
+    (tmp_path / "a.jsonl").write_text(json.dumps({**data, "digest": digest_of(data)}) + "\n")
+    with pytest.raises(UsageError, match=r"a.jsonl:1: not a record"):
+        read_records(tmp_path / "a.jsonl")
+
+
+def test_what_would_act_on_a_terminal_is_shown():
+    odd = record(status="failed", reason="\x1b[31mred\x00\ud800\u202e\nnext")
+    assert odd.reason == r"\x1b[31mred\x00\ud800\u202e" + "\nnext"
+    odd.model_dump_json().encode()
+    assert cell(params={"a": "\r\x1b"}).label == r"l1-norm(a=\r\x1b)"
 
 
 def test_records_are_plain_json():

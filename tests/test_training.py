@@ -147,7 +147,7 @@ def test_states_that_are_damaged_or_of_another_run_are_named_and_not_used(digits
     content = bytearray((tmp_path / "a").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "a").write_bytes(content)
-    with pytest.warns(UserWarning, match=r"training state .*a is of no use \(its digest does not match\)"):
+    with pytest.warns(UserWarning, match=r"damaged training state .*a \(its digest does not match\)"):
         again, _ = trained(digits, tmp_path / "a")
     assert torch.equal(again.fc.weight, whole.fc.weight)
     with pytest.raises(Killed):

@@ -73,7 +73,7 @@ def resummed(path, *, tables=True):
     if tables:
         suite = suites.load(str(path.parents[2] / "tiny.toml"))
         timings = [json.loads(line) for line in path.with_name("timings.jsonl").read_text().splitlines()]
-        for name, text in verify.leaderboards(suite, read_records(path), timings, verify.file_digest(path)).items():
+        for name, text in verify.texts(suite, read_records(path), timings, verify.file_digest(path)).items():
             path.with_name(name).write_text(text)
     lines = [f"{verify.file_digest(path.parent / n)}  {n}" for n in (ln.partition("  ")[2] for ln in sums.read_text().splitlines())]
     sums.write_text("\n".join(lines) + "\n")
@@ -133,7 +133,8 @@ def test_a_number_changed_with_all_its_digests_is_found_by_running_the_cell_agai
         (lambda p: p.with_name("SHA256SUMS").write_text("00  a\0b\n"), "not a line of digest and file"),
         (lambda p: p.with_name("SHA256SUMS").write_text("00  " + "x" * 5000 + "\n"), "not a line of digest and file"),
         (lambda p: p.with_name("SHA256SUMS").write_text("00  figures\n"), "not a line of digest and file"),
-        (lambda p: p.with_name("timings.jsonl").write_text("{"), "timings.jsonl cannot be read"),
+        (lambda p: p.with_name("timings.jsonl").write_text("{"), "timings.jsonl:1 is no timing"),
+        (lambda p: p.with_name("timings.jsonl").unlink(), "timings.jsonl cannot be read"),
     ],
 )
 def test_damage_is_found(results, damage, found):
@@ -286,3 +287,147 @@ RESULTS = Path(__file__).parent.parent / "results"
 def test_committed_results_hold(name):
     """Digests, sums, and tables that say what the records say; a change of the tables' form wants `widthbench report NAME`."""
     assert [c.plain() for c in verify.check_files(suites.load(name), RESULTS / name) if not c.ok] == []
+
+
+def elsewhere(record, **changes):
+    """A record as of another commit, so that a rerun is held to it by tolerance."""
+    where = {**record.provenance, "commit": "0" * 40, "dirty": False}
+    return record.model_copy(update={"key": "0" * 40, "provenance": where, **changes})
+
+
+@pytest.fixture
+def one(ran):
+    (_, found, _) = read_records(ran / "results" / "tiny" / "records.jsonl")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("forged", "found"),
+    [
+        (lambda r: {"params": r.params - 1}, "its widths give"),
+        (lambda r: {"macs": r.macs - 100}, "macs: recorded"),
+        (lambda r: {"kept": 0.3}, "kept: recorded 0.3"),
+        (lambda r: {"met": False}, "met: recorded False, its widths give True"),
+        (lambda r: {"widths": {n: w - 1 for n, w in r.widths.items()}}, "its widths give"),
+        (lambda r: {"widths": {"nothing": 3}}, "no network of the kind has them"),
+        (
+            lambda r: {"spent": r.spent | {"base": r.spent["base"].model_copy(update={"forward_macs": 7})}},
+            "spent.base.forward_macs",
+        ),
+        (lambda r: {"spent": r.spent | {"adaptation": verify.Spent()}}, "spent.adaptation.epochs: recorded 0, now 1"),
+        (lambda r: {"floor": True}, "floor: recorded True"),
+        (lambda r: {"coupled": True}, "coupled: recorded True"),
+    ],
+)
+def test_elsewhere_what_follows_from_widths_and_recipes_must_still_agree(one, forged, found):
+    """Another commit in the record excuses chance in training, and nothing else."""
+    assert verify.compare(elsewhere(one), one).ok
+    check = verify.compare(elsewhere(one, **forged(one)), one)
+    assert not check.ok
+    assert found in check.note
+
+
+def test_elsewhere_earlier_stages_must_lie_within_what_seeds_differ_by(one):
+    higher = one.rows[0].model_copy(update={"top1": min(100.0, one.rows[0].top1 + 40)})
+    other = elsewhere(one, rows=(higher, *one.rows[1:]))
+    assert "one seed: not judged" in verify.compare(other, one).note
+    assert not verify.compare(other, one, {"resized": 1.0}).ok
+    assert verify.compare(other, one, {"resized": 10.0}).ok
+
+
+def test_what_moves_all_cells_the_same_way_is_found_though_none_is_beyond_its_tolerance(one):
+    def pair(technique, seed, apart):
+        cell = one.cell.model_copy(update={"technique": technique, "seed": seed})
+        rows = tuple(r.model_copy(update={"top1": 90.0, "samples": 450}) for r in one.rows)
+        new = one.model_copy(update={"cell": cell, "rows": rows})
+        return elsewhere(new, rows=tuple(r.model_copy(update={"top1": 90.0 + apart}) for r in rows)), new
+
+    pairs = [pair("l1-norm", s, 3.0) for s in range(10)]
+    assert all(verify.compare(*p).ok for p in pairs)
+    assert [c.ok for c in verify.means(pairs)] == [False]
+    mixed = [pair("l1-norm", s, (-1) ** s * 3.0) for s in range(10)] + [pair("nmf", s, 2.9) for s in range(6)]
+    assert {c.what: c.ok for c in verify.means(mixed)} == {
+        "digits lenet_300_100 l1-norm channels:0.5: mean of 10": True,
+        "digits lenet_300_100 nmf channels:0.5: mean of 6": False,
+        "all cells: mean of 16": True,
+    }
+    assert verify.means(pairs[:1]) == []
+
+
+def test_what_was_skipped_must_be_skipped_for_the_same_reason(one):
+    skipped = one.model_copy(update={"status": "skipped", "rows": (), "reason": "no BatchNorm"})
+    assert verify.compare(skipped, skipped).ok
+    assert not verify.compare(skipped.model_copy(update={"reason": "too good"}), skipped).ok
+    failed = skipped.model_copy(update={"status": "failed", "reason": "at 0x7f"})
+    assert verify.compare(failed.model_copy(update={"reason": "at 0x8f"}), failed).ok
+
+
+def test_the_bibtex_of_techniques_may_differ_and_nothing_else(results):
+    board = records_file(results).with_name("leaderboard.md")
+    text = board.read_text()
+    for ok, changed in (
+        (True, text.replace("% random-channels: names no paper", "@misc{another,\n  title = {x}\n}")),
+        (False, text.replace("SHA-256 of the records ", "SHA-256 of the records 0")),
+        (False, text + "| l1-norm | 100.00 |\n"),
+        (False, text.replace("\n```bibtex", "\nThe best.\n```bibtex")),
+        (False, text.replace("% random-channels", "```\n| l1-norm | 100.00 |\n```\n% random-channels")),
+    ):
+        assert changed != text
+        board.write_text(changed)
+        resummed(records_file(results), tables=False)
+        assert (bad(results) == []) is ok, changed[-300:]
+
+
+def test_other_pages_are_held_to_the_records_too():
+    suite = suites.load("autoprune-lenet")
+    folder = RESULTS / suite.name
+    lines = [line.record for line in verify.read_lines(folder / "records.jsonl")]
+    assert {c.what for c in verify._tables(suite, folder, lines)} >= {"leaderboard.tex", "paired.md", "trajectories.md"}
+
+
+def test_what_an_earlier_report_wrote_and_this_one_does_not_is_removed(results, monkeypatch):
+    path = records_file(results)
+    old, mine = path.with_name("paired.md"), path.with_name("curves.md")
+    old.write_text("old"), mine.write_text("mine")
+    sums = path.with_name("SHA256SUMS")
+    sums.write_text(
+        sums.read_text() + f"{verify.file_digest(old)}  paired.md\n{'0' * 64}  curves.md\n{'0' * 64}  ../../tiny.toml\n"
+    )
+    monkeypatch.setenv("WIDTHBENCH_CACHE", str(results / "empty"))
+    assert cli.main(["report", str(results / "tiny.toml"), "--results", str(results / "results"), "--no-timing"]) == 0
+    assert not old.exists()
+    assert mine.read_text() == "mine"  # somebody's by now
+    assert (results / "tiny.toml").exists()
+    assert [c.what for c in bad(results)] == ["curves.md"]
+
+
+def test_a_seed_that_was_left_out_and_a_row_that_was_not_run_show(results):
+    resealed(results, lambda r: r if r.cell.technique != "random-channels" else None)
+    board = records_file(results).with_name("leaderboard.md").read_text()
+    (row,) = [line for line in board.splitlines() if line.startswith("| random-channels")]
+    assert "not run" in row
+    assert "*not run*: 1 cells of the suite" in board
+
+
+def test_claims_are_judged_anew(tmp_path, capsys):
+    (tmp_path / "claims.json").write_text((RESULTS / "claims.json").read_text().replace("not reproduced", "reproduced"))
+    (tmp_path / "claims.md").write_text((RESULTS / "claims.md").read_text())
+    for path in RESULTS.glob("*"):
+        if not (tmp_path / path.name).exists():
+            (tmp_path / path.name).symlink_to(path)
+    assert [(c.what, c.ok) for c in verify.check_claims(tmp_path)] == [("claims.json", False), ("claims.md", True)]
+    assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2
+    assert "claims.json is not what the records say" in capsys.readouterr().err
+    assert verify.check_claims(tmp_path / "lenet") == []
+
+
+def test_the_committed_claims_are_what_the_committed_records_say():
+    assert [c.plain() for c in verify.check_claims(RESULTS) if not c.ok] == []
+
+
+def test_committed_sizes_follow_from_widths():
+    """One record for each technique, network and budget of `digits`: a network of its widths has its MACs and parameters."""
+    found = {(r.cell.network, r.cell.label, r.cell.budget): r for r in read_records(RESULTS / "digits" / "records.jsonl")}
+    assert {r.cell.id: list(verify._size_differences(r)) for r in found.values() if r.status == "done"} == {
+        r.cell.id: [] for r in found.values() if r.status == "done"
+    }

@@ -314,12 +314,13 @@ def _report(args: argparse.Namespace) -> int:
 def _cite(args: argparse.Namespace) -> int:
     from widthbench import suites
     from widthbench.records import read_records
+    from widthbench.report.build import of_suite
     from widthbench.report.exports import citation
 
     for suite in map(suites.load, args.suite):
         path = args.results / suite.name / "records.jsonl"
-        there = path.is_file()
-        records = read_records(path) if there else []
+        records = of_suite(suite, path, read_records(path)) if path.is_file() else []
+        there = bool(records)
         print(citation(suite, records, hashlib.sha256(path.read_bytes()).hexdigest() if there else None))
     return 0
 
@@ -335,18 +336,21 @@ def _verify(args: argparse.Namespace) -> int:
         found = verify.check_files(suite, folder)
         records = [line.record for line in read_lines(folder / "records.jsonl") if line.record]
         wanted = [r for r in records if _wanted(r.cell.id, args.only)]
+        if records and not wanted:
+            raise UsageError(f"suite {suite.name} has no record whose name holds {' or '.join(map(repr, args.only))}")
         drawn = [] if args.sample == 0 else verify.sample(wanted, args.sample, args.seed)
         if drawn:
             spent = sum(s.seconds for r in drawn for s in r.spent.values())
             print(f"{suite.name}: {len(drawn)} of {len(records)} cells again; they took {spent:.0f} s", file=sys.stderr)
             try:
                 found += verify.rerun(
-                    suite, drawn, jobs=args.jobs,
+                    suite, drawn, beside=records, jobs=args.jobs,
                     tell=lambda c: print(f"{c.what}: {'holds' if c.ok else 'DIFFERS'} ({c.by}) {c.note}", file=sys.stderr),
                 )  # fmt: skip
             except WorkerError as error:
                 found.append(verify.Check(suite.name, "rerun", False, str(error)))
         checks += [{"suite": suite.name, **c.plain()} for c in found]
+    checks += [{"suite": "", **c.plain()} for c in verify.check_claims(args.results)]
     _show(checks, args.json)
     bad = sum(c["verdict"] != "holds" for c in checks)
     if not args.json:

@@ -30,6 +30,16 @@ class AccessError(UsageError):
     """A technique that touched data it did not declare it needs."""
 
 
+def visible(text: str, keep: str = "") -> str:
+    r"""Text with whatever would act on a terminal, or that no file can hold, written as its escape: ``\x1b``, ``\ud800``.
+
+    Args:
+        text: Anyone's.
+        keep: Characters that stay as they are.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, else the list of known names (at most 20)."""
     names = sorted(known)

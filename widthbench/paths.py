@@ -50,7 +50,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         content: Text (UTF-8) or bytes.
 
     Raises:
-        UsageError: If the folder cannot be written.
+        UsageError: If it cannot be written (no such right, no space left); what was there before stays.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -65,6 +65,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UsageError(f"cannot write {path}: {error.strerror}; what was there before is kept") from error
         raise

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,11 +16,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from widthbench import data, models, parallel, registry, sources, weights
+from widthbench import cache, data, models, parallel, registry, sources, weights
 from widthbench.budget import Budget, feasible
 from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.measure import Meter, accuracy
@@ -244,25 +242,25 @@ def _write_weights(path: Path, model: nn.Module, spent: Spent) -> None:
     """Write the weights, and beside them their digest and what they cost (times would make the digest of equal weights differ)."""
     blob = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     write_atomic(path, blob)
-    side = {"sha256": hashlib.sha256(blob).hexdigest(), "spent": spent.model_dump()}
-    write_atomic(path.with_suffix(".json"), json.dumps(side))
+    cache.push(path)
+    cache.write_json(path.with_suffix(".json"), {"sha256": hashlib.sha256(blob).hexdigest(), "spent": spent.model_dump()})
 
 
 def _read_weights(path: Path, model: nn.Module) -> Spent | None:
     """Load cached weights; None if there are none, or (named in a warning) they are damaged."""
-    if not path.is_file():
+    side = cache.read_json(path.with_suffix(".json"), "base network's digest")
+    if side is None:
         return None
-    try:
-        side = json.loads(path.with_suffix(".json").read_text())
-        if hashlib.sha256(path.read_bytes()).hexdigest() != side["sha256"]:
-            raise ValueError("its digest does not match")
-        spent = Spent.model_validate(side["spent"])
-        model.load_state_dict(load_file(path))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        warnings.warn(f"damaged base network {path} ({error}): it is trained again", stacklevel=2)
-        return None
-    model.eval()
-    return spent
+    for last in (False, True):
+        if path.is_file():
+            if hashlib.sha256(blob := path.read_bytes()).hexdigest() == side["sha256"]:
+                model.load_state_dict(load(blob))
+                model.eval()
+                return Spent.model_validate(side["spent"])
+            cache.damaged(path, "base network")
+        if last or not cache.pull(path):  # the store may have a sound one
+            return None
+    return None
 
 
 def score(model: nn.Module, split: data.Data, stage: Stage) -> Row:
@@ -443,31 +441,27 @@ def _billed(key: str, work: Callable[[], tuple[dict[str, Tensor], Spent]]) -> tu
     def make() -> dict[str, Tensor]:
         state, spent = work()
         if parallel.first():
-            write_atomic(bill, spent.model_dump_json())
+            cache.write_json(bill, spent.model_dump())
         return state
 
     state = _cached_tensors(key, make)
     parallel.everyone()
-    try:
-        return state, Spent.model_validate_json(bill.read_text())
-    except (OSError, ValueError):
-        _cached_path(key).unlink(missing_ok=True)
-        return _cached_tensors(key, make), Spent.model_validate_json(bill.read_text())
+    if (spent := cache.read_json(bill, "bill")) is None:
+        cache.drop(_cached_path(key))
+        state, spent = _cached_tensors(key, make), cache.read_json(bill, "bill")
+    return state, Spent.model_validate(spent)
 
 
 def _cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     path = _cached_path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with parallel.held(FileLock(path.with_suffix(".lock"))):
-        if path.is_file():
-            try:
-                return dict(load_file(path))
-            except (OSError, SafetensorError) as error:
-                warnings.warn(f"damaged state {path} ({error}): it is computed again", stacklevel=2)
+        if (blob := cache.read(path, "state")) is not None:
+            return dict(load(blob))
         parallel.everyone()  # nobody sees the file that the first one is about to write
         state = make()
         if parallel.first():
-            write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
+            cache.write(path, save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
         return state
 
 
@@ -485,7 +479,7 @@ def _prepared(cell: Cell, technique: Technique, task: Task, base: Base) -> tuple
 
 
 def _cached_path(key: str) -> Path:
-    return cache_dir() / "states" / f"{key}.safetensors"
+    return cache_dir() / "states" / f"{key}.tensors"
 
 
 def _bill(meter: Meter, base: Base) -> Spent:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from widthbench.errors import UsageError
+from widthbench import cache
+from widthbench.cache import digest_of
+from widthbench.errors import UsageError, visible
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.recipe import Recipe, Spent
 
@@ -21,6 +21,8 @@ SCHEMA = 1
 SOURCED = ("scratch", "scratch-budget", "l1-budget")  # controls of a technique
 CONTROLS = ("base", "uniform-width", *SOURCED)
 
+Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # a network that gives NaN has failed
+Percent = Annotated[float, Field(ge=0, le=100)]
 Stage = Literal["base", "resized", "recalibrated", "fine-tuned", "trained"]
 FINAL: tuple[Stage, ...] = ("base", "fine-tuned", "trained")
 
@@ -70,7 +72,7 @@ class Cell(_Frozen):
     technique: str
     params: dict[str, Any] = Field(default_factory=dict)
     of: str | None = None
-    budget: str | None = None
+    budget: str | None = Field(default=None, pattern=r"^[a-z]+:[0-9.eE+-]*[0-9](:[a-z]+)?$")
     seed: int = 0
     scope: Literal["inner", "all"] = "inner"
     include: tuple[str, ...] = ()
@@ -100,13 +102,13 @@ class Cell(_Frozen):
         """The row's name on a leaderboard: technique, its parameters where they were set, and a control's source."""
         inside = ",".join(f"{k}={v}" for k, v in sorted(self.params.items()))
         name = (self.of or self.technique) + (f"({inside})" if inside else "")
-        return f"{self.technique}:{name}" if self.of else name
+        return visible(f"{self.technique}:{name}" if self.of else name)
 
     @property
     def network(self) -> str:
         """The network's name, with the arguments and the variant that the suite gives it: ``vgg16_cifar(act_layer=tanh)``."""
         inside = ",".join(f"{k}={v}" for k, v in sorted(self.model_args.items()))
-        return self.model + (f"({inside})" if inside else "") + (f", {self.variant}" if self.variant else "")
+        return visible(self.model + (f"({inside})" if inside else "") + (f", {self.variant}" if self.variant else ""))
 
     @property
     def id(self) -> str:
@@ -139,12 +141,25 @@ class Row(_Frozen):
     """
 
     stage: Stage
-    top1: float
-    top5: float | None = None
-    loss: float
-    samples: int
-    val_top1: float | None = None
-    val_loss: float | None = None
+    top1: Percent
+    top5: Percent | None = None
+    loss: Nats
+    samples: int = Field(gt=0)
+    val_top1: Percent | None = None
+    val_loss: Nats | None = None
+
+
+def _facts(value: Any) -> Any:
+    """Refuse a provenance whose parts are of another kind than reports read."""
+    kinds = {"versions": dict, "hardware": dict, "processes": int, "checkpoint": str, "commit": str | None, "val_seen": bool}
+    if isinstance(value, dict):
+        for name, kind in kinds.items():
+            if name in value and not isinstance(value[name], kind):
+                raise ValueError(f"{name} is {value[name]!r:.60}")
+    return value
+
+
+Provenance = Annotated[dict[str, Any], BeforeValidator(_facts)]
 
 
 class Record(_Frozen):
@@ -176,18 +191,18 @@ class Record(_Frozen):
         provenance: Versions, commit, hardware, seeds, digests, host and time.
     """
 
-    schema_version: int = SCHEMA
-    key: str
+    schema_version: int = Field(default=SCHEMA, ge=1, le=SCHEMA)  # a newer one would be misread
+    key: str = Field(pattern=r"^[^/\\]+$")
     cell: Cell
     status: Literal["done", "skipped", "failed"]
     reason: str = ""
     trace: str = ""
     rows: tuple[Row, ...] = ()
-    access: str = ""
-    macs: int | None = None
-    params: int | None = None
-    base_macs: int | None = None
-    base_params: int | None = None
+    access: Literal["", "none", "unlabelled", "labelled", "training"] = ""
+    macs: int | None = Field(default=None, gt=0)
+    params: int | None = Field(default=None, gt=0)
+    base_macs: int | None = Field(default=None, gt=0)
+    base_params: int | None = Field(default=None, gt=0)
     kept: float | None = None
     met: bool = True
     floor: bool = False
@@ -198,7 +213,18 @@ class Record(_Frozen):
     trials: int = 1
     source: str | None = None
     series: dict[str, list[Any]] = Field(default_factory=dict)
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    provenance: Provenance = Field(default_factory=dict)
+
+    @field_validator("reason", "trace")
+    @classmethod
+    def _shown(cls, text: str) -> str:
+        return visible(text, keep="\n\t")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Record:
+        if self.status == "done" and not (self.rows and self.macs and self.params and self.base_macs and self.base_params):
+            raise ValueError("a cell that is done has rows, MACs and parameters, of the base network too")
+        return self
 
     def row(self, stage: Stage | None = None) -> Row | None:
         """The scores at a stage; at the last one if none is named."""
@@ -214,11 +240,6 @@ class Record(_Frozen):
         for name in ("host", "when"):
             data["provenance"].pop(name, None)
         return data
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 over a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class Store:
@@ -243,36 +264,34 @@ class Store:
 
     def get(self, key: str) -> Record | None:
         """The finished record, or None; a damaged file is named in a warning and counts as missing."""
-        path = self.path(key)
-        try:
-            content = json.loads(path.read_text())
-            record = Record.model_validate(content["record"])
-            if digest_of(record.model_dump(mode="json")) == content["digest"] and record.key == key:
-                return record
-            problem = "its digest does not match"
-        except FileNotFoundError:
+        return self._read(self.path(key), key)
+
+    def _read(self, path: Path, key: str) -> Record | None:
+        content = cache.read_json(path, "record")
+        if content is None:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problem = f"{type(error).__name__}"
-        warnings.warn(f"damaged record {path} ({problem}): it is computed again", stacklevel=2)
+        try:
+            record = Record.model_validate(content["record"])
+            if record.key == key:
+                return record
+            why = "it is of another cell"
+        except (ValueError, KeyError) as error:
+            why = str(error).splitlines()[0]
+        cache.damaged(path, "record", why)
         return None
 
     def put(self, record: Record) -> None:
         """Keep a record. Failed ones are kept apart: they are reported, and tried again by the next run."""
-        data = record.model_dump(mode="json")
-        content = json.dumps({"digest": digest_of(data), "record": data}, indent=1)
+        content = {"record": record.model_dump(mode="json")}
         if record.status == "failed":
-            write_atomic(self._failed(record.key), content)
+            cache.write_json(self._failed(record.key), content)
         else:
-            write_atomic(self.path(record.key), content)
-            self._failed(record.key).unlink(missing_ok=True)
+            cache.write_json(self.path(record.key), content)
+            cache.drop(self._failed(record.key))
 
     def failure(self, key: str) -> Record | None:
         """The record of the last failed attempt, if the cell has not been finished since."""
-        try:
-            return Record.model_validate(json.loads(self._failed(key).read_text())["record"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return self._read(self._failed(key), key)
 
     def _failed(self, key: str) -> Path:
         return self.root / "failed" / f"{key}.json"
@@ -341,11 +360,16 @@ def read_records(path: Path) -> list[Record]:
     """Read JSON lines.
 
     Raises:
-        UsageError: If the file is missing, or a line is not a record or was changed since it was written; it names the line.
+        UsageError: If the file is missing, or a line is not a record, was changed since it was written, or is of a cell that an
+            earlier one is of; it names the line.
     """
+    seen: dict[str, int] = {}
     records = []
     for line in read_lines(path):
         if line.problem or line.record is None:
             raise UsageError(f"{path}:{line.number}: {line.problem}")
+        if (first := seen.setdefault(line.record.cell.identity, line.number)) != line.number:
+            again = f"a second record of {line.record.cell.id}, which line {first} has: `widthbench report` writes one of each"
+            raise UsageError(f"{path}:{line.number}: {again}")
         records.append(line.record)
     return records

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_dataset
@@ -29,6 +29,7 @@ from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
+from widthbench import cache
 from widthbench.errors import UsageError, did_you_mean
 from widthbench.paths import cache_dir, data_dir, write_atomic
 from widthbench.provenance import code_digest
@@ -406,15 +407,12 @@ def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | No
     """Small images as arrays, kept decoded in the cache; None if they differ in size or are too many."""
     stamp = f"{train.root} {train.listing(dates=True)} {test.listing(dates=True)} {version('pillow')} {code_digest('sources.py')}"
     key = hashlib.sha256(stamp.encode()).hexdigest()[:40]
-    path = cache_dir() / "decoded" / f"{name}-{key}.safetensors"
+    path = cache_dir() / "decoded" / f"{name}-{key}.tensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        try:
-            t = load_file(path) if path.is_file() else {}
-            if t:
-                return Arrays(t["train"], t["train_labels"]), Arrays(t["test"], t["test_labels"])
-        except (OSError, SafetensorError, KeyError):
-            path.unlink(missing_ok=True)
+        if (blob := cache.read(path, "decoded images")) is not None:
+            t = load_tensors(blob)
+            return Arrays(t["train"], t["train_labels"]), Arrays(t["test"], t["test_labels"])
         first = train.open(0, None)
         if (len(train) + len(test)) * 3 * first.size[0] * first.size[1] > MEMORY:
             return None
@@ -433,7 +431,7 @@ def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | No
             for x, part in zip(stacked, (train, test), strict=True)
         ]
         tensors = {"train": parts[0].images, "train_labels": parts[0].labels}
-        write_atomic(path, save({**tensors, "test": parts[1].images, "test_labels": parts[1].labels}))
+        cache.write(path, save({**tensors, "test": parts[1].images, "test_labels": parts[1].labels}), shared=False)
         return parts[0], parts[1]
 
 
@@ -484,7 +482,10 @@ def _unzipped(name: str, root: Path) -> Path:
         digest.update(contents[plain.name])
     place = cache_dir() / "unzipped" / digest.hexdigest()[:16]
     for plain_name, content in contents.items():
-        if not (path := _torchvision_folder(name, place) / plain_name).is_file():
+        path = _torchvision_folder(name, place) / plain_name
+        if not path.is_file() or path.read_bytes() != content:
+            if path.is_file():
+                cache.damaged(path, "unzipped file")
             write_atomic(path, content)
     return place
 

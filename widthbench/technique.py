@@ -131,7 +131,9 @@ class Technique(ABC):
             raise UsageError(f"technique '{self.id}' left declared and real shapes in disagreement: {bad[0]}")
         if outcome.model is not None and not outcome.plan and task.regroup is not None:
             found = task.regroup(resized)  # of one head alone nothing is found
-            widths = {n: found[n].channels if n in found else 1 for n, g in task.groups.items() if n in found or g.heads}
+            # as in a plan, channels per head count for all heads, those that are gone too
+            full = {n: found[n].channels * g.blocks // found[n].blocks for n, g in task.groups.items() if n in found}
+            widths = {n: full.get(n, 1) for n, g in task.groups.items() if n in found or g.heads}
         else:
             widths = {n: len(outcome.plan[n].rows) if n in outcome.plan else g.channels for n, g in task.groups.items()}
         macs = 0  # a forward pass is not worth it where the budget does not ask

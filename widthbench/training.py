@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import time
@@ -20,10 +19,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthbench import parallel
+from widthbench import cache, parallel
 from widthbench.errors import UsageError
 from widthbench.measure import fastest_layout
-from widthbench.paths import write_atomic
 from widthbench.randomness import seeded
 from widthbench.recipe import Recipe, Spent
 from widthbench.task import Progress, Samples
@@ -288,23 +286,21 @@ class Resume:
         buffer = io.BytesIO()
         torch.save({"recipe": recipe.model_dump(), "samples": samples, **state}, buffer)
         blob = buffer.getvalue()
-        write_atomic(self.path, hashlib.sha256(blob).digest() + blob)
+        try:
+            cache.write(self.path, blob, shared=False)
+        except UsageError as error:  # the training itself goes on
+            warnings.warn(f"the state of a training run is not kept: {error}", stacklevel=2)
         self._last = time.perf_counter()
 
     def read(self, recipe: Recipe, samples: int) -> dict[str, Any] | None:
         """The last state; None if there is none, or (named in a warning) it is damaged or another run's."""
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
+        blob = cache.read(self.path, "training state")
+        if blob is None:
             return None
-        digest, blob = content[:32], content[32:]
-        problem = "its digest does not match"
-        if hashlib.sha256(blob).digest() == digest:
-            state: dict[str, Any] = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
-            if state.pop("recipe") == recipe.model_dump() and state.pop("samples") == samples:
-                return state
-            problem = "it belongs to another recipe or data set"
-        warnings.warn(f"training state {self.path} is of no use ({problem}): training starts over", stacklevel=2)
+        state: dict[str, Any] = torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
+        if state.pop("recipe") == recipe.model_dump() and state.pop("samples") == samples:
+            return state
+        warnings.warn(f"training state {self.path} belongs to another recipe or data set: training starts over", stacklevel=2)
         return None
 
     def discard(self) -> None:

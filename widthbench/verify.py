@@ -6,25 +6,34 @@ import json
 import math
 import os
 import random
+import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from widthbench import suites
+from widthbench import claims, controls, protocol, suites
+from widthbench.budget import Budget, check, used
 from widthbench.engines import local
 from widthbench.errors import UsageError
 from widthbench.provenance import hardware
-from widthbench.records import Line, Record, read_lines
-from widthbench.report.build import SUMS, file_digest, leaderboards
+from widthbench.recipe import Spent
+from widthbench.records import Cell, Line, Record, read_lines
+from widthbench.report import claims as report_claims
+from widthbench.report import tables
+from widthbench.report.build import SUMS, file_digest, parse_timings, read_sums, texts
 from widthbench.suites import Suite
+from widthbench.width.cost import Cost, count_macs
 
 POINTS = 1.0  # of test top-1: what a network trained anew on another machine may differ by (the tolerance of claims on own bases)
 DEVIATIONS = 3.0  # or standard errors of the difference of two accuracies on as many images, where that is more
 MACS = 0.05  # as budgets are met
+SPENT = 0.25  # of what a decision and what followed cost: loops that stop by what they see stop elsewhere a little earlier or later
+CITING = f"\n{tables.CITING}\n".encode()
 KEPT = ("base_digest", "checkpoint", "dataset_digest", "dtype", "threads", "val_seen", "processes", "device")  # of the provenance
 SAME = ("commit", "dirty", "versions", "dataset_digest")  # where these agree, so do keys
 
@@ -68,12 +77,11 @@ def check_files(suite: Suite, folder: Path) -> list[Check]:
 
 def _sums(folder: Path) -> list[Check]:
     try:
-        lines = (folder / SUMS).read_text(errors="replace").splitlines()
+        lines = read_sums(folder / SUMS)
     except OSError:
         return [Check(SUMS, "digest", False, "there is none: `widthbench report` writes it")]
     found = []
-    for line in lines:
-        digest, _, name = line.partition("  ")
+    for digest, name in lines:
         try:
             inside = bool(name) and (folder / name).resolve().is_relative_to(folder.resolve())
             same = (file_digest(folder / name) == digest) if inside else None
@@ -83,10 +91,10 @@ def _sums(folder: Path) -> list[Check]:
         except (OSError, ValueError):  # a folder, a name that no file can have
             same = None
         if same is None:
-            found.append(Check(SUMS, "digest", False, f"not a line of digest and file: {line[:80]!r}"))
+            found.append(Check(SUMS, "digest", False, f"not a line of digest and file: {f'{digest}  {name}'[:80]!r}"))
         else:
             found.append(Check(name, "digest", same, "" if same else f"was changed after {SUMS} was written"))
-    named = {line.partition("  ")[2] for line in lines} | {SUMS, "records.damaged.jsonl"}
+    named = {name for _, name in lines} | {SUMS, "records.damaged.jsonl"}
     there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return found + [Check(n, "digest", False, f"is not in {SUMS}") for n in there if n not in named]
 
@@ -111,18 +119,72 @@ def _records(suite: Suite, lines: Sequence[Line]) -> list[Check]:
 
 
 def _tables(suite: Suite, folder: Path, records: Sequence[Record]) -> list[Check]:
-    """Whether the leaderboards say what records and timings say."""
+    """Whether all pages say what records and timings say."""
     try:
-        timings = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
-        pages = leaderboards(suite, records, timings, file_digest(folder / "records.jsonl"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [Check("timings.jsonl", "table", False, f"cannot be read: {type(error).__name__} {error}")]
+        timings = parse_timings(folder / "timings.jsonl")
+    except UsageError as error:
+        return [Check("timings.jsonl", "table", False, str(error))]
     found = []
-    for name, text in pages.items():
+    for name, text in texts(suite, records, timings, file_digest(folder / "records.jsonl")).items():
         path = folder / name
-        same = path.is_file() and path.read_text(errors="replace") == text
+        there = path.read_bytes() if path.is_file() else b""
+        same = there == text.encode() or (name == "leaderboard.md" and _same_but_bibtex(there, text.encode()))
         note = "" if same else "is not what this version writes from the records: `widthbench report` writes it anew"
         found.append(Check(name, "table", same, note))
+    return found
+
+
+def _same_but_bibtex(one: bytes, other: bytes) -> bool:
+    """Whether two leaderboards agree but for the BibTeX of techniques, which is their authors' and follows from no record."""
+    parts = [_cited(page) for page in (one, other)]
+    return None not in parts and parts[0] == parts[1]
+
+
+def _cited(page: bytes) -> tuple[bytes, list[bytes]] | None:
+    """What a leaderboard says before it cites, and its own entry; None if there is anything but one block of BibTeX behind that."""
+    told, _, rest = page.partition(CITING)
+    lines = rest.splitlines()
+    fence = lines[1].removesuffix(b"bibtex") if len(lines) > 3 else b""
+    if not fence.startswith(b"```") or lines[-1] != fence or any(line.startswith(fence) for line in lines[2:-1]):
+        return None
+    return told, lines[2 : lines.index(b"}")] if b"}" in lines else []
+
+
+def check_claims(results: Path) -> list[Check]:
+    """Judge all claims anew by the records in a results folder, and hold ``claims.json`` and ``claims.md`` to that.
+
+    What a claim's check measures when the page is written (no records) may differ in its last digits elsewhere, and is left out.
+
+    Args:
+        results: The folder; without ``claims.json`` there is nothing to check.
+
+    Raises:
+        UsageError: If records are damaged.
+    """
+    if not (results / "claims.json").is_file():
+        return []
+    judged = claims.judge_all(results)
+    pages = {"claims.json": json.dumps(report_claims.plain(judged)), "claims.md": report_claims.page(judged)}
+    found = []
+    for name, text in pages.items():
+        path = results / name
+        try:
+            there = path.read_text(encoding="utf-8")
+            same = _claimed(there, name) == _claimed(text, name)
+        except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            same = False
+        found.append(Check(name, "table", same, "" if same else "is not what the records say: `widthbench claims` writes it anew"))
+    return found
+
+
+def _claimed(text: str, name: str) -> Any:
+    """What a page of claims says by records."""
+    if name.endswith(".md"):
+        return [line for line in text.splitlines() if "| check `" not in line]
+    found = json.loads(text)
+    for row in (row for claim in found for row in claim["rows"]):
+        if row["check"] and not row["records"]:
+            row["measured"] = row["rule"] = ""
     return found
 
 
@@ -146,13 +208,15 @@ def sample(records: Sequence[Record], count: int | None, seed: int = 0) -> list[
 
 
 def rerun(
-    suite: Suite, records: Sequence[Record], *, jobs: int = 1, tell: Callable[[Check], None] = lambda check: None
-) -> list[Check]:
+    suite: Suite, records: Sequence[Record], *, beside: Sequence[Record] = (), jobs: int = 1,
+    tell: Callable[[Check], None] = lambda check: None,
+) -> list[Check]:  # fmt: skip
     """Run recorded cells again from nothing, in a cache of their own, and hold what comes out to the records.
 
     Args:
         suite: The suite.
         records: Of its cells.
+        beside: The suite's other records, from whose spread over seeds the tolerance of earlier stages follows.
         jobs: Worker processes.
         tell: Called with each check as it is done.
 
@@ -161,14 +225,63 @@ def rerun(
     """
     suites.check(suite, [r.cell for r in records])
     old = {r.cell.identity: r for r in records}
+    spreads = _spreads([*beside, *records])
     found: list[Check] = []
+    elsewhere: list[tuple[Record, Record]] = []
 
     def done(new: Record) -> None:
-        found.append(compare(old[new.cell.identity], new))
+        before = old[new.cell.identity]
+        found.append(compare(before, new, spreads.get(_row(before.cell), {})))
+        if before.status == new.status == "done" and found[-1].by == "tolerance":
+            elsewhere.append((before, new))
         tell(found[-1])
 
     with tempfile.TemporaryDirectory(prefix="widthbench-verify-") as folder, _cache(Path(folder)):
         local.run([r.cell for r in records], jobs=jobs, done=done)
+    return found + means(elsewhere)
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    return cell.dataset, cell.network, cell.label, cell.budget or ""
+
+
+def _spreads(records: Sequence[Record]) -> dict[tuple[str, ...], dict[str, float]]:
+    """Sample standard deviation of test top-1 over seeds, by row of the leaderboard and stage."""
+    values: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
+    for record in records:
+        for row in record.rows:
+            values.setdefault(_row(record.cell), {}).setdefault(row.stage, {})[record.cell.seed] = row.top1
+    return {
+        key: {stage: statistics.stdev(of.values()) for stage, of in stages.items() if len(of) > 1} for key, stages in values.items()
+    }
+
+
+def means(pairs: Sequence[tuple[Record, Record]]) -> list[Check]:
+    """Judge the mean difference of top-1 over reruns elsewhere: of each row, of each technique, of all.
+
+    What moves every cell the same way, each within its tolerance, shows here: allowed is ``sqrt(sum tolerance_i ** 2) / n``, since
+    what training leaves to chance is independent from network to network.
+
+    Args:
+        pairs: Records and their reruns, finished both.
+    """
+    grouped: dict[str, list[tuple[Record, Record]]] = {}
+    for pair in pairs:
+        cell = pair[0].cell
+        for name in (" ".join(_row(cell)).rstrip(), cell.label, "all cells"):
+            grouped.setdefault(name, []).append(pair)
+    found = []
+    seen: list[list[tuple[Record, Record]]] = []
+    for name, some in grouped.items():
+        if len(some) < 2 or some in seen:
+            continue
+        seen.append(some)
+        rows = [(old.row(), new.row()) for old, new in some]
+        both = [(a, b) for a, b in rows if a is not None and b is not None]
+        apart = fmean(b.top1 - a.top1 for a, b in both)
+        allowed = math.sqrt(sum(tolerance(b.top1, b.samples) ** 2 for _, b in both)) / len(both)
+        note = f"mean difference of top-1 {apart:+.2f} (allowed ±{allowed:.2f})"
+        found.append(Check(f"{name}: mean of {len(both)}", "tolerance", abs(apart) <= allowed, note))
     return found
 
 
@@ -188,14 +301,23 @@ def _cache(folder: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def compare(old: Record, new: Record) -> Check:
-    """Hold a rerun to a record: bit by bit where code, versions, data and hardware are the record's, else within tolerance."""
+def compare(old: Record, new: Record, spread: Mapping[str, float] | None = None) -> Check:
+    """Hold a rerun to a record: bit by bit where code, versions, data and hardware are the record's, else within tolerance.
+
+    Args:
+        old: The record.
+        new: The rerun.
+        spread: Sample standard deviation over seeds of top-1 on the record's row, by stage.
+    """
     if old.status != new.status:
         return Check(new.cell.id, "status", False, f"recorded {old.status}, now {new.status} {new.reason[:120]}".rstrip())
+    why = _elsewhere(old, new)
     if old.status != "done":
-        return Check(new.cell.id, "status", True, f"{new.status} again")
-    if why := _elsewhere(old, new):
-        return _within(old, new, why)
+        same = old.reason == new.reason
+        note = f"{new.status} again" + ("" if same else f", recorded {old.reason[:100]!r}, now {new.reason[:100]!r}")
+        return Check(new.cell.id, "status", same or bool(why) or old.status == "failed", note)
+    if why:
+        return _within(old, new, why, spread or {})
     differences = sorted(_differences(_result(old), _result(new)))
     return Check(new.cell.id, "bit-equal", not differences, _shortened(differences))
 
@@ -254,19 +376,68 @@ def tolerance(top1: float, samples: int) -> float:
     return max(POINTS, DEVIATIONS * 100 * math.sqrt(2 * share * (1 - share) / max(1, samples)))
 
 
-def _within(old: Record, new: Record, why: str) -> Check:
-    then, now = old.row(), new.row()
-    if then is None or now is None or not old.macs or not new.macs:
-        return Check(new.cell.id, "tolerance", False, f"{why}: a record without scores")
-    facts = [(_facts(r), {n: getattr(r, n) for n in ("macs", "params")} if old.widths == new.widths else {}) for r in (old, new)]
-    differences = sorted([*_differences(facts[0][0], facts[1][0]), *_differences(facts[0][1], facts[1][1])])
+def _within(old: Record, new: Record, why: str, spread: Mapping[str, float]) -> Check:
+    then, now = old.rows[-1], new.rows[-1]
+    assert old.macs  # of records that are done
+    assert new.macs
+    differences = sorted([*_differences(_facts(old), _facts(new)), *_size_differences(old), *_cost_differences(old, new)])
     apart, allowed = now.top1 - then.top1, tolerance(now.top1, now.samples)
     macs = new.macs / old.macs - 1
     note = f"{why}: top-1 {then.top1:.2f} and {now.top1:.2f} ({apart:+.2f}, allowed ±{allowed:.2f}), MACs {100 * macs:+.2f} %"
-    others = [f"{a.stage} {a.top1:.2f} and {b.top1:.2f}" for a, b in zip(old.rows[:-1], new.rows[:-1], strict=False)]
-    note += f" (not judged: {', '.join(others)})" if others else ""
+    for a, b in zip(old.rows[:-1], new.rows[:-1], strict=False):
+        if a.stage not in spread:
+            note += f", {a.stage} {a.top1:.2f} and {b.top1:.2f} (one seed: not judged)"
+            continue
+        more = max(tolerance(b.top1, b.samples), DEVIATIONS * math.sqrt(2) * spread[a.stage])
+        note += f", {a.stage} {b.top1 - a.top1:+.2f}"
+        if abs(b.top1 - a.top1) > more:
+            differences.append(f"{a.stage}: top-1 {a.top1:.2f} and {b.top1:.2f}, allowed ±{more:.2f}")
     note += f"; {_shortened(differences)}" if differences else ""
     return Check(new.cell.id, "tolerance", not differences and abs(apart) <= allowed and abs(macs) <= MACS, note)
+
+
+def _size_differences(record: Record) -> Iterator[str]:
+    """Where a record's sizes are not those of a network of its widths."""
+    try:
+        found = sizes(record)
+    except Exception as error:  # widths that no network can have
+        yield f"widths: no network of the kind has them ({type(error).__name__}: {str(error)[:80]})"
+        return
+    for name, value in found.items():
+        said = getattr(record, name)
+        same = math.isclose(said or 0.0, value, rel_tol=1e-9) if name == "kept" else said == value
+        if not same:
+            yield f"{name}: recorded {said}, its widths give {value}"
+
+
+def sizes(record: Record) -> dict[str, Any]:
+    """What follows from a record's widths alone: MACs, parameters, the share that is kept, and whether the budget was met.
+
+    Args:
+        record: A finished one.
+    """
+    cell = record.cell
+    with protocol.pinned(cell):
+        model, groups, cost = controls.fresh_at(cell, record.widths, 0)
+        macs, params = count_macs(model, protocol.example_input(cell)), sum(p.numel() for p in model.parameters())
+    found: dict[str, Any] = {"macs": macs, "params": params, "base_macs": cost.original.macs, "base_params": cost.original.params}
+    if cell.budget is None:
+        return found
+    scoped = groups.select(cell.scope, cell.include or None)
+    budget = protocol.budget_of(cell, scoped, cost)
+    kept = used(budget, record.widths, scoped, Cost(macs, params), cost.original)
+    floor = budget != Budget.parse(cell.budget, grows=True)
+    return found | {"kept": kept, "met": check(budget, kept, scoped), "floor": floor}
+
+
+def _cost_differences(old: Record, new: Record) -> Iterator[str]:
+    """Where what was spent is not what a rerun spends: exactly for the base network, within ``SPENT`` for what came after."""
+    for phase in sorted({*old.spent, *new.spent}):
+        then, now = old.spent.get(phase, Spent()), new.spent.get(phase, Spent())
+        for name in ("forward_macs", "backward_macs", "epochs"):
+            a, b = getattr(then, name), getattr(now, name)
+            if a != b if phase == "base" else abs(a - b) > SPENT * max(a, b):
+                yield f"spent.{phase}.{name}: recorded {a:g}, now {b:g}"
 
 
 def _facts(record: Record) -> dict[str, Any]:

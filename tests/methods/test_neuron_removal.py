@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import zoo
+from made import DONE
 from torch.nn import functional as F
 from widthbench._claims import neuron_removal as checks
 from widthbench.methods import neuron_removal
@@ -378,7 +379,7 @@ def test_checks_read_records_and_measurements(tmp_path):
     (tmp_path / "neuron-removal-speed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert list(checks.speed_up(evidence).values.values()) == [2.0]
     evidence._read["shrinking"] = [
-        widthbench.records.Record(key=c.id, cell=c, status="done", series={"stop.channels": [10 + 0.1 * width + c.seed]})
+        widthbench.records.Record(key=c.id, cell=c, **DONE, series={"stop.channels": [10 + 0.1 * width + c.seed]})
         for c in evidence.cells("shrinking")
         for width in (c.model_args["widths"][0],)
         if c.params == {"ranking": "oracle", "rerank": "iterative"} and not c.variant and (c.seed, width) != (4, 400)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from made import DONE
 from PIL import Image
 
 from widthbench import suites
@@ -77,7 +78,7 @@ def path(values, channels, seed=0, budget="channels:0.5"):
         dataset="digits", model="lenet5", size=28, technique="l1-norm", budget=budget, seed=seed, base=recipe, finetune=recipe
     )
     series = {"path.channels": channels, "path.top1": values}
-    return Record(key=f"{seed}{budget}", cell=cell, status="done", access="none", series=series)
+    return Record(key=f"{seed}{budget}", cell=cell, **DONE, access="none", series=series)
 
 
 def test_paths_of_any_technique_are_drawn_on_a_common_grid(tmp_path):

@@ -45,6 +45,31 @@ def test_what_has_no_number_is_empty_and_flags_are_columns():
     assert [odd[k] for k in ("budget_unused", "coupled", "below_floor", "batches_in_halves")] == ["True"] * 3 + ["False"]
 
 
+def test_text_is_no_formula_in_a_spreadsheet_and_what_was_not_run_has_a_row():
+    text = exports.csv_text([record("=HYPERLINK(1)")], [], suite(seeds=[0, 1], controls=[]).cells())
+    formula, unrun = csv.DictReader(io.StringIO(text))
+    assert formula["technique"] == "'=HYPERLINK(1)"
+    assert (unrun["technique"], unrun["status"], unrun["cells"], unrun["cells_done"]) == ("l1-norm", "not run", "2", "0")
+
+
+def test_only_sound_records_of_the_suite_are_cited(tmp_path, capsys):
+    (tmp_path / "smoke").mkdir()
+    path = tmp_path / "smoke" / "records.jsonl"
+    (cell, *_) = suites.load("smoke").cells()
+    for records, said in (
+        ([record(cell=cell), record(cell=cell)], "a second record of"),
+        ([record()], "suite 'smoke' has no such cell as digits-lenet5-l1-norm"),
+    ):
+        write_records(path, records)
+        assert cli.main(["cite", "smoke", "--results", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+        assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+    path.write_text("")
+    assert cli.main(["cite", "smoke", "--results", str(tmp_path)]) == 0
+    assert "no results of its own yet" in capsys.readouterr().out
+
+
 def test_csv_agrees_with_the_committed_leaderboard():
     records = read_records(ROOT / "results" / "lenet-public" / "records.jsonl")
     page = (ROOT / "results" / "lenet-public" / "leaderboard.md").read_text()
@@ -98,7 +123,8 @@ def test_entries_are_balanced_and_have_keys():
 def test_the_command_cites_what_lies_in_the_results(tmp_path, capsys):
     folder = tmp_path / "smoke"
     folder.mkdir()
-    write_records(folder / "records.jsonl", [record()])
+    (cell, *_) = suites.load("smoke").cells()
+    write_records(folder / "records.jsonl", [record(cell=cell)])
     assert cli.main(["cite", "smoke", "--results", str(tmp_path)]) == 0
     assert hashlib.sha256((folder / "records.jsonl").read_bytes()).hexdigest() in capsys.readouterr().out
     assert cli.main(["cite", "smokey"]) == 2

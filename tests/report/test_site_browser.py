@@ -173,6 +173,32 @@ def test_no_page_is_wider_than_its_window(page):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), route
 
 
+ODD = ("record/%zz/x", "record/__proto__/toString", "record/s/toString", "record/s/__proto__", "record", "record//", "%", "suite/x")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_address_that_leads_nowhere_shows_a_page(page, odd):
+    go(page, "claims")
+    page.goto(f"{page.url.partition('#')[0]}#{odd}")
+    page.wait_for_timeout(200)
+    assert page.locator("section:not([hidden])").count() == 1
+    assert page.locator("dialog[open]").count() == 0
+
+
+def test_committed_results_fit_a_phone(browser, tmp_path):
+    """Real suites: long names of networks, many rows."""
+    results = Path(__file__).parents[2] / "results"
+    shown = [site._shown(results / name, {}) for name in ("shrinking", "lenet-public", "digits")]
+    (tmp_path / "site.html").write_text(site.html(shown, site._claims(results)))
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    for route in ("overview", "claims", *(f"suite/{s.name}" for s in shown)):
+        page.goto(f"file://{tmp_path}/site.html#{route}")
+        page.wait_for_timeout(1500)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, route
+        shoot(page, f"real-{route.replace('/', '-')}")
+    page.close()
+
+
 def test_without_scripts_everything_can_be_read(browser, address):
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto(address)

@@ -1,5 +1,5 @@
 import pytest
-from made import WHERE, record, suite
+from made import DONE, WHERE, record, suite
 
 from widthbench.recipe import Spent
 from widthbench.records import Record, Row
@@ -159,7 +159,7 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
     from widthbench.records import Store, read_records, write_records
 
     whole = suite(techniques=["l1-norm", "random-channels"], controls=["base"])
-    records = [Record(key=f"{i:040d}", cell=c, status="done", provenance=WHERE) for i, c in enumerate(whole.cells())]
+    records = [Record(key=f"{i:040d}", cell=c, **DONE, provenance=WHERE) for i, c in enumerate(whole.cells())]
     store = Store(tmp_path / "cells")
     new = records[0].model_copy(update={"reason": "new"})
     store.put(new)
@@ -195,3 +195,55 @@ def test_rows_far_below_do_not_flatten_a_figure(tmp_path):
     assert figures.floor_of([99.0] * 11 + [98.5, 81.5]) == pytest.approx(97.5)
     records = [record(seed=0, budget=b, top1=t) for b, t in (("macs:0.5", 98.0), ("macs:0.25", 97.0), ("macs:0.125", 10.0))]
     assert all(path.stat().st_size > 10_000 for path in figures.write(records, tmp_path, "x"))
+
+
+def test_rows_that_were_not_run_and_cells_that_are_missing_are_seen():
+    """A seed that is left out makes a row of four of five, not one of four."""
+    page = board([record(seed=s, top1=90.0 + s) for s in range(4)], seeds=list(range(5)), techniques=["l1-norm", "nmf"])
+    cells = row_of(page, "l1-norm ✕")
+    assert cells[-1] == "4 of 5"
+    assert "✕ some of its cells have no result" in page
+    assert row_of(page, "nmf")[:4] == ["nmf", "", "macs:0.5", "not run"]
+    assert "*not run*: 11 cells of the suite" in page  # base and nmf on five seeds, l1-norm on one
+    one = [record(seed=s, provenance={**WHERE, "checkpoint": "sha"}) for s in range(4)]
+    assert row_of(board(one, seeds=list(range(5))), "l1-norm ✕")[-1] == "1 (4 of 5 cells)"
+
+
+EVIL = "</td><img src=x onerror=alert(1)> a|b `c` *d* [e](javascript:f)"
+
+
+def test_text_of_plug_ins_stays_text_in_markdown():
+    bad = record(EVIL, status="failed", key="b", reason=f"{EVIL}\n## Title\x1b[31m\ud800")
+    page = board([record(EVIL, key="a"), bad.model_copy(update={"cell": bad.cell.model_copy(update={"seed": 1})})], title=EVIL)
+    assert "<img" not in page
+    assert "\x1b" not in page
+    assert "\n## Title" not in page
+    assert r"a\|b \`c\` \*d\* \[e\](javascript:f)" in page
+    assert r"\\x1b\[31m\\ud800" in page
+    page.encode()
+    widths = {line.replace(r"\|", "").count("|") for line in page.splitlines() if line.startswith("|")}
+    assert widths == {14, 4}
+
+
+def test_a_block_of_code_cannot_be_ended_by_its_text():
+    page = tables.leaderboard(suite(), [record()], [], 1, cite="@misc{a,\n```\n# Out\n````\n}")
+    assert page.endswith("`````bibtex\n@misc{a,\n```\n# Out\n````\n}\n`````\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"dataset": "d", "model": "m", "shape": "s", "speed_up": NaN}',
+        '{"dataset": "d", "model": "m", "shape": "s", "speed_up": 1e999}',
+        '{"dataset": "d", "model": "m", "shape": "s", "speed_up": "fast"}',
+        '{"dataset": "d", "model": "m", "shape": [], "speed_up": 1}',
+        '{"dataset": "d", "model": "m", "speed_up": 1}',
+        "[" * 100_000,
+        "7",
+    ],
+)
+def test_damaged_timings_are_named_and_measured_again(tmp_path, line):
+    (tmp_path / "timings.jsonl").write_text(f"{line}\n")
+    assert build.read_timings(tmp_path) == []
+    with pytest.raises(build.UsageError, match=r"timings.jsonl:1 is no timing"):
+        build.parse_timings(tmp_path / "timings.jsonl")

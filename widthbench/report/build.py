@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from widthbench import protocol
+from pydantic import BaseModel, Field
+
+from widthbench import cache, protocol
 from widthbench.controls import fresh_at
 from widthbench.errors import UsageError
 from widthbench.measure import latency_ms, peak_memory_mib
@@ -98,27 +100,56 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     # as files hold them, so that whoever reads the files makes the same tables
     records, timings = in_order(suite, read_records(folder / "records.jsonl")), read_timings(folder)
     pages = []
-    for name, text in leaderboards(suite, records, timings, file_digest(folder / "records.jsonl")).items():
+    for name, text in texts(suite, records, timings, file_digest(folder / "records.jsonl")).items():
         pages.append(folder / name)
         write_atomic(pages[-1], text)
-    if tables.comparable(suite):
-        pages.append(folder / "paired.md")
-        write_atomic(pages[-1], tables.paired(suite, records))
     more = []
     if curves.has_curves(records):
-        pages.append(folder / "curves.md")
-        write_atomic(pages[-1], curves.page(records, suite.name))
         more = curves.write(records, folder / "figures")
     if trajectories.has_trajectories(records):
-        pages.append(folder / "trajectories.md")
-        write_atomic(pages[-1], trajectories.page(records, suite.name))
         more += trajectories.write(records, folder / "figures")
     drawn = figures.write(records, folder / "figures", suite.title or suite.name) + widths.write(records, folder / "figures")
     files = [*pages, folder / "records.jsonl", folder / "timings.jsonl", *drawn, *more]
     sums = folder / SUMS
+    _clear(sums, files)
     write_atomic(sums, "".join(f"{file_digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in sorted(files)))
     files.append(sums)
     return Report(records, folder, files, tables.terminal(suite, records, len(suite.cells())))
+
+
+def _clear(sums: Path, files: Sequence[Path]) -> None:
+    """Remove what an earlier report wrote and this one does not, unless somebody has changed it since."""
+    for digest, name in read_sums(sums) if sums.is_file() else []:
+        path = sums.parent / name
+        inside = path.resolve().is_relative_to(sums.parent.resolve())
+        if inside and path not in files and path.is_file() and file_digest(path) == digest:
+            path.unlink()
+
+
+def read_sums(path: Path) -> list[tuple[str, str]]:
+    """Digests and names in a ``SHA256SUMS``, as they stand there; what is no such line has no name."""
+    lines = path.read_text(errors="replace").splitlines()
+    return [(digest, name) for digest, _, name in (line.partition("  ") for line in lines)]
+
+
+def texts(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], digest: str) -> dict[str, str]:
+    """All pages of a suite that follow from its records, by file name.
+
+    Args:
+        suite: The suite.
+        records: As ``records.jsonl`` holds them.
+        timings: As ``timings.jsonl`` holds them.
+        digest: SHA-256 of ``records.jsonl``.
+    """
+    records = in_order(suite, records)
+    found = leaderboards(suite, records, timings, digest)
+    if tables.comparable(suite):
+        found["paired.md"] = tables.paired(suite, records)
+    if curves.has_curves(records):
+        found["curves.md"] = curves.page(records, suite.name)
+    if trajectories.has_trajectories(records):
+        found["trajectories.md"] = trajectories.page(records, suite.name)
+    return found
 
 
 def leaderboards(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], digest: str) -> dict[str, str]:
@@ -134,9 +165,24 @@ def leaderboards(suite: Suite, records: Sequence[Record], timings: Sequence[dict
     cite = exports.citation(suite, records, digest)
     return {
         "leaderboard.md": tables.leaderboard(suite, records, timings, len(suite.cells()), digest=digest, cite=cite),
-        "leaderboard.csv": exports.csv_text(records, timings),
+        "leaderboard.csv": exports.csv_text(records, timings, suite.cells()),
         "leaderboard.tex": exports.latex_text(suite, records, timings),
     }
+
+
+def of_suite(suite: Suite, path: Path, records: Sequence[Record]) -> Sequence[Record]:
+    """The records, if all are of cells that the suite has.
+
+    Raises:
+        UsageError: If one is not; it names the cell, and ``path`` as the file.
+    """
+    known = {cell.identity for cell in suite.cells()}
+    for record in records:
+        if record.cell.identity not in known:
+            raise UsageError(
+                f"{path}: suite '{suite.name}' has no such cell as {record.cell.id}: `widthbench report` writes the file anew"
+            )
+    return records
 
 
 def in_order(suite: Suite, records: Sequence[Record]) -> list[Record]:
@@ -151,13 +197,42 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Timing(BaseModel):
+    """What tables take from a line of ``timings.jsonl``."""
+
+    dataset: str
+    model: str
+    shape: str
+    speed_up: float = Field(gt=0, allow_inf_nan=False)
+    batch: int = Field(default=BATCH, gt=0)
+
+
+def parse_timings(path: Path) -> list[dict[str, Any]]:
+    """The lines of ``timings.jsonl``.
+
+    Raises:
+        UsageError: If it cannot be read, or a line is no timing; it names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    found = []
+    for number, line in enumerate(text, 1):
+        try:
+            found.append(json.loads(line))
+            _Timing.model_validate(found[-1])
+        except (ValueError, RecursionError) as error:  # pydantic's are ValueErrors
+            raise UsageError(f"{path}:{number} is no timing: {str(error).splitlines()[0]}") from error
+    return found
+
+
 def read_timings(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``timings.jsonl``; none if it is absent or damaged, since what it holds can be measured again."""
     try:
-        found = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
+        return parse_timings(folder / "timings.jsonl")
+    except UsageError:
         return []
-    return found if all(isinstance(t, dict) and {"dataset", "model", "shape", "speed_up"} <= t.keys() for t in found) else []
 
 
 def _before(path: Path) -> list[Record]:
@@ -197,14 +272,26 @@ def timings_of(records: Sequence[Record], *, measure: bool, before: Sequence[dic
         if record.status != "done" or key in found:
             continue
         path = cache_dir() / "timings" / f"{_timing_key(record)}.json"
-        if path.is_file():
-            found[key] = json.loads(path.read_text())
+        if cached := _cached_timing(path):
+            found[key] = cached
         elif key in old:
             found[key] = old[key]
         elif measure:
             found[key] = _measure(record)
-            write_atomic(path, json.dumps(found[key], indent=1))
+            cache.write_json(path, found[key])
     return list(found.values())
+
+
+def _cached_timing(path: Path) -> dict[str, Any] | None:
+    """A timing from the cache; None if there is none, or (named in a warning) it is damaged."""
+    found = cache.read_json(path, "timing")
+    try:
+        if found is not None:
+            _Timing.model_validate(found)
+    except ValueError as error:
+        cache.damaged(path, "timing", str(error).splitlines()[0])
+        return None
+    return found
 
 
 def _timing_key(record: Record) -> str:

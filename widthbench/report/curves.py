@@ -20,7 +20,7 @@ from widthbench.paths import write_atomic
 from widthbench.protocol import STOP
 from widthbench.records import Record
 from widthbench.report.figures import COLOURS
-from widthbench.report.tables import Line, lines, over_bases
+from widthbench.report.tables import Line, code, escaped, lines, over_bases
 
 SHARES = (20, 40, 50, 60, 80)  # % of the channels removed, in the table
 NEURONS = 12  # panels of error curves
@@ -55,10 +55,13 @@ def page(records: Sequence[Record], title: str) -> str:
         base = over_bases({k: r.series["path.top1"][0] for line in block for k, r in line.done.items()})
         assert base is not None  # a block has records
         table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=("left", *["right"] * 9), disable_numparse=True)
-        parts += [f"## `{network}` on `{dataset}`", "", f"Nothing removed: {base.text()} %.", "", table, ""]
+        parts += [f"## {code(network)} on {code(dataset)}", "", f"Nothing removed: {base.text()} %.", "", table, ""]
         if _with_errors(block):
             name = _file(network, dataset)
-            parts += [f"![Loss over the gate of single neurons of {network}, with its Taylor polynomials](figures/{name})", ""]
+            parts += [
+                f"![Loss over the gate of single neurons of {escaped(network)}, with its Taylor polynomials](figures/{name})",
+                "",
+            ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -119,7 +122,7 @@ def _row(line: Line) -> list[str]:
 
     at = [mean(lambda r, s=share: _at(r, s)) for share in SHARES]  # type: ignore[misc]
     return [
-        short(line), mean(last("stop.removed"), 1), mean(last("stop.top1")), *at, mean(last("correlation"), 3),
+        escaped(short(line)), mean(last("stop.removed"), 1), mean(last("stop.top1")), *at, mean(last("correlation"), 3),
         str(line.bases),
     ]  # fmt: skip
 

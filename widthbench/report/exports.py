@@ -5,32 +5,39 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
 
 from widthbench import registry
-from widthbench.errors import UsageError
-from widthbench.records import FINAL, Record
+from widthbench.errors import UsageError, visible
+from widthbench.records import CONTROLS, FINAL, Cell, Record
 from widthbench.report import tables
 from widthbench.report.statistics import Summary
 from widthbench.suites import Suite
 
 URL = "https://pypi.org/project/widthbench/"
 SUITE_KEY = "widthbench"
+FORMULA = ("=", "+", "-", "@")  # how one begins
 
 
-def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One plain row for each row of the leaderboard: means, sample standard deviations, n; None where there is no number."""
+def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()) -> list[dict[str, Any]]:
+    """One plain row for each row of the leaderboard: means, sample standard deviations, n; None where there is no number.
+
+    Args:
+        records: A suite's.
+        timings: Its timings.
+        cells: Its cells: those that were not run have rows, too.
+    """
     speeds = tables.speeds_of(timings)
     found = []
-    for line in tables.lines(records):
-        first = line.first()
+    for line in tables.lines(records, cells):
+        first = line.first() if line.records else None
         row: dict[str, Any] = {
             "dataset": line.dataset, "network": line.model, "technique": line.label, "control": line.control,
             "data": "control" if line.control else line.access, "budget": line.budget or "", "n": line.bases,
-            "status": "done" if line.done else first.status,
+            "cells": len(line.done) + line.left, "cells_done": len(line.done), "status": line.status,
         }  # fmt: skip
         for name, stages in (("resized", ("resized",)), ("recalibrated", ("recalibrated",)), ("final", FINAL)):
             row |= _spread(f"top1_{name}", next((s for stage in stages if (s := line.summary(stage))), None))
@@ -38,7 +45,7 @@ def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> list[d
         for name in ("params", "macs"):
             value = tables.over_bases({k: float(getattr(r, name)) for k, r in line.done.items()})
             row[name] = value.mean if value else None
-            base = getattr(first, f"base_{name}")
+            base = getattr(first, f"base_{name}", None)
             row[f"base_{name}"] = base
             row[{"params": "compression", "macs": "speed_up_theory"}[name]] = base / value.mean if value and base else None
         speed, cost = (tables.speed_up_of(line, speeds), tables.cost_of(line)) if line.done else (None, None)
@@ -48,7 +55,7 @@ def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> list[d
             "budget_unused": any(not r.met for r in done), "coupled": any(r.coupled for r in done),
             "below_floor": any(r.floor for r in done), "batches_in_halves": any(tables.halved(r) for r in done),
             "val_seen": any(r.provenance.get("val_seen", False) for r in done),
-            "incomplete": bool(done) and len(done) < len(line.records),
+            "incomplete": bool(done and line.left),
         }  # fmt: skip
         found.append(row)
     return found
@@ -58,9 +65,15 @@ def _spread(name: str, summary: Summary | None) -> dict[str, float | None]:
     return {f"{name}_mean": summary.mean if summary else None, f"{name}_std": summary.std if summary else None}
 
 
-def csv_text(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> str:
-    """The leaderboard as CSV, a header first; every number with all its digits, empty where there is none."""
-    found = rows(records, timings)
+def csv_text(records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()) -> str:
+    """The leaderboard as CSV, a header first; every number with all its digits, empty where there is none.
+
+    Arguments as for ``rows``. Text that a spreadsheet would take for a formula gets an apostrophe in front.
+    """
+    found = [
+        {k: f"'{v}" if isinstance(v, str) and v[:1] in FORMULA else v for k, v in row.items()}
+        for row in rows(records, timings, cells)
+    ]
     into = io.StringIO()
     writer = csv.DictWriter(into, list(found[0]) if found else [], lineterminator="\n")
     writer.writeheader()
@@ -159,6 +172,8 @@ def citation(suite: Suite, records: Sequence[Record], digest: str | None) -> str
         parts.insert(0, f"% {suite.name} is a smoke suite: its numbers are not for citation.")
     for name, text in entries(suite).items():
         parts.append(text.strip() if text else f"% {name}: names no paper")
+    away = sorted({c.of or c.technique for c in suite.cells()} - {*registry.names(), *CONTROLS})
+    parts += [f"% {visible(name)}: not installed here" for name in away]
     return "\n\n".join(dict.fromkeys(parts)) + "\n"
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import BaseModel
 
 from widthbench import __version__, suites
 from widthbench.errors import UsageError
 from widthbench.paths import write_atomic
 from widthbench.records import Record, read_records
 from widthbench.report import exports, tables
-from widthbench.report.build import file_digest, in_order, read_timings
+from widthbench.report.build import file_digest, in_order, of_suite, read_timings
 from widthbench.report.figures import COLOURS, floor_of
 from widthbench.suites import Suite
+from widthbench.verify import check_claims
 
 FLAGS = {
     "budget_unused": ("unused", "leaves more than 5 % of its budget unused"),
@@ -34,31 +34,6 @@ FLAGS = {
 }
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star", "triangle-left")  # as in figures
 DROPPED = ("series", "trace")  # of records: curves and tracebacks would make up most of the page
-
-
-class _ClaimRow(BaseModel):
-    what: str
-    reported: str
-    measured: str
-    verdict: str
-    rule: str
-    check: str
-    records: list[str]
-
-
-class _Claim(BaseModel):
-    """A claim as ``report.claims.plain`` writes it."""
-
-    document: str
-    title: str
-    technique: str
-    id: str
-    text: str
-    note: str
-    needs: str
-    verdict: str
-    readings: dict[str, str]
-    rows: list[_ClaimRow]
 
 
 @dataclass(frozen=True)
@@ -98,7 +73,7 @@ def write(results: Path, named: Iterable[Suite] = ()) -> Path:
     if not shown:
         raise UsageError(f"no suite has records in {results}: run one first (`widthbench run digits`)")
     path = results / "site.html"
-    write_atomic(path, html(shown, _claims(results / "claims.json")))
+    write_atomic(path, html(shown, _claims(results)))
     return path
 
 
@@ -107,19 +82,22 @@ def _shown(folder: Path, known: Mapping[str, Suite]) -> Shown:
     suite = known.get(name) or (suites.load(name) if name in suites.names() else None)
     path = folder / "records.jsonl"
     records = read_records(path)
-    return Shown(name, suite, in_order(suite, records) if suite else records, read_timings(folder), file_digest(path))
+    if suite:
+        records = in_order(suite, of_suite(suite, path, records))
+    return Shown(name, suite, records, read_timings(folder), file_digest(path))
 
 
-def _claims(path: Path) -> list[dict[str, Any]]:
-    """What ``widthbench claims`` wrote; nothing if it has not been run."""
-    if not path.is_file():
-        return []
-    try:
-        found = [_Claim.model_validate(c).model_dump() for c in json.loads(path.read_text())]
-    except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
-        first = str(error).splitlines()[0]
-        raise UsageError(f"{path} is damaged ({first}): write it again with `widthbench claims`") from error
-    return found
+def _claims(results: Path) -> list[dict[str, Any]]:
+    """The claims, judged anew, where ``widthbench claims`` has been run; nothing where it has not.
+
+    Raises:
+        UsageError: If ``claims.json`` says something else than the records do.
+    """
+    for check in check_claims(results):
+        if not check.ok:
+            raise UsageError(f"{results / check.what} {check.note}")
+    path = results / "claims.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
@@ -161,8 +139,9 @@ def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
 
 def _suite(shown: Shown) -> dict[str, Any]:
     """What the page says of one suite."""
-    lines = tables.lines(shown.records)
-    rows = exports.rows(shown.records, shown.timings)
+    cells = shown.suite.cells() if shown.suite else []
+    lines = tables.lines(shown.records, cells)
+    rows = exports.rows(shown.records, shown.timings, cells)
     citable = bool(shown.suite and shown.suite.citable)
     places = {
         (*network, *row): int(rank)
@@ -173,7 +152,7 @@ def _suite(shown: Shown) -> dict[str, Any]:
         row["flags"] = [flag for flag in FLAGS if row[flag]]
         row["records"] = [(r.cell.seed, r.key) for _, r in sorted(line.records.items(), key=lambda item: item[1].cell.seed)]
         row["rank"] = places.get((line.dataset, line.model, line.label, line.budget))
-        row["reason"] = "" if line.done else line.first().reason
+        row["reason"] = line.first().reason if line.records and not line.done else ""
         row["place"] = f"{row['network']} on {row['dataset']}"
     return {
         "name": shown.name,
@@ -183,7 +162,7 @@ def _suite(shown: Shown) -> dict[str, Any]:
         "rows": rows,
         "places": list(dict.fromkeys(r["place"] for r in rows)),
         "done": sum(r.status == "done" for r in shown.records),
-        "cells": max(len(shown.suite.cells()) if shown.suite else 0, len(shown.records)),
+        "cells": max(len(cells), len(shown.records)),
         "origins": tables.origins(shown.records),
         "digest": shown.digest,
         "cite": exports.citation(shown.suite, shown.records, shown.digest) if shown.suite else "",

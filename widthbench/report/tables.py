@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -9,7 +10,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from widthbench.records import CONTROLS, FINAL, Record, Stage
+from widthbench.errors import visible
+from widthbench.recipe import Spent
+from widthbench.records import CONTROLS, FINAL, Cell, Record, Stage
 from widthbench.report.statistics import LEAST, Summary, differences, ranks, summarise
 from widthbench.suites import Suite
 
@@ -40,12 +43,25 @@ differences of test top-1 at the last stage, in points; its 95 % t-interval; the
 correction over all pairs of this table; n; and which row is higher, "tied" where the corrected p-value is 0.05 or more."""
 
 
+CITING = "## Citing"
+
 Key = tuple[object, int]  # the base network (a checkpoint's digest, else the seed that it was trained with), and the seed
 
 
 @dataclass
 class Line:
-    """All records of one technique on one network at one budget; several seeds may share a base, which then counts once."""
+    """All records of one technique on one network at one budget; several seeds may share a base, which then counts once.
+
+    Attributes:
+        dataset: Of its cells.
+        model: The network's name.
+        label: The technique's, with parameters.
+        budget: What is kept; None for the base network.
+        access: What the technique looks at; "" where nothing was run.
+        control: Whether it is a control.
+        records: By base and seed.
+        meant: How many cells the suite has for it; 0 if nobody said.
+    """
 
     dataset: str
     model: str
@@ -54,6 +70,17 @@ class Line:
     access: str
     control: bool
     records: dict[Key, Record] = field(default_factory=dict)
+    meant: int = 0
+
+    @property
+    def left(self) -> int:
+        """Cells of the suite that have no result: not run, skipped or failed."""
+        return max(self.meant, len(self.records)) - len(self.done)
+
+    @property
+    def status(self) -> str:
+        """Done if any cell is; else why not: skipped, failed or not run."""
+        return "done" if self.done else self.first().status if self.records else "not run"
 
     @property
     def done(self) -> dict[Key, Record]:
@@ -83,8 +110,8 @@ class Line:
         return by_base({k: row.top1 for k, r in self.done.items() if (row := r.row()) is not None})
 
     def first(self) -> Record:
-        """Any record: a finished one if there is one."""
-        return next(iter(self.done.values()), next(iter(self.records.values())))
+        """Any record of a row that has some: a finished one if there is one."""
+        return next(iter({**self.done, **self.records}.values()))
 
 
 def by_base(values: Mapping[Key, float]) -> dict[object, float]:
@@ -100,18 +127,27 @@ def over_bases(values: Mapping[Key, float]) -> Summary | None:
     return summarise(by_base(values)) if values else None
 
 
-def lines(records: Iterable[Record]) -> list[Line]:
-    """Records grouped to rows, in leaderboard order: by network, then budget from large to small, controls last."""
+def lines(records: Iterable[Record], cells: Iterable[Cell] = ()) -> list[Line]:
+    """Records grouped to rows, in leaderboard order: by network, then budget from large to small, controls last.
+
+    Args:
+        records: A suite's.
+        cells: The suite's: they give a row to what was not run, and say how many cells each row is meant to have.
+    """
     found: dict[tuple[Any, ...], Line] = {}
     order: dict[tuple[str, str], int] = {}
-    for r in records:
-        c = r.cell
+
+    def line_of(c: Cell) -> Line:
         order.setdefault((c.dataset, c.network), len(order))
-        control = c.technique in CONTROLS
         key = (c.dataset, c.network, c.label, c.budget)
-        line = found.setdefault(key, Line(c.dataset, c.network, c.label, c.budget, "", control))
+        return found.setdefault(key, Line(c.dataset, c.network, c.label, c.budget, "", c.technique in CONTROLS))
+
+    for cell in cells:
+        line_of(cell).meant += 1
+    for r in records:
+        line = line_of(r.cell)
         # a base is what seeds make distinct; one public checkpoint under many seeds is still one base
-        line.records[r.provenance.get("checkpoint") or c.seed, c.seed] = r
+        line.records[r.provenance.get("checkpoint") or r.cell.seed, r.cell.seed] = r
         line.access = line.access or r.access
 
     def place(line: Line) -> tuple[Any, ...]:
@@ -123,10 +159,10 @@ def lines(records: Iterable[Record]) -> list[Line]:
     return sorted(found.values(), key=place)
 
 
-def blocks(records: Iterable[Record]) -> dict[tuple[str, str], list[Line]]:
-    """Rows by (data set, network), in leaderboard order."""
+def blocks(records: Iterable[Record], cells: Iterable[Cell] = ()) -> dict[tuple[str, str], list[Line]]:
+    """Rows by (data set, network), in leaderboard order; arguments as for ``lines``."""
     grouped: dict[tuple[str, str], list[Line]] = {}
-    for line in lines(records):
+    for line in lines(records, cells):
         grouped.setdefault((line.dataset, line.model), []).append(line)
     return grouped
 
@@ -150,7 +186,7 @@ def leaderboard(
         cite: BibTeX.
     """
     done = sum(r.status == "done" for r in records)
-    parts = [f"# {suite.name}: {suite.title}" if suite.title else f"# {suite.name}", ""]
+    parts = [f"# {suite.name}: {escaped(suite.title)}" if suite.title else f"# {suite.name}", ""]
     if not suite.citable:
         parts += ["**A smoke suite: not for citation.** Few seeds, small data; no ranks are given.", ""]
     if comparable(suite):
@@ -167,13 +203,13 @@ def leaderboard(
     bases_each = f"{most} base networks each at most" if most > 1 else "one base network each: no ± and no ranks"
     parts += [f"{state}; {bases_each}.{grain}", "", NOTES.format(longest=longest), ""]
     speeds = speeds_of(timings)
-    for (dataset, model), block in blocks(records).items():
-        parts += [f"## {model} on {dataset}", "", table(block, speeds, ranked=suite.citable), ""]
-    parts += _problems(records) + _footer(records, timings)
+    for (dataset, model), block in blocks(records, suite.cells()).items():
+        parts += [f"## {escaped(model)} on {escaped(dataset)}", "", table(block, speeds, ranked=suite.citable), ""]
+    parts += _problems(suite, records) + _footer(records, timings)
     if digest:
         parts.append(f"- SHA-256 of `records.jsonl`: `{digest}`; `widthbench verify {suite.name}` checks it and reruns cells")
     if cite:
-        parts += ["", "## Citing", "", "```bibtex", cite.strip(), "```"]
+        parts += ["", CITING, "", *fenced(cite, "bibtex")]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -183,16 +219,16 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
     five = any(line.top5() for line in block)
     rows: list[list[Any]] = []
     for line in block:
-        r = line.first()
         if not line.done:
-            rows.append([f"{line.label}", _access(line), line.budget or "–", f"{r.status}", *[""] * (9 + five)])
+            rows.append([escaped(line.label), _access(line), line.budget or "–", line.status, *[""] * (9 + five)])
             continue
+        r = line.first()
         macs, params = _mean(line, "macs"), _mean(line, "params")
         final = line.final()
         place = f" ({places[line.label, line.budget]})" if (line.label, line.budget) in places else ""
         rows.append(
             [
-                line.label + _flags(line),
+                escaped(line.label) + _flags(line),
                 _access(line),
                 line.budget or "–",
                 _text(line.summary("resized")),
@@ -205,7 +241,7 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
                 f"{_ratio(r.base_macs, macs)}x",
                 _speed_up(line, speeds),
                 _cost(line),
-                line.bases,
+                _bases(line),
             ]
         )
     headers = [
@@ -232,15 +268,22 @@ def paired(suite: Suite, records: Sequence[Record]) -> str:
         if line.done and line.budget:
             grouped.setdefault((line.dataset, line.model, line.budget), []).append(line)
     for (dataset, model, budget), block in grouped.items():
-        parts += [f"## {model} on {dataset}, {budget}", ""]
+        parts += [f"## {escaped(model)} on {escaped(dataset)}, {budget}", ""]
         compared = differences({line.label: line.scores() for line in block})
         if not compared:
             parts += [f"Fewer than {LEAST} shared bases: nothing is compared.", ""]
             continue
         rows = [
-            [f"{d.first} - {d.second}", f"{d.mean:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}", f"{d.adjusted:.2g}", d.n, d.verdict()]
+            [
+                escaped(f"{d.first} - {d.second}"),
+                f"{d.mean:+.2f}",
+                f"{d.low:+.2f} to {d.high:+.2f}",
+                f"{d.adjusted:.2g}",
+                d.n,
+                escaped(d.verdict()),
+            ]
             for d in compared
-        ]
+        ]  # fmt: skip
         headers = ["difference of test top-1", "mean", "95 % interval", "p, Holm", "n", "which is higher"]
         align = ("left", "right", "right", "right", "right", "left")
         parts += [tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True), ""]
@@ -252,7 +295,7 @@ def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
     rows: list[list[Any]] = []
     for line in lines(records):
         if not line.done:
-            rows.append([line.model, line.label, line.budget or "–", line.first().status, "", "", ""])
+            rows.append([line.model, line.label, line.budget or "–", line.status, "", "", ""])
             continue
         cost = f"{count(_mean(line, 'params'))} / {count(_mean(line, 'macs'))}"
         after, final = _text(line.summary("resized")), _text(line.final())
@@ -285,8 +328,33 @@ def _flags(line: Line) -> str:
     at_floor = " §" if any(r.floor for r in records) else ""
     halves = " ¶" if any(halved(r) for r in records) else ""
     seen = " ◊" if any(r.provenance.get("val_seen") for r in records) else ""
-    partly = " ✕" if len(line.done) < len(line.records) else ""
+    partly = " ✕" if line.left else ""
     return missed + (" ‡" if any(r.coupled for r in records) else "") + at_floor + halves + seen + partly
+
+
+def _bases(line: Line) -> str:
+    """Distinct bases, and of how many cells where some have no result."""
+    if not line.left:
+        return str(line.bases)
+    whole = len(line.done) + line.left
+    return f"{line.bases} of {whole}" if line.bases == len(line.done) else f"{line.bases} ({len(line.done)} of {whole} cells)"
+
+
+def escaped(text: str) -> str:
+    """Anyone's text as markdown that says it, in a table's cell too, and does nothing else."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
+    return "".join(f"\\{c}" if c in "\\`*[]|" else c for c in text)
+
+
+def code(text: str) -> str:
+    """Anyone's text as code in a line or a table's cell of markdown."""
+    return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """The lines of a block of code that its text cannot end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}{language}", text.strip(), fence]
 
 
 def halved(record: Record) -> bool:
@@ -329,10 +397,10 @@ def cost_of(line: Line) -> Summary | None:
             continue
         total = sum(s.forward_macs + s.backward_macs for s in r.spent.values())
         epochs = r.cell.base.epochs
-        base = r.spent["base"]
+        base = r.spent.get("base", Spent())
         whole = base.forward_macs + base.backward_macs
         if not whole and r.base_macs and r.macs:  # a control has no base: scale its own training to the base's shape
-            own = r.spent["adaptation"]
+            own = r.spent.get("adaptation", Spent())
             whole = round((own.forward_macs + own.backward_macs) / own.epochs * epochs * r.base_macs / r.macs) if own.epochs else 0
         if whole:
             shares[k] = total / whole
@@ -363,7 +431,7 @@ def shape_of(record: Record) -> str:
     return digest_of({"args": record.cell.model_args, "size": record.cell.size, "widths": record.widths})[:12]
 
 
-def _problems(records: Sequence[Record]) -> list[str]:
+def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
     parts = []
     flagged = [r for r in records if r.status == "done" and (not r.met or r.coupled or r.floor or halved(r))]
     if any(not r.met for r in flagged):
@@ -377,13 +445,15 @@ def _problems(records: Sequence[Record]) -> list[str]:
     if any(r.provenance.get("val_seen") for r in records if r.status == "done"):
         parts.append("◊ its base comes from published weights and may have seen this suite's val split in training (`val_seen`).")
     bad = [r for r in records if r.status != "done"]
-    done = {(r.cell.dataset, r.cell.network, r.cell.label, r.cell.budget) for r in records if r.status == "done"}
-    if any((r.cell.dataset, r.cell.network, r.cell.label, r.cell.budget) in done for r in bad):
-        parts.append("✕ some of its cells have no result (below): n counts the others.")
+    rows = lines(records, suite.cells())
+    if any(line.done and line.left for line in rows):
+        parts.append("✕ some of its cells have no result: n counts the others.")
+    if unrun := sum(max(0, line.meant - len(line.records)) for line in rows):
+        parts.append(f"*not run*: {unrun} cells of the suite (`widthbench run {suite.name}` runs them).")
     if bad:
         parts += ["", "## Cells without a result", ""]
-        rows = [[f"`{r.cell.id}`", r.status, r.reason.replace("|", "\\|").replace("\n", " ")[:300]] for r in bad]
-        parts.append(tabulate(rows, headers=["cell", "status", "reason"], tablefmt="pipe"))
+        reasons = [[escaped(r.cell.id), r.status, escaped(r.reason[:300])] for r in bad]
+        parts.append(tabulate(reasons, headers=["cell", "status", "reason"], tablefmt="pipe", disable_numparse=True))
     return [*parts, ""] if parts else []
 
 
@@ -393,8 +463,9 @@ def origins(records: Sequence[Record]) -> dict[str, list[str]]:
     for r in records:
         p = r.provenance
         packages = ("widthbench", "torch", "timm", "torch-pruning")
-        facts.setdefault("versions", set()).add(", ".join(f"{k} {p['versions'].get(k)}" for k in packages))
-        facts.setdefault("hardware", set()).add(str(p["hardware"].get("gpu") or p["hardware"].get("cpu")))
+        used, machine = p.get("versions", {}), p.get("hardware", {})
+        facts.setdefault("versions", set()).add(", ".join(f"{k} {used.get(k)}" for k in packages))
+        facts.setdefault("hardware", set()).add(str(machine.get("gpu") or machine.get("cpu")))
         facts.setdefault("device and threads", set()).add(
             f"{p.get('device')}, {p.get('threads')} thread(s)"
             + (f", {p['processes']} processes" if p.get("processes", 1) > 1 else "")
@@ -402,14 +473,14 @@ def origins(records: Sequence[Record]) -> dict[str, list[str]]:
         state = " with uncommitted changes" if p.get("dirty") else ""
         facts.setdefault("commit", set()).add(f"{p['commit'][:12]}{state}" if p.get("commit") else "not a checkout")
         facts.setdefault("date", set()).add(str(p.get("when"))[:10])
-    return {name: sorted(values) for name, values in facts.items()}
+    return {name: sorted(map(visible, values)) for name, values in facts.items()}
 
 
 def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> list[str]:
     """Where the numbers come from."""
     if not records:
         return []
-    rows = [f"- {name}: {'; '.join(values)}" for name, values in origins(records).items()]
+    rows = [f"- {name}: {escaped('; '.join(values))}" for name, values in origins(records).items()]
     if timings:
         sizes = " or ".join(str(b) for b in sorted({t.get("batch", 64) for t in timings}))
         rows.append(

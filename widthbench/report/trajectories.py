@@ -19,7 +19,7 @@ from widthbench.budget import Budget
 from widthbench.records import Record
 from widthbench.report.curves import save
 from widthbench.report.figures import COLOURS
-from widthbench.report.tables import Line, lines, over_bases
+from widthbench.report.tables import Line, code, escaped, lines, over_bases
 
 STEP = "trajectory.step"
 WIDTH = "width."  # series of a layer's channels, for techniques that grow
@@ -89,7 +89,13 @@ def page(records: Sequence[Record], title: str) -> str:
         }
         columns = {title: cells for title, cells in columns.items() if set(cells) != {"–"}}
         rows = [
-            [f"`{network}` on `{dataset}`", line.label, line.budget, *(cells[i] for cells in columns.values()), str(line.bases)]
+            [
+                f"{code(network)} on {code(dataset)}",
+                escaped(line.label),
+                line.budget,
+                *(cells[i] for cells in columns.values()),
+                str(line.bases),
+            ]
             for i, ((dataset, network), line) in enumerate(everything)
         ]
         headers = ["network", "technique", "budget", *columns, "n"]

@@ -13,7 +13,6 @@ import copy
 import functools
 import hashlib
 import inspect
-import json
 import math
 import warnings
 from collections import Counter
@@ -28,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
+from widthbench.cache import read_json, write_json
 from widthbench.errors import UsageError
-from widthbench.paths import cache_dir, write_atomic
+from widthbench.paths import cache_dir
 from widthbench.randomness import seeded
 from widthbench.width.gates import gated
 from widthbench.width.groups import Grade, Group, Groups, discover
@@ -97,18 +97,15 @@ def certify(model: nn.Module, groups: Groups, example_input: Tensor, *, cache: b
         raise UsageError("channel groups are certified by gradients: leave torch.inference_mode() for it")
     key = fingerprint(model, groups, example_input) if cache else None
     path = cache_dir() / "grades" / f"{key}.json"
-    if key and path.is_file():
-        try:
-            grades = {n: (cast(Grade, g), str(r)) for n, (g, r) in json.loads(path.read_text())["grades"].items()}
-            if set(grades) == set(groups):
-                return groups.with_grades(grades)
-        except (ValueError, KeyError, TypeError):
-            pass  # a damaged file: certify again and rewrite it
+    if key and (kept := read_json(path, "grades")) is not None:
+        grades = {n: (cast(Grade, g), str(r)) for n, (g, r) in kept["grades"].items()}
+        if set(grades) == set(groups):
+            return groups.with_grades(grades)
     with seeded(0):  # what a network draws in training mode leaves the caller's random state alone
         grades = _grade(model, groups, example_input)
     if key:
         try:
-            write_atomic(path, json.dumps({"model": type(model).__name__, "grades": grades}, indent=1))
+            write_json(path, {"model": type(model).__name__, "grades": grades})
         except UsageError as error:
             warnings.warn(f"grades are not cached: {error}", stacklevel=2)
     return groups.with_grades(grades)
