@@ -10,11 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if WORKER and (visible := [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]):
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(WORKER.removeprefix("gw")) % len(visible)]
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from widthbench import claims, suites
+from widthbench.engines.worker import Limits, Worker
 from widthbench.errors import UsageError
 from widthbench.paths import require_writable
 
@@ -63,6 +65,19 @@ def _results(config: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def evidence(request: pytest.FixtureRequest) -> claims.Evidence:
     return claims.Evidence(_results(request.config))
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[Worker]:
+    """A process of its own for cells: what a plug-in does to it ends one cell."""
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope="session")
+def limits(request: pytest.FixtureRequest) -> dict[str, Limits]:
+    return suites.limits(request.config.stash[SUITES])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

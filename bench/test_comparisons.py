@@ -1,13 +1,15 @@
 """One test item per cell: it passes when the cell has a record, and the record is what the report is made of."""
 
+from collections.abc import Mapping
+
 import pytest
 
-from widthbench.protocol import run_cell
-from widthbench.records import Cell, Store
+from widthbench.engines.worker import Limits, Worker
+from widthbench.records import Cell
 
 
-def test_cell(cell: Cell) -> None:
-    record = run_cell(cell, Store())
+def test_cell(cell: Cell, worker: Worker, limits: Mapping[str, Limits]) -> None:
+    record = worker.run(cell, limits[cell.identity])
     if record.status == "skipped":
         pytest.skip(record.reason)
     assert record.status == "done", f"{record.reason}\n{record.trace}"

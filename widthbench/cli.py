@@ -273,11 +273,8 @@ def _run(args: argparse.Namespace) -> int:
     require_writable(args.results)
     parallel.start()
     try:
-        local.run(cells, jobs=args.jobs, done=done)
+        local.run(cells, jobs=args.jobs, done=done, limits=suites.limits(s for s, _ in chosen.values()))
         return _report(args) if parallel.first() else 0
-    except local.WorkerError as error:
-        print(f"widthbench: {error}", file=sys.stderr)
-        return 1
     finally:
         parallel.stop()
 
@@ -327,7 +324,6 @@ def _cite(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from widthbench import suites, verify
-    from widthbench.engines.local import WorkerError
     from widthbench.records import read_lines
 
     checks = []
@@ -342,13 +338,10 @@ def _verify(args: argparse.Namespace) -> int:
         if drawn:
             spent = sum(s.seconds for r in drawn for s in r.spent.values())
             print(f"{suite.name}: {len(drawn)} of {len(records)} cells again; they took {spent:.0f} s", file=sys.stderr)
-            try:
-                found += verify.rerun(
-                    suite, drawn, beside=records, jobs=args.jobs,
-                    tell=lambda c: print(f"{c.what}: {'holds' if c.ok else 'DIFFERS'} ({c.by}) {c.note}", file=sys.stderr),
-                )  # fmt: skip
-            except WorkerError as error:
-                found.append(verify.Check(suite.name, "rerun", False, str(error)))
+            found += verify.rerun(
+                suite, drawn, beside=records, jobs=args.jobs,
+                tell=lambda c: print(f"{c.what}: {'holds' if c.ok else 'DIFFERS'} ({c.by}) {c.note}", file=sys.stderr),
+            )  # fmt: skip
         checks += [{"suite": suite.name, **c.plain()} for c in found]
     checks += [{"suite": "", **c.plain()} for c in verify.check_claims(args.results)]
     _show(checks, args.json)
@@ -385,7 +378,10 @@ def _run_claims(chosen: Sequence[Any], args: argparse.Namespace) -> None:
     wanted = claims.cells(chosen)
     for name, cells in wanted.items():
         suites.check(suites.load(name), cells)
-        local.run(cells, jobs=args.jobs, done=lambda r: print(f"{r.cell.id}: {r.status} {r.reason}", file=sys.stderr))
+        local.run(
+            cells, jobs=args.jobs, limits=suites.limits([suites.load(name)]),
+            done=lambda r: print(f"{r.cell.id}: {r.status} {r.reason}", file=sys.stderr),
+        )  # fmt: skip
         build(suites.load(name), args.results, Store())
 
 

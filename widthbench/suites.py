@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from widthbench import protocol, recipes, registry
 from widthbench.budget import Budget
+from widthbench.engines.worker import Limits
 from widthbench.errors import BudgetError, UsageError, did_you_mean
 from widthbench.paths import cache_dir, require_writable
 from widthbench.recipe import Recipe
@@ -127,6 +128,9 @@ class Suite(_Strict):
         device: "auto", "cpu" or "cuda".
         deterministic: Ask torch for deterministic algorithms.
         curves: Replay each technique's path of plans on val and test, and have techniques record what makes pictures; takes time.
+        time_limit: Seconds that a cell may take, with its base network where it is the one that trains it; no limit if not set.
+            One that takes longer is ended, and its record says so.
+        memory_limit: MiB of main memory that a cell's process may take, likewise.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -148,6 +152,8 @@ class Suite(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
     curves: bool = False
+    time_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    memory_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     _settings = field_validator("base", "finetune", mode="before")(recipes.settings)
     _named = field_validator("techniques", mode="before")(_entries)
@@ -240,6 +246,16 @@ class Suite(_Strict):
                     row |= {"of": source, "params": entry.params}
                 rows.append(row)
         return rows
+
+
+def limits(chosen: Iterable[Suite]) -> dict[str, Limits]:
+    """What each cell of some suites may take, by its identity; of a cell that several have, what suits them all."""
+    found: dict[str, Limits] = {}
+    for suite in chosen:
+        mine = Limits(suite.time_limit, suite.memory_limit)
+        for cell in suite.cells():
+            found[cell.identity] = mine.roomier(found.get(cell.identity, mine))
+    return found
 
 
 def names() -> list[str]:

@@ -237,7 +237,7 @@ def rerun(
         tell(found[-1])
 
     with tempfile.TemporaryDirectory(prefix="widthbench-verify-") as folder, _cache(Path(folder)):
-        local.run([r.cell for r in records], jobs=jobs, done=done)
+        local.run([r.cell for r in records], jobs=jobs, done=done, limits=suites.limits([suite]))
     return found + means(elsewhere)
 
 

@@ -1,74 +1,91 @@
-"""Run cells on this machine, in one process or several. Imports nothing heavy, so that workers can be pinned first."""
+"""Run cells on this machine, in one worker process or several. Imports nothing heavy, so that workers can be pinned first."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from widthbench import parallel
+from widthbench.engines.worker import Limits, Worker
 
 if TYPE_CHECKING:
     from widthbench.records import Cell, Record
 
 
-class WorkerError(RuntimeError):
-    """A worker process that ended without a word."""
-
-
-def run(cells: Sequence[Cell], *, jobs: int, done: Callable[[Record], None]) -> None:
-    """Run cells, those of one base network in one process.
+def run(
+    cells: Sequence[Cell], *, jobs: int, done: Callable[[Record], None], limits: Mapping[str, Limits] | None = None
+) -> None:  # fmt: skip
+    """Run cells, those of one base network one after another in one process.
 
     Args:
         cells: What to run.
-        jobs: Number of worker processes; 1 runs in this one, with progress bars.
-        done: Called in this process with each record as it is finished.
+        jobs: Number of worker processes; 1 shows progress bars.
+        done: Called in this thread with each record as it is finished.
+        limits: What a cell may take, by its identity; no limit for those that are not there.
+
+    Raises:
+        UsageError: If a cell makes no sense, or its record cannot be written; what is finished is kept.
     """
+    if parallel.launched():  # several processes compute each cell together: they are this one and its sisters
+        for cell in cells:
+            done(_here(cell))
+        return
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.group, []).append(cell)
-    if jobs <= 1:
-        for cell in cells:
-            done(_one(cell, bar=True))
-        return
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("i", 0)
+    waiting: queue.SimpleQueue[list[Cell]] = queue.SimpleQueue()
+    for group in groups.values():
+        waiting.put(group)
+    finished: queue.SimpleQueue[Record | BaseException | None] = queue.SimpleQueue()
     threads = max((c.threads for c in cells), default=1)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_pin, initargs=(counter, threads))
+    workers = [Worker(_pinned(i, threads)) for i in range(min(jobs, len(groups)))]
+    stop = threading.Event()
+
+    def work(worker: Worker) -> None:
+        try:
+            while not stop.is_set():
+                for cell in waiting.get_nowait():
+                    if not stop.is_set():
+                        finished.put(worker.run(cell, (limits or {}).get(cell.identity), bar=jobs == 1))
+        except queue.Empty:
+            pass
+        except BaseException as error:  # re-raised below
+            finished.put(error)
+        finally:
+            finished.put(None)
+
+    hands = [threading.Thread(target=work, args=(w,), daemon=True) for w in workers]
+    for hand in hands:
+        hand.start()
     try:
-        waiting = [pool.submit(_group, group) for group in groups.values()]
-        for future in as_completed(waiting):
-            for record in future.result():
-                done(record)
-    except BrokenProcessPool as error:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise WorkerError("a worker died (out of memory?); finished cells are kept: run again with fewer --jobs") from error
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+        left = len(hands)
+        while left:
+            answer = finished.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer is None:
+                left -= 1
+            else:
+                done(answer)
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.close()
 
 
-def _pin(counter: object, threads: int) -> None:
-    """Give this worker its own GPU, out of the caller's, and its threads, before torch is imported."""
-    with counter.get_lock():  # type: ignore[attr-defined]
-        index = counter.value  # type: ignore[attr-defined]
-        counter.value += 1  # type: ignore[attr-defined]
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+def _pinned(index: int, threads: int) -> dict[str, str]:
+    """What gives a worker its own GPU, out of the caller's, and its threads, before torch is imported."""
+    env = {"OMP_NUM_THREADS": str(threads)}
     visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
-    if visible:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index % len(visible)]
+    return env | ({"CUDA_VISIBLE_DEVICES": visible[index % len(visible)]} if visible else {})
 
 
-def _group(cells: list[Cell]) -> list[Record]:
-    return [_one(cell, bar=False) for cell in cells]
-
-
-def _one(cell: Cell, *, bar: bool) -> Record:
+def _here(cell: Cell) -> Record:
     from widthbench.protocol import run_cell
     from widthbench.records import Store
-    from widthbench.task import bar as shown
-    from widthbench.task import quiet
+    from widthbench.task import bar
 
-    return run_cell(cell, Store(), progress=shown if bar else quiet)
+    return run_cell(cell, Store(), progress=bar)

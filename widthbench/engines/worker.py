@@ -1,0 +1,267 @@
+"""A process of its own for cells, so that whatever a plug-in does to it ends one cell and nothing else.
+
+Parent and child exchange lines of JSON over pipes. What the child prints goes to standard error. It ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from widthbench.records import Cell, Record
+
+POLL_S = 0.2  # between two looks at the clock and at memory
+GRACE_S = 120.0  # what starting a child may take: imports, the first look at a GPU
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a cell may take.
+
+    Attributes:
+        time_s: Seconds from when its turn has come (waiting for another process that computes the same cell does not count); no
+            limit if None.
+        memory_mib: Resident memory of its process and all that it started, in MiB; no limit if None.
+    """
+
+    time_s: float | None = None
+    memory_mib: float | None = None
+
+    def roomier(self, other: Limits) -> Limits:
+        """What suits both of two suites that share a cell."""
+        pairs = ((self.time_s, other.time_s), (self.memory_mib, other.memory_mib))
+        return Limits(*(None if None in pair else max(p for p in pair if p is not None) for pair in pairs))
+
+
+class WorkerError(RuntimeError):
+    """A worker that was asked for a cell after it had been closed."""
+
+
+class Worker:
+    """A child process that runs cells, one after another; a new one is started whenever one has ended.
+
+    Args:
+        env: Variables for the child, besides those of this process.
+    """
+
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        self._env = dict(env or {})
+        self._child: subprocess.Popen[bytes] | None = None
+        self._over = False
+
+    def run(self, cell: Cell, limits: Limits | None = None, *, bar: bool = False) -> Record:
+        """The cell's record, as ``protocol.run_cell`` gives it; a failed one, with its cause, if the process ends or is ended.
+
+        A process that was killed from outside (by the system for want of memory, by a person) gets a second chance.
+
+        Args:
+            cell: What to run.
+            limits: What it may take.
+            bar: Show progress bars.
+
+        Raises:
+            UsageError: As ``protocol.run_cell``: the cell itself makes no sense, or its record cannot be written.
+            WorkerError: If the worker is closed meanwhile.
+        """
+        from widthbench.errors import UsageError
+        from widthbench.records import Record
+
+        for last in (False, True):
+            answer = self._ask({"cell": cell.model_dump(mode="json"), "bar": bar}, limits or Limits())
+            if "record" in answer:
+                return Record.model_validate(answer["record"])
+            if "error" in answer:
+                raise UsageError(answer["error"])
+            if self._over:
+                raise WorkerError(f"the worker of {cell.id} was closed")
+            if last or not answer.get("again"):
+                break
+        return failure(cell, answer["died"])
+
+    def close(self) -> None:
+        """End the child, and all that it started; no cell is run any more."""
+        self._over = True
+        self._end()
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+
+    def _ask(self, message: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+        """Send a message, and wait for the answer; {"died": why} if there is none, "again" if it is worth another try."""
+        if self._child is None or self._child.poll() is not None:
+            self._end()
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "widthbench.engines.worker"], env={**os.environ, **self._env}, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+        child = self._child
+        assert child.stdin is not None
+        try:
+            child.stdin.write(json.dumps(message).encode() + b"\n")
+            child.stdin.flush()
+            return self._wait(child, limits)
+        except BrokenPipeError:
+            return self._ended(child)
+        except BaseException:  # Ctrl-C: nobody wants the answer any more
+            self._end()
+            raise
+
+    def _wait(self, child: subprocess.Popen[bytes], limits: Limits) -> dict[str, Any]:
+        assert child.stdout is not None
+        clock, text = _Clock(GRACE_S), b""
+        with selectors.DefaultSelector() as ready:
+            ready.register(child.stdout, selectors.EVENT_READ)
+            while True:
+                if ready.select(POLL_S):
+                    piece = os.read(child.stdout.fileno(), 1 << 20)
+                    if not piece:
+                        return self._ended(child)
+                    text += piece
+                    while b"\n" in text:
+                        line, _, text = text.partition(b"\n")
+                        answer: dict[str, Any] = json.loads(line)
+                        if "at" not in answer:
+                            return answer
+                        clock.enter(answer["at"], limits.time_s)
+                if why := clock.over() or _too_large(child.pid, limits.memory_mib):
+                    self._end()
+                    return {"died": why}
+
+    def _ended(self, child: subprocess.Popen[bytes]) -> dict[str, Any]:
+        code = child.wait()
+        self._end()
+        if code >= 0:
+            return {"died": f"its process ended with exit code {code} without a word"}
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        if name in ("SIGKILL", "SIGTERM"):
+            return {"died": f"its process was killed twice by {name}, from outside (out of memory?)", "again": True}
+        return {"died": f"its process crashed ({name})"}
+
+
+class _Clock:
+    """Time that counts against a limit: all but waiting for others."""
+
+    def __init__(self, grace_s: float) -> None:
+        self._since, self._left, self._limit = time.monotonic(), grace_s, 0.0
+        self._stage = "start"
+
+    def enter(self, stage: str, limit: float | None) -> None:
+        """The child says where it is: "ready" (for a cell), "wait" (at a lock), "work"."""
+        now = time.monotonic()
+        if stage == "ready":
+            self._left = self._limit = float("inf") if limit is None else limit
+        elif self._stage != "wait":
+            self._left -= now - self._since
+        self._since, self._stage = now, stage
+
+    def over(self) -> str:
+        """Why time is over; "" if it is not."""
+        if self._stage == "wait" or time.monotonic() - self._since <= self._left:
+            return ""
+        if self._stage == "start":
+            return f"its process did not start within {GRACE_S:g} s"
+        return f"ran longer than the {self._limit:g} s that its suite allows (time_limit)"
+
+
+def _too_large(pid: int, limit_mib: float | None) -> str:
+    if limit_mib is None:
+        return ""
+    import psutil
+
+    total = 0
+    try:
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            total += one.memory_info().rss
+    except psutil.Error:  # it has ended
+        return ""
+    if total <= limit_mib * 2**20:
+        return ""
+    return f"took {total / 2**20:.0f} MiB of memory, more than the {limit_mib:g} MiB that its suite allows (memory_limit)"
+
+
+def failure(cell: Cell, reason: str) -> Record:
+    """The record of a cell whose process has ended, kept in the store as failures are: reported, and tried again by a next run."""
+    from widthbench import protocol, sources
+    from widthbench.provenance import stamp
+    from widthbench.records import Record, Store
+
+    where = {**stamp(), "threads": cell.threads, "dtype": "float32", "device": str(protocol.device_of(cell)), "seed": cell.seed}
+    where |= {"processes": 1, "dataset_digest": sources.load(cell.dataset).digest}
+    record = Record(key=protocol.cell_key(cell), cell=cell, status="failed", reason=reason, provenance=where)
+    Store().put(record)
+    return record
+
+
+def _serve() -> None:
+    """What the child does: cells from its standard input, answers to what was its standard output."""
+    commands = os.fdopen(os.dup(0), "rb")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a plug-in that reads or prints
+    os.dup2(2, 1)
+    inbox: queue.Queue[bytes] = queue.Queue()
+
+    def listen() -> None:
+        for line in commands:
+            inbox.put(line)
+        os._exit(0)  # the parent has ended
+
+    def say(**answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    threading.Thread(target=listen, daemon=True).start()
+    from widthbench.errors import UsageError
+    from widthbench.protocol import run_cell
+    from widthbench.records import Cell, Store
+    from widthbench.task import bar, quiet
+
+    class Telling(Store):
+        """Says when it waits for another process that computes the same cell."""
+
+        def lock(self, key: str) -> Any:
+            @contextmanager
+            def held() -> Iterator[None]:
+                say(at="wait")
+                with super(Telling, self).lock(key):
+                    say(at="work")
+                    yield
+
+            return held()
+
+    while True:
+        message = json.loads(inbox.get())
+        say(at="ready")
+        cell = Cell.model_validate(message["cell"])
+        try:
+            record = run_cell(cell, Telling(), progress=bar if message["bar"] else quiet)
+            say(record=record.model_dump(mode="json"))
+        except UsageError as error:
+            say(error=str(error))
+        except BaseException as error:  # a plug-in that exits, or is interrupted by itself
+            say(died=f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    _serve()
