@@ -78,8 +78,10 @@ class Worker:
         from widthbench.errors import UsageError
         from widthbench.records import Record
 
+        answer: dict[str, Any] = {}
         for last in (False, True):
-            answer = self._ask({"cell": cell.model_dump(mode="json"), "bar": bar}, limits or Limits())
+            if not self._over:
+                answer = self._ask({"cell": cell.model_dump(mode="json"), "bar": bar}, limits or Limits())
             if "record" in answer:
                 return Record.model_validate(answer["record"])
             if "error" in answer:
@@ -99,8 +101,16 @@ class Worker:
         child, self._child = self._child, None
         if child is None:
             return
+        import psutil
+
+        started: list[psutil.Process] = []
+        with suppress(psutil.Error):
+            started = psutil.Process(child.pid).children(recursive=True)  # some may have left the group
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
+        for process in started:
+            with suppress(psutil.Error):
+                process.kill()
         child.wait()
         for pipe in (child.stdin, child.stdout):
             assert pipe is not None

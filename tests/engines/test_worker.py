@@ -1,0 +1,157 @@
+"""Whatever a plug-in does to its process ends one cell, with a record that says why; the others go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import unruly
+
+from widthbench import suites
+from widthbench.engines import local
+from widthbench.engines.worker import Limits, Worker, WorkerError
+from widthbench.records import Store
+
+SUITE = """
+name = "unruly"
+datasets = ["digits"]
+seeds = [0]
+budgets = ["channels:0.5"]
+techniques = [{names}]
+device = "cpu"
+time_limit = {time}
+memory_limit = 3000
+[base]
+epochs = 1
+lr = 0.05
+[finetune]
+epochs = 0
+lr = 0.01
+[[models]]
+name = "lenet_300_100"
+size = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return unruly.installed(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture
+def plug_ins(site, monkeypatch, fresh_cache):
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.syspath_prepend(str(site))
+
+
+def suite(*names, time_limit=3):
+    return suites.parse(SUITE.format(names=", ".join(f'"{n}"' for n in names), time=time_limit), "unruly.toml")
+
+
+def run(*names, jobs=1, **changes):
+    made = suite(*names, **changes)
+    records = []
+    local.run(made.cells(), jobs=jobs, done=records.append, limits=suites.limits([made]))
+    return {r.cell.technique: r for r in records}
+
+
+def test_each_way_to_fail_is_a_record_with_its_cause_and_the_others_go_on(plug_ins):
+    found = run("l1-norm", *unruly.WAYS, "random-channels")
+    assert {n: found[n].status for n in ("base", "l1-norm", "random-channels")} == dict.fromkeys(
+        ("base", "l1-norm", "random-channels"), "done"
+    )
+    for way, why in unruly.WAYS.items():
+        assert found[way].status == "failed", way
+        assert why in found[way].reason, (way, found[way].reason)
+    for way, record in found.items():
+        kept = Store().failure(record.key) if way in unruly.WAYS else Store().get(record.key)
+        assert kept == record
+
+
+def test_what_a_plug_in_prints_reaches_nobody_who_reads_records_and_its_input_is_empty(plug_ins, capfd):
+    assert run("prints")["prints"].status == "done"
+    out = capfd.readouterr()
+    assert "forged" not in out.out
+    assert out.err.count("forged") == 3
+
+
+def test_what_a_cell_started_ends_with_it(plug_ins):
+    assert "time_limit" in run("starts-others")["starts-others"].reason
+    commands = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
+    assert ["sleep", "98765"] not in commands
+
+
+def test_a_process_killed_from_outside_is_given_a_second_chance(fresh_cache):
+    cell = suite("l1-norm").cells()[0]
+    slow = cell.model_copy(update={"base": cell.base.model_copy(update={"epochs": 60})})
+    worker = Worker()
+    found = []
+    hand = threading.Thread(target=lambda: found.append(worker.run(slow)))
+    hand.start()
+    while not (fresh_cache / "bases").exists():
+        time.sleep(0.05)
+    first = worker._child.pid
+    os.kill(first, signal.SIGKILL)
+    hand.join()
+    assert found[0].status == "done"
+    assert worker._child.pid != first
+    worker.close()
+    with pytest.raises(WorkerError):
+        worker.run(cell)
+
+
+def test_waiting_for_another_process_that_computes_the_same_cell_is_not_counted(fresh_cache):
+    cell = suite("l1-norm").cells()[0]
+    from widthbench.protocol import cell_key
+
+    lock = Store().lock(cell_key(cell))
+    lock.acquire()
+    worker = Worker()
+    found = []
+    hand = threading.Thread(target=lambda: found.append(worker.run(cell, Limits(time_s=2))))
+    hand.start()
+    hand.join(8)
+    assert hand.is_alive()
+    lock.release()
+    hand.join()
+    assert found[0].status == "done"
+    worker.close()
+
+
+def test_a_cell_that_makes_no_sense_is_an_error_not_a_record(fresh_cache):
+    cell = suite("l1-norm").cells()[1].model_copy(update={"technique": "no-such-one"})
+    with pytest.raises(suites.UsageError, match="unknown technique 'no-such-one'"):
+        local.run([cell], jobs=2, done=lambda record: None)
+
+
+def test_no_child_outlives_its_parent(fresh_cache, tmp_path):
+    (tmp_path / "slow.toml").write_text(
+        SUITE.format(names='"l1-norm"', time=600).replace("epochs = 1", "epochs = 2000", 1)
+    )  # fmt: skip
+    command = [sys.executable, "-m", "widthbench", "run", str(tmp_path / "slow.toml"), "--results", str(tmp_path / "r")]
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (fresh_cache / "bases").exists():
+        time.sleep(0.1)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert children
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+
+
+def test_suites_that_share_a_cell_allow_it_what_the_roomier_one_does():
+    assert Limits(3, None).roomier(Limits(5, 7)) == Limits(5, None)
+    assert Limits(3, 8).roomier(Limits(None, 7)) == Limits(None, 8)
+    short, long = suite("l1-norm"), suite("l1-norm", time_limit=9)
+    assert set(suites.limits([short, long]).values()) == set(suites.limits([long, short]).values()) == {Limits(9, 3000)}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", '"long"'])
+def test_a_limit_is_a_number_above_nothing(value):
+    with pytest.raises(suites.UsageError, match=r"unruly.toml: time_limit"):
+        suite("l1-norm", time_limit=value)

@@ -1,0 +1,114 @@
+"""Techniques that misbehave in every way a plug-in can; their package is made by ``installed``."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from widthbench import Outcome, Technique
+
+WAYS = {
+    "raises": "RuntimeError: on purpose",
+    "hangs": "ran longer than the 3 s that its suite allows (time_limit)",
+    "hangs-in-c": "ran longer than the 3 s that its suite allows (time_limit)",
+    "segfaults": "its process crashed (SIGSEGV)",
+    "aborts": "its process crashed (SIGABRT)",
+    "exits": "SystemExit: 3",
+    "ends": "its process ended with exit code 7 without a word",
+    "eats": "MiB of memory, more than the 3000 MiB that its suite allows (memory_limit)",
+    "asks-for-all": "RuntimeError: ",
+    "recurses": "RecursionError",
+    "interrupts": "KeyboardInterrupt",
+    "is-killed": "its process was killed twice by SIGKILL, from outside (out of memory?)",
+    "nan": "made it non-finite",
+    "lone-surrogate": r"ValueError: \ud800",
+}
+
+
+class Unruly(Technique):
+    """Does what its id says."""
+
+    access = "none"
+
+    def decide(self, task, state):
+        getattr(self, self.id.replace("-", "_"))(task)
+        return Outcome(task.keep_best({n: torch.arange(g.channels, dtype=torch.float) for n, g in task.groups.items()}))
+
+    def raises(self, task):
+        raise RuntimeError("on purpose")
+
+    def hangs(self, task):
+        time.sleep(1000)
+
+    def hangs_in_c(self, task):
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
+        ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock held
+
+    def segfaults(self, task):
+        ctypes.string_at(0)
+
+    def aborts(self, task):
+        os.abort()
+
+    def exits(self, task):
+        sys.exit(3)
+
+    def ends(self, task):
+        os._exit(7)
+
+    def eats(self, task):
+        self.kept = []
+        while True:
+            self.kept.append(torch.ones(50 * 2**18))  # 50 MiB
+            time.sleep(0.005)
+
+    def asks_for_all(self, task):
+        torch.empty(2**50)
+
+    def recurses(self, task):
+        self.recurses(task)
+
+    def interrupts(self, task):
+        raise KeyboardInterrupt
+
+    def is_killed(self, task):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def nan(self, task):
+        with torch.no_grad():
+            next(task.model.parameters()).fill_(float("nan"))
+
+    def lone_surrogate(self, task):
+        raise ValueError("\ud800")
+
+    def prints(self, task):
+        print('{"record": "forged"}')
+        os.write(1, b'{"record": "forged"}\n')
+        subprocess.run(["echo", '{"record": "forged"}'], check=True)
+        assert sys.stdin.read() == ""
+
+    def starts_others(self, task):
+        subprocess.Popen(["sleep", "98765"], start_new_session=True)
+        time.sleep(1000)
+
+
+ALL = [*WAYS, "prints", "starts-others"]
+for _name in ALL:
+    _attributes = {"id": _name, "__module__": __name__, "__doc__": Unruly.__doc__}
+    globals()[_name.replace("-", "_").title()] = type(_name, (Unruly,), _attributes)
+
+
+def installed(folder):
+    """Make a folder, for PYTHONPATH, in which this module is an installed distribution."""
+    info = folder / "unruly-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / "unruly.py").write_text(Path(__file__).read_text())
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unruly\nVersion: 1.0\n")
+    lines = [f"{n} = unruly:{n.replace('-', '_').title()}" for n in ALL]
+    (info / "entry_points.txt").write_text("[widthbench.techniques]\n" + "\n".join(lines) + "\n")
+    return folder
