@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import sys
-from collections import Counter
+import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = _parser().parse_args(argv)
-    if getattr(args, "data", None):
-        os.environ["WIDTHBENCH_DATA"] = args.data
+    for name, given in (("WIDTHBENCH_DATA", "data"), ("WIDTHBENCH_STORE", "store")):
+        if getattr(args, given, None):
+            os.environ[name] = getattr(args, given)
     try:
         return int(args.run(args))
     except UsageError as error:
@@ -69,7 +71,23 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--only", nargs="+", default=[], metavar="TEXT", help="only cells whose name holds one of these (as in the log)"
     )
-    verb.add_argument("--engine", choices=["local"], default="local", help="where cells run (default: local)")
+    verb.add_argument(
+        "--engine", choices=["local", "ray"], default="local",
+        help="where cells run: processes of this machine, or a Ray cluster (default: local)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--address", metavar="ADDRESS",
+        help="of a running Ray cluster ('auto': the one that this machine belongs to; default: start one here)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--gpus", type=_share, metavar="N",
+        help="GPUs of each Ray task, fractions allowed (default: one where there are any and the suite's device is not cpu)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--store", metavar="URL",
+        help="where machines share finished cells and base networks if their caches are apart: a folder, or any fsspec URL "
+        "(s3://…, gs://…; default: WIDTHBENCH_STORE, or none)",
+    )  # fmt: skip
     _results(verb)
     _json(verb)
     verb.set_defaults(run=_run)
@@ -195,6 +213,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf") or (value > 1 and value != int(value)):
+        raise argparse.ArgumentTypeError(f"must be a share of a GPU, or a whole number of them, not '{text}'")
+    return value
+
+
 def _count(text: str) -> int:
     return 0 if text == "0" else _positive(text)
 
@@ -249,41 +277,75 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from widthbench import parallel, suites
-    from widthbench.engines import local
+    from widthbench import cache, parallel, suites
     from widthbench.paths import require_writable
 
-    if parallel.launched() and args.jobs > 1:
-        raise UsageError("a launcher started several processes for each cell, so --jobs must be 1: cells run one after another")
+    if parallel.launched() and (args.jobs > 1 or args.engine != "local"):
+        raise UsageError(
+            "a launcher started several processes for each cell, so cells run one after another: --jobs 1 and --engine local only"
+        )
+    if args.engine != "ray" and (args.address is not None or args.gpus is not None):
+        raise UsageError("--address and --gpus are for --engine ray")
     chosen = {s.name: (s, [c for c in s.cells() if _wanted(c.id, args.only)]) for s in map(suites.load, args.suite)}
     for suite, cells in chosen.values():
         if not cells:
             raise UsageError(f"suite {suite.name} has no cell whose name holds {' or '.join(map(repr, args.only))}")
         suites.check(suite, cells)
     cells = list({c.identity: c for _, some in chosen.values() for c in some}.values())
-    counted: Counter[str] = Counter()
-
-    def done(record: Any) -> None:
-        counted[record.status] += 1
-        if not parallel.first():
-            return
-        note = f"  {record.reason}" if record.status != "done" else ""
-        print(f"[{sum(counted.values())}/{len(cells)}] {record.cell.id}: {record.status}{note}", file=sys.stderr)
-
+    limits = suites.limits(s for s, _ in chosen.values())
     require_writable(args.results)
+    cache.check_store()
+    told = _Progress(len(cells))
     parallel.start()
     try:
-        local.run(cells, jobs=args.jobs, done=done, limits=suites.limits(s for s, _ in chosen.values()))
-        return _report(args) if parallel.first() else 0
+        if args.engine == "ray":
+            from widthbench.engines import ray
+
+            jobs = args.jobs if args.jobs > 1 else None
+            ray.run(cells, done=told, limits=limits, address=args.address, jobs=jobs, gpus=args.gpus)
+        else:
+            from widthbench.engines import local
+
+            local.run(cells, jobs=args.jobs, done=told, limits=limits)
+        return _report(args, told.records) if parallel.first() else 0
     finally:
         parallel.stop()
+
+
+class _Progress:
+    """Says on standard error what is finished, and about how long the rest will take."""
+
+    def __init__(self, total: int) -> None:
+        self.records: list[Any] = []
+        self._total, self._begin, self._computed = total, time.monotonic(), 0
+
+    def __call__(self, record: Any) -> None:
+        from widthbench import parallel
+
+        self.records.append(record)
+        since = time.monotonic() - self._begin
+        made = datetime.fromisoformat(record.provenance.get("when", "1970-01-01T00:00:00+00:00"))
+        self._computed += (datetime.now(UTC) - made).total_seconds() <= since + 1  # the others were there before
+        if not parallel.first():
+            return
+        left = self._total - len(self.records)
+        rest = f"  (about {_duration(since / self._computed * left)} left)" if left and self._computed else ""
+        note = f"  {record.reason}" if record.status != "done" else ""
+        print(f"[{len(self.records)}/{self._total}] {record.cell.id}: {record.status}{note}{rest}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """``"1 h 20 min"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{rest} s"
 
 
 def _wanted(name: str, only: Sequence[str]) -> bool:
     return not only or any(text in name for text in only)
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
     from widthbench import suites
     from widthbench.records import Store
     from widthbench.report.build import build
@@ -293,7 +355,7 @@ def _report(args: argparse.Namespace) -> int:
     if not (args.suite or site):
         raise UsageError("name a suite (`widthbench list suites`), or ask for --site")
     for suite in (chosen := [suites.load(name) for name in args.suite]):
-        report = build(suite, args.results, Store(), time_shapes=not getattr(args, "no_timing", False))
+        report = build(suite, args.results, Store(), time_shapes=not getattr(args, "no_timing", False), fresh=fresh)
         failed += sum(r.status == "failed" for r in report.records)
         if args.json:
             print(json.dumps([r.model_dump(mode="json") for r in report.records]))

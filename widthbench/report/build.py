@@ -77,7 +77,7 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = ()) -> list[R
     return found
 
 
-def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True) -> Report:
+def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True, fresh: Sequence[Record] = ()) -> Report:
     """Write records, timings, figures, ``leaderboard`` (.md, .csv, .tex), ``SHA256SUMS``; other pages where they apply.
 
     Args:
@@ -85,12 +85,13 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
         results: The folder of all results; the suite gets one of its own in it.
         store: Where finished cells are.
         time_shapes: Measure latency and memory of shapes that have none yet; do this only when no worker is busy.
+        fresh: Records of a run that has just ended, whose keys may be those of other machines.
 
     Raises:
         UsageError: If no cell of the suite has a record.
     """
     folder = results / suite.name
-    records = collect(suite, store, _before(folder / "records.jsonl"))
+    records = collect(suite, store, [*_before(folder / "records.jsonl"), *fresh])
     if not records:
         raise UsageError(f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)")
     timings = timings_of(records, measure=time_shapes, before=read_timings(folder))
