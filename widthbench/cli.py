@@ -287,14 +287,14 @@ def _run(args: argparse.Namespace) -> int:
     if args.engine != "ray" and (args.address is not None or args.gpus is not None):
         raise UsageError("--address and --gpus are for --engine ray")
     chosen = {s.name: (s, [c for c in s.cells() if _wanted(c.id, args.only)]) for s in map(suites.load, args.suite)}
+    require_writable(args.results)
+    cache.check_store()
     for suite, cells in chosen.values():
         if not cells:
             raise UsageError(f"suite {suite.name} has no cell whose name holds {' or '.join(map(repr, args.only))}")
         suites.check(suite, cells)
     cells = list({c.identity: c for _, some in chosen.values() for c in some}.values())
     limits = suites.limits(s for s, _ in chosen.values())
-    require_writable(args.results)
-    cache.check_store()
     told = _Progress(len(cells))
     parallel.start()
     try:

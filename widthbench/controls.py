@@ -125,6 +125,8 @@ def _scratch(cell: Cell, key: str, store: Store, progress: Progress, where: dict
 def _source(cell: Cell, store: Store, progress: Progress) -> Record:
     """The finished record of the technique that a control is about."""
     source = run_cell(source_of(cell), store, progress=progress)
+    if source.status == "failed":  # the next run tries it again, and with it this control
+        raise UsageError(f"its source {source.cell.id} failed: {source.reason}")
     if source.status != "done":
         raise NotApplicableError(f"its source {source.cell.id} is {source.status}: {source.reason}")
     return source
