@@ -73,7 +73,9 @@ def resummed(path, *, tables=True):
     if tables:
         suite = suites.load(str(path.parents[2] / "tiny.toml"))
         timings = [json.loads(line) for line in path.with_name("timings.jsonl").read_text().splitlines()]
-        for name, text in verify.texts(suite, read_records(path), timings, verify.file_digest(path)).items():
+        for name, text in verify.texts(
+            suite, verify.in_order(suite, read_records(path)), timings, verify.file_digest(path)
+        ).items():
             path.with_name(name).write_text(text)
     lines = [f"{verify.file_digest(path.parent / n)}  {n}" for n in (ln.partition("  ")[2] for ln in sums.read_text().splitlines())]
     sums.write_text("\n".join(lines) + "\n")

@@ -94,6 +94,11 @@ def _read(path: Path, what: str, content: Any) -> Any:
     return None
 
 
+def shared() -> bool:
+    """Whether there is a store besides the cache."""
+    return bool(os.environ.get(STORE))
+
+
 def push(path: Path) -> None:
     """Put a file of the cache into the store, if there is one; what cannot be put there is said, and stays in the cache."""
     if not (url := os.environ.get(STORE)):

@@ -37,6 +37,8 @@ def visible(text: str, keep: str = "") -> str:
         text: Anyone's.
         keep: Characters that stay as they are.
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

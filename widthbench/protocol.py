@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -104,21 +105,28 @@ def pinned(cell: Cell) -> Iterator[None]:
         debug.fill_uninitialized_memory = fills
 
 
+BASE_FIELDS = (
+    "dataset", "model", "model_args", "size", "seed", "base", "val", "threads", "checkpoint", "pretrained", "mean", "std",
+    "deterministic",
+)  # fmt: skip
+
+
 def base_key(cell: Cell) -> str:
     """Digest of everything that the base network depends on."""
-    fields = {
-        "dataset", "model", "model_args", "size", "seed", "base", "val", "threads", "checkpoint", "pretrained", "mean", "std",
-        "deterministic",
-    }  # fmt: skip
-    source = {
-        **cell.model_dump(mode="json", include=fields),
-        "device": device_of(cell).type,
-        "data": sources.load(cell.dataset).digest,
-        "weights": _weights_digest(cell),
-        "versions": _relevant_versions(),
-        "code": code_digest(*BASE_CODE),
-    }
-    return digest_of(source)[:40]
+    return _base_key(cell, cell.model_dump(mode="json", include=set(BASE_FIELDS)))
+
+
+def _base_key(cell: Cell, plain: Mapping[str, Any]) -> str:
+    text = json.dumps({name: plain[name] for name in BASE_FIELDS}, sort_keys=True)
+    return _base_digest(
+        text, device_of(cell).type, sources.load(cell.dataset).digest, _weights_digest(cell), code_digest(*BASE_CODE)
+    )
+
+
+@functools.lru_cache(maxsize=1024)  # a base has many cells
+def _base_digest(text: str, device: str, data_digest: str, weights_digest: str | None, code: str) -> str:
+    source = {"device": device, "data": data_digest, "weights": weights_digest, "versions": _relevant_versions(), "code": code}
+    return digest_of({**json.loads(text), **source})[:40]
 
 
 def _weights_digest(cell: Cell) -> str | None:
@@ -137,10 +145,11 @@ def cell_key(cell: Cell) -> str:
     source = None if technique in CONTROLS else source_digest(registry.load(technique))
     if cell.technique == "l1-budget":
         source = f"{source} {source_digest(registry.load('l1-norm'))}"
+    plain = cell.model_dump(mode="json")
     return digest_of(
         {
-            "cell": cell.model_dump(mode="json", exclude={"device"}),
-            "base": base_key(cell),
+            "cell": {k: v for k, v in plain.items() if k != "device"},
+            "base": _base_key(cell, plain),
             "code": code_digest(*CELL_CODE),
             "technique": source,
         }

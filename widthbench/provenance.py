@@ -89,6 +89,7 @@ def code_digest(*modules: str) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def source_digest(cls: type) -> str:
     """SHA-256 over the sources that a technique consists of.
 

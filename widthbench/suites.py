@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from widthbench import protocol, recipes, registry
 from widthbench.budget import Budget
@@ -157,6 +157,7 @@ class Suite(_Strict):
 
     _settings = field_validator("base", "finetune", mode="before")(recipes.settings)
     _named = field_validator("techniques", mode="before")(_entries)
+    _made: tuple[int, list[Cell]] | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
@@ -209,6 +210,11 @@ class Suite(_Strict):
 
     def cells(self) -> list[Cell]:
         """All cells, those of one base network next to each other, sources before the controls that need them."""
+        if self._made is None or self._made[0] != id(self):  # a copy with other settings has other cells
+            self._made = id(self), self._cells()
+        return list(self._made[1])
+
+    def _cells(self) -> list[Cell]:
         cells = []
         for dataset in self.all_datasets:
             for network in self.models:

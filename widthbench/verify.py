@@ -25,7 +25,7 @@ from widthbench.recipe import Spent
 from widthbench.records import Cell, Line, Record, read_lines
 from widthbench.report import claims as report_claims
 from widthbench.report import tables
-from widthbench.report.build import SUMS, file_digest, parse_timings, read_sums, texts
+from widthbench.report.build import SUMS, file_digest, in_order, parse_timings, read_sums, texts
 from widthbench.suites import Suite
 from widthbench.width.cost import Cost, count_macs
 
@@ -125,7 +125,7 @@ def _tables(suite: Suite, folder: Path, records: Sequence[Record]) -> list[Check
     except UsageError as error:
         return [Check("timings.jsonl", "table", False, str(error))]
     found = []
-    for name, text in texts(suite, records, timings, file_digest(folder / "records.jsonl")).items():
+    for name, text in texts(suite, in_order(suite, records), timings, file_digest(folder / "records.jsonl")).items():
         path = folder / name
         there = path.read_bytes() if path.is_file() else b""
         same = there == text.encode() or (name == "leaderboard.md" and _same_but_bibtex(there, text.encode()))

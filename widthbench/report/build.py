@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from widthbench.errors import UsageError
 from widthbench.measure import latency_ms, peak_memory_mib
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.provenance import code_digest, hardware, versions
-from widthbench.records import Record, Store, digest_of, read_lines, read_records, write_records
+from widthbench.records import Line, Record, Store, digest_of, read_lines, write_records
 from widthbench.report import curves, exports, figures, tables, trajectories, widths
 from widthbench.suites import Suite
 
@@ -45,7 +47,7 @@ class Report:
     text: str
 
 
-def collect(suite: Suite, store: Store, before: Sequence[Record] = ()) -> list[Record]:
+def collect(suite: Suite, store: Store, before: Sequence[Record] = (), fresh: Sequence[Record] = ()) -> list[Record]:
     """The finished records of a suite's cells, and the failures of those that are not finished.
 
     Args:
@@ -53,23 +55,31 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = ()) -> list[R
         store: Where finished cells are.
         before: Records of an earlier report, which stand in for cells that the store has nothing of, so that running a part of a
             suite loses nothing. Each says which commit it comes from.
+        fresh: Records of a run that has just ended; the store is not asked for these.
 
     Raises:
         UsageError: If there is nothing to show, and what the cells need (data, weights, a technique) is not at hand.
     """
-    old = {r.cell.identity: r for r in before}
+    old, new = ({r.cell.identity: r for r in some} for some in (before, fresh))
     found: list[Record] = []
+    there = store.keys()
     absent: dict[tuple[str | None, ...], UsageError] = {}
     for cell in suite.cells():
+        identity = cell.identity
+        earlier, record = old.get(identity), new.get(identity)
         needs = (cell.dataset, cell.model, cell.checkpoint, cell.of or cell.technique)
-        record = None
-        if needs not in absent:
+        if record is None and needs not in absent:
             try:
                 key = protocol.cell_key(cell)
-                record = store.get(key) or store.failure(key)
+                # of one key there is one finished record
+                same = earlier is not None and earlier.key == key and earlier.status != "failed"
+                if same or (there is not None and key not in there):
+                    record = earlier
+                else:
+                    record = store.get(key) or store.failure(key)
             except UsageError as error:  # a key hashes the data: without them the store cannot be asked
                 absent[needs] = error
-        record = record or old.get(cell.identity)
+        record = record or earlier
         if record is not None:
             found.append(record)
     if absent and not found:
@@ -90,16 +100,32 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     Raises:
         UsageError: If no cell of the suite has a record.
     """
-    folder = results / suite.name
-    records = collect(suite, store, [*_before(folder / "records.jsonl"), *fresh])
+    with _no_collection():
+        return _build(suite, results / suite.name, store, time_shapes, fresh)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the collector of cycles, which goes through all of 100,000 records again and again and finds nothing."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _build(suite: Suite, folder: Path, store: Store, time_shapes: bool, fresh: Sequence[Record]) -> Report:
+    known = _before(folder / "records.jsonl")
+    records = collect(suite, store, [line.record for line in known if line.record], fresh)
     if not records:
         raise UsageError(f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)")
     timings = timings_of(records, measure=time_shapes, before=read_timings(folder))
-    write_records(folder / "records.jsonl", records)
+    write_records(folder / "records.jsonl", records, {id(line.record): line.text for line in known})
     lines = sorted(json.dumps(t, sort_keys=True) for t in timings)
     write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
-    # as files hold them, so that whoever reads the files makes the same tables
-    records, timings = in_order(suite, read_records(folder / "records.jsonl")), read_timings(folder)
+    timings = read_timings(folder)  # as whoever reads the file has them
     pages = []
     for name, text in texts(suite, records, timings, file_digest(folder / "records.jsonl")).items():
         pages.append(folder / name)
@@ -138,11 +164,10 @@ def texts(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, A
 
     Args:
         suite: The suite.
-        records: As ``records.jsonl`` holds them.
+        records: As ``records.jsonl`` holds them, in the order of the suite's cells (``in_order``).
         timings: As ``timings.jsonl`` holds them.
         digest: SHA-256 of ``records.jsonl``.
     """
-    records = in_order(suite, records)
     found = leaderboards(suite, records, timings, digest)
     if tables.comparable(suite):
         found["paired.md"] = tables.paired(suite, records)
@@ -158,11 +183,10 @@ def leaderboards(suite: Suite, records: Sequence[Record], timings: Sequence[dict
 
     Args:
         suite: The suite.
-        records: As ``records.jsonl`` holds them.
+        records: As ``records.jsonl`` holds them, in the order of the suite's cells.
         timings: As ``timings.jsonl`` holds them.
         digest: SHA-256 of ``records.jsonl``.
     """
-    records = in_order(suite, records)
     cite = exports.citation(suite, records, digest)
     return {
         "leaderboard.md": tables.leaderboard(suite, records, timings, len(suite.cells()), digest=digest, cite=cite),
@@ -236,11 +260,12 @@ def read_timings(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _before(path: Path) -> list[Record]:
+def _before(path: Path) -> list[Line]:
     """The sound records of an earlier report; a file with others is kept under another name, and said."""
     if not path.is_file():
         return []
-    lines = read_lines(path)
+    sums = path.with_name(SUMS)
+    lines = read_lines(path, trusted=sums.is_file() and (file_digest(path), path.name) in read_sums(sums))
     bad = [line for line in lines if line.problem]
     if bad:
         kept = path.with_suffix(".damaged.jsonl")
@@ -251,7 +276,7 @@ def _before(path: Path) -> list[Record]:
             f"the file as it was is now {kept}",
             stacklevel=2,
         )
-    return [line.record for line in lines if line.record is not None and not line.problem]
+    return [line for line in lines if not line.problem]
 
 
 def timings_of(records: Sequence[Record], *, measure: bool, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:

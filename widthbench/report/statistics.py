@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy import special
 
 LEAST = 5  # bases below which nothing is ranked
 
@@ -39,7 +39,13 @@ def summarise(values: Mapping[object, float]) -> Summary:
         values: By base (seed or checkpoint digest): each base counts once.
     """
     numbers = list(values.values())
-    return Summary(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None, len(numbers))
+    return Summary(statistics.fmean(numbers), deviation(numbers) if len(numbers) > 1 else None, len(numbers))
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation (n - 1) of at least two values; ``statistics.stdev`` takes 30 times as long over fractions."""
+    mean = statistics.fmean(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -64,7 +70,9 @@ def paired_p(a: Mapping[object, float], b: Mapping[object, float]) -> float | No
     differences = [a[k] - b[k] for k in shared]
     if math.isclose(max(differences), min(differences), abs_tol=1e-12):
         return 1.0 if math.isclose(differences[0], 0.0, abs_tol=1e-12) else 0.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    # Student's t, as scipy.stats.ttest_1samp has it, without the half millisecond that this takes around it
+    t = statistics.fmean(differences) / (deviation(differences) / math.sqrt(len(differences)))
+    return float(2 * special.stdtr(len(differences) - 1, -abs(t)))
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Difference:
 def interval(values: Sequence[float], level: float = 0.05) -> tuple[float, float]:
     """The t-interval of the mean of at least two values; a point where they are all equal."""
     mean = statistics.fmean(values)
-    half = float(stats.t.ppf(1 - level / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(special.stdtrit(len(values) - 1, 1 - level / 2)) * deviation(values) / math.sqrt(len(values))
     return mean - half, mean + half
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -10,6 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from widthbench.cache import digest_of
 from widthbench.errors import visible
 from widthbench.recipe import Spent
 from widthbench.records import CONTROLS, FINAL, Cell, Record, Stage
@@ -82,9 +86,9 @@ class Line:
         """Done if any cell is; else why not: skipped, failed or not run."""
         return "done" if self.done else self.first().status if self.records else "not run"
 
-    @property
+    @functools.cached_property
     def done(self) -> dict[Key, Record]:
-        """The finished ones by base and seed."""
+        """The finished ones by base and seed, once all records are there."""
         return {k: r for k, r in self.records.items() if r.status == "done"}
 
     @property
@@ -134,6 +138,20 @@ def lines(records: Iterable[Record], cells: Iterable[Cell] = ()) -> list[Line]:
         records: A suite's.
         cells: The suite's: they give a row to what was not run, and say how many cells each row is meant to have.
     """
+    records, cells = list(records), list(cells)
+    same = tuple(map(id, records)), tuple(map(id, cells))
+    for known, _, found_before in _LAST:
+        if known == same:
+            return list(found_before)
+    rows = _lines(records, cells)
+    _LAST.append((same, (records, cells), rows))  # which keeps them alive, so that nothing else gets their ids
+    return list(rows)
+
+
+_LAST: deque[tuple[Any, Any, list[Line]]] = deque(maxlen=2)  # a report asks for the same rows again and again
+
+
+def _lines(records: Sequence[Record], cells: Sequence[Cell]) -> list[Line]:
     found: dict[tuple[Any, ...], Line] = {}
     order: dict[tuple[str, str], int] = {}
 
@@ -416,6 +434,8 @@ def speed_up_of(line: Line, speeds: Mapping[tuple[str, str, str], Mapping[str, A
     """Median latency of the base over that of the row's shapes; None where it was not measured."""
     if line.label == "base":
         return Summary(1.0, None, line.bases)
+    if not speeds:
+        return None
     found = {}
     for k, r in line.done.items():
         entry = speeds.get((line.dataset, line.model, shape_of(r)))
@@ -426,9 +446,13 @@ def speed_up_of(line: Line, speeds: Mapping[tuple[str, str, str], Mapping[str, A
 
 def shape_of(record: Record) -> str:
     """A short digest of a record's widths: records of one shape share one timing."""
-    from widthbench.records import digest_of
+    args = json.dumps(record.cell.model_args, sort_keys=True) if record.cell.model_args else "{}"
+    return _shape(args, record.cell.size, tuple(record.widths.items()))
 
-    return digest_of({"args": record.cell.model_args, "size": record.cell.size, "widths": record.widths})[:12]
+
+@functools.lru_cache(maxsize=100_000)
+def _shape(args: str, size: int, widths: tuple[tuple[str, int], ...]) -> str:
+    return digest_of({"args": json.loads(args), "size": size, "widths": dict(widths)})[:12]
 
 
 def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
@@ -457,11 +481,21 @@ def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
     return [*parts, ""] if parts else []
 
 
+def _distinct(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The provenances that tell something new: most records of a suite share all but the minute."""
+    found: dict[Any, dict[str, Any]] = {}
+    for r in records:
+        p = r.provenance
+        used, machine = p.get("versions") or {}, p.get("hardware") or {}
+        facts = (*used.items(), machine.get("gpu"), machine.get("cpu"), str(p.get("when"))[:10])
+        found.setdefault((facts, *map(p.get, ("device", "threads", "processes", "dirty", "commit"))), p)
+    return list(found.values())
+
+
 def origins(records: Sequence[Record]) -> dict[str, list[str]]:
     """Where records come from: versions, hardware, device and threads, commit, date; each with all that occur."""
     facts: dict[str, set[str]] = {}
-    for r in records:
-        p = r.provenance
+    for p in _distinct(records):
         packages = ("widthbench", "torch", "timm", "torch-pruning")
         used, machine = p.get("versions", {}), p.get("hardware", {})
         facts.setdefault("versions", set()).add(", ".join(f"{k} {used.get(k)}" for k in packages))
