@@ -113,3 +113,16 @@ def test_first_channels_takes_them_from_every_block_and_repeats_when_growing():
     assert first_channels(6, 1, 3).tolist() == [0, 1, 2]
     assert first_channels(6, 2, 4).tolist() == [0, 1, 3, 4]
     assert first_channels(3, 1, 5).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_a_control_whose_source_failed_has_failed_and_is_tried_again(fresh_cache, monkeypatch):
+    """It would otherwise stay skipped for good, though the source is fine the next time."""
+    monkeypatch.setattr("widthbench.baselines.l1_norm.L1Norm.decide", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    control = cell("scratch", of="l1-norm", budget="channels:0.5")
+    first = run_cell(control, Store())
+    assert first.status == "failed"
+    assert "its source" in first.reason
+    assert "disk full" in first.reason
+    monkeypatch.undo()
+    monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache))
+    assert run_cell(control, Store()).status == "done"

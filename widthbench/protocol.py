@@ -118,14 +118,16 @@ def base_key(cell: Cell) -> str:
 
 def _base_key(cell: Cell, plain: Mapping[str, Any]) -> str:
     text = json.dumps({name: plain[name] for name in BASE_FIELDS}, sort_keys=True)
-    return _base_digest(
-        text, device_of(cell).type, sources.load(cell.dataset).digest, _weights_digest(cell), code_digest(*BASE_CODE)
-    )
+    data_digest, weights_digest = sources.load(cell.dataset).digest, _weights_digest(cell)
+    used = tuple(sorted(_relevant_versions().items()))
+    return _base_digest(text, device_of(cell).type, data_digest, weights_digest, used, code_digest(*BASE_CODE))
 
 
 @functools.lru_cache(maxsize=1024)  # a base has many cells
-def _base_digest(text: str, device: str, data_digest: str, weights_digest: str | None, code: str) -> str:
-    source = {"device": device, "data": data_digest, "weights": weights_digest, "versions": _relevant_versions(), "code": code}
+def _base_digest(
+    text: str, device: str, data_digest: str, weights_digest: str | None, used: tuple[tuple[str, str], ...], code: str
+) -> str:  # fmt: skip
+    source = {"device": device, "data": data_digest, "weights": weights_digest, "versions": dict(used), "code": code}
     return digest_of({**json.loads(text), **source})[:40]
 
 

@@ -89,7 +89,6 @@ def code_digest(*modules: str) -> str:
     return digest.hexdigest()
 
 
-@functools.cache
 def source_digest(cls: type) -> str:
     """SHA-256 over the sources that a technique consists of.
 
@@ -102,8 +101,18 @@ def source_digest(cls: type) -> str:
     if top != "widthbench" and own.name != f"{top}.py":
         package = next((folder for folder in own.parents if folder.name == top), own.parent)
         files = sorted(package.glob("**/*.py"))
+    return _files_digest(tuple((file, *_state(file)) for file in files))
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+@functools.lru_cache(maxsize=256)
+def _files_digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file, *_ in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

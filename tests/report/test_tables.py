@@ -165,12 +165,18 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
     store.put(new)
     monkeypatch.setattr(build.protocol, "cell_key", lambda cell: next(r.key for r in records if r.cell == cell))
     assert build.collect(whole, store) == [new]
-    assert build.collect(whole, store, records) == [new, *records[1:]]
+    older = [records[0].model_copy(update={"key": "o" * 40}), *records[1:]]
+    assert build.collect(whole, store, older) == [new, *records[1:]]
+    assert build.collect(whole, store, records) == records  # of one key there is one finished record
+    fresh = records[1].model_copy(update={"reason": "of another machine", "key": "f" * 40})
+    assert build.collect(whole, store, older, [fresh]) == [new, fresh, records[2]]
     other = suite(techniques=["l1-norm"], controls=["base"], seeds=[1])
     monkeypatch.setattr(build.protocol, "cell_key", lambda cell: "0" * 40 + "x")
     assert build.collect(other, store, records) == []
     write_records(tmp_path / "records.jsonl", records)
-    assert build._before(tmp_path / "records.jsonl") == sorted(read_records(tmp_path / "records.jsonl"), key=lambda r: r.cell.id)
+    assert [line.record for line in build._before(tmp_path / "records.jsonl")] == sorted(
+        read_records(tmp_path / "records.jsonl"), key=lambda r: r.cell.id
+    )
     (tmp_path / "records.jsonl").write_text("nonsense")
     with pytest.warns(UserWarning, match="1 of 1 earlier records are not taken over, .*records.jsonl:1"):
         assert build._before(tmp_path / "records.jsonl") == []

@@ -6,6 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,8 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
 def _networks(records: Sequence[Record]) -> dict[tuple[str, str], list[Line]]:
     """The lines with paths, by network; of one technique at several budgets, the longest path."""
     found: dict[tuple[str, str], dict[str, Line]] = {}
-    for line in lines(records):
-        line.records = {k: r for k, r in line.done.items() if _drawable(r)}
+    for row in lines(records):
+        line = replace(row, records={k: r for k, r in row.done.items() if _drawable(r)})
         if line.records:
             block = found.setdefault((line.dataset, line.model), {})
             if line.label not in block or _length(line) > _length(block[line.label]):

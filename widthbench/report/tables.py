@@ -7,7 +7,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -142,10 +142,10 @@ def lines(records: Iterable[Record], cells: Iterable[Cell] = ()) -> list[Line]:
     same = tuple(map(id, records)), tuple(map(id, cells))
     for known, _, found_before in _LAST:
         if known == same:
-            return list(found_before)
+            return [replace(line, records=dict(line.records)) for line in found_before]
     rows = _lines(records, cells)
     _LAST.append((same, (records, cells), rows))  # which keeps them alive, so that nothing else gets their ids
-    return list(rows)
+    return [replace(line, records=dict(line.records)) for line in rows]
 
 
 _LAST: deque[tuple[Any, Any, list[Line]]] = deque(maxlen=2)  # a report asks for the same rows again and again

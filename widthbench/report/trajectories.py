@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -135,8 +136,8 @@ def _mean(line: Line, name: str, pick: Any, digits: int) -> str:
 def _blocks(records: Sequence[Record]) -> dict[str, dict[tuple[str, str], list[Line]]]:
     """Lines with trajectories by technique and network, each at its smallest budget."""
     found: dict[str, dict[tuple[str, str], dict[str, Line]]] = {}
-    for line in lines(records):
-        line.records = {k: r for k, r in line.done.items() if _drawable(r)}
+    for row in lines(records):
+        line = replace(row, records={k: r for k, r in row.done.items() if _drawable(r)})
         if line.records:
             block = found.setdefault(line.first().cell.technique, {}).setdefault((line.dataset, line.model), {})
             if line.label not in block or _fraction(line) < _fraction(block[line.label]):
