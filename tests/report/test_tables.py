@@ -174,7 +174,8 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
     monkeypatch.setattr(build.protocol, "cell_key", lambda cell: "0" * 40 + "x")
     assert build.collect(other, store, records) == []
     write_records(tmp_path / "records.jsonl", records)
-    assert [line.record for line in build._before(tmp_path / "records.jsonl")] == sorted(
+    before = [line.record for line in build._before(tmp_path / "records.jsonl")]
+    assert before == sorted(records, key=lambda r: r.cell.id) == read_records(tmp_path / "records.jsonl")
         read_records(tmp_path / "records.jsonl"), key=lambda r: r.cell.id
     )
     (tmp_path / "records.jsonl").write_text("nonsense")
