@@ -176,8 +176,6 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
     write_records(tmp_path / "records.jsonl", records)
     before = [line.record for line in build._before(tmp_path / "records.jsonl")]
     assert before == sorted(records, key=lambda r: r.cell.id) == read_records(tmp_path / "records.jsonl")
-        read_records(tmp_path / "records.jsonl"), key=lambda r: r.cell.id
-    )
     (tmp_path / "records.jsonl").write_text("nonsense")
     with pytest.warns(UserWarning, match="1 of 1 earlier records are not taken over, .*records.jsonl:1"):
         assert build._before(tmp_path / "records.jsonl") == []
