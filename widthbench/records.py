@@ -369,7 +369,7 @@ def _line(number: int, text: str, trusted: bool) -> Line:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         return Line(number, None, f"not a record: {where or 'line'}: {first['msg']}")
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         return Line(number, None, f"not a record: not a line of JSON ({error})")
     if digest is None:
         problem = f"record of {record.cell.id} carries no digest: it was taken out, or another program wrote the line"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 from widthbench.errors import UsageError, did_you_mean
@@ -80,6 +81,24 @@ def create(name: str, params: Mapping[str, Any] | None = None) -> Technique:
 def owner(name: str) -> str:
     """``distribution version`` that provides a technique."""
     return " and ".join(sorted(_owner(p) for p in _declared().get(name, [])))
+
+
+def entry_points(*, group: str) -> list[EntryPoint]:
+    """The entry points of all distributions; one whose metadata cannot be read is named in a warning, and stops nothing."""
+    found: list[EntryPoint] = []
+    seen: set[str] = set()
+    for distribution in distributions():
+        where = getattr(distribution, "_path", "a distribution")
+        try:
+            name = str(distribution.name).lower().replace("-", "_").replace(".", "_")
+            if name in seen:  # further back on the path
+                continue
+            seen.add(name)
+            found += distribution.entry_points.select(group=group)
+        except Exception as error:  # anything may lie in site-packages
+            why = f"{type(error).__name__}: {error}"
+            warnings.warn(f"the metadata of {where} cannot be read ({why}): mend or uninstall it", stacklevel=2)
+    return found
 
 
 def _declared() -> dict[str, list[EntryPoint]]:
