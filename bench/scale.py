@@ -58,9 +58,9 @@ def made(count: int, networks: int = 5, budgets: int = 20, techniques: int = 10)
         techniques=", ".join(f'{{ id = "l1-norm", params = {{ x = {i} }} }}' for i in range(techniques)),
     )
     suite = suites.parse(text + "".join(map(NETWORK.format, range(networks))), "scale.toml")
-    one = next(
-        r for r in read_records(ROOT / "results" / "lenet" / "records.jsonl") if r.cell.id.startswith("mnist-lenet5-l1-norm")
-    )
+    real = read_records(ROOT / "results" / "lenet" / "records.jsonl")
+    one = next(r for r in real if r.cell.id.startswith("mnist-lenet5-l1-norm"))
+    one = one.model_copy(update={"provenance": {**one.provenance, **stamp()}})
     draw = random.Random(0)
     records = []
     for cell in suite.cells():
