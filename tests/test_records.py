@@ -117,6 +117,8 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch)
         {"rows": []},
         {"macs": None},
         {"base_macs": 0},
+        {"macs": 10**400},
+        {"kept": float("inf")},
         {"key": "../../etc/passwd"},
         {"cell": {"budget": "abc"}},
         {"cell": {"budget": "macs:NaN"}},

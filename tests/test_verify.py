@@ -332,9 +332,21 @@ def test_elsewhere_what_follows_from_widths_and_recipes_must_still_agree(one, fo
 def test_elsewhere_earlier_stages_must_lie_within_what_seeds_differ_by(one):
     higher = one.rows[0].model_copy(update={"top1": min(100.0, one.rows[0].top1 + 40)})
     other = elsewhere(one, rows=(higher, *one.rows[1:]))
-    assert "one seed: not judged" in verify.compare(other, one).note
+    assert "not judged" in verify.compare(other, one).note
     assert not verify.compare(other, one, {"resized": 1.0}).ok
     assert verify.compare(other, one, {"resized": 10.0}).ok
+
+
+def test_numbers_do_not_widen_the_tolerance_that_they_are_judged_by(one):
+    def at(technique, seed, top1):
+        cell = one.cell.model_copy(update={"technique": technique, "seed": seed})
+        return one.model_copy(update={"cell": cell, "rows": (one.rows[0].model_copy(update={"top1": top1}), *one.rows[1:])})
+
+    honest = [at("nmf", 0, 50.0), at("nmf", 1, 54.0)]
+    forged = [at("l1-norm", 0, 10.0), at("l1-norm", 1, 98.0)]
+    found = verify.spreads([*honest, *forged])
+    assert found["digits", "lenet_300_100", "l1-norm", "channels:0.5"]["resized"] == pytest.approx(8**0.5)
+    assert verify.spreads(forged) == {}
 
 
 def test_what_moves_all_cells_the_same_way_is_found_though_none_is_beyond_its_tolerance(one):
@@ -346,14 +358,14 @@ def test_what_moves_all_cells_the_same_way_is_found_though_none_is_beyond_its_to
 
     pairs = [pair("l1-norm", s, 3.0) for s in range(10)]
     assert all(verify.compare(*p).ok for p in pairs)
-    assert [c.ok for c in verify.means(pairs)] == [False]
+    assert [c.ok for c in verify.means(pairs, {})] == [False]
     mixed = [pair("l1-norm", s, (-1) ** s * 3.0) for s in range(10)] + [pair("nmf", s, 2.9) for s in range(6)]
-    assert {c.what: c.ok for c in verify.means(mixed)} == {
+    assert {c.what: c.ok for c in verify.means(mixed, {})} == {
         "digits lenet_300_100 l1-norm channels:0.5: mean of 10": True,
         "digits lenet_300_100 nmf channels:0.5: mean of 6": False,
         "all cells: mean of 16": True,
     }
-    assert verify.means(pairs[:1]) == []
+    assert verify.means(pairs[:1], {}) == []
 
 
 def test_what_was_skipped_must_be_skipped_for_the_same_reason(one):
@@ -373,6 +385,7 @@ def test_the_bibtex_of_techniques_may_differ_and_nothing_else(results):
         (False, text + "| l1-norm | 100.00 |\n"),
         (False, text.replace("\n```bibtex", "\nThe best.\n```bibtex")),
         (False, text.replace("% random-channels", "```\n| l1-norm | 100.00 |\n```\n% random-channels")),
+        (False, text.replace("% random-channels", "  ```\n| l1-norm | 100.00 |\n  ```bibtex\n% random-channels")),
     ):
         assert changed != text
         board.write_text(changed)
@@ -400,7 +413,7 @@ def test_what_an_earlier_report_wrote_and_this_one_does_not_is_removed(results, 
     assert not old.exists()
     assert mine.read_text() == "mine"  # somebody's by now
     assert (results / "tiny.toml").exists()
-    assert [c.what for c in bad(results)] == ["curves.md"]
+    assert {c.what for c in bad(results)} == {"curves.md"}
 
 
 def test_a_seed_that_was_left_out_and_a_row_that_was_not_run_show(results):
@@ -411,16 +424,52 @@ def test_a_seed_that_was_left_out_and_a_row_that_was_not_run_show(results):
     assert "*not run*: 1 cells of the suite" in board
 
 
+FORGERIES = {
+    "claims.json": [
+        ("not reproduced", "reproduced"),
+        ('"measured": "', '"measured": "9'),
+        ("(n=1)", "(n=500)"),
+        ('"rule": "', '"rule": "x'),
+    ],
+    "claims.md": [("not reproduced", "reproduced"), ("| check `", "| exact | check `"), ("# Claims", "# All reproduced")],
+}
+
+
 def test_claims_are_judged_anew(tmp_path, capsys):
-    (tmp_path / "claims.json").write_text((RESULTS / "claims.json").read_text().replace("not reproduced", "reproduced"))
-    (tmp_path / "claims.md").write_text((RESULTS / "claims.md").read_text())
     for path in RESULTS.glob("*"):
-        if not (tmp_path / path.name).exists():
+        if path.name not in FORGERIES:
             (tmp_path / path.name).symlink_to(path)
-    assert [(c.what, c.ok) for c in verify.check_claims(tmp_path)] == [("claims.json", False), ("claims.md", True)]
-    assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2
-    assert "claims.json is not what the records say" in capsys.readouterr().err
+    judged = verify.claims.judge_all(RESULTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify.claims, "judge_all", lambda results: judged)
+        for name, edits in FORGERIES.items():
+            for old, new in edits:
+                for each in FORGERIES:
+                    text = (RESULTS / each).read_text()
+                    assert each != name or old in text, old
+                    (tmp_path / each).write_text(text.replace(old, new) if each == name else text)
+                assert {c.what: c.ok for c in verify.check_claims(tmp_path)} == {n: n != name for n in FORGERIES}, old
+                assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2
+                assert f"{name} is not what the records say" in capsys.readouterr().err
+        (tmp_path / "claims.json").unlink()
+        assert not verify.check_claims(tmp_path)[0].ok
     assert verify.check_claims(tmp_path / "lenet") == []
+
+
+def test_numbers_that_a_check_measures_may_differ_a_little():
+    assert verify._close("| 0.2035 (n=3) | **x** |", "| 0.2036  (n=3) | **x** |")
+    assert not verify._close("| 0.2035 (n=3) |", "| 0.3 (n=3) |")
+    assert not verify._close("| 0.2035 (n=3) |", "| 0.2035 (n=3) exact |")
+
+
+def test_files_that_no_report_writes_are_found(results):
+    path = records_file(results)
+    path.with_name("paired.md").write_text("| mine | 100.00 |")
+    (path.parent / "figures" / "notes.txt").write_text("x")
+    sums = path.with_name("SHA256SUMS")
+    more = [f"{verify.file_digest(path.parent / n)}  {n}" for n in ("paired.md", "figures/notes.txt")]
+    sums.write_text(sums.read_text() + "\n".join(more) + "\n")
+    assert [c.what for c in bad(results)] == ["figures/notes.txt", "paired.md"]
 
 
 def test_the_committed_claims_are_what_the_committed_records_say():

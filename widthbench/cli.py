@@ -141,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Hold the files of results/SUITE and each record in it to their digests, then run recorded cells again from "
         "nothing, in a cache of their own. On the machine, with the code and the versions that a record names the rerun must be "
         "equal bit by bit (but for times); elsewhere its test top-1 at the last stage must lie within one point or three "
-        "standard errors of the difference, and its MACs within 5 %%. Exit code 1 if anything differs.",
+        "standard errors of the difference, and its MACs within 5 %; sizes and costs must fit (docs/citing.md). Exit code 1 if "
+        "anything differs.",
     )  # fmt: skip
     _suites(verb)
     verb.add_argument("--sample", type=_count, metavar="N", help="run N cells again, drawn at random; 0: files only (default: all)")

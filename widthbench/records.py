@@ -22,6 +22,7 @@ SOURCED = ("scratch", "scratch-budget", "l1-budget")  # controls of a technique
 CONTROLS = ("base", "uniform-width", *SOURCED)
 
 Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # a network that gives NaN has failed
+Count = Annotated[int, Field(gt=0, lt=2**63)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Stage = Literal["base", "resized", "recalibrated", "fine-tuned", "trained"]
 FINAL: tuple[Stage, ...] = ("base", "fine-tuned", "trained")
@@ -203,11 +204,11 @@ class Record(_Frozen):
     trace: str = ""
     rows: tuple[Row, ...] = ()
     access: Literal["", "none", "unlabelled", "labelled", "training"] = ""
-    macs: int | None = Field(default=None, gt=0)
-    params: int | None = Field(default=None, gt=0)
-    base_macs: int | None = Field(default=None, gt=0)
-    base_params: int | None = Field(default=None, gt=0)
-    kept: float | None = None
+    macs: Count | None = None
+    params: Count | None = None
+    base_macs: Count | None = None
+    base_params: Count | None = None
+    kept: float | None = Field(default=None, allow_inf_nan=False)
     met: bool = True
     floor: bool = False
     coupled: bool = False

@@ -86,8 +86,13 @@ def write(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: P
     """Write ``claims.md`` and ``claims.json`` to a results folder; gives their paths."""
     paths = [results / "claims.md", results / "claims.json"]
     write_atomic(paths[0], page(judged))
-    write_atomic(paths[1], json.dumps(plain(judged), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(paths[1], as_json(judged))
     return paths
+
+
+def as_json(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
+    """What ``claims.json`` holds."""
+    return json.dumps(plain(judged), indent=1, ensure_ascii=False) + "\n"
 
 
 def rows_of(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> list[dict[str, str]]:

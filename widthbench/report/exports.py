@@ -97,7 +97,7 @@ def latex_text(suite: Suite, records: Sequence[Record], timings: Sequence[dict[s
                 *(_escaped(tables.count(tables.over_bases({k: float(getattr(r, name)) for k, r in ln.done.items()}).mean))  # type: ignore[union-attr]
                   for name in ("params", "macs")),
                 f"{speed.mean:.2f}" if (speed := tables.speed_up_of(ln, speeds)) else "--",
-                str(ln.bases),
+                tables.bases_of(ln),
             ]
             for ln in block
             if ln.done

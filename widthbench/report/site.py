@@ -14,10 +14,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from widthbench import __version__, suites
+from widthbench import __version__, claims, suites
 from widthbench.errors import UsageError
 from widthbench.paths import write_atomic
 from widthbench.records import Record, read_records
+from widthbench.report import claims as claims_page
 from widthbench.report import exports, tables
 from widthbench.report.build import file_digest, in_order, of_suite, read_timings
 from widthbench.report.figures import COLOURS, floor_of
@@ -91,13 +92,13 @@ def _claims(results: Path) -> list[dict[str, Any]]:
     """The claims, judged anew, where ``widthbench claims`` has been run; nothing where it has not.
 
     Raises:
-        UsageError: If ``claims.json`` says something else than the records do.
+        UsageError: If the files there say something else than the records do.
     """
-    for check in check_claims(results):
+    checks = check_claims(results)
+    for check in checks:
         if not check.ok:
             raise UsageError(f"{results / check.what} {check.note}")
-    path = results / "claims.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return claims_page.plain(claims.judge_all(results)) if checks else []
 
 
 def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:

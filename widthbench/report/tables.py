@@ -259,7 +259,7 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
                 f"{_ratio(r.base_macs, macs)}x",
                 _speed_up(line, speeds),
                 _cost(line),
-                _bases(line),
+                bases_of(line),
             ]
         )
     headers = [
@@ -350,7 +350,7 @@ def _flags(line: Line) -> str:
     return missed + (" ‡" if any(r.coupled for r in records) else "") + at_floor + halves + seen + partly
 
 
-def _bases(line: Line) -> str:
+def bases_of(line: Line) -> str:
     """Distinct bases, and of how many cells where some have no result."""
     if not line.left:
         return str(line.bases)
@@ -487,8 +487,8 @@ def _distinct(records: Sequence[Record]) -> list[dict[str, Any]]:
     for r in records:
         p = r.provenance
         used, machine = p.get("versions") or {}, p.get("hardware") or {}
-        facts = (*used.items(), machine.get("gpu"), machine.get("cpu"), str(p.get("when"))[:10])
-        found.setdefault((facts, *map(p.get, ("device", "threads", "processes", "dirty", "commit"))), p)
+        facts = (str(used), str(machine.get("gpu")), str(machine.get("cpu")), str(p.get("when"))[:10])
+        found.setdefault((facts, *(str(p.get(n)) for n in ("device", "threads", "processes", "dirty", "commit"))), p)
     return list(found.values())
 
 
