@@ -262,6 +262,17 @@ def test_a_rerun_leaves_no_trace_in_the_cache_or_the_environment(results, ran, m
     assert verify.os.environ["WIDTHBENCH_CACHE"] == str(ran / "cache")
 
 
+def test_a_store_does_not_answer_for_a_rerun(results, monkeypatch, tmp_path):
+    """It holds the very records that are in question."""
+    monkeypatch.setenv("WIDTHBENCH_STORE", f"file://{tmp_path}/store")
+    forged = read_records(records_file(results))[1]
+    monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "forger"))
+    verify.controls.Store().put(better(forged))
+    (found,) = verify.rerun(suites.load(str(results / "tiny.toml")), [better(forged)])
+    assert not found.ok
+    assert verify.os.environ["WIDTHBENCH_STORE"] == f"file://{tmp_path}/store"
+
+
 def test_digests_do_not_hang_on_the_order_of_keys(ran):
     line = json.loads(records_file(ran).read_text().splitlines()[0])
     digest = line.pop("digest")

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -14,8 +15,8 @@ from widthbench import Outcome, Technique
 
 WAYS = {
     "raises": "RuntimeError: on purpose",
-    "hangs": "ran longer than the 3 s that its suite allows (time_limit)",
-    "hangs-in-c": "ran longer than the 3 s that its suite allows (time_limit)",
+    "hangs": "ran longer than the 6 s that its suite allows (time_limit)",
+    "hangs-in-c": "ran longer than the 6 s that its suite allows (time_limit)",
     "segfaults": "its process crashed (SIGSEGV)",
     "aborts": "its process crashed (SIGABRT)",
     "exits": "SystemExit: 3",
@@ -27,6 +28,7 @@ WAYS = {
     "is-killed": "its process was killed twice by SIGKILL, from outside (out of memory?)",
     "nan": "made it non-finite",
     "lone-surrogate": r"ValueError: \ud800",
+    "closes-everything": "its process closed the way to its parent",
 }
 
 
@@ -64,8 +66,8 @@ class Unruly(Technique):
     def eats(self, task):
         self.kept = []
         while True:
-            self.kept.append(torch.ones(50 * 2**18))  # 50 MiB
-            time.sleep(0.005)
+            self.kept.append(torch.ones(100 * 2**18))  # 100 MiB, no more than 10 GiB a second
+            time.sleep(0.01)
 
     def asks_for_all(self, task):
         torch.empty(2**50)
@@ -86,6 +88,21 @@ class Unruly(Technique):
     def lone_surrogate(self, task):
         raise ValueError("\ud800")
 
+    def closes_everything(self, task):
+        os.closerange(3, 4096)
+        time.sleep(1000)
+
+    def writes_everywhere(self, task):
+        for fd in range(3, 64):
+            try:
+                if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                    os.write(fd, b'hello\n{"at": "wait"}\n{"record": {}, "id": 1}x\n[]\n7\n')
+            except OSError:
+                pass
+
+    def forks(self, task):
+        os.fork()
+
     def prints(self, task):
         print('{"record": "forged"}')
         os.write(1, b'{"record": "forged"}\n')
@@ -97,7 +114,7 @@ class Unruly(Technique):
         time.sleep(1000)
 
 
-ALL = [*WAYS, "prints", "starts-others"]
+ALL = [*WAYS, "prints", "starts-others", "writes-everywhere", "forks"]
 for _name in ALL:
     _attributes = {"id": _name, "__module__": __name__, "__doc__": Unruly.__doc__}
     globals()[_name.replace("-", "_").title()] = type(_name, (Unruly,), _attributes)

@@ -282,9 +282,7 @@ def _run(args: argparse.Namespace) -> int:
     from widthbench.paths import require_writable
 
     if parallel.launched() and (args.jobs > 1 or args.engine != "local"):
-        raise UsageError(
-            "a launcher started several processes for each cell, so cells run one after another: --jobs 1 and --engine local only"
-        )
+        raise UsageError("a launcher started several processes for each cell, so --jobs must be 1 and --engine local")
     if args.engine != "ray" and (args.address is not None or args.gpus is not None):
         raise UsageError("--address and --gpus are for --engine ray")
     chosen = {s.name: (s, [c for c in s.cells() if _wanted(c.id, args.only)]) for s in map(suites.load, args.suite)}
@@ -410,7 +408,10 @@ def _verify(args: argparse.Namespace) -> int:
     _show(checks, args.json)
     bad = sum(c["verdict"] != "holds" for c in checks)
     if not args.json:
+        equal, near = (sum(c["by"] == how for c in checks) for how in ("bit-equal", "tolerance"))
         print(f"{bad} of {len(checks)} checks differ" if bad else f"all {len(checks)} checks hold")
+        if equal or near:
+            print(f"reruns: {equal} checks bit by bit, {near} within tolerance (records of other code, versions or hardware)")
     return 1 if bad else 0
 
 

@@ -38,7 +38,7 @@ def load(name: str) -> type[Technique]:
     (point,) = points
     try:
         cls = point.load()
-    except Exception as error:  # a plug-in may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a plug-in may raise anything while it is imported
         raise UsageError(
             f"technique '{name}' of {_owner(point)} fails to import: {type(error).__name__}: {error}; mend or uninstall it"
         ) from error

@@ -18,6 +18,7 @@ from typing import Any
 
 from widthbench import claims, controls, protocol, suites
 from widthbench.budget import Budget, check, used
+from widthbench.cache import STORE
 from widthbench.engines import local
 from widthbench.errors import UsageError
 from widthbench.provenance import hardware
@@ -330,8 +331,9 @@ def _cache(folder: Path) -> Iterator[None]:
     """An empty cache for this process and its workers; data and weights stay where they are."""
     from widthbench.paths import data_dir, weights_dir
 
-    before = {n: os.environ.get(n) for n in ("WIDTHBENCH_CACHE", "WIDTHBENCH_DATA", "WIDTHBENCH_WEIGHTS")}
+    before = {n: os.environ.get(n) for n in ("WIDTHBENCH_CACHE", "WIDTHBENCH_DATA", "WIDTHBENCH_WEIGHTS", STORE)}
     os.environ |= {"WIDTHBENCH_DATA": str(data_dir()), "WIDTHBENCH_WEIGHTS": str(weights_dir()), "WIDTHBENCH_CACHE": str(folder)}
+    os.environ.pop(STORE, None)  # it has the very records that are to be made again
     try:
         yield
     finally:

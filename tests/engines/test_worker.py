@@ -48,7 +48,7 @@ def plug_ins(site, monkeypatch, fresh_cache):
     monkeypatch.syspath_prepend(str(site))
 
 
-def suite(*names, time_limit=3):
+def suite(*names, time_limit=6):
     return suites.parse(SUITE.format(names=", ".join(f'"{n}"' for n in names), time=time_limit), "unruly.toml")
 
 
@@ -77,6 +77,24 @@ def test_what_a_plug_in_prints_reaches_nobody_who_reads_records_and_its_input_is
     out = capfd.readouterr()
     assert "forged" not in out.out
     assert out.err.count("forged") == 3
+
+
+@pytest.mark.parametrize("way", ["writes-everywhere", "forks"])
+def test_nobody_but_the_worker_answers(plug_ins, way):
+    found = run(way, "l1-norm")
+    assert {n: r.status for n, r in found.items()} == {"base": "done", way: "done", "l1-norm": "done"}
+    assert all(r.cell.technique == n for n, r in found.items())
+
+
+def test_a_plug_in_that_exits_when_it_is_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)")
+    info = tmp_path / "leaves-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaves\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[widthbench.techniques]\nleaves = leaves:T\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(suites.UsageError, match="'leaves' of leaves 1 fails to import: SystemExit"):
+        suites.check(suite("leaves"))
 
 
 def test_what_a_cell_started_ends_with_it(plug_ins):

@@ -60,6 +60,7 @@ class Worker:
         self._env = dict(env or {})
         self._child: subprocess.Popen[bytes] | None = None
         self._over = False
+        self._asked = 0
 
     def run(self, cell: Cell, limits: Limits | None = None, *, bar: bool = False) -> Record:
         """The cell's record, as ``protocol.run_cell`` gives it; a failed one, with its cause, if the process ends or is ended.
@@ -83,7 +84,10 @@ class Worker:
             if not self._over:
                 answer = self._ask({"cell": cell.model_dump(mode="json"), "bar": bar}, limits or Limits())
             if "record" in answer:
-                return Record.model_validate(answer["record"])
+                record = Record.model_validate(answer["record"])
+                if record.cell == cell:
+                    return record
+                answer = {"died": f"its process answered with a record of {record.cell.id}"}
             if "error" in answer:
                 raise UsageError(answer["error"])
             if self._over:
@@ -127,8 +131,9 @@ class Worker:
             )  # fmt: skip
         child = self._child
         assert child.stdin is not None
+        self._asked += 1
         try:
-            child.stdin.write(json.dumps(message).encode() + b"\n")
+            child.stdin.write(json.dumps({**message, "id": self._asked}).encode() + b"\n")
             child.stdin.flush()
             return self._wait(child, limits)
         except BrokenPipeError:
@@ -143,23 +148,31 @@ class Worker:
         with selectors.DefaultSelector() as ready:
             ready.register(child.stdout, selectors.EVENT_READ)
             while True:
-                if ready.select(POLL_S):
+                if not ready.select(POLL_S):
+                    if child.poll() is not None:  # what it started may still hold the pipe
+                        return self._ended(child)
+                else:
                     piece = os.read(child.stdout.fileno(), 1 << 20)
                     if not piece:
                         return self._ended(child)
                     text += piece
                     while b"\n" in text:
                         line, _, text = text.partition(b"\n")
-                        answer: dict[str, Any] = json.loads(line)
-                        if "at" not in answer:
+                        answer = _answer(line, self._asked)
+                        if "at" in answer:
+                            clock.enter(answer["at"], limits.time_s)
+                        elif answer:
                             return answer
-                        clock.enter(answer["at"], limits.time_s)
                 if why := clock.over() or _too_large(child.pid, limits.memory_mib):
                     self._end()
-                    return {"died": why}
+                    return {"died": why, "again": clock.starting}
 
     def _ended(self, child: subprocess.Popen[bytes]) -> dict[str, Any]:
-        code = child.wait()
+        try:
+            code = child.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._end()
+            return {"died": "its process closed the way to its parent"}
         self._end()
         if code >= 0:
             return {"died": f"its process ended with exit code {code} without a word"}
@@ -167,6 +180,16 @@ class Worker:
         if name in ("SIGKILL", "SIGTERM"):
             return {"died": f"its process was killed twice by {name}, from outside (out of memory?)", "again": True}
         return {"died": f"its process crashed ({name})"}
+
+
+def _answer(line: bytes, asked: int) -> dict[str, Any]:
+    """An answer to the request of that number; {} for what is none, which a plug-in may have written."""
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    known = isinstance(answer, dict) and answer.pop("id", None) == asked
+    return answer if known and answer.keys() <= {"at", "record", "error", "died"} else {}
 
 
 class _Clock:
@@ -184,6 +207,11 @@ class _Clock:
         elif self._stage != "wait":
             self._left -= now - self._since
         self._since, self._stage = now, stage
+
+    @property
+    def starting(self) -> bool:
+        """Whether the child has not yet said that it is there."""
+        return self._stage == "start"
 
     def over(self) -> str:
         """Why time is over; "" if it is not."""
@@ -237,9 +265,12 @@ def _serve() -> None:
             inbox.put(line)
         os._exit(0)  # the parent has ended
 
+    me, current = os.getpid(), [0]
+
     def say(**answer: Any) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        if os.getpid() == me:  # not a copy of this process that a plug-in has made
+            answers.write(json.dumps({**answer, "id": current[0]}) + "\n")
+            answers.flush()
 
     threading.Thread(target=listen, daemon=True).start()
     from widthbench.errors import UsageError
@@ -262,6 +293,7 @@ def _serve() -> None:
 
     while True:
         message = json.loads(inbox.get())
+        current[0] = message["id"]
         say(at="ready")
         cell = Cell.model_validate(message["cell"])
         try:
@@ -271,6 +303,8 @@ def _serve() -> None:
             say(error=str(error))
         except BaseException as error:  # a plug-in that exits, or is interrupted by itself
             say(died=f"{type(error).__name__}: {error}")
+        if os.getpid() != me:
+            os._exit(0)
 
 
 if __name__ == "__main__":
