@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from widthbench import claims, suites
-from widthbench.engines.worker import Limits, Worker
+from widthbench.engines.worker import Worker
 from widthbench.errors import UsageError
+from widthbench.limits import Limits
 from widthbench.paths import require_writable
 
 SUITES = pytest.StashKey[list[suites.Suite]]()

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from widthbench.engines.worker import Limits, Worker
+from widthbench.engines.worker import Worker
+from widthbench.limits import Limits
 from widthbench.records import Cell
 
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from widthbench import protocol, recipes, registry
 from widthbench.budget import Budget
-from widthbench.engines.worker import Limits
 from widthbench.errors import BudgetError, UsageError, did_you_mean
+from widthbench.limits import Limits
 from widthbench.paths import cache_dir, require_writable
 from widthbench.recipe import Recipe
 from widthbench.records import CONTROLS, SOURCED, Cell

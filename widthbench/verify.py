@@ -9,7 +9,7 @@ import re
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,47 +161,16 @@ def _cited(page: bytes) -> tuple[bytes, list[bytes]] | None:
 def check_claims(results: Path) -> list[Check]:
     """Judge all claims anew by the records in a results folder, and hold ``claims.json`` and ``claims.md`` to that.
 
-    Numbers that a claim's check measures when the page is written (no records) may differ by 5 % elsewhere.
-
     Args:
         results: The folder; where no claims were judged there is nothing to check.
 
     Raises:
         UsageError: If records are damaged.
     """
-    names = ("claims.json", "claims.md")
-    if not any((results / n).is_file() for n in names):
+    if not report_claims.there(results):
         return []
-    judged = claims.judge_all(results)
-    checked = {j.row.check for _, _, rows in judged for j in rows if j.row.check and not j.records}
-    found = []
-    for name, text in zip(names, (report_claims.as_json(judged), report_claims.page(judged)), strict=True):
-        try:
-            there = (results / name).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):
-            there = []
-        said = text.splitlines()
-        free = _free(said, checked)
-        same = len(there) == len(said) and all(
-            a == b or (i in free and _close(a, b)) for i, (a, b) in enumerate(zip(there, said, strict=True))
-        )
-        found.append(Check(name, "table", same, "" if same else "is not what the records say: `widthbench claims` writes it anew"))
-    return found
-
-
-def _free(lines: Sequence[str], checks: Collection[str]) -> set[int]:
-    """The lines of a page of claims that hold what a check measured: its row in markdown; in JSON, the lines of its object."""
-    rows = {i for i, line in enumerate(lines) if any(f"check `{c}`" in line or f'"check": "{c}"' in line for c in checks)}
-    return rows | {i - d for i in rows for d in (1, 2, 3) if lines[i].lstrip().startswith('"check"')}
-
-
-def _close(one: str, other: str) -> bool:
-    """Whether two lines are the same but for numbers that differ by less than 5 %."""
-    number = r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
-    if re.sub(number, "#", one).split() != re.sub(number, "#", other).split():
-        return False
-    pairs = zip(re.findall(number, one), re.findall(number, other), strict=True)
-    return all(math.isclose(float(a), float(b), rel_tol=0.05, abs_tol=1e-6) for a, b in pairs)
+    other = report_claims.unlike(claims.judge_all(results), results)
+    return [Check(n, "table", n not in other, report_claims.STALE if n in other else "") for n in report_claims.NAMES]
 
 
 def sample(records: Sequence[Record], count: int | None, seed: int = 0) -> list[Record]:

@@ -13,7 +13,8 @@ import unruly
 
 from widthbench import suites
 from widthbench.engines import local
-from widthbench.engines.worker import Limits, Worker, WorkerError
+from widthbench.engines.worker import Worker, WorkerError
+from widthbench.limits import Limits
 from widthbench.records import Store
 
 SUITE = """
@@ -60,7 +61,8 @@ def run(*names, jobs=1, **changes):
 
 
 def test_each_way_to_fail_is_a_record_with_its_cause_and_the_others_go_on(plug_ins):
-    found = run("l1-norm", *unruly.WAYS, "random-channels")
+    found = run("l1-norm", *(w for w in unruly.WAYS if w != "eats"), "random-channels")
+    found |= run("eats", time_limit=300)  # how fast a machine gives memory must not decide which limit is met first
     assert {n: found[n].status for n in ("base", "l1-norm", "random-channels")} == dict.fromkeys(
         ("base", "l1-norm", "random-channels"), "done"
     )

@@ -1,9 +1,11 @@
 import math
+import random
+import statistics
 
 import pytest
 from scipy import stats
 
-from widthbench.report.statistics import differences, holm, paired_p, ranks, summarise
+from widthbench.report.statistics import deviation, differences, holm, interval, paired_p, ranks, summarise
 
 
 def test_a_single_base_has_no_spread():
@@ -63,3 +65,13 @@ def test_differences_have_scipys_intervals_and_holms_p_values():
     assert [d.adjusted for d in (ab, ac, bc)] == pytest.approx(holm(raw))
     assert (ab.verdict(), ac.verdict(), bc.verdict()) == ("a", "tied", "c")
     assert differences({"a": {0: 1.0}, "b": {0: 2.0}}) == []
+
+
+def test_deviations_and_intervals_are_those_of_the_libraries():
+    draw = random.Random(0)
+    for n in (5, 6, 20):
+        a, b = ({k: draw.uniform(0, 100) for k in range(n)} for _ in range(2))
+        gaps = [a[k] - b[k] for k in a]
+        assert deviation(gaps) == pytest.approx(statistics.stdev(gaps), rel=1e-12)
+        expected = stats.ttest_1samp(gaps, 0.0).confidence_interval()
+        assert interval(gaps) == pytest.approx((expected.low, expected.high), rel=1e-9)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from widthbench import parallel
-from widthbench.engines.worker import Limits, Worker
+from widthbench.engines.worker import Worker
+from widthbench.limits import Limits
 
 if TYPE_CHECKING:
     from widthbench.records import Cell, Record

@@ -13,11 +13,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widthbench import cache
-from widthbench.engines.worker import Limits, Worker, failure
+from widthbench.engines.worker import Worker, failure
 from widthbench.errors import UsageError
+from widthbench.limits import Limits
 from widthbench.paths import cache_dir, data_dir, weights_dir
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def _require(ray: Any, cells: Sequence[Cell], needs: Mapping[str, Mapping[str, f
             raise UsageError(f"no node of the cluster has {text}, which {cell.id} needs: see threads, device and memory_limit")
 
 
-def _token(name: str) -> Any:
+def _token(name: str) -> Path:
     return cache_dir() / "nodes" / f"{name}.json"
 
 
@@ -167,7 +169,7 @@ class _Plan:
         self._after: dict[str, list[Cell]] = {}  # by the identity of what they wait for
         self._ready: list[Cell] = []
         first: dict[str, Cell] = {}
-        for cell in cells:
+        for cell in sorted(cells, key=lambda c: c.of is not None):  # a control that is first would wait for what waits for it
             first.setdefault(cell.group, cell)
         known = {(c.group, c.technique, json.dumps(c.params, sort_keys=True), c.budget): c for c in cells if not c.of}
         for cell in cells:

@@ -1,4 +1,4 @@
-"""A process of its own for cells, so that whatever a plug-in does to it ends one cell and nothing else.
+"""A process of its own for cells, so that a plug-in that ends it, hangs in it or fills it ends one cell and nothing else.
 
 Parent and child exchange lines of JSON over pipes. What the child prints goes to standard error. It ends when its parent does.
 """
@@ -16,33 +16,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from widthbench.limits import Limits
 
 if TYPE_CHECKING:
     from widthbench.records import Cell, Record
 
 POLL_S = 0.2  # between two looks at the clock and at memory
 GRACE_S = 120.0  # what starting a child may take: imports, the first look at a GPU
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a cell may take.
-
-    Attributes:
-        time_s: Seconds from when its turn has come (waiting for another process that computes the same cell does not count); no
-            limit if None.
-        memory_mib: Resident memory of its process and all that it started, in MiB; no limit if None.
-    """
-
-    time_s: float | None = None
-    memory_mib: float | None = None
-
-    def roomier(self, other: Limits) -> Limits:
-        """What suits both of two suites that share a cell."""
-        pairs = ((self.time_s, other.time_s), (self.memory_mib, other.memory_mib))
-        return Limits(*(None if None in pair else max(p for p in pair if p is not None) for pair in pairs))
 
 
 class WorkerError(RuntimeError):

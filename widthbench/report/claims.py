@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from tabulate import tabulate
 
 from widthbench.claims import VERDICTS, Claim, Document, Judged, overall, readings
 from widthbench.paths import write_atomic
+
+NAMES = ("claims.md", "claims.json")
+STALE = "is not what the records say: `widthbench claims` writes it anew"
 
 NOTES = """\
 Each row is one number or one statement of a source document, with what was measured here and a verdict by a rule that was
@@ -84,10 +89,58 @@ def summary(claims: Sequence[Mapping[str, Any]]) -> str:
 
 def write(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: Path) -> list[Path]:
     """Write ``claims.md`` and ``claims.json`` to a results folder; gives their paths."""
-    paths = [results / "claims.md", results / "claims.json"]
+    paths = [results / name for name in NAMES]
     write_atomic(paths[0], page(judged))
     write_atomic(paths[1], as_json(judged))
     return paths
+
+
+def there(results: Path) -> bool:
+    """Whether claims were judged in a results folder."""
+    return any((results / name).is_file() for name in NAMES)
+
+
+def unlike(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: Path) -> list[str]:
+    """Those of ``claims.md`` and ``claims.json`` that say something else than the judged claims.
+
+    Numbers that a claim's check measures when the page is written (no records) may differ by 5 % elsewhere.
+
+    Args:
+        judged: As ``claims.judge_all`` gives them.
+        results: The folder of the files.
+    """
+    checks = {j.row.check for _, _, rows in judged for j in rows if j.row.check and not j.records}
+    found = []
+    for name, text in zip(NAMES, (page(judged), as_json(judged)), strict=True):
+        try:
+            lines = (results / name).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            lines = []
+        said = text.splitlines()
+        free = _free(said, checks)
+        if len(lines) != len(said) or any(
+            a != b and not (i in free and close(a, b)) for i, (a, b) in enumerate(zip(lines, said, strict=True))
+        ):
+            found.append(name)
+    return found
+
+
+def _free(lines: Sequence[str], checks: Collection[str]) -> set[int]:
+    """The lines of a page that hold what a check measured: its row in markdown; in JSON, lines of its object."""
+    rows = {i for i, line in enumerate(lines) if any(f"check `{c}`" in line or f'"check": "{c}"' in line for c in checks)}
+    return rows | {i - d for i in rows for d in (1, 2, 3) if lines[i].lstrip().startswith('"check"')}
+
+
+def close(one: str, other: str) -> bool:
+    """Whether two lines are the same but for measured numbers that differ by less than 5 %; in a table, outside *reported*, too."""
+    pairs = list(zip(one.split("|"), other.split("|"), strict=False))
+    if one.count("|") != other.count("|") or (one.startswith("|") and pairs[2][0].split() != pairs[2][1].split()):
+        return False
+    number = r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+    if re.sub(number, "#", one).split() != re.sub(number, "#", other).split():
+        return False
+    numbers = zip(re.findall(number, one), re.findall(number, other), strict=True)
+    return all(math.isclose(float(a), float(b), rel_tol=0.05, abs_tol=1e-6) for a, b in numbers)
 
 
 def as_json(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:

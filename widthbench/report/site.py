@@ -23,7 +23,6 @@ from widthbench.report import exports, tables
 from widthbench.report.build import file_digest, in_order, of_suite, read_timings
 from widthbench.report.figures import COLOURS, floor_of
 from widthbench.suites import Suite
-from widthbench.verify import check_claims
 
 FLAGS = {
     "budget_unused": ("unused", "leaves more than 5 % of its budget unused"),
@@ -94,11 +93,12 @@ def _claims(results: Path) -> list[dict[str, Any]]:
     Raises:
         UsageError: If the files there say something else than the records do.
     """
-    checks = check_claims(results)
-    for check in checks:
-        if not check.ok:
-            raise UsageError(f"{results / check.what} {check.note}")
-    return claims_page.plain(claims.judge_all(results)) if checks else []
+    if not claims_page.there(results):
+        return []
+    judged = claims.judge_all(results)
+    if other := claims_page.unlike(judged, results):
+        raise UsageError(f"{results / other[0]} {claims_page.STALE}")
+    return claims_page.plain(judged)
 
 
 def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
