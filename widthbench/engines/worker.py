@@ -5,6 +5,7 @@ Parent and child exchange lines of JSON over pipes. What the child prints goes t
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import queue
@@ -240,6 +241,8 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a plug-in that reads or prints
     os.dup2(2, 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what is printed is seen, also if the process is then ended
     inbox: queue.Queue[bytes] = queue.Queue()
 
     def listen() -> None:
