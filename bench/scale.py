@@ -4,7 +4,7 @@
 
 A cell that costs nothing is one whose record a worker finds in the cache: what is left is the key, the way there and back, and the
 record itself. Records are copies of a real one of `results/lenet`, under cells of a made suite (10 techniques, 20 budgets, 5
-networks). Each report runs in a process of its own, twice: from records in memory, as after a run, and from `records.jsonl`.
+networks). Each report runs in a process of its own: from records in memory, as after a run, and from `records.jsonl`.
 """
 
 from __future__ import annotations
@@ -50,14 +50,19 @@ lr = 0.1
 NETWORK = '[[models]]\nname = "lenet_300_100"\nvariant = "v{0}"\nsize = 28\n'
 
 
-def made(count: int, networks: int = 5, budgets: int = 20, techniques: int = 10) -> tuple[suites.Suite, list[Record]]:
-    """A suite of about that many cells, and their records."""
+def suite_of(count: int, networks: int = 5, budgets: int = 20, techniques: int = 10) -> suites.Suite:
+    """A suite of about that many cells."""
     text = TEXT.format(
         seeds=", ".join(map(str, range(max(1, count // (networks * budgets * techniques))))),
         budgets=", ".join(f'"macs:{0.9 - 0.02 * i:.2f}"' for i in range(budgets)),
         techniques=", ".join(f'{{ id = "l1-norm", params = {{ x = {i} }} }}' for i in range(techniques)),
     )
-    suite = suites.parse(text + "".join(map(NETWORK.format, range(networks))), "scale.toml")
+    return suites.parse(text + "".join(map(NETWORK.format, range(networks))), "scale.toml")
+
+
+def made(count: int, *sizes: int) -> tuple[suites.Suite, list[Record]]:
+    """A suite as ``suite_of`` makes it, and its records."""
+    suite = suite_of(count, *sizes)
     real = read_records(ROOT / "results" / "lenet" / "records.jsonl")
     one = next(r for r in real if r.cell.id.startswith("mnist-lenet5-l1-norm"))
     one = one.model_copy(update={"provenance": {**one.provenance, **stamp()}})
@@ -70,18 +75,24 @@ def made(count: int, networks: int = 5, budgets: int = 20, techniques: int = 10)
 
 
 def reports(count: int) -> dict[str, Any]:
-    """Time and memory of two reports, in this process."""
-    suite, records = made(count)
+    """Time and memory of two reports, each in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
-        os.environ["WIDTHBENCH_CACHE"] = f"{name}/cache"
-        found: dict[str, Any] = {"records": len(records)}
-        for what, fresh in (("after a run, s", records), ("from records.jsonl, s", [])):
-            begin = time.perf_counter()
-            build(suite, Path(name), Store(), time_shapes=False, fresh=fresh)
-            found[what] = f"{time.perf_counter() - begin:.1f}"
+        found: dict[str, Any] = {"records": count}
+        for what, told in (("after a run", "fresh"), ("from records.jsonl", "file")):
+            done = subprocess.run([sys.executable, __file__, told, str(count), name], check=True, capture_output=True, text=True)
+            took, peak = json.loads(done.stdout.splitlines()[-1])
+            found |= {f"{what}, s": f"{took:.1f}", f"{what}, GB": f"{peak:.1f}"}
         found["records.jsonl, MB"] = f"{(Path(name) / 'scale' / 'records.jsonl').stat().st_size / 1e6:.0f}"
-        found["peak memory, GB"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f}"
     return found
+
+
+def report(told: str, count: int, folder: Path) -> tuple[float, float]:
+    """Seconds of one report, and GB of memory at the most, in this process."""
+    suite, records = made(count) if told == "fresh" else (suite_of(count), [])
+    os.environ["WIDTHBENCH_CACHE"] = f"{folder}/cache"
+    begin = time.perf_counter()
+    build(suite, folder, Store(), time_shapes=False, fresh=records)
+    return time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def empty_cells(count: int) -> list[list[str]]:
@@ -89,7 +100,7 @@ def empty_cells(count: int) -> list[list[str]]:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         os.environ["WIDTHBENCH_CACHE"] = name
-        suite, records = made(count, networks=2, budgets=5, techniques=5)
+        suite, records = made(count, 2, 5, 5)
         store = Store()
         for record in records:
             store.put(record)
@@ -126,16 +137,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--records", nargs="+", type=int, default=[1000, 10_000, 100_000])
     parser.add_argument("--cells", type=int, default=1000)
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(reports(args.one)))
-        return
     cells = empty_cells(args.cells)
-    found = []
-    for count in args.records:
-        done = subprocess.run([sys.executable, __file__, "--one", str(count)], check=True, capture_output=True, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+    found = [reports(count) for count in args.records]
     state = commit()
     print("# Scale\n\nWritten by `bench/scale.py`.\n\n## A cell that costs nothing\n")
     print(tabulate(cells, headers=["engine", "cells", "ms per cell"], tablefmt="pipe", disable_numparse=True))
@@ -147,4 +151,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] in (["fresh"], ["file"]):  # a process that measures one report
+        print(json.dumps(report(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))))
+    else:
+        main()

@@ -148,7 +148,7 @@ TIMING = {"dataset": "digits", "model": "lenet5", "shape": "ab" * 6, "speed_up":
 @many
 @given(
     st.one_of(edited(PLAIN).map(lambda rows: "\n".join(map(json.dumps, rows)).encode(errors="replace")),
-              damaged("\n".join(map(json.dumps, PLAIN)).encode())),
+              damaged("\n".join(map(json.dumps, PLAIN)).encode()), damaged("\n".join(map(record_line, RECORDS)).encode())),
     edited(TIMING), st.booleans(),
 )  # fmt: skip
 def test_records_and_timings(tmp_path_factory, content, timing, sealed):

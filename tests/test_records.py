@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import DONE
 
+from widthbench import cache
 from widthbench.errors import UsageError
 from widthbench.paths import write_atomic
 from widthbench.recipe import Recipe, Spent
-from widthbench.records import Cell, Record, Row, Store, digest_of, read_records, write_records
+from widthbench.records import Cell, Record, Row, Store, digest_of, read_lines, read_records, record_line, write_records
 
 BRIEF = Recipe(epochs=1, lr=0.1)
 
@@ -63,6 +64,42 @@ def test_failures_are_kept_apart_and_forgotten_once_the_cell_is_done(tmp_path):
     assert store.failure("k" * 40).reason == "boom"
     store.put(record())
     assert store.failure("k" * 40) is None
+
+
+def test_a_flipped_bit_anywhere_in_a_line_is_named(tmp_path):
+    line = record_line(record())
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b"\n".join(line[:i].encode() + bytes([ord(line[i]) ^ 1]) + line[i + 1 :].encode() for i in range(len(line))))
+    lines = read_lines(path)
+    assert len(lines) >= len(line)
+    assert all(found.problem for found in lines)
+
+
+def test_lines_are_read_however_their_json_is_written(tmp_path):
+    path = tmp_path / "records.jsonl"
+    line = record_line(record())
+    spaced = json.dumps(json.loads(line), sort_keys=True)
+    path.write_text(f"{line}\n{spaced}\n")
+    assert [(found.record, found.problem) for found in read_lines(path)] == [(record(), "")] * 2
+    path.write_text(spaced.replace('"key": "', '"key": "x'))
+    assert "digest does not match" in read_lines(path)[0].problem
+
+
+def test_a_store_says_which_cells_it_has(tmp_path):
+    store = Store(tmp_path)
+    one, failed = record(key="a" * 40), record(key="b" * 40, cell=cell(seed=1), status="failed", reason="boom", rows=())
+    assert store.cells() == set()
+    store.put(one)
+    store.put(failed)
+    assert store.cells() == {one.cell.identity, failed.cell.identity}
+    assert store.cells(but={one.key}) == {failed.cell.identity}
+    assert store.cells(at_most=1) is None
+    older = {"record": {"cell": {"of": "another time"}}}
+    cache.write_json(store.path("c" * 40), older)
+    assert store.cells(but={one.key}) == {failed.cell.identity}
+    store.path(one.key).write_text("{")
+    with pytest.warns(UserWarning, match=f"damaged record .*{one.key}"):
+        assert store.cells() is None
 
 
 def test_records_are_written_sorted_and_read_back(tmp_path):

@@ -204,7 +204,7 @@ def test_what_no_machine_changes_cannot_be_excused(results, capsys, excuse):
 def test_a_report_takes_over_what_is_sound_and_keeps_the_rest_aside(results, monkeypatch):
     path = records_file(results)
     before = read_records(path)
-    changed = path.read_text().replace('"top1": ', '"top1": 1', 1)
+    changed = path.read_text().replace('"top1":', '"top1":1', 1)
     path.write_text(changed)
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(results / "empty"))
     with pytest.warns(UserWarning, match=r"1 of 3 earlier records .*records.jsonl:1 .*records.damaged.jsonl"):

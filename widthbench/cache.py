@@ -71,7 +71,12 @@ def read_json(path: Path, what: str) -> dict[str, Any] | None:
 
 def digest_of(value: Any) -> str:
     """SHA-256 over a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """A value as JSON in the one form that is digested: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def damaged(path: Path, what: str, why: str = "its digest does not match") -> None:

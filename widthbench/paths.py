@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import platformdirs
@@ -42,17 +43,17 @@ def require_writable(folder: Path) -> None:
         raise UsageError(f"cannot write {folder}: {above} is not a folder that you may write; set WIDTHBENCH_CACHE or --results")
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
     """Write a file so that readers see the old content or the new, never a part.
 
     Args:
         path: Where to; parent folders are made.
-        content: Text (UTF-8) or bytes.
+        content: Text (UTF-8), bytes, or text in pieces.
 
     Raises:
         UsageError: If it cannot be written (no such right, no space left); what was there before stays.
     """
-    data = content.encode() if isinstance(content, str) else content
+    pieces = [content] if isinstance(content, str | bytes) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -60,7 +61,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}; choose another folder") from error
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece.encode() if isinstance(piece, str) else piece)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

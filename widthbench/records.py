@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from filelock import FileLock
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from widthbench import cache
-from widthbench.cache import digest_of
+from widthbench.cache import canonical, digest_of
 from widthbench.errors import UsageError, visible
 from widthbench.paths import cache_dir, write_atomic
 from widthbench.recipe import Recipe, Spent
@@ -26,10 +37,34 @@ Count = Annotated[int, Field(gt=0, lt=2**63)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Stage = Literal["base", "resized", "recalibrated", "fine-tuned", "trained"]
 FINAL: tuple[Stage, ...] = ("base", "fine-tuned", "trained")
+HEAD = '{"digest":"'  # of a line of records
+
+
+_seen: dict[Any, Any] = {}
+
+
+def _shared(value: Any, key: Any = None) -> Any:
+    """The first of equal values: 100,000 records have few recipes and machines, and memory is what reading them takes time for."""
+    try:
+        if len(_seen) > 10_000:
+            _seen.clear()
+        return _seen.setdefault(key or (type(value), value), value)
+    except TypeError:  # holds what has no hash
+        return value
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def model_post_init(self, _: Any, /) -> None:
+        """Forget which fields were given, which nobody asks and half of a record's memory holds."""
+        object.__setattr__(self, "__pydantic_fields_set__", _NOT_KEPT)
+
+
+_NOT_KEPT: set[str] = set()
+
+
+SharedRecipe = Annotated[Recipe, AfterValidator(_shared)]
 
 
 class Cell(_Frozen):
@@ -77,13 +112,13 @@ class Cell(_Frozen):
     seed: int = 0
     scope: Literal["inner", "all"] = "inner"
     include: tuple[str, ...] = ()
-    base: Recipe
+    base: SharedRecipe
     checkpoint: str | None = None
     sha256: str | None = None
     pretrained: bool = False
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    finetune: Recipe
+    finetune: SharedRecipe
     calibration: int = 1024
     val: float = 0.2
     longest: float | None = None
@@ -164,7 +199,14 @@ def _facts(value: Any) -> Any:
     return value
 
 
-Provenance = Annotated[dict[str, Any], BeforeValidator(_facts)]
+def _machine(facts: dict[str, Any]) -> dict[str, Any]:
+    for name in ("versions", "hardware"):
+        if name in facts:
+            facts[name] = _shared(facts[name], (name, *facts[name].items()))
+    return facts
+
+
+Provenance = Annotated[dict[str, Any], BeforeValidator(_facts), AfterValidator(_machine)]
 
 
 class Record(_Frozen):
@@ -235,7 +277,10 @@ class Record(_Frozen):
         """The scores at a stage; at the last one if none is named."""
         if stage is None:
             return self.rows[-1] if self.rows else None
-        return next((r for r in self.rows if r.stage == stage), None)
+        for row in self.rows:
+            if row.stage == stage:
+                return row
+        return None
 
     def stable(self) -> dict[str, Any]:
         """The record less times and hosts: what a rerun on the same machine and versions gives again, bit for bit."""
@@ -298,11 +343,29 @@ class Store:
         """The record of the last failed attempt, if the cell has not been finished since."""
         return self._read(self._failed(key), key)
 
-    def keys(self) -> set[str] | None:
-        """Keys of all that lies in the store, failures too; None if others may add to it, at a URL."""
+    def cells(self, *, but: Collection[str] = (), at_most: int | None = None) -> set[str] | None:
+        """Identities of the cells that the store has records of, failures too.
+
+        Args:
+            but: Keys of records that need not be looked at.
+            at_most: Look at no more files than that.
+
+        Returns:
+            None if there are more, or a damaged one (named in a warning), or others may add to it, at a URL.
+        """
         if cache.shared():
             return None
-        return {p.stem for pattern in ("??", "failed") for p in self.root.glob(f"{pattern}/*.json")}
+        paths = [p for pattern in ("??", "failed") for p in self.root.glob(f"{pattern}/*.json") if p.stem not in but]
+        if at_most is not None and len(paths) > at_most:
+            return None
+        found = set()
+        for path in paths:
+            content = cache.read_json(path, "record")
+            if content is None:
+                return None
+            with suppress(ValueError, KeyError, TypeError):  # of a time when cells had other fields
+                found.add(Cell.model_validate(content["record"]["cell"]).identity)
+        return found
 
     def _failed(self, key: str) -> Path:
         return self.root / "failed" / f"{key}.json"
@@ -318,13 +381,13 @@ def write_records(path: Path, records: Iterable[Record], known: Mapping[int, str
     """
     lines = known or {}
     ordered = sorted(records, key=lambda r: r.cell.id)
-    write_atomic(path, "".join(f"{lines.get(id(r)) or record_line(r)}\n" for r in ordered))
+    write_atomic(path, (f"{lines.get(id(r)) or record_line(r)}\n" for r in ordered))
 
 
 def record_line(record: Record) -> str:
-    """A record as one line of JSON; its field "digest" is the SHA-256 over all others (``digest_of``)."""
-    data = record.model_dump(mode="json")
-    return json.dumps({**data, "digest": digest_of(data)}, sort_keys=True)
+    """A record as one line of JSON: first "digest", the SHA-256 over all that follows (``digest_of``), then that, canonical."""
+    text = canonical(record.model_dump(mode="json"))
+    return f'{HEAD}{sha256(text.encode()).hexdigest()}",{text[1:]}'
 
 
 @dataclass(frozen=True)
@@ -362,6 +425,10 @@ def read_lines(path: Path, *, trusted: bool = False) -> list[Line]:
 
 
 def _line(number: int, text: str, trusted: bool) -> Line:
+    start, rest = text[: len(HEAD) + 66], "{" + text[len(HEAD) + 66 :]
+    if text.startswith(HEAD) and (trusted or start == f'{HEAD}{sha256(rest.encode()).hexdigest()}",'):
+        with suppress(ValueError):  # said below
+            return Line(number, Record.model_validate_json(rest), text=text)
     try:
         data = json.loads(text)
         digest = data.pop("digest", None)

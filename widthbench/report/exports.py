@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
 
@@ -42,12 +42,10 @@ def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: It
         for name, stages in (("resized", ("resized",)), ("recalibrated", ("recalibrated",)), ("final", FINAL)):
             row |= _spread(f"top1_{name}", next((s for stage in stages if (s := line.summary(stage))), None))
         row |= _spread("top5", line.top5() if line.done else None)
-        for name in ("params", "macs"):
-            value = tables.over_bases({k: float(getattr(r, name)) for k, r in line.done.items()})
-            row[name] = value.mean if value else None
-            base = getattr(first, f"base_{name}", None)
-            row[f"base_{name}"] = base
-            row[{"params": "compression", "macs": "speed_up_theory"}[name]] = base / value.mean if value and base else None
+        ratios: tuple[tuple[Literal["params", "macs"], str], ...] = (("params", "compression"), ("macs", "speed_up_theory"))
+        for name, ratio in ratios:
+            value, base = line.mean(name) if line.done else None, getattr(first, f"base_{name}", None)
+            row |= {name: value, f"base_{name}": base, ratio: base / value if value and base else None}
         speed, cost = (tables.speed_up_of(line, speeds), tables.cost_of(line)) if line.done else (None, None)
         row["speed_up_measured"], row["train_cost"] = speed and speed.mean, cost and cost.mean
         done = list(line.done.values())
@@ -94,8 +92,8 @@ def latex_text(suite: Suite, records: Sequence[Record], timings: Sequence[dict[s
                 _escaped(ln.budget or "--"),
                 *(_plus_minus(ln.summary(stage)) for stage in ("resized", "recalibrated")),
                 _plus_minus(ln.final()),
-                *(_escaped(tables.count(tables.over_bases({k: float(getattr(r, name)) for k, r in ln.done.items()}).mean))  # type: ignore[union-attr]
-                  for name in ("params", "macs")),
+                _escaped(tables.count(ln.mean("params"))),
+                _escaped(tables.count(ln.mean("macs"))),
                 f"{speed.mean:.2f}" if (speed := tables.speed_up_of(ln, speeds)) else "--",
                 tables.bases_of(ln),
             ]

@@ -7,9 +7,10 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
 
@@ -56,6 +57,8 @@ Key = tuple[object, int]  # the base network (a checkpoint's digest, else the se
 class Line:
     """All records of one technique on one network at one budget; several seeds may share a base, which then counts once.
 
+    Numbers are worked out once: change nothing after the first was asked for.
+
     Attributes:
         dataset: Of its cells.
         model: The network's name.
@@ -75,6 +78,8 @@ class Line:
     control: bool
     records: dict[Key, Record] = field(default_factory=dict)
     meant: int = 0
+    _summaries: dict[Stage | None, Summary | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _means: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def left(self) -> int:
@@ -98,7 +103,18 @@ class Line:
 
     def summary(self, stage: Stage | None) -> Summary | None:
         """Top-1 at a stage (the last one if None); None if no record has it."""
-        return over_bases({k: row.top1 for k, r in self.done.items() if (row := r.row(stage)) is not None})
+        if stage not in self._summaries:
+            found = {k: row.top1 for k, r in self.done.items() if (row := r.row(stage)) is not None}
+            self._summaries[stage] = over_bases(found)
+        return self._summaries[stage]
+
+    def mean(self, name: Literal["params", "macs"]) -> float:
+        """Mean parameters or MACs of the finished ones, of which there is one at least."""
+        if name not in self._means:
+            found = over_bases({k: float(getattr(r, name)) for k, r in self.done.items()})
+            assert found is not None
+            self._means[name] = found.mean
+        return self._means[name]
 
     def top5(self) -> Summary | None:
         """Top-5 at the last stage; None below 100 classes."""
@@ -120,6 +136,9 @@ class Line:
 
 def by_base(values: Mapping[Key, float]) -> dict[object, float]:
     """One value per base: the mean over the seeds that share it."""
+    single = {base: value for (base, _), value in values.items()}
+    if len(single) == len(values):
+        return single
     grouped: dict[object, list[float]] = {}
     for (base, _), value in values.items():
         grouped.setdefault(base, []).append(value)
@@ -139,42 +158,59 @@ def lines(records: Iterable[Record], cells: Iterable[Cell] = ()) -> list[Line]:
         cells: The suite's: they give a row to what was not run, and say how many cells each row is meant to have.
     """
     records, cells = list(records), list(cells)
-    same = tuple(map(id, records)), tuple(map(id, cells))
-    for known, _, found_before in _LAST:
-        if known == same:
-            return [replace(line, records=dict(line.records)) for line in found_before]
-    rows = _lines(records, cells)
-    _LAST.append((same, (records, cells), rows))  # which keeps them alive, so that nothing else gets their ids
-    return [replace(line, records=dict(line.records)) for line in rows]
-
-
-_LAST: deque[tuple[Any, Any, list[Line]]] = deque(maxlen=2)  # a report asks for the same rows again and again
-
-
-def _lines(records: Sequence[Record], cells: Sequence[Cell]) -> list[Line]:
-    found: dict[tuple[Any, ...], Line] = {}
+    rows = dict(_grouped(records))
     order: dict[tuple[str, str], int] = {}
-
-    def line_of(c: Cell) -> Line:
-        order.setdefault((c.dataset, c.network), len(order))
-        key = (c.dataset, c.network, c.label, c.budget)
-        return found.setdefault(key, Line(c.dataset, c.network, c.label, c.budget, "", c.technique in CONTROLS))
-
+    meant: dict[_Place, int] = {}
     for cell in cells:
-        line_of(cell).meant += 1
-    for r in records:
-        line = line_of(r.cell)
-        # a base is what seeds make distinct; one public checkpoint under many seeds is still one base
-        line.records[r.provenance.get("checkpoint") or r.cell.seed, r.cell.seed] = r
-        line.access = line.access or r.access
+        place = _place(cell)
+        meant[place] = meant.get(place, 0) + 1
+        if place not in rows:
+            rows[place] = _line(cell)
+    for dataset, network, *_ in (*meant, *rows):
+        order.setdefault((dataset, network), len(order))
+    found = []
+    for place, row in rows.items():
+        found.append(copy(row))  # which shares the numbers
+        found[-1].meant = meant.get(place, 0)
 
-    def place(line: Line) -> tuple[Any, ...]:
+    def rank(line: Line) -> tuple[Any, ...]:
         kept = float(line.budget.partition(":")[2].partition(":")[0]) if line.budget else 10.0
         top = line.summary(None)
         access = len(ACCESS_ORDER) if line.control else ACCESS_ORDER.index(line.access)
         return (order[line.dataset, line.model], -kept, access, -(top.mean if top else -1.0), line.label)
 
-    return sorted(found.values(), key=place)
+    return sorted(found, key=rank)
+
+
+_Place = tuple[str, str, str, str | None]
+_LAST: deque[tuple[tuple[int, ...], list[Record], dict[_Place, Line]]] = deque(maxlen=2)
+
+
+def _place(cell: Cell) -> _Place:
+    return cell.dataset, cell.network, cell.label, cell.budget
+
+
+def _line(cell: Cell) -> Line:
+    return Line(*_place(cell), "", cell.technique in CONTROLS)
+
+
+def _grouped(records: list[Record]) -> dict[_Place, Line]:
+    """Records by row; a report asks for the same ones again and again."""
+    same = tuple(map(id, records))
+    for ids, _, known in _LAST:
+        if ids == same:
+            return known
+    found: dict[_Place, Line] = {}
+    for r in records:
+        place = _place(r.cell)
+        if place not in found:
+            found[place] = _line(r.cell)
+        line = found[place]
+        # a base is what seeds make distinct; one public checkpoint under many seeds is still one base
+        line.records[r.provenance.get("checkpoint") or r.cell.seed, r.cell.seed] = r
+        line.access = line.access or r.access
+    _LAST.append((same, records, found))  # which keeps them alive, so that nothing else gets their ids
+    return found
 
 
 def blocks(records: Iterable[Record], cells: Iterable[Cell] = ()) -> dict[tuple[str, str], list[Line]]:
@@ -241,7 +277,7 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
             rows.append([escaped(line.label), _access(line), line.budget or "–", line.status, *[""] * (9 + five)])
             continue
         r = line.first()
-        macs, params = _mean(line, "macs"), _mean(line, "params")
+        macs, params = line.mean("macs"), line.mean("params")
         final = line.final()
         place = f" ({places[line.label, line.budget]})" if (line.label, line.budget) in places else ""
         rows.append(
@@ -315,7 +351,7 @@ def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
         if not line.done:
             rows.append([line.model, line.label, line.budget or "–", line.status, "", "", ""])
             continue
-        cost = f"{count(_mean(line, 'params'))} / {count(_mean(line, 'macs'))}"
+        cost = f"{count(line.mean('params'))} / {count(line.mean('macs'))}"
         after, final = _text(line.summary("resized")), _text(line.final())
         rows.append([line.model, line.label + _flags(line), line.budget or "–", after, final, cost, line.bases])
     headers = ["model", "technique", "budget", "top-1 % resized", "fine-tuned / trained", "params / MACs", "n"]
@@ -382,12 +418,6 @@ def halved(record: Record) -> bool:
 
 def _text(summary: Summary | None) -> str:
     return summary.text() if summary else ""
-
-
-def _mean(line: Line, name: str) -> float:
-    found = over_bases({k: float(getattr(r, name)) for k, r in line.done.items()})
-    assert found is not None  # asked of finished lines only
-    return found.mean
 
 
 def count(value: float) -> str:
@@ -481,15 +511,13 @@ def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
     return [*parts, ""] if parts else []
 
 
-def _distinct(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The provenances that tell something new: most records of a suite share all but the minute."""
-    found: dict[Any, dict[str, Any]] = {}
-    for r in records:
-        p = r.provenance
-        used, machine = p.get("versions") or {}, p.get("hardware") or {}
-        facts = (str(used), str(machine.get("gpu")), str(machine.get("cpu")), str(p.get("when"))[:10])
-        found.setdefault((facts, *(str(p.get(n)) for n in ("device", "threads", "processes", "dirty", "commit"))), p)
-    return list(found.values())
+def _distinct(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
+    """The provenances that tell something new: records of one machine share all but the minute, as one object."""
+    found = {}
+    for p in (r.provenance for r in records):
+        plain = (str(p.get(n)) for n in ("device", "threads", "processes", "dirty", "commit"))
+        found[id(p.get("versions")), id(p.get("hardware")), str(p.get("when"))[:10], *plain] = p
+    return found.values()
 
 
 def origins(records: Sequence[Record]) -> dict[str, list[str]]:
