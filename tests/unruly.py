@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from widthbench import Outcome, Technique
+from widthbench import Outcome, Technique, protocol
 
 WAYS = {
     "raises": "RuntimeError: on purpose",
@@ -113,8 +113,16 @@ class Unruly(Technique):
         subprocess.Popen(["sleep", "98765"], start_new_session=True)
         time.sleep(1000)
 
+    def leaves_traces(self, task):
+        torch.set_default_dtype(torch.float64)
+        protocol.score = lambda *_: protocol.Row(stage="resized", top1=100.0, loss=0.0, samples=1)
+        os.environ["WIDTHBENCH_CACHE"] = "/nowhere"
+        os.chdir("/")
+        signal.setitimer(signal.ITIMER_REAL, 3)  # whose signal ends the process
+        subprocess.Popen(["sleep", "98764"], start_new_session=True)
 
-ALL = [*WAYS, "prints", "starts-others", "writes-everywhere", "forks"]
+
+ALL = [*WAYS, "prints", "starts-others", "writes-everywhere", "forks", "leaves-traces"]
 for _name in ALL:
     _attributes = {"id": _name, "__module__": __name__, "__doc__": Unruly.__doc__}
     globals()[_name.replace("-", "_").title()] = type(_name, (Unruly,), _attributes)

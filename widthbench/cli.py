@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    if argv is None and sys.stderr is not None:
+        with suppress(OSError, ValueError):  # no file
+            faulthandler.enable()  # a plug-in that crashes while it is listed is named by its file
     args = _parser().parse_args(argv)
     for name, given in (("WIDTHBENCH_DATA", "data"), ("WIDTHBENCH_STORE", "store")):
         if getattr(args, given, None):

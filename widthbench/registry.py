@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import EntryPoint, distributions
 from typing import Any
@@ -51,6 +54,51 @@ def load(name: str) -> type[Technique]:
     if getattr(cls, "access", None) not in ACCESS:
         raise UsageError(f"technique '{name}' of {_owner(point)}: set access to one of {', '.join(ACCESS)}")
     return cls
+
+
+def built_in(name: str) -> bool:
+    """Whether a technique comes with widthbench itself."""
+    return all(p.dist is not None and p.dist.name == "widthbench" for p in _declared().get(name, []))
+
+
+def try_imports(names: Iterable[str], *, limit_s: float = 120) -> None:
+    """Import techniques of other distributions in a process of their own, before this one does.
+
+    Args:
+        names: Their ids; those that were imported before are left out.
+        limit_s: What all of that may take.
+
+    Raises:
+        UsageError: If that process ends or hangs; what an import only raises, ``load`` says.
+    """
+    points = [p for name in names if not built_in(name) for p in _declared()[name] if p.module not in sys.modules]
+    if not points or _try([p.module for p in points], limit_s) is None:
+        return
+    for point in points:
+        if why := _try([point.module], limit_s):
+            raise UsageError(f"technique '{point.name}' of {_owner(point)}: importing {point.module} {why}; mend or uninstall it")
+
+
+_TRY = """
+import importlib, json, os, sys
+sys.path[:] = json.loads(sys.argv[1])
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except BaseException:
+        pass
+os._exit(0)
+"""
+
+
+def _try(modules: Sequence[str], limit_s: float) -> str | None:
+    """What importing modules does to a process; None if nothing."""
+    command = [sys.executable, "-c", _TRY, json.dumps(sys.path), *modules]
+    try:
+        code = subprocess.run(command, timeout=limit_s, stdin=subprocess.DEVNULL, capture_output=True).returncode
+    except subprocess.TimeoutExpired:
+        return f"takes more than {limit_s:g} s"
+    return f"ends the process ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})" if code else None
 
 
 def load_all() -> tuple[dict[str, type[Technique]], dict[str, str]]:

@@ -327,6 +327,7 @@ def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
     """
     require_writable(cache_dir())
     entries = [*suite.techniques, *(e for n in suite.models for e in n.techniques or ())]
+    registry.try_imports(dict.fromkeys(entry.id for entry in entries))
     classes = {entry.id: registry.load(entry.id) for entry in entries}
     for entry in entries:
         build(classes[entry.id], entry.params)

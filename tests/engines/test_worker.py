@@ -11,7 +11,7 @@ import psutil
 import pytest
 import unruly
 
-from widthbench import suites
+from widthbench import registry, suites
 from widthbench.engines import local
 from widthbench.engines.worker import Worker, WorkerError
 from widthbench.limits import Limits
@@ -88,14 +88,50 @@ def test_nobody_but_the_worker_answers(plug_ins, way):
     assert all(r.cell.technique == n for n, r in found.items())
 
 
-def test_a_plug_in_that_exits_when_it_is_imported_is_named(tmp_path, monkeypatch):
-    (tmp_path / "leaves.py").write_text("raise SystemExit(3)")
+def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins):
+    alone = run("l1-norm")["l1-norm"]
+    Store().path(alone.key).unlink()
+    found = run("leaves-traces", "l1-norm")
+    assert found["leaves-traces"].cell.technique == "leaves-traces"
+    assert found["l1-norm"].stable() == alone.stable()
+    assert ["sleep", "98764"] not in [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
+
+
+def test_a_finished_cell_of_a_plug_in_costs_no_new_process(plug_ins):
+    made = suite("prints")
+    first = next(c for c in made.cells() if c.technique == "prints")
+    run("prints")
+    worker = Worker()
+    try:
+        worker.run(first)
+        child = worker._child
+        worker.run(first)
+        assert child is not None
+        assert worker._child is child
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("raise SystemExit(3)", "fails to import: SystemExit"),
+        ("import os; os._exit(7)", r"importing leaves ends the process \(exit code 7\); mend or uninstall it"),
+        ("import ctypes; ctypes.string_at(0)", r"importing leaves ends the process \(SIGSEGV\)"),
+        ("import time; time.sleep(1000)", r"importing leaves takes more than 2 s"),
+    ],
+)
+def test_a_plug_in_that_cannot_be_imported_is_named(tmp_path, monkeypatch, code, why):
+    (tmp_path / "leaves.py").write_text(code)
     info = tmp_path / "leaves-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaves\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[widthbench.techniques]\nleaves = leaves:T\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(suites.UsageError, match="'leaves' of leaves 1 fails to import: SystemExit"):
+    if "sleep" in code:
+        real = registry.try_imports
+        monkeypatch.setattr(registry, "try_imports", lambda names: real(names, limit_s=2))
+    with pytest.raises(suites.UsageError, match=f"'leaves' of leaves 1:? {why}"):
         suites.check(suite("leaves"))
 
 

@@ -5,6 +5,7 @@ Parent and child exchange lines of JSON over pipes. What the child prints goes t
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import os
@@ -35,6 +36,9 @@ class WorkerError(RuntimeError):
 class Worker:
     """A child process that runs cells, one after another; a new one is started whenever one has ended.
 
+    A cell that ran code of another distribution is the last of its process, so that nothing it changed or left behind there
+    reaches another cell.
+
     Args:
         env: Variables for the child, besides those of this process.
     """
@@ -59,6 +63,7 @@ class Worker:
             UsageError: As ``protocol.run_cell``: the cell itself makes no sense, or its record cannot be written.
             WorkerError: If the worker is closed meanwhile.
         """
+        from widthbench import registry
         from widthbench.errors import UsageError
         from widthbench.records import Record
 
@@ -68,6 +73,8 @@ class Worker:
                 answer = self._ask({"cell": cell.model_dump(mode="json"), "bar": bar}, limits or Limits())
             if "record" in answer:
                 record = Record.model_validate(answer["record"])
+                if answer.get("ran") and not registry.built_in(cell.of or cell.technique):
+                    self._end()
                 if record.cell == cell:
                     return record
                 answer = {"died": f"its process answered with a record of {record.cell.id}"}
@@ -172,7 +179,7 @@ def _answer(line: bytes, asked: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     known = isinstance(answer, dict) and answer.pop("id", None) == asked
-    return answer if known and answer.keys() <= {"at", "record", "error", "died"} else {}
+    return answer if known and answer.keys() <= {"at", "record", "ran", "error", "died"} else {}
 
 
 class _Clock:
@@ -241,6 +248,7 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a plug-in that reads or prints
     os.dup2(2, 1)
+    faulthandler.enable()  # where a plug-in crashes is seen
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what is printed is seen, also if the process is then ended
     inbox: queue.Queue[bytes] = queue.Queue()
@@ -264,7 +272,13 @@ def _serve() -> None:
     from widthbench.task import bar, quiet
 
     class Telling(Store):
-        """Says when it waits for another process that computes the same cell."""
+        """Says when it waits for another process that computes the same cell, and knows whether this one did."""
+
+        ran = False
+
+        def put(self, record: Record) -> None:
+            self.ran = True
+            super().put(record)
 
         def lock(self, key: str) -> Any:
             @contextmanager
@@ -282,8 +296,8 @@ def _serve() -> None:
         say(at="ready")
         cell = Cell.model_validate(message["cell"])
         try:
-            record = run_cell(cell, Telling(), progress=bar if message["bar"] else quiet)
-            say(record=record.model_dump(mode="json"))
+            record = run_cell(cell, store := Telling(), progress=bar if message["bar"] else quiet)
+            say(record=record.model_dump(mode="json"), ran=store.ran)
         except UsageError as error:
             say(error=str(error))
         except BaseException as error:  # a plug-in that exits, or is interrupted by itself
