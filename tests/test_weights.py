@@ -1,4 +1,6 @@
+import ast
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -122,3 +124,18 @@ def test_values_that_are_not_finite_are_refused(folder):
     save_file(state, folder / "nan.safetensors")
     with pytest.raises(UsageError, match=r"values that are not finite in ip1.bias"):
         weights.read(folder / "nan.safetensors")
+
+
+def test_torch_reads_weights_only_wherever_it_reads():
+    """Lint refuses pickle itself, eval, exec and whole archives; torch.load it does not know."""
+    root = Path(weights.__file__).parent
+    calls = [
+        (path, node)
+        for folder in (root, root.parent / "methods", root.parent / "baselines", root.parent / "bench")
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert calls
+    for path, call in calls:
+        assert "weights_only=True" in [ast.unparse(k) for k in call.keywords], f"{path}:{call.lineno}"
