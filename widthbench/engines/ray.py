@@ -197,7 +197,8 @@ class _Plan:
         self._ready += self._after.pop(cell.identity, [])[::-1]
 
 
-_worker: tuple[str | None, Worker] | None = None  # of the Ray worker process that this is
+SIGHT_S = 60.0  # until a file that one node wrote must be seen by others: network file systems remember that there was none
+_worker: tuple[tuple[str | None, int], Worker] | None = None  # of the Ray worker process that this is
 
 
 def _task(text: str, limits: dict[str, Any], token: str) -> str:
@@ -207,7 +208,7 @@ def _task(text: str, limits: dict[str, Any], token: str) -> str:
 
     node = os.uname().nodename
     cell = Cell.model_validate_json(text)
-    for _ in range(20):  # a shared folder may show a new file a little later
+    for _ in range(round(2 * SIGHT_S)):
         if cache.read_json(_token(token), "token") is not None:
             break
         time.sleep(0.5)
@@ -215,11 +216,11 @@ def _task(text: str, limits: dict[str, Any], token: str) -> str:
         where = os.environ.get(cache.STORE) or cache_dir()
         remedy = f"set WIDTHBENCH_CACHE to a folder that all nodes share, or {cache.STORE} to a URL"
         return json.dumps({"error": f"node {node} does not see {where}: {remedy}"})
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if _worker is None or _worker[0] != gpus:  # Ray has given this process another GPU
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES"), cell.threads
+    if _worker is None or _worker[0] != wanted:  # Ray has given this process another GPU
         if _worker is not None:
             _worker[1].close()
-        _worker = gpus, Worker({"OMP_NUM_THREADS": str(cell.threads)})
+        _worker = wanted, Worker({"OMP_NUM_THREADS": str(cell.threads)})
     try:
         record = _worker[1].run(cell, Limits(**limits))
     except UsageError as error:

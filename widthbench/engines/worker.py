@@ -95,16 +95,9 @@ class Worker:
         child, self._child = self._child, None
         if child is None:
             return
-        import psutil
-
-        started: list[psutil.Process] = []
-        with suppress(psutil.Error):
-            started = psutil.Process(child.pid).children(recursive=True)  # some may have left the group
+        _kill_below(child.pid)  # some may have left the group
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        for process in started:
-            with suppress(psutil.Error):
-                process.kill()
         child.wait()
         for pipe in (child.stdin, child.stdout):
             assert pipe is not None
@@ -172,6 +165,16 @@ class Worker:
         return {"died": f"its process crashed ({name})"}
 
 
+def _kill_below(pid: int) -> None:
+    """Kill all that a process has started, in whatever session."""
+    import psutil
+
+    with suppress(psutil.Error):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
+
+
 def _answer(line: bytes, asked: int) -> dict[str, Any]:
     """An answer to the request of that number; {} for what is none, which a plug-in may have written."""
     try:
@@ -218,12 +221,11 @@ def _too_large(pid: int, limit_mib: float | None) -> str:
     import psutil
 
     total = 0
-    try:
+    with suppress(psutil.Error):  # it has ended
         process = psutil.Process(pid)
         for one in (process, *process.children(recursive=True)):
-            total += one.memory_info().rss
-    except psutil.Error:  # it has ended
-        return ""
+            with suppress(psutil.Error):
+                total += one.memory_info().rss
     if total <= limit_mib * 2**20:
         return ""
     return f"took {total / 2**20:.0f} MiB of memory, more than the {limit_mib:g} MiB that its suite allows (memory_limit)"
@@ -256,7 +258,10 @@ def _serve() -> None:
     def listen() -> None:
         for line in commands:
             inbox.put(line)
-        os._exit(0)  # the parent has ended
+        _kill_below(os.getpid())  # the parent has ended
+        if os.getpgid(0) == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(0)
 
     me, current = os.getpid(), [0]
 
