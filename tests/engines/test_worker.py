@@ -10,8 +10,9 @@ import time
 import psutil
 import pytest
 import unruly
+from filelock import FileLock
 
-from widthbench import registry, suites
+from widthbench import protocol, registry, suites
 from widthbench.engines import local
 from widthbench.engines.worker import Worker, WorkerError
 from widthbench.limits import Limits
@@ -160,17 +161,19 @@ def test_a_process_killed_from_outside_is_given_a_second_chance(fresh_cache):
         worker.run(cell)
 
 
-def test_waiting_for_another_process_that_computes_the_same_cell_is_not_counted(fresh_cache):
+@pytest.mark.parametrize("busy", ["computes the same cell", "trains its base"])
+def test_waiting_for_another_process_is_not_counted(fresh_cache, busy):
     cell = suite("l1-norm").cells()[0]
-    from widthbench.protocol import cell_key
-
-    lock = Store().lock(cell_key(cell))
+    lock = Store().lock(protocol.cell_key(cell))
+    if busy == "trains its base":
+        (fresh_cache / "bases").mkdir(parents=True)
+        lock = FileLock(fresh_cache / "bases" / f"{protocol.base_key(cell)}.lock")
     lock.acquire()
     worker = Worker()
     found = []
-    hand = threading.Thread(target=lambda: found.append(worker.run(cell, Limits(time_s=2))))
+    hand = threading.Thread(target=lambda: found.append(worker.run(cell, Limits(time_s=3))))
     hand.start()
-    hand.join(8)
+    hand.join(10)
     assert hand.is_alive()
     lock.release()
     hand.join()

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from widthbench.limits import Limits
@@ -271,13 +271,27 @@ def _serve() -> None:
             answers.flush()
 
     threading.Thread(target=listen, daemon=True).start()
+    from filelock import BaseFileLock
+
     from widthbench.errors import UsageError
     from widthbench.protocol import run_cell
     from widthbench.records import Cell, Store
     from widthbench.task import bar, quiet
 
-    class Telling(Store):
-        """Says when it waits for another process that computes the same cell, and knows whether this one did."""
+    acquire = BaseFileLock.acquire
+
+    def telling(self: BaseFileLock, *args: Any, **options: Any) -> Any:
+        """Say when this process waits for another: for one that computes the same cell, trains its base, decodes its images."""
+        say(at="wait")
+        try:
+            return acquire(self, *args, **options)
+        finally:
+            say(at="work")
+
+    BaseFileLock.acquire = telling  # type: ignore[method-assign]
+
+    class Knowing(Store):
+        """Knows whether this process computed the cell."""
 
         ran = False
 
@@ -285,23 +299,13 @@ def _serve() -> None:
             self.ran = True
             super().put(record)
 
-        def lock(self, key: str) -> Any:
-            @contextmanager
-            def held() -> Iterator[None]:
-                say(at="wait")
-                with super(Telling, self).lock(key):
-                    say(at="work")
-                    yield
-
-            return held()
-
     while True:
         message = json.loads(inbox.get())
         current[0] = message["id"]
         say(at="ready")
         cell = Cell.model_validate(message["cell"])
         try:
-            record = run_cell(cell, store := Telling(), progress=bar if message["bar"] else quiet)
+            record = run_cell(cell, store := Knowing(), progress=bar if message["bar"] else quiet)
             say(record=record.model_dump(mode="json"), ran=store.ran)
         except UsageError as error:
             say(error=str(error))
