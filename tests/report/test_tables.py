@@ -208,7 +208,11 @@ def test_rows_that_were_not_run_and_cells_that_are_missing_are_seen():
     cells = row_of(page, "l1-norm ✕")
     assert cells[-1] == "4 of 5"
     assert "✕ some of its cells have no result" in page
-    assert row_of(page, "nmf")[:4] == ["nmf", "", "macs:0.5", "not run"]
+    assert "\n*Not run*: base; nmf at macs:0.5.\n" in page
+    assert "not run" not in page.split("*Not run*")[0].split("\n## ")[1]
+    nothing = board([], seeds=[0], techniques=["l1-norm", "nmf"], budgets=["macs:0.5", "macs:0.25"])
+    assert "*Not run*: base; l1-norm, nmf at macs:0.5, macs:0.25." in nothing
+    assert "| technique" not in nothing
     assert "*not run*: 11 cells of the suite" in page  # base and nmf on five seeds, l1-norm on one
     one = [record(seed=s, provenance={**WHERE, "checkpoint": "sha"}) for s in range(4)]
     assert row_of(board(one, seeds=list(range(5))), "l1-norm ✕")[-1] == "1 (4 of 5 cells)"

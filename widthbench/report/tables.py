@@ -258,7 +258,11 @@ def leaderboard(
     parts += [f"{state}; {bases_each}.{grain}", "", NOTES.format(longest=longest), ""]
     speeds = speeds_of(timings)
     for (dataset, model), block in blocks(records, suite.cells()).items():
-        parts += [f"## {escaped(model)} on {escaped(dataset)}", "", table(block, speeds, ranked=suite.citable), ""]
+        parts += [f"## {escaped(model)} on {escaped(dataset)}", ""]
+        if some := [line for line in block if line.records]:
+            parts += [table(some, speeds, ranked=suite.citable), ""]
+        if left := [line for line in block if not line.records]:
+            parts += [f"*Not run*: {_names(left)}.", ""]
     parts += _problems(suite, records) + _footer(records, timings)
     if digest:
         parts.append(f"- SHA-256 of `records.jsonl`: `{digest}`; `widthbench verify {suite.name}` checks it and reruns cells")
@@ -305,6 +309,17 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
     ]  # fmt: skip
     text = ("left",) * 3 + ("right",) * (10 + five)
     return tabulate(rows, headers=headers, tablefmt="pipe", colalign=text, disable_numparse=True)
+
+
+def _names(block: Sequence[Line]) -> str:
+    """Rows by their names, those at the same budgets together: ``"base; l1-norm, nmf at macs:0.5, macs:0.25"``."""
+    budgets: dict[str, list[str]] = {}
+    for line in block:
+        budgets.setdefault(line.label, []).append(line.budget or "")
+    together: dict[tuple[str, ...], list[str]] = {}
+    for label, some in budgets.items():
+        together.setdefault(tuple(some), []).append(escaped(label))
+    return "; ".join(", ".join(labels) + (f" at {', '.join(some)}" if any(some) else "") for some, labels in together.items())
 
 
 def comparable(suite: Suite) -> bool:
