@@ -6,10 +6,13 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from filelock import SoftFileLock
 
 from widthbench import Outcome, Technique, protocol
 
@@ -28,8 +31,19 @@ WAYS = {
     "is-killed": "its process was killed twice by SIGKILL, from outside (out of memory?)",
     "nan": "made it non-finite",
     "lone-surrogate": r"ValueError: \ud800",
+    "waits-at-its-own-lock": "ran longer than the 6 s that its suite allows (time_limit)",
+    "leaves-traces-and-exits": "SystemExit: 3",
+    "leaves-traces-and-interrupts": "KeyboardInterrupt",
+    "leaves-others-and-ends": "its process ended with exit code 7 without a word",
     "closes-everything": "its process closed the way to its parent",
 }
+
+
+def _kind(fd):
+    try:
+        return os.fstat(fd).st_mode
+    except OSError:
+        return 0
 
 
 class Unruly(Technique):
@@ -94,11 +108,9 @@ class Unruly(Technique):
 
     def writes_everywhere(self, task):
         for fd in range(3, 64):
-            try:
-                if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            if stat.S_ISFIFO(_kind(fd)):
+                with suppress(OSError):
                     os.write(fd, b'hello\n{"at": "wait"}\n{"record": {}, "id": 1}x\n[]\n7\n')
-            except OSError:
-                pass
 
     def forks(self, task):
         os.fork()
@@ -106,12 +118,31 @@ class Unruly(Technique):
     def prints(self, task):
         print('{"record": "forged"}')
         os.write(1, b'{"record": "forged"}\n')
+        for fd in range(3, 64):
+            if stat.S_ISFIFO(_kind(fd)):
+                with suppress(OSError):
+                    os.write(fd, b"a line without an end")
         subprocess.run(["echo", '{"record": "forged"}'], check=True)
         assert sys.stdin.read() == ""
 
     def starts_others(self, task):
         subprocess.Popen(["sleep", "98765"], start_new_session=True)
         time.sleep(1000)
+
+    def waits_at_its_own_lock(self, task):
+        SoftFileLock(tempfile.mkstemp()[1]).acquire()  # which nobody releases
+
+    def leaves_others_and_ends(self, task):
+        subprocess.Popen(["sleep", "98763"], start_new_session=True)
+        os._exit(7)
+
+    def leaves_traces_and_exits(self, task):
+        self.leaves_traces(task)
+        sys.exit(3)
+
+    def leaves_traces_and_interrupts(self, task):
+        self.leaves_traces(task)
+        raise KeyboardInterrupt
 
     def leaves_traces(self, task):
         torch.set_default_dtype(torch.float64)

@@ -99,38 +99,44 @@ def _read(path: Path, what: str, content: Any) -> Any:
     return None
 
 
+def url() -> str | None:
+    """Where the store besides the cache is, if there is one; a folder by its absolute path, for processes that run elsewhere."""
+    given = os.environ.get(STORE)
+    return str(Path(given).expanduser().resolve()) if given and ":" not in given else given or None
+
+
 def shared() -> bool:
     """Whether there is a store besides the cache."""
-    return bool(os.environ.get(STORE))
+    return url() is not None
 
 
 def push(path: Path) -> None:
     """Put a file of the cache into the store, if there is one; what cannot be put there is said, and stays in the cache."""
-    if not (url := os.environ.get(STORE)):
+    if not (where := url()):
         return
     try:
-        fs, at = _place(url, path)
+        fs, at = _place(where, path)
         if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
             write_atomic(Path(at), path.read_bytes())
         else:
             fs.pipe_file(at, path.read_bytes())
     except Exception as error:  # every file system has errors of its own
         warnings.warn(
-            f"{path.name} could not be put into {url} ({type(error).__name__}: {error}): it is in the cache only", stacklevel=3
+            f"{path.name} could not be put into {where} ({type(error).__name__}: {error}): it is in the cache only", stacklevel=3
         )
 
 
 def pull(path: Path) -> bool:
     """Fetch a file of the cache from the store; False if there is no store, or none there."""
-    if not (url := os.environ.get(STORE)):
+    if not (where := url()):
         return False
     try:
-        fs, at = _place(url, path)
+        fs, at = _place(where, path)
         write_atomic(path, fs.cat_file(at))
     except FileNotFoundError:
         return False
     except Exception as error:
-        warnings.warn(f"{path.name} could not be fetched from {url} ({type(error).__name__}: {error})", stacklevel=3)
+        warnings.warn(f"{path.name} could not be fetched from {where} ({type(error).__name__}: {error})", stacklevel=3)
         return False
     return True
 
@@ -138,10 +144,10 @@ def pull(path: Path) -> bool:
 def drop(path: Path) -> None:
     """Remove a file from the cache and from the store."""
     path.unlink(missing_ok=True)
-    if not (url := os.environ.get(STORE)):
+    if not (where := url()):
         return
     try:
-        fs, at = _place(url, path)
+        fs, at = _place(where, path)
         fs.rm_file(at)
     except Exception:  # not there, or read-only: a file too many does no harm
         pass
@@ -153,10 +159,10 @@ def check_store() -> None:
     Raises:
         UsageError: If it cannot; it names the URL.
     """
-    if not (url := os.environ.get(STORE)):
+    if not (where := url()):
         return
     try:
-        fs, at = _place(url, cache_dir() / f"probe-{os.getpid()}")
+        fs, at = _place(where, cache_dir() / f"probe-{os.getpid()}")
         fs.makedirs(at.rpartition("/")[0], exist_ok=True)
         fs.pipe_file(at, b"widthbench")
         if fs.cat_file(at) != b"widthbench":
@@ -164,13 +170,13 @@ def check_store() -> None:
         fs.rm_file(at)
     except Exception as error:
         raise UsageError(
-            f"the store {url} cannot be used ({type(error).__name__}: {error}): set {STORE} to a folder or a URL that fsspec "
+            f"the store {where} cannot be used ({type(error).__name__}: {error}): set {STORE} to a folder or a URL that fsspec "
             "knows, and install what it needs for that (s3fs, gcsfs, …)"
         ) from error
 
 
-def _place(url: str, path: Path) -> tuple[Any, str]:
+def _place(where: str, path: Path) -> tuple[Any, str]:
     import fsspec
 
-    fs, root = fsspec.core.url_to_fs(url)
+    fs, root = fsspec.core.url_to_fs(where)
     return fs, f"{root.rstrip('/')}/{path.relative_to(cache_dir()).as_posix()}"

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from widthbench.errors import UsageError
+
 PACKAGES = (
     "widthbench",
     "torch",
@@ -94,11 +96,19 @@ def source_digest(cls: type) -> str:
 
     For one of ours that is its own file (the rest of the package is digested apart); for a plug-in, every Python file of the
     top-level package, or the single module, that it is defined in.
+
+    Raises:
+        UsageError: If they cannot be found.
     """
-    own = Path(inspect.getfile(cls))
+    try:
+        own = Path(inspect.getfile(cls))
+    except (TypeError, OSError) as error:
+        raise UsageError(
+            f"{cls.__module__}.{cls.__qualname__}: its source cannot be found ({error}): define it in a file"
+        ) from error
     top = cls.__module__.partition(".")[0]
     files = [own]
-    if top != "widthbench" and own.name != f"{top}.py":
+    if top != "widthbench" and "." in cls.__module__:
         package = next((folder for folder in own.parents if folder.name == top), own.parent)
         files = sorted(package.glob("**/*.py"))
     return _files_digest(tuple((file, *_state(file)) for file in files))

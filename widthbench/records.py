@@ -154,12 +154,12 @@ class Cell(_Frozen):
 
     @property
     def identity(self) -> str:
-        """All of it as text, the same however its parameters are ordered."""
+        """All of it as text, the same however its parameters are ordered; less the device, which a key leaves out, too."""
         given = (self.params, self.model_args)
-        if all(len(d) < 2 and not any(isinstance(v, dict) for v in d.values()) for d in given):
-            return self.model_dump_json()  # nothing whose order could differ
+        if all(len(d) < 2 and not any(isinstance(v, dict | list | tuple) for v in d.values()) for d in given):
+            return self.model_dump_json(exclude={"device"})  # nothing whose order could differ
         ordered = {k: json.loads(json.dumps(getattr(self, k), sort_keys=True)) for k in ("params", "model_args")}
-        return self.model_copy(update=ordered).model_dump_json()
+        return self.model_copy(update=ordered).model_dump_json(exclude={"device"})
 
     @property
     def group(self) -> str:
@@ -202,7 +202,7 @@ def _facts(value: Any) -> Any:
 def _machine(facts: dict[str, Any]) -> dict[str, Any]:
     for name in ("versions", "hardware"):
         if name in facts:
-            facts[name] = _shared(facts[name], (name, *facts[name].items()))
+            facts[name] = _shared(facts[name], (name, repr(facts[name])))
     return facts
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import EntryPoint, distributions
 from typing import Any
@@ -61,43 +62,50 @@ def built_in(name: str) -> bool:
     return all(p.dist is not None and p.dist.name == "widthbench" for p in _declared().get(name, []))
 
 
-def try_imports(names: Iterable[str], *, limit_s: float = 120) -> None:
-    """Import techniques of other distributions in a process of their own, before this one does.
+def try_out(entries: Iterable[tuple[str, Mapping[str, Any]]], *, limit_s: float = 120) -> None:
+    """Import techniques of other distributions, and make them, in a process of their own before this one does.
 
     Args:
-        names: Their ids; those that were imported before are left out.
-        limit_s: What all of that may take.
+        entries: Their ids and parameters.
+        limit_s: What that may take.
 
     Raises:
-        UsageError: If that process ends or hangs; what an import only raises, ``load`` says.
+        UsageError: If that process ends or hangs; what is only raised there, ``load`` says.
     """
-    points = [p for name in names if not built_in(name) for p in _declared()[name] if p.module not in sys.modules]
-    if not points or _try([p.module for p in points], limit_s) is None:
+    foreign = [(name, params) for name, params in entries if not built_in(name)]
+    if not foreign or _try(foreign, limit_s) is None:
         return
-    for point in points:
-        if why := _try([point.module], limit_s):
-            raise UsageError(f"technique '{point.name}' of {_owner(point)}: importing {point.module} {why}; mend or uninstall it")
+    for one in foreign:
+        if why := _try([one], limit_s):
+            raise UsageError(f"technique '{one[0]}' of {owner(one[0])}: importing or making it {why}; mend or uninstall it")
 
 
 _TRY = """
-import importlib, json, os, sys
+import json, os, sys
 sys.path[:] = json.loads(sys.argv[1])
-for name in sys.argv[2:]:
+from widthbench import registry
+for name, params in json.loads(sys.argv[2]):
     try:
-        importlib.import_module(name)
+        registry.create(name, params)
     except BaseException:
         pass
 os._exit(0)
 """
 
 
-def _try(modules: Sequence[str], limit_s: float) -> str | None:
-    """What importing modules does to a process; None if nothing."""
-    command = [sys.executable, "-c", _TRY, json.dumps(sys.path), *modules]
+def _try(entries: Sequence[tuple[str, Mapping[str, Any]]], limit_s: float) -> str | None:
+    """What importing and making techniques does to a process; None if nothing."""
+    command = [sys.executable, "-c", _TRY, json.dumps(sys.path), json.dumps(entries)]
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
     try:
-        code = subprocess.run(command, timeout=limit_s, stdin=subprocess.DEVNULL, capture_output=True).returncode
+        code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return f"takes more than {limit_s:g} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it left behind
+        process.wait()
     return f"ends the process ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})" if code else None
 
 
@@ -105,8 +113,15 @@ def load_all() -> tuple[dict[str, type[Technique]], dict[str, str]]:
     """Every technique that loads, and for the others the reason: one broken plug-in does not stop the rest."""
     good: dict[str, type[Technique]] = {}
     bad: dict[str, str] = {}
+    together: UsageError | None = None
+    try:
+        try_out([(name, {}) for name in names()])
+    except UsageError as error:
+        together = error
     for name in names():
         try:
+            if together is not None:
+                try_out([(name, {})])
             good[name] = load(name)
         except UsageError as error:
             bad[name] = str(error)

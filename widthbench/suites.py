@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from widthbench import protocol, recipes, registry
 from widthbench.budget import Budget
@@ -30,11 +31,25 @@ class _Strict(BaseModel):
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
 
 
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what comes back from JSON as something else."""
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise ValueError(f"{value!r:.200} holds what JSON cannot say, such as nan, inf or a date")
+    return value
+
+
+Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
+
+
 class Entry(_Strict):
     """A technique in a suite: its id and parameters."""
 
     id: str
-    params: dict[str, Any] = Field(default_factory=dict)
+    params: Plain = Field(default_factory=dict)
 
 
 def _entries(value: Any) -> Any:
@@ -66,7 +81,7 @@ class Network(_Strict):
 
     name: str
     size: int = Field(ge=4, le=4096)
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Plain = Field(default_factory=dict)
     variant: str = Field(default="", pattern=r"^[A-Za-z0-9_. -]*$")
     datasets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     techniques: tuple[Entry, ...] | None = None
@@ -101,6 +116,14 @@ class Network(_Strict):
         ours = ("name", "classes", "channels", "size", "seed", "pretrained", "num_classes", "in_chans", "img_size", "model_name")
         if taken := [key for key in value if key in ours]:
             raise ValueError(f"'{taken[0]}' is set by the suite: leave it out of args")
+        files = (
+            "checkpoint_path",
+            "pretrained_cfg",
+            "pretrained_cfg_overlay",
+            "cache_dir",
+        )  # timm's, whose contents no key would know
+        if taken := [key for key in value if key in files]:
+            raise ValueError(f"'{taken[0]}' would load weights unseen: use checkpoint or pretrained instead of args")
         return value
 
 
@@ -327,10 +350,16 @@ def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
     """
     require_writable(cache_dir())
     entries = [*suite.techniques, *(e for n in suite.models for e in n.techniques or ())]
-    registry.try_imports(dict.fromkeys(entry.id for entry in entries))
+    registry.try_out([(entry.id, entry.params) for entry in entries])
     classes = {entry.id: registry.load(entry.id) for entry in entries}
     for entry in entries:
-        build(classes[entry.id], entry.params)
+        try:
+            build(classes[entry.id], entry.params)
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:  # a plug-in may raise anything
+            what = f"technique '{entry.id}' of {registry.owner(entry.id)} cannot be made with {entry.params}"
+            raise UsageError(f"suite {suite.name}: {what}: {type(error).__name__}: {error}") from error
     cells = suite.cells() if chosen is None else chosen
     try:
         for dataset in suite.all_datasets:

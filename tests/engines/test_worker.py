@@ -39,6 +39,20 @@ size = 8
 """
 
 
+CLASS = """
+from widthbench import Technique
+
+class T(Technique):
+    id, access = "leaves", "none"
+
+    def decide(self, task, state):
+        pass
+
+    def __init__(self):
+        {}
+"""
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     return unruly.installed(tmp_path_factory.mktemp("site"))
@@ -89,26 +103,42 @@ def test_nobody_but_the_worker_answers(plug_ins, way):
     assert all(r.cell.technique == n for n, r in found.items())
 
 
-def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins):
+@pytest.mark.parametrize("way", ["leaves-traces", "leaves-traces-and-exits", "leaves-traces-and-interrupts"])
+def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins, way):
     alone = run("l1-norm")["l1-norm"]
     Store().path(alone.key).unlink()
-    found = run("leaves-traces", "l1-norm")
-    assert found["leaves-traces"].cell.technique == "leaves-traces"
+    found = run(way, "l1-norm")
+    assert found[way].cell.technique == way
     assert found["l1-norm"].stable() == alone.stable()
-    assert ["sleep", "98764"] not in [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
+    assert not running("98764")
 
 
-def test_a_finished_cell_of_a_plug_in_costs_no_new_process(plug_ins):
-    made = suite("prints")
-    first = next(c for c in made.cells() if c.technique == "prints")
-    run("prints")
+def running(argument):
+    return ["sleep", argument] in [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
+
+
+def test_a_finished_cell_of_a_plug_in_costs_no_process_and_is_imported_in_none(plug_ins):
+    cell = next(c for c in suite("prints").cells() if c.technique == "prints")
+    done = run("prints")["prints"]
+    worker = Worker()
+    assert worker.run(cell) == done
+    assert worker._child is None
+
+
+def test_what_a_cell_left_running_ends_with_it_even_if_it_ended_itself(plug_ins):
+    assert run("leaves-others-and-ends")["leaves-others-and-ends"].status == "failed"
+    assert not running("98763")
+
+
+def test_a_cell_that_was_finished_under_another_device_setting_is_finished(fresh_cache):
+    cell = next(c for c in suite("l1-norm").cells() if c.technique == "l1-norm")
+    auto = cell.model_copy(update={"device": "auto"})
+    assert auto.identity == cell.identity
     worker = Worker()
     try:
-        worker.run(first)
-        child = worker._child
-        worker.run(first)
-        assert child is not None
-        assert worker._child is child
+        first = worker.run(auto)
+        assert first.status == "done"
+        assert worker.run(cell) == first
     finally:
         worker.close()
 
@@ -117,29 +147,44 @@ def test_a_finished_cell_of_a_plug_in_costs_no_new_process(plug_ins):
     ("code", "why"),
     [
         ("raise SystemExit(3)", "fails to import: SystemExit"),
-        ("import os; os._exit(7)", r"importing leaves ends the process \(exit code 7\); mend or uninstall it"),
-        ("import ctypes; ctypes.string_at(0)", r"importing leaves ends the process \(SIGSEGV\)"),
-        ("import time; time.sleep(1000)", r"importing leaves takes more than 2 s"),
+        ("import os; os._exit(7)", r"importing or making it ends the process \(exit code 7\); mend or uninstall it"),
+        ("import ctypes; ctypes.string_at(0)", r"importing or making it ends the process \(SIGSEGV\)"),
+        ("import time; time.sleep(1000)", r"importing or making it takes more than 15 s"),
+        (CLASS.format("raise RuntimeError('broke')"), r"cannot be made with {}: RuntimeError: broke"),
+        (CLASS.format("raise SystemExit(4)"), r"cannot be made with {}: SystemExit: 4"),
+        (CLASS.format("import os; os._exit(7)"), r"importing or making it ends the process \(exit code 7\)"),
+        (CLASS.format("pass").replace("__init__(self", "__init__(self, x: 'Nowhere' = 1"), r"cannot be made with {}: NameError: name 'Nowhere'"),
     ],
 )
-def test_a_plug_in_that_cannot_be_imported_is_named(tmp_path, monkeypatch, code, why):
+def test_a_plug_in_that_cannot_be_imported_or_made_is_named(tmp_path, monkeypatch, code, why):
     (tmp_path / "leaves.py").write_text(code)
     info = tmp_path / "leaves-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaves\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[widthbench.techniques]\nleaves = leaves:T\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "leaves", raising=False)
     if "sleep" in code:
-        real = registry.try_imports
-        monkeypatch.setattr(registry, "try_imports", lambda names: real(names, limit_s=2))
+        real = registry.try_out
+        monkeypatch.setattr(registry, "try_out", lambda entries: real(entries, limit_s=15))
     with pytest.raises(suites.UsageError, match=f"'leaves' of leaves 1:? {why}"):
         suites.check(suite("leaves"))
 
 
+def test_a_plug_in_that_leaves_something_running_is_not_taken_for_one_that_hangs(tmp_path, monkeypatch):
+    (tmp_path / "starts.py").write_text("import subprocess; subprocess.Popen(['sleep', '98762'])\n" + CLASS.format("pass"))
+    info = tmp_path / "starts-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: starts\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[widthbench.techniques]\nleaves = starts:T\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry.try_out([("leaves", {})], limit_s=60)
+    assert not running("98762")
+
+
 def test_what_a_cell_started_ends_with_it(plug_ins):
     assert "time_limit" in run("starts-others")["starts-others"].reason
-    commands = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
-    assert ["sleep", "98765"] not in commands
+    assert not running("98765")
 
 
 def test_a_process_killed_from_outside_is_given_a_second_chance(fresh_cache):
@@ -191,7 +236,7 @@ def test_nothing_outlives_a_parent_that_is_killed(plug_ins, tmp_path):
     (tmp_path / "slow.toml").write_text(SUITE.format(names='"starts-others"', time=600))
     command = [sys.executable, "-m", "widthbench", "run", str(tmp_path / "slow.toml"), "--results", str(tmp_path / "r")]
     parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while ["sleep", "98765"] not in [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]:
+    while not running("98765"):
         assert parent.poll() is None
         time.sleep(0.1)
     below = psutil.Process(parent.pid).children(recursive=True)

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from widthbench import cache
-from widthbench.engines.worker import Worker, failure
+from widthbench import cache, registry
+from widthbench.engines.worker import Worker, code_of, failure
 from widthbench.errors import UsageError
 from widthbench.limits import Limits
 from widthbench.paths import cache_dir, data_dir, weights_dir
@@ -81,7 +81,7 @@ def run(
 
 def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
     names = {"WIDTHBENCH_CACHE": cache_dir(), "WIDTHBENCH_DATA": data_dir(), "WIDTHBENCH_WEIGHTS": weights_dir()}
-    env = {k: str(v.resolve()) for k, v in names.items()} | {k: os.environ[k] for k in (cache.STORE,) if k in os.environ}
+    env = {k: str(v.resolve()) for k, v in names.items()} | ({cache.STORE: url} if (url := cache.url()) else {})
     options: dict[str, Any] = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
     try:
         ray.init(address or "local", runtime_env={"env_vars": env}, logging_level="warning", **options)
@@ -123,7 +123,7 @@ def _schedule(
     store = Store()
     task = ray.remote(_task)
     room = max(8, AHEAD * round(ray.cluster_resources().get("CPU", 1)))
-    plan, checked = _Plan(cells), set()
+    plan = _Plan(cells)
     running: dict[Any, Cell] = {}
     try:
         while running or plan:
@@ -142,9 +142,8 @@ def _schedule(
             if "error" in answer:
                 raise UsageError(answer["error"])
             record = Record.model_validate(answer["record"])
-            if answer.get("node") not in checked and record.status != "failed":
-                _same_versions(record, answer.get("node"))
-                checked.add(answer.get("node"))
+            if answer.get("code"):
+                _same_code(record, answer["node"], answer["code"])
             if store.get(record.key) is None:  # the node's cache is not this one
                 store.put(record)
             plan.finish(cell)
@@ -154,12 +153,21 @@ def _schedule(
             ray.cancel(reference, force=True)
 
 
-def _same_versions(record: Record, node: Any) -> None:
+def _same_code(record: Record, node: str, code: str) -> None:
+    """Refuse a record that a node's other packages, or other code, may have made: its key would hold something else here.
+
+    Raises:
+        UsageError: If versions or code differ; it names the node.
+    """
     from widthbench.provenance import versions
 
     there = record.provenance.get("versions", {})
-    if other := [f"{k} {there.get(k)} (here {v})" for k, v in versions().items() if there.get(k) != v]:
-        raise UsageError(f"node {node} has other versions: {', '.join(other)}; install the same on all nodes")
+    other = [f"{k} {there.get(k)} (here {v})" for k, v in versions().items() if there.get(k) != v]
+    if not other and code != code_of(record.cell):
+        technique = record.cell.of or record.cell.technique
+        other = [f"code of widthbench{'' if registry.built_in(technique) else f' or of {registry.owner(technique)}'}"]
+    if other:
+        raise UsageError(f"node {node} has another {', '.join(other)}; install the same on all nodes")
 
 
 class _Plan:
@@ -225,4 +233,4 @@ def _task(text: str, limits: dict[str, Any], token: str) -> str:
         record = _worker[1].run(cell, Limits(**limits))
     except UsageError as error:
         return json.dumps({"error": str(error), "node": node})
-    return json.dumps({"record": record.model_dump(mode="json"), "node": node})
+    return json.dumps({"record": record.model_dump(mode="json"), "node": node, "code": _worker[1].code})

@@ -16,8 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widthbench.limits import Limits
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from widthbench.records import Cell, Record
 
 POLL_S = 0.2  # between two looks at the clock and at memory
+MARK = "WIDTHBENCH_WORKER"  # set for a worker and inherited by all that it starts
 GRACE_S = 120.0  # what starting a child may take: imports, the first look at a GPU
 
 
@@ -36,15 +39,20 @@ class WorkerError(RuntimeError):
 class Worker:
     """A child process that runs cells, one after another; a new one is started whenever one has ended.
 
-    A cell that ran code of another distribution is the last of its process, so that nothing it changed or left behind there
-    reaches another cell.
+    A cell of another distribution's technique is the last of its process, so that nothing it changed or left behind there reaches
+    another cell.
 
     Args:
         env: Variables for the child, besides those of this process.
+
+    Attributes:
+        code: Digest of the code that the last record comes from (``code_of``); None of a failure that this process wrote.
     """
 
     def __init__(self, env: Mapping[str, str] | None = None) -> None:
-        self._env = dict(env or {})
+        self.code: str | None = None
+        self._mark = uuid.uuid4().hex
+        self._env = {**(env or {}), MARK: self._mark}
         self._child: subprocess.Popen[bytes] | None = None
         self._over = False
         self._asked = 0
@@ -63,19 +71,23 @@ class Worker:
             UsageError: As ``protocol.run_cell``: the cell itself makes no sense, or its record cannot be written.
             WorkerError: If the worker is closed meanwhile.
         """
-        from widthbench import registry
+        from widthbench import protocol, registry
         from widthbench.errors import UsageError
-        from widthbench.records import Record
+        from widthbench.records import Record, Store
 
+        foreign = not registry.built_in(cell.of or cell.technique)
+        if foreign and (found := Store().get(protocol.cell_key(cell))):  # for which no process is worth starting
+            return found
         answer: dict[str, Any] = {}
         for last in (False, True):
             if not self._over:
                 answer = self._ask({"cell": cell.model_dump(mode="json"), "bar": bar}, limits or Limits())
+            if foreign or "record" not in answer:
+                self._end()
             if "record" in answer:
                 record = Record.model_validate(answer["record"])
-                if answer.get("ran") and not registry.built_in(cell.of or cell.technique):
-                    self._end()
-                if record.cell == cell:
+                if record.cell.identity == cell.identity:
+                    self.code = answer.get("code")
                     return record
                 answer = {"died": f"its process answered with a record of {record.cell.id}"}
             if "error" in answer:
@@ -84,6 +96,7 @@ class Worker:
                 raise WorkerError(f"the worker of {cell.id} was closed")
             if last or not answer.get("again"):
                 break
+        self.code = None
         return failure(cell, answer["died"])
 
     def close(self) -> None:
@@ -95,9 +108,10 @@ class Worker:
         child, self._child = self._child, None
         if child is None:
             return
-        _kill_below(child.pid)  # some may have left the group
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        if child.poll() is None:  # else its number may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        _kill_marked(self._mark)
         child.wait()
         for pipe in (child.stdin, child.stdout):
             assert pipe is not None
@@ -165,14 +179,27 @@ class Worker:
         return {"died": f"its process crashed ({name})"}
 
 
-def _kill_below(pid: int) -> None:
-    """Kill all that a process has started, in whatever session."""
+def _kill_marked(mark: str) -> None:
+    """Kill all that a worker has started, in whatever session and below whatever parent, and the worker last."""
     import psutil
 
-    with suppress(psutil.Error):
-        for process in psutil.Process(pid).children(recursive=True):
-            with suppress(psutil.Error):
+    me = os.getpid()
+    for process in sorted(psutil.process_iter(), key=lambda p: p.pid == me):
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
                 process.kill()
+
+
+def code_of(cell: Cell) -> str:
+    """Digest of the code that decides a cell's record: ours, and the technique's."""
+    from widthbench import protocol, registry
+    from widthbench.cache import digest_of
+    from widthbench.provenance import code_digest, source_digest
+    from widthbench.records import CONTROLS
+
+    technique = cell.of or cell.technique
+    theirs = None if technique in CONTROLS else source_digest(registry.load(technique))
+    return digest_of([code_digest(*protocol.CELL_CODE), theirs])
 
 
 def _answer(line: bytes, asked: int) -> dict[str, Any]:
@@ -182,7 +209,7 @@ def _answer(line: bytes, asked: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     known = isinstance(answer, dict) and answer.pop("id", None) == asked
-    return answer if known and answer.keys() <= {"at", "record", "ran", "error", "died"} else {}
+    return answer if known and answer.keys() <= {"at", "record", "code", "error", "died"} else {}
 
 
 class _Clock:
@@ -258,30 +285,32 @@ def _serve() -> None:
     def listen() -> None:
         for line in commands:
             inbox.put(line)
-        _kill_below(os.getpid())  # the parent has ended
-        if os.getpgid(0) == os.getpid():
-            os.killpg(0, signal.SIGKILL)
+        _kill_marked(os.environ[MARK])  # the parent has ended
         os._exit(0)
 
     me, current = os.getpid(), [0]
 
     def say(**answer: Any) -> None:
         if os.getpid() == me:  # not a copy of this process that a plug-in has made
-            answers.write(json.dumps({**answer, "id": current[0]}) + "\n")
+            # what a plug-in wrote there, without an end of line, is a line of its own
+            answers.write("\n" + json.dumps({**answer, "id": current[0]}) + "\n")
             answers.flush()
 
     threading.Thread(target=listen, daemon=True).start()
     from filelock import BaseFileLock
 
     from widthbench.errors import UsageError
+    from widthbench.paths import cache_dir, data_dir
     from widthbench.protocol import run_cell
     from widthbench.records import Cell, Store
     from widthbench.task import bar, quiet
 
-    acquire = BaseFileLock.acquire
+    acquire, ours = BaseFileLock.acquire, (cache_dir().resolve(), data_dir().resolve())
 
     def telling(self: BaseFileLock, *args: Any, **options: Any) -> Any:
         """Say when this process waits for another: for one that computes the same cell, trains its base, decodes its images."""
+        if not any(Path(self.lock_file).resolve().is_relative_to(folder) for folder in ours):  # a plug-in's
+            return acquire(self, *args, **options)
         say(at="wait")
         try:
             return acquire(self, *args, **options)
@@ -290,23 +319,14 @@ def _serve() -> None:
 
     BaseFileLock.acquire = telling  # type: ignore[method-assign]
 
-    class Knowing(Store):
-        """Knows whether this process computed the cell."""
-
-        ran = False
-
-        def put(self, record: Record) -> None:
-            self.ran = True
-            super().put(record)
-
     while True:
         message = json.loads(inbox.get())
         current[0] = message["id"]
         say(at="ready")
         cell = Cell.model_validate(message["cell"])
         try:
-            record = run_cell(cell, store := Knowing(), progress=bar if message["bar"] else quiet)
-            say(record=record.model_dump(mode="json"), ran=store.ran)
+            record = run_cell(cell, Store(), progress=bar if message["bar"] else quiet)
+            say(record=record.model_dump(mode="json"), code=code_of(cell))
         except UsageError as error:
             say(error=str(error))
         except BaseException as error:  # a plug-in that exits, or is interrupted by itself

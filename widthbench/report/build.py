@@ -79,7 +79,8 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = (), fresh: Se
                 record = earlier if same else store.get(key) or store.failure(key)
             except UsageError as error:  # a key hashes the data: without them the store cannot be asked
                 absent[needs] = error
-        record = record or earlier
+        if record is None or (earlier is not None and record.status == "failed" and record.key == earlier.key):
+            record = earlier or record  # a failure elsewhere takes no finished record away
         if record is not None:
             found.append(record)
     if not found:
