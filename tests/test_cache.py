@@ -106,3 +106,10 @@ def test_a_store_that_goes_away_costs_nothing(store, monkeypatch):
     assert Store().get(record.key) == record
     with pytest.raises(UsageError, match="cannot be used"):
         cache.check_store()
+
+
+def test_a_store_that_is_a_folder_is_the_same_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, meant in (("here/store", f"{tmp_path}/here/store"), ("s3://bucket/x", "s3://bucket/x"), ("", None)):
+        monkeypatch.setenv(cache.STORE, given)
+        assert cache.url() == meant

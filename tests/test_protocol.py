@@ -269,6 +269,26 @@ def test_keys_hold_the_techniques_source_and_the_harnesss(monkeypatch, using):
     assert base_key(cell()) != base
 
 
+def test_so_is_that_of_a_module_named_as_its_package(tmp_path, monkeypatch):
+    package = tmp_path / "twin_plugin"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "twin_plugin.py").write_text("from twin_plugin.helper import V\nclass T: pass\n")
+    (package / "helper.py").write_text("V = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from twin_plugin.twin_plugin import T
+
+    before = source_digest(T)
+    (package / "helper.py").write_text("V = 2\n")
+    assert source_digest(T) != before
+
+
+def test_a_class_without_a_source_is_named():
+    made = type("Made", (), {"__module__": "builtins"})
+    with pytest.raises(UsageError, match=r"builtins\.Made: its source cannot be found"):
+        source_digest(made)
+
+
 def test_a_plug_ins_source_is_its_whole_package(tmp_path, monkeypatch):
     package = tmp_path / "some_plugin"
     package.mkdir()

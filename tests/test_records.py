@@ -66,6 +66,26 @@ def test_failures_are_kept_apart_and_forgotten_once_the_cell_is_done(tmp_path):
     assert store.failure("k" * 40) is None
 
 
+def test_a_cell_is_the_same_after_reading_whatever_its_parameters_hold(tmp_path):
+    one = record(cell=cell(params={"layers": [{"name": "x", "keep": 0.5}]}, model_args={"b": {"z": 1, "a": [2]}}))
+    (back,) = read_lines_of(tmp_path, one)
+    assert back.cell.identity == one.cell.identity
+    assert one.cell.identity != cell(params={"layers": [{"name": "x", "keep": 0.25}]}).identity
+    assert cell(device="cpu").identity == cell(device="auto").identity != cell(seed=1).identity
+
+
+def read_lines_of(folder, *some):
+    write_records(folder / "records.jsonl", some)
+    return [line.record for line in read_lines(folder / "records.jsonl")]
+
+
+def test_machines_that_differ_in_kind_only_are_told_apart(tmp_path):
+    whole = record(provenance={"hardware": {"cores": 2}})
+    broken = record(key="b" * 40, cell=cell(seed=1), provenance={"hardware": {"cores": 2.0}})
+    found = read_lines_of(tmp_path, whole, broken)
+    assert [repr(r.provenance["hardware"]["cores"]) for r in found] == ["2", "2.0"]
+
+
 def test_a_flipped_bit_anywhere_in_a_line_is_named(tmp_path):
     line = record_line(record())
     path = tmp_path / "records.jsonl"

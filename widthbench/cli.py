@@ -72,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         "was stopped goes on from there.",
     )
     _suites(verb)
-    verb.add_argument("--jobs", type=_positive, default=1, metavar="N", help="worker processes (default: 1)")
+    verb.add_argument(
+        "--jobs", type=_positive, default=None, metavar="N",
+        help="worker processes (default: 1); with --engine ray and no --address, cores of the Ray that is started (default: all)",
+    )  # fmt: skip
     verb.add_argument(
         "--only", nargs="+", default=[], metavar="TEXT", help="only cells whose name holds one of these (as in the log)"
     )
@@ -286,10 +289,12 @@ def _run(args: argparse.Namespace) -> int:
     from widthbench import cache, parallel, suites
     from widthbench.paths import require_writable
 
-    if parallel.launched() and (args.jobs > 1 or args.engine != "local"):
+    if parallel.launched() and ((args.jobs or 1) > 1 or args.engine != "local"):
         raise UsageError("a launcher started several processes for each cell, so --jobs must be 1 and --engine local")
     if args.engine != "ray" and (args.address is not None or args.gpus is not None):
         raise UsageError("--address and --gpus are for --engine ray")
+    if args.address is not None and args.jobs is not None:
+        raise UsageError("a cluster has the cores that it has: leave --jobs out where --address is given")
     chosen = {s.name: (s, [c for c in s.cells() if _wanted(c.id, args.only)]) for s in map(suites.load, args.suite)}
     require_writable(args.results)
     cache.check_store()
@@ -305,12 +310,11 @@ def _run(args: argparse.Namespace) -> int:
         if args.engine == "ray":
             from widthbench.engines import ray
 
-            jobs = args.jobs if args.jobs > 1 else None
-            ray.run(cells, done=told, limits=limits, address=args.address, jobs=jobs, gpus=args.gpus)
+            ray.run(cells, done=told, limits=limits, address=args.address, jobs=args.jobs, gpus=args.gpus)
         else:
             from widthbench.engines import local
 
-            local.run(cells, jobs=args.jobs, done=told, limits=limits)
+            local.run(cells, jobs=args.jobs or 1, done=told, limits=limits)
         return _report(args, told.records) if parallel.first() else 0
     finally:
         parallel.stop()

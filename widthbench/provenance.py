@@ -108,7 +108,7 @@ def source_digest(cls: type) -> str:
         ) from error
     top = cls.__module__.partition(".")[0]
     files = [own]
-    if top != "widthbench" and "." in cls.__module__:
+    if top != "widthbench" and ("." in cls.__module__ or own.name == "__init__.py"):
         package = next((folder for folder in own.parents if folder.name == top), own.parent)
         files = sorted(package.glob("**/*.py"))
     return _files_digest(tuple((file, *_state(file)) for file in files))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import EntryPoint, distributions
+from importlib.util import find_spec
 from typing import Any
 
 from widthbench.errors import UsageError, did_you_mean
@@ -80,10 +81,19 @@ def try_out(entries: Iterable[tuple[str, Mapping[str, Any]]], *, limit_s: float 
             raise UsageError(f"technique '{one[0]}' of {owner(one[0])}: importing or making it {why}; mend or uninstall it")
 
 
+def _is_new(name: str) -> bool:
+    """Whether loading a technique would import what this process has not imported yet, and can."""
+    for point in _declared()[name]:
+        with suppress(Exception):  # anything may stand there
+            if point.module not in sys.modules:
+                return find_spec(point.module.partition(".")[0]) is not None
+    return False
+
+
 _TRY = """
 import json, os, sys
-sys.path[:] = json.loads(sys.argv[1])
 from widthbench import registry
+sys.path[:] = json.loads(sys.argv[1])
 for name, params in json.loads(sys.argv[2]):
     try:
         registry.create(name, params)
@@ -113,14 +123,15 @@ def load_all() -> tuple[dict[str, type[Technique]], dict[str, str]]:
     """Every technique that loads, and for the others the reason: one broken plug-in does not stop the rest."""
     good: dict[str, type[Technique]] = {}
     bad: dict[str, str] = {}
+    new: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in names() if _is_new(name)]
     together: UsageError | None = None
     try:
-        try_out([(name, {}) for name in names()])
+        try_out(new)
     except UsageError as error:
         together = error
     for name in names():
         try:
-            if together is not None:
+            if together is not None and (name, {}) in new:
                 try_out([(name, {})])
             good[name] = load(name)
         except UsageError as error:

@@ -12,11 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from made import record
 
 from widthbench import suites
 from widthbench.cli import main
 from widthbench.engines import local
+from widthbench.engines import ray as engine
 from widthbench.engines.ray import _Plan
+from widthbench.engines.worker import code_of
+from widthbench.errors import UsageError
+from widthbench.provenance import stamp
 from widthbench.records import read_records
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +135,17 @@ def test_what_no_node_has_is_named_before_anything_runs(cluster, fresh_cache, tm
     assert "no node of the cluster has 7 CPU" in capsys.readouterr().err
 
 
+def test_a_node_with_other_code_or_versions_is_named():
+    cell = next(c for c in suites.load("smoke").cells() if c.technique == "l1-norm")
+    made = record(provenance=stamp()).model_copy(update={"cell": cell})
+    engine._same_code(made, "node1", code_of(cell))
+    with pytest.raises(UsageError, match="node node1 has another code of widthbench; install the same on all nodes"):
+        engine._same_code(made, "node1", "0" * 64)
+    other = made.model_copy(update={"provenance": {**stamp(), "versions": {**stamp()["versions"], "timm": "0.1"}}})
+    with pytest.raises(UsageError, match=r"node node1 has another timm 0\.1 \(here "):
+        engine._same_code(other, "node1", code_of(cell))
+
+
 def test_without_ray_the_engine_says_what_to_install(monkeypatch, capsys, tmp_path, fresh_cache):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["run", "smoke", "--engine", "ray", "--results", str(tmp_path)]) == 2
@@ -146,6 +162,8 @@ def test_gpus_are_shares_or_whole(wrong, capsys):
 def test_options_of_ray_are_refused_for_another_engine(capsys):
     assert main(["run", "smoke", "--address", "auto"]) == 2
     assert "--engine ray" in capsys.readouterr().err
+    assert main(["run", "smoke", "--engine", "ray", "--address", "auto", "--jobs", "2"]) == 2
+    assert "leave --jobs out" in capsys.readouterr().err
 
 
 def test_bases_and_sources_come_before_what_needs_them():

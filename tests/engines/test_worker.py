@@ -153,7 +153,10 @@ def test_a_cell_that_was_finished_under_another_device_setting_is_finished(fresh
         (CLASS.format("raise RuntimeError('broke')"), r"cannot be made with {}: RuntimeError: broke"),
         (CLASS.format("raise SystemExit(4)"), r"cannot be made with {}: SystemExit: 4"),
         (CLASS.format("import os; os._exit(7)"), r"importing or making it ends the process \(exit code 7\)"),
-        (CLASS.format("pass").replace("__init__(self", "__init__(self, x: 'Nowhere' = 1"), r"cannot be made with {}: NameError: name 'Nowhere'"),
+        (
+            CLASS.format("pass").replace("__init__(self", "__init__(self, x: 'Nowhere' = 1"),
+            r"cannot be made with {}: NameError: name 'Nowhere'",
+        ),
     ],
 )
 def test_a_plug_in_that_cannot_be_imported_or_made_is_named(tmp_path, monkeypatch, code, why):

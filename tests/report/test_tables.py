@@ -170,6 +170,9 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
     assert build.collect(whole, store, records) == records  # of one key there is one finished record
     fresh = records[1].model_copy(update={"reason": "of another machine", "key": "f" * 40})
     assert build.collect(whole, store, older, [fresh]) == [new, fresh, records[2]]
+    failed = records[1].model_copy(update={"status": "failed", "reason": "ran longer"})
+    assert build.collect(whole, store, records, [failed]) == records  # a failure elsewhere takes nothing away
+    assert build.collect(whole, store, older, [failed.model_copy(update={"key": "f" * 40})])[1].status == "failed"
     other = suite(techniques=["l1-norm"], controls=["base"], seeds=[1])
     monkeypatch.setattr(build.protocol, "cell_key", lambda cell: "0" * 40 + "x")
     assert build.collect(other, store, records) == []
