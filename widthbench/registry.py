@@ -13,11 +13,12 @@ from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import EntryPoint, distributions
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from widthbench.errors import UsageError, did_you_mean
-from widthbench.task import ACCESS
-from widthbench.technique import Technique, build
+
+if TYPE_CHECKING:
+    from widthbench.technique import Technique  # which imports torch: asking for names should not
 
 GROUP = "widthbench.techniques"
 
@@ -33,6 +34,9 @@ def load(name: str) -> type[Technique]:
     Raises:
         UsageError: If the id is unknown, claimed by two distributions, fails to import, or is not a technique.
     """
+    from widthbench.task import ACCESS
+    from widthbench.technique import Technique
+
     declared = _declared()
     if name not in declared:
         raise UsageError(f"unknown technique '{name}'{did_you_mean(name, declared)} (see `widthbench list`)")
@@ -74,10 +78,10 @@ def try_out(entries: Iterable[tuple[str, Mapping[str, Any]]], *, limit_s: float 
         UsageError: If that process ends or hangs; what is only raised there, ``load`` says.
     """
     foreign = [(name, params) for name, params in entries if not built_in(name)]
-    if not foreign or _try(foreign, limit_s) is None:
+    if not foreign or (why := _try(foreign, limit_s)) is None:
         return
     for one in foreign:
-        if why := _try([one], limit_s):
+        if why := why if len(foreign) == 1 else _try([one], limit_s):
             raise UsageError(f"technique '{one[0]}' of {owner(one[0])}: importing or making it {why}; mend or uninstall it")
 
 
@@ -149,6 +153,8 @@ def create(name: str, params: Mapping[str, Any] | None = None) -> Technique:
     Raises:
         UsageError: As ``load``, or if a parameter is unknown.
     """
+    from widthbench.technique import build
+
     return build(load(name), params or {})
 
 

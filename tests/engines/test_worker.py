@@ -103,14 +103,22 @@ def test_nobody_but_the_worker_answers(plug_ins, way):
     assert all(r.cell.technique == n for n, r in found.items())
 
 
-@pytest.mark.parametrize("way", ["leaves-traces", "leaves-traces-and-exits", "leaves-traces-and-interrupts"])
-def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins, way):
-    alone = run("l1-norm")["l1-norm"]
-    Store().path(alone.key).unlink()
-    found = run(way, "l1-norm")
-    assert found[way].cell.technique == way
-    assert found["l1-norm"].stable() == alone.stable()
+def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins):
+    ours = ("l1-norm", "random-channels", "nmf")
+    alone = run(*ours)
+    for name in ours:
+        Store().path(alone[name].key).unlink()
+    ways = ("leaves-traces", "leaves-traces-and-exits", "leaves-traces-and-interrupts")
+    found = run(*(name for pair in zip(ways, ours, strict=True) for name in pair))
+    assert [found[way].status for way in ways[1:]] == ["failed", "failed"]
+    assert {name: found[name].stable() for name in ours} == {name: alone[name].stable() for name in ours}
     assert not running("98764")
+
+
+def test_a_task_of_ray_starts_without_torch():
+    names = "sys, widthbench.engines.ray, widthbench.records, widthbench.registry as r"
+    code = f"import {names}; r.built_in('l1-norm'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 def running(argument):

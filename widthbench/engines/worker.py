@@ -71,13 +71,15 @@ class Worker:
             UsageError: As ``protocol.run_cell``: the cell itself makes no sense, or its record cannot be written.
             WorkerError: If the worker is closed meanwhile.
         """
-        from widthbench import protocol, registry
+        from widthbench import registry
         from widthbench.errors import UsageError
         from widthbench.records import Record, Store
 
-        foreign = not registry.built_in(cell.of or cell.technique)
-        if foreign and (found := Store().get(protocol.cell_key(cell))):  # for which no process is worth starting
-            return found
+        if foreign := not registry.built_in(cell.of or cell.technique):
+            from widthbench import protocol  # and torch: in every task of Ray that would be much
+
+            if found := Store().get(protocol.cell_key(cell)):  # for which no process is worth starting
+                return found
         answer: dict[str, Any] = {}
         for last in (False, True):
             if not self._over:
