@@ -227,9 +227,9 @@ def test_waiting_for_another_process_is_not_counted(fresh_cache, busy):
     lock.acquire()
     worker = Worker()
     found = []
-    hand = threading.Thread(target=lambda: found.append(worker.run(cell, Limits(time_s=3))))
+    hand = threading.Thread(target=lambda: found.append(worker.run(cell, Limits(time_s=6))))
     hand.start()
-    hand.join(10)
+    hand.join(16)
     assert hand.is_alive()
     lock.release()
     hand.join()
