@@ -14,14 +14,13 @@ import argparse
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -290,9 +289,11 @@ def training_states(folder: Path, count: int, draw: random.Random, expected: dic
         process = place.start(PYTHONPATH=str(patch))
         while not (states := list((place.cache / "training").glob("*.state"))) and process.poll() is None:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        for child in victims(process, RUN, "worker"):
-            child.kill()
+        below = victims(process, RUN, "worker")
+        process.kill()
+        for child in below:
+            with suppress(psutil.Error):
+                child.kill()
         process.communicate()
         time.sleep(1)
         states = list((place.cache / "training").glob("*.state"))
@@ -316,15 +317,18 @@ def training_states(folder: Path, count: int, draw: random.Random, expected: dic
 
 
 EAGER = """
-import sys, importlib.abc
+import importlib.abc, importlib.util, sys
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "widthbench.training":
             sys.meta_path.remove(self)
-            import importlib
-            module = importlib.import_module(name)
-            module.STATE_EVERY_S = 0
-            return module.__spec__
+            spec = importlib.util.find_spec(name)
+            run = spec.loader.exec_module
+            def eager(module):
+                run(module)
+                module.STATE_EVERY_S = 0
+            spec.loader.exec_module = eager
+            return spec
 sys.meta_path.insert(0, Finder())
 """
 

@@ -302,13 +302,14 @@ def timings_of(records: Sequence[Record], *, measure: bool, before: Sequence[dic
             continue
         seen.add(key)
         path = cache_dir() / "timings" / f"{_timing_key(record)}.json"
+        damaged = path.exists()
         if cached := _cached_timing(path):
             found[key] = cached
-        elif key in old:
-            found[key] = old[key]
-        elif measure:
+        elif measure and (damaged or key not in old):
             found[key] = _measure(record)
             cache.write_json(path, found[key])
+        elif key in old:
+            found[key] = old[key]
     return list(found.values())
 
 
