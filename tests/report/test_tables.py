@@ -259,3 +259,21 @@ def test_damaged_timings_are_named_and_measured_again(tmp_path, line):
     assert build.read_timings(tmp_path) == []
     with pytest.raises(build.UsageError, match=r"timings.jsonl:1 is no timing"):
         build.parse_timings(tmp_path / "timings.jsonl")
+
+
+def test_a_damaged_timing_in_the_cache_is_measured_again_and_what_a_report_has_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path))
+    made = record(provenance=WHERE)
+    timing = {"dataset": "digits", "model": "lenet5", "shape": tables.shape_of(made), "speed_up": 1.5, "hardware": build.hardware()}
+    measured = []
+    monkeypatch.setattr(build, "_measure", lambda r: measured.append(r) or {**timing, "speed_up": 2.0})
+    assert build.timings_of([made], measure=True, before=[timing]) == [timing]
+    assert not measured
+    path = tmp_path / "timings" / f"{build._timing_key(made)}.json"
+    path.parent.mkdir()
+    path.write_text("{")
+    with pytest.warns(UserWarning, match="damaged timing"):
+        (again,) = build.timings_of([made], measure=True, before=[timing])
+    assert again["speed_up"] == 2.0
+    assert build.timings_of([made], measure=True, before=[timing]) == [again]
+    assert len(measured) == 1
