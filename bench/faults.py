@@ -115,9 +115,11 @@ class Count:
     def row(self) -> list[Any]:
         return [self.what, self.times, self.lost, self.wrong, self.said]
 
-    def compare(self, place: Place, expected: dict[str, dict[str, Any]]) -> None:
-        """Count what differs at the end; records of all cells must be there."""
+    def compare(self, place: Place, expected: dict[str, dict[str, Any]], but: tuple[str, ...] = ()) -> None:
+        """Count what differs at the end, but for some fields of the provenance; records of all cells must be there."""
         found = {i: r.stable() for i, r in place.records().items()} if (place.results / "faults" / "records.jsonl").exists() else {}
+        if but:
+            found, expected = ({i: _less(r, but) for i, r in some.items()} for some in (found, expected))
         self.wrong += sum(found.get(i) != r for i, r in expected.items()) + len(found.keys() - expected.keys())
         self.wrong += len([p for p in place.root.rglob("*.part") if p.is_file() and p.parent == place.results / "faults"])
 
@@ -125,6 +127,10 @@ class Count:
         """Count finished records that are gone or changed."""
         after = place.finished()
         self.lost += sum(after.get(name) != content for name, content in before.items())
+
+
+def _less(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    return {**record, "provenance": {k: v for k, v in record["provenance"].items() if k not in fields}}
 
 
 def victims(process: subprocess.Popen[str], how: str, whom: str) -> list[psutil.Process]:
@@ -376,8 +382,11 @@ def clock(folder: Path, count: int, draw: random.Random, expected: dict[str, Any
             found.times += 1
             time.sleep(draw.uniform(0.2, 1.5))
         found.wrong += process.returncode != 0
-        found.compare(place, expected)
-    found.said = "time limits and bills go by the monotonic clock"
+        # libfaketime's jumps make the sleep fail in which Python waits for git, which no clock of a machine does
+        found.compare(place, expected, but=("commit", "dirty"))
+    found.said = (
+        "time limits and bills go by the monotonic clock; commit and dirty are not compared (libfaketime breaks waiting for git)"
+    )
     return found
 
 
