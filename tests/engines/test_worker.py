@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from widthbench import protocol, registry, suites
 from widthbench.engines import local
-from widthbench.engines.worker import Worker, WorkerError
+from widthbench.engines.worker import Worker, WorkerError, code_of
 from widthbench.limits import Limits
 from widthbench.records import Store
 
@@ -137,8 +137,10 @@ def test_a_finished_cell_of_a_plug_in_costs_no_process_and_is_imported_in_none(p
     cell = next(c for c in suite("prints").cells() if c.technique == "prints")
     done = run("prints")["prints"]
     worker = Worker()
+    worker.code = "of the cell before"
     assert worker.run(cell) == done
     assert worker._child is None
+    assert worker.code == code_of(cell)
 
 
 def test_what_a_cell_left_running_ends_with_it_even_if_it_ended_itself(plug_ins):

@@ -79,6 +79,7 @@ class Worker:
             from widthbench import protocol  # and torch: in every task of Ray that would be much
 
             if found := Store().get(protocol.cell_key(cell)):  # for which no process is worth starting
+                self.code = code_of(cell)
                 return found
         answer: dict[str, Any] = {}
         for last in (False, True):
@@ -283,11 +284,12 @@ def _serve() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what is printed is seen, also if the process is then ended
     inbox: queue.Queue[bytes] = queue.Queue()
+    mark = os.environ[MARK]  # before a plug-in may change it
 
     def listen() -> None:
         for line in commands:
             inbox.put(line)
-        _kill_marked(os.environ[MARK])  # the parent has ended
+        _kill_marked(mark)  # the parent has ended
         os._exit(0)
 
     me, current = os.getpid(), [0]
