@@ -31,7 +31,7 @@ from widthbench.task import Progress, Task
 from widthbench.technique import Outcome
 from widthbench.training import batch_norms
 from widthbench.width.certify import find_groups
-from widthbench.width.cost import Cost, CostModel, count_macs
+from widthbench.width.cost import CostModel, count_macs
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep, resize
 
@@ -191,7 +191,7 @@ def _train(
     source: str | None,
 ) -> Record:
     model, _, model_cost = fresh_at(cell, widths, cell.seed + FRESH[cell.technique])
-    cost, full = Cost(model_cost(widths).macs, sum(p.numel() for p in model.parameters())), model_cost.original
+    cost, full = model_cost.counted(model, widths), model_cost.original
     budget = budget_of(cell, groups, model_cost)
     split = load_data(cell)
     spent = train(model, cell, recipe, key, macs=cost.macs, progress=progress, desc=cell.id)

@@ -22,6 +22,10 @@ class PlanError(UsageError):
     """A plan that does not fit the network it is applied to."""
 
 
+class CostError(UsageError):
+    """A resized network whose MACs or parameters are not those that were predicted from its widths."""
+
+
 class NoGroupsError(UsageError):
     """A network in which no channel group could be certified, so nothing in it may be resized."""
 

@@ -274,11 +274,29 @@ def _read_weights(path: Path, model: nn.Module) -> Spent | None:
     return None
 
 
+def batch_of(model: nn.Module, split: data.Data) -> int:
+    """Samples in a batch of scoring: large images would fill the memory, and many small ones a CPU's cache."""
+    small = isinstance(split.test, data.ImageSamples)
+    return 512 if small and next(model.parameters()).device.type == "cuda" else 64
+
+
+def cost_of(model: nn.Module, base: Base) -> Cost:
+    """What a network costs for each sample: one by one, and as its batches are scored, where it must not be more.
+
+    Raises:
+        UsageError: If a sample of a batch costs more than one alone.
+    """
+    cost = Cost(count_macs(model, base.example_input), sum(p.numel() for p in model.parameters()))
+    size = batch_of(model, base.data)
+    together = count_macs(model, base.example_input.expand(size, *[-1] * (base.example_input.dim() - 1)))
+    if together > cost.macs:
+        raise UsageError(f"the network computes {together:,} MACs for each of {size} samples, but {cost.macs:,} for one alone")
+    return cost
+
+
 def score(model: nn.Module, split: data.Data, stage: Stage) -> Row:
     """Test and val scores of a network."""
-    small = isinstance(split.test, data.ImageSamples)
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    size = 512 if small and on_gpu else 64  # large images would fill the memory, and many small ones a CPU's cache
+    size = batch_of(model, split)
     test = accuracy(model, split.test, batch_size=size)
     val = accuracy(model, split.val, batch_size=size) if len(split.val) else None
     return Row(
@@ -416,7 +434,7 @@ def _metered(task: Task, key: str, meter: Meter) -> Task:
         assert task.regroup is not None
         return meter.uncounted(partial(task.regroup, model))
 
-    return replace(task, checkpoint=checkpoint, spend=meter.add, fit=training, regroup=regroup)
+    return replace(task, checkpoint=checkpoint, spend=meter.add, fit=training, regroup=regroup, unbilled=meter.uncounted)
 
 
 class _WithBill:
@@ -585,7 +603,7 @@ def adapt(model: nn.Module, cell: Cell, base: Base, progress: Progress, key: str
     Returns:
         The rows, what the adaptation cost, and the network's cost.
     """
-    cost = Cost(count_macs(model, base.example_input), sum(p.numel() for p in model.parameters()))
+    cost = cost_of(model, base)
     rows = [score(model, base.data, "resized")]
     spent = recalibrate(model, base.data.train, samples=cell.calibration, macs=cost.macs, seed=cell.seed)
     again = score(model, base.data, "recalibrated") if batch_norms(model) else rows[0]

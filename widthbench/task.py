@@ -79,6 +79,7 @@ class Task:
         checkpoint: ``checkpoint(name, make) -> dict[str, Tensor]``: keep an intermediate state so that a killed run resumes.
         spend: ``spend(forward_macs=..., backward_macs=...)``: bill what was computed besides whole passes of ``model``, which the
             harness counts itself.
+        unbilled: ``unbilled(work)``: what ``work()`` gives, its passes of ``model`` left off the bill.
         curves: Whether to record what makes pictures, at extra cost (a suite's ``curves = true``).
     """
 
@@ -98,6 +99,7 @@ class Task:
     progress: Progress = quiet
     checkpoint: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda name, make: make()
     spend: Callable[..., None] = lambda **macs: None
+    unbilled: Callable[[Callable[[], Any]], Any] = lambda work: work()
     curves: bool = False
 
     def with_access(self, technique: str, access: Access) -> Task:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from widthbench.budget import check, used
 from widthbench.errors import UsageError, did_you_mean
 from widthbench.task import Access, Task
-from widthbench.width.cost import Cost, count_macs
+from widthbench.width.cost import Cost
 from widthbench.width.groups import shapes_of
 from widthbench.width.resize import Plan, disagreements, resize
 
@@ -108,6 +108,7 @@ class Technique(ABC):
 
         Raises:
             BudgetError: If the plan exceeds the budget, or no plan can meet it.
+            CostError: If the resized network costs something else than was predicted.
             PlanError: If the plan does not fit the network.
             AccessError: If the technique touches data that it did not declare.
             UsageError: If the technique says that it cannot work on this task.
@@ -136,10 +137,7 @@ class Technique(ABC):
             widths = {n: full.get(n, 1) for n, g in task.groups.items() if n in found or g.heads}
         else:
             widths = {n: len(outcome.plan[n].rows) if n in outcome.plan else g.channels for n, g in task.groups.items()}
-        macs = 0  # a forward pass is not worth it where the budget does not ask
-        if task.budget.kind == "macs":
-            macs = task.cost(widths).macs if outcome.model is None else count_macs(resized, task.example_input)
-        return widths, Cost(macs, sum(p.numel() for p in resized.parameters()))
+        return widths, task.unbilled(lambda: task.cost.counted(resized, widths))
 
     def params(self) -> dict[str, Any]:
         """The parameters that this instance was made with, by name."""

@@ -28,7 +28,6 @@ from widthbench.report import claims as report_claims
 from widthbench.report import tables
 from widthbench.report.build import SUMS, file_digest, in_order, parse_timings, read_sums, texts
 from widthbench.suites import Suite
-from widthbench.width.cost import Cost, count_macs
 
 POINTS = 1.0  # of test top-1: what a network trained anew on another machine may differ by (the tolerance of claims on own bases)
 DEVIATIONS = 3.0  # or standard errors of the difference of two accuracies on as many images, where that is more
@@ -430,13 +429,14 @@ def sizes(record: Record) -> dict[str, Any]:
     cell = record.cell
     with protocol.pinned(cell):
         model, groups, cost = controls.fresh_at(cell, record.widths, 0)
-        macs, params = count_macs(model, protocol.example_input(cell)), sum(p.numel() for p in model.parameters())
-    found: dict[str, Any] = {"macs": macs, "params": params, "base_macs": cost.original.macs, "base_params": cost.original.params}
+        now = cost.counted(model, record.widths)
+    full = cost.original
+    found: dict[str, Any] = {"macs": now.macs, "params": now.params, "base_macs": full.macs, "base_params": full.params}
     if cell.budget is None:
         return found
     scoped = groups.select(cell.scope, cell.include or None)
     budget = protocol.budget_of(cell, scoped, cost)
-    kept = used(budget, record.widths, scoped, Cost(macs, params), cost.original)
+    kept = used(budget, record.widths, scoped, now, full)
     floor = budget != Budget.parse(cell.budget, grows=True)
     return found | {"kept": kept, "met": check(budget, kept, scoped), "floor": floor}
 

@@ -238,12 +238,13 @@ def test_layers_called_by_function_count_as_layers():
 
     found = discover(Functional(), torch.randn(2, 4))
     assert found["a"].consumers == ("b",)
-    assert found.applied == {"a": 1, "b": 1}
+    assert [(macs, where) for macs, _, where in found.products] == [(32, ""), (24, "")]
 
 
-def test_the_trace_counts_how_often_weights_are_applied():
+def test_the_trace_says_what_each_product_costs_and_where():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2), nn.Flatten(), nn.Linear(5 * 9, 2))
-    assert trace(net.eval(), torch.randn(1, 3, 9, 9)).applied == {"0": 49, "2": 9, "4": 1}
+    found = trace(net.eval(), torch.randn(1, 3, 9, 9)).products
+    assert {p.where: p.macs for p in found} == {"0": 4 * 27 * 49, "2": 5 * 36 * 9, "4": 90}
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from widthbench.errors import CostError
+from widthbench.width.counting import count_macs, macs_by_module
 from widthbench.width.groups import Axis, Groups, discover
 from widthbench.width.layers import Side, axis_length, kind_of, tensors_on
 from widthbench.width.resize import axis_width
+
+__all__ = ["Cost", "CostModel", "count_macs"]
 
 
 @dataclass(frozen=True)
@@ -31,59 +32,17 @@ class Cost:
     params: int
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every layer's mode as it was afterwards."""
-    training = {m: m.training for m in model.modules()}
-    # torch's FLOP counter stumbles over bare parameters that ask for a gradient and get none
-    learning = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    try:
-        for p in learning:
-            p.requires_grad_(False)
-        with torch.no_grad():
-            yield
-    finally:
-        for p in learning:
-            p.requires_grad_(True)
-        for m, mode in training.items():
-            m.training = mode
-
-
-def _attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
-
-
-def counter_of_operations() -> FlopCounterMode:
-    """The counter of torch (2 per multiply-add), which does not know the fused attention that CPUs run."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention})
-
-
-def count_macs(model: nn.Module, example_input: Tensor) -> int:
-    """MACs of one forward pass per sample, by ``torch.utils.flop_counter`` (which counts 2 per multiply-add), halved.
-
-    Convolutions, matrix products and fused attention count; elementwise work, norms and pooling do not, as is usual.
-
-    Args:
-        model: The network, in any mode; it is run in eval mode and left as it was.
-        example_input: ``[B, ...]``.
-    """
-    with _evaluating(model), counter_of_operations() as counter:
-        model(example_input)
-    return int(counter.get_total_flops()) // 2 // example_input.shape[0]
-
-
 class CostModel:
     """Cost as a function of the groups' widths, from one forward pass, which is made when first needed.
 
     Args:
         model: The network at its original widths.
         groups: Its groups.
-        example_input: ``[B, ...]``, of the size that costs are counted for.
+        example_input: ``[B, ...]``, of the size that costs are counted for; one sample of it is run.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, example_input: Tensor) -> None:
-        self._model, self._example_input, self._groups = model, example_input, groups
+        self._model, self._example_input, self._groups = model, example_input[:1], groups
         self._axes: dict[str, dict[Side, Axis]] = {}
         for (layer, side), axis in groups.axes.items():
             self._axes.setdefault(layer, {})[side] = axis
@@ -120,6 +79,39 @@ class CostModel:
         after = self._touched(widths)
         return Cost(original.macs - before.macs + after.macs, original.params - before.params + after.params)
 
+    def counted(self, model: nn.Module, widths: Mapping[str, int]) -> Cost:
+        """The cost of a resized network as torch counts it, which must be what was predicted from its widths.
+
+        Args:
+            model: The resized network.
+            widths: Its number of channels by group name.
+
+        Raises:
+            CostError: If they differ; it names the modules in which they do.
+        """
+        found = Cost(count_macs(model, self._example_input), sum(p.numel() for p in model.parameters()))
+        said = self(widths)
+        if found != said:
+            raise CostError(
+                f"{type(model).__name__} was predicted to have {said.macs:,} MACs and {said.params:,} parameters, but has "
+                f"{found.macs:,} and {found.params:,}: {self._differences(model, widths)}"
+            )
+        return found
+
+    def _differences(self, model: nn.Module, widths: Mapping[str, int]) -> str:
+        """The modules, innermost ones only, whose MACs or parameters are not those that were predicted."""
+        predicted, counted = macs_by_module(self._model, self._example_input), macs_by_module(model, self._example_input)
+        for whole, axes, where in self._found.products:
+            change = self._scaled(whole, axes, widths) - whole
+            parts = where.split(".") if where else []
+            for name in ("", *(".".join(parts[: i + 1]) for i in range(len(parts)))):
+                predicted[name] = predicted.get(name, 0) + change
+        names = [n for n in {**predicted, **counted} if predicted.get(n, 0) != counted.get(n, 0)]
+        inner = [n for n in names if n and not any(m.startswith(f"{n}.") for m in names)]
+        shown = [f"{n} ({predicted.get(n, 0):,} predicted, {counted.get(n, 0):,} counted)" for n in inner or names]
+        more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+        return f"MACs of {', '.join(shown[:3])}{more}" if shown else "parameters that no group has"
+
     @cached_property
     def _profile(self) -> tuple[Cost, Cost, Groups]:
         """The original cost, the part of it that lies where groups are, and the groups as found at this input's size."""
@@ -128,7 +120,7 @@ class CostModel:
 
     @cached_property
     def _found(self) -> Groups:
-        """How often weights are applied, and products of activations: they depend on the input's size."""
+        """What products of weights and activations take depends on the input's size."""
         if self._groups.input_shape == tuple(self._example_input.shape[1:]):
             return self._groups
         return discover(self._model, self._example_input)
@@ -136,9 +128,13 @@ class CostModel:
     def _size(self, axis: Axis, widths: Mapping[str, int]) -> int:
         return axis_width(axis, widths, self._groups.everything)
 
+    def _scaled(self, whole: int, axes: tuple[Axis, ...], widths: Mapping[str, int]) -> int:
+        new, old = (math.prod(self._size(axis, w) for axis in axes) for w in (widths, {}))
+        return whole * new // old
+
     def _touched(self, widths: Mapping[str, int]) -> Cost:
         """The part of the cost that lies in layers, bare parameters and products that some group touches."""
-        macs = params = 0
+        params = 0
         for layer, sides in self._axes.items():
             module = self._modules[layer]
             kind = kind_of(module)
@@ -148,14 +144,9 @@ class CostModel:
                 if kind != "depthwise":
                     inputs = self._size(sides["in"], widths) if "in" in sides else axis_length(module, "in")
                     inputs //= getattr(module, "groups", 1)
-                weights = out * inputs * module.weight[0, 0].numel()
-                macs += self._found.applied.get(layer, 0) * weights
-                params += weights + (out if module.bias is not None else 0)
+                params += out * inputs * module.weight[0, 0].numel() + (out if module.bias is not None else 0)
             else:
                 params += out * sum(isinstance(getattr(module, t), nn.Parameter) for t, _ in tensors_on(module, "out"))
         for name, axes in self._bare.items():
             params += math.prod(self._size(axes[d], widths) if d in axes else n for d, n in enumerate(self._shapes[name]))
-        for whole, grids in self._found.products:
-            new, old = (math.prod(self._size(axis, w) for axis in grids) for w in (widths, {}))
-            macs += whole * new // old
-        return Cost(macs, params)
+        return Cost(sum(self._scaled(whole, axes, widths) for whole, axes, _ in self._found.products), params)

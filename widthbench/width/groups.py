@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from widthbench.errors import NoGroupsError, UsageError, did_you_mean
 from widthbench.width.adapters import Origin
-from widthbench.width.labels import OUTPUT, Ids, Key, Labels, Size, evaluating
+from widthbench.width.labels import OUTPUT, Ids, Key, Labels, Product, Size, evaluating
 from widthbench.width.layers import Side, kind_of
 from widthbench.width.operations import trace
 
@@ -130,8 +130,8 @@ class Groups(Mapping[str, Group]):
         tensors: Segments of bare parameters and buffers that a group touches, by name and dimension.
         stated: Numbers in the network's code that state widths.
         scales: Modules whose ``scale`` is one over the root of a group's head dimension.
-        products: Products of activations: multiply-accumulates per sample, and the axes that they are proportional to.
-        applied: How many times per sample each layer's weight is applied.
+        products: Convolutions and matrix products that a group touches: multiply-accumulates per sample, the axes that they are
+            proportional to, and the innermost module that computes them.
         input_shape: Of the example input, without the batch.
         everything: All groups, also those that were not selected.
         behind: For every layer, the nearest layers that it reads from, through operations without weights.
@@ -148,8 +148,7 @@ class Groups(Mapping[str, Group]):
     tensors: Mapping[tuple[str, int], Axis] = field(default_factory=dict, repr=False)
     stated: tuple[Stated, ...] = field(default=(), repr=False)
     scales: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    products: tuple[tuple[int, tuple[Axis, ...]], ...] = field(default=(), repr=False)
-    applied: Mapping[str, int] = field(default_factory=dict, repr=False)
+    products: tuple[tuple[int, tuple[Axis, ...], str], ...] = field(default=(), repr=False)
     input_shape: tuple[int, ...] = ()
     everything: Mapping[str, Group] = field(default_factory=dict, repr=False)
     program: str = field(default="", repr=False)
@@ -436,6 +435,7 @@ class _Assembly:
         self.head_part = np.full(labels.count, -1, dtype=np.int64)
         self.head_place = np.zeros(labels.count, dtype=np.int64)
         self.scale_of: dict[str, Ids] = {}
+        self.grids: dict[bytes, list[_Run]] = {}
 
     def groups(self) -> Groups:
         """Everything that was found."""
@@ -446,6 +446,7 @@ class _Assembly:
         self._halve()
         self._whole_again()
         layouts = {key: self._layout(key, array) for key, array in self.arrays.items()}
+        products = [(p, [self._grid_layout(grid, p.where) for grid in p.grids]) for p in self.labels.products]
         for part in self.parts:
             self._describe(part, layouts)
         kept = sorted((p for p in self.parts if p.group), key=lambda p: (self.order[p.group.producers[0]], p.heads))  # type: ignore[union-attr]
@@ -454,9 +455,6 @@ class _Assembly:
         axes = {key: self._axis(layout) for key, layout in layouts.items()}
         touched = {k: a for k, a in axes.items() if any(s.group or s.outer for s in a)}
         layers = sorted((k for k in touched if isinstance(k[1], str)), key=lambda k: (self.order[k[0]], k[1]))
-        products = [
-            (p.macs, tuple(self._axis(self._layout(None, self.labels.channel[g])) for g in p.grids)) for p in self.labels.products
-        ]
         return Groups(
             members,
             {k: touched[k] for k in layers},  # type: ignore[misc]
@@ -465,10 +463,24 @@ class _Assembly:
             tensors={k: a for k, a in touched.items() if isinstance(k[1], int)},  # type: ignore[misc]
             stated=tuple(self._stated()),
             scales=tuple(self._scales()),
-            products=tuple((m, a) for m, a in products if a),
-            applied=self.labels.applied,
+            products=tuple(self._touched(products)),
             everything=members,
         )
+
+    def _grid_layout(self, grid: Ids, where: str) -> list[_Run]:
+        """The labels that a product's multiply-accumulates are proportional to, as runs."""
+        channels = self.labels.channel[grid.ravel()]
+        key = channels.tobytes()
+        if key not in self.grids:
+            self.grids[key] = self._layout(None, channels, where)
+        return self.grids[key]
+
+    def _touched(self, products: Sequence[tuple[Product, list[list[_Run]]]]) -> Iterator[tuple[int, tuple[Axis, ...], str]]:
+        """The products that some group touches."""
+        for product, layouts in products:
+            axes = map(self._axis, layouts)
+            if touched := tuple(a for a in axes if any(s.group or s.outer for s in a)):
+                yield product.macs, touched, product.where
 
     def _layer(self, ids: Ids) -> str | None:
         """The one layer whose output positions labels are."""
@@ -626,10 +638,10 @@ class _Assembly:
                     part, number = self.parts[i], ".".join(p for p in size.of[:2] if p)
                     part.reason = part.reason or f"the number '{number}' states its width and another one"
 
-    def _layout(self, key: Key | None, array: Ids) -> list[_Run]:
+    def _layout(self, key: Key | None, array: Ids, where: str = "") -> list[_Run]:
         """One axis as runs of positions; a part that is not there as whole copies is frozen."""
         array = array.ravel()
-        where = str(key[0]) if key is not None else ""
+        where = str(key[0]) if key is not None else where
         reads = np.zeros(len(array), dtype=bool)
         scaled = reads
         if key is not None and key[1] == "out":

@@ -16,6 +16,7 @@ import bisect
 import hashlib
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from widthbench.width.adapters import Integer
@@ -72,15 +74,18 @@ class Value:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two activations, as in attention.
+    """A convolution or matrix product: of activations and weights, or of two activations as in attention.
 
     Attributes:
         macs: Multiply-accumulates per sample.
-        grids: Labels along the dimensions that it runs over, one array for each independent set of them.
+        grids: Labels along the dimensions that it runs over, one array for each independent set of them: its multiply-accumulates
+            are proportional to how many of each there are.
+        where: The innermost module that computes it, "" for the network itself.
     """
 
     macs: int
     grids: tuple[Ids, ...]
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,50 @@ class Size:
     axis: int
 
 
+@dataclass(frozen=True)
+class View:
+    """A tensor that shows a part of another one's memory.
+
+    Attributes:
+        root: That one.
+        dims: Of each of its own dimensions, the root's; None for one that the root does not have. None where it cannot be followed.
+        places: Of each dimension of the root, the positions that it shows.
+    """
+
+    root: Tensor
+    dims: tuple[int | None, ...] | None
+    places: tuple[Ids, ...]
+
+    def seen(self, name: str, args: Any, view: Tensor) -> View:
+        """A view of this one, by a view operation of torch's with its arguments; the first is this one."""
+        dims, places, t = self.dims, list(self.places), args[0]
+        if dims is None or name in ("alias", "detach") or view.shape == t.shape == torch.Size([1] * t.dim()):
+            return self
+        if name in ("slice", "select"):
+            at = (args[1] if len(args) > 1 else 0) % t.dim()
+            chosen: Any = args[2] if name == "select" else slice(*(args[i] if len(args) > i else None for i in (2, 3, 4)))
+            if dims[at] is not None:
+                own = int(dims[at])
+                places[own] = np.atleast_1d(places[own][chosen])
+            left = dims[:at] + dims[at + 1 :] if name == "select" else dims
+            return View(self.root, left, tuple(places))
+        if name in ("permute", "transpose", "t", "unsqueeze", "squeeze"):
+            if name == "unsqueeze":
+                at = args[1] % view.dim()
+                return View(self.root, (*dims[:at], None, *dims[at:]), self.places)
+            if name == "squeeze":
+                kept = [d for d in range(t.dim()) if t.shape[d] != 1] if view.dim() == sum(n != 1 for n in t.shape) else None
+                return View(self.root, None if kept is None else tuple(dims[d] for d in kept), self.places)
+            order = [d % t.dim() for d in args[1]] if name == "permute" else list(range(t.dim()))
+            if name == "transpose":
+                a, b = (d % t.dim() for d in args[1:3])
+                order[a], order[b] = order[b], order[a]
+            elif name == "t":
+                order = order[::-1]
+            return View(self.root, tuple(dims[d] for d in order), self.places)
+        return View(self.root, dims if view.shape == t.shape else None, self.places)
+
+
 @dataclass
 class Labels:
     """Everything that one forward pass showed.
@@ -134,11 +183,10 @@ class Labels:
         halves: (labels in order, number of contiguous parts that need equal counts, where).
         lattices: (grid, which of its axes are heads, which one is free to change).
         meetings: Products in which activations are summed over.
-        products: All products of activations.
+        products: All convolutions and matrix products.
         sizes: Numbers that state widths.
         behind: For every layer, the nearest layers that it reads from.
         adjacent: BatchNorms right behind another layer.
-        applied: How many times per sample each layer's weight is applied.
         output: The network's output.
         program: A digest of all calls with their arguments, tensors by shape.
     """
@@ -157,7 +205,6 @@ class Labels:
     sizes: list[Size] = field(default_factory=list)
     behind: dict[str, tuple[str, ...]] = field(default_factory=dict)
     adjacent: frozenset[str] = frozenset()
-    applied: dict[str, int] = field(default_factory=dict)
     output: Any = None
     program: str = ""
 
@@ -253,7 +300,9 @@ class Tracer(TorchDispatchMode):
         self.sizes: list[Size] = []
         self.behind: dict[str, dict[str, None]] = {}
         self.adjacent: set[str] = set()
-        self.applied: dict[str, int] = {}
+        self.modules = ModuleTracker()
+        self.views: Any = WeakTensorKeyDictionary()
+        self.families: Any = WeakTensorKeyDictionary()
         self.program = hashlib.sha256()
         self._label_tensors(model)
 
@@ -392,21 +441,73 @@ class Tracer(TorchDispatchMode):
             result = [result] * len(outputs)
         for t, value in zip(outputs, result, strict=True):
             self.values[t] = value
+        if getattr(func, "is_view", False):
+            for t in outputs:
+                self._see(name, args, t)
+        for t in _written(func, args, kwargs):
+            if all(t is not o for o in outputs):  # several at once, which are not given back
+                self.freeze_all(values, f"the operation {name} has no rule for channels")
+                self.values[t] = plain_value([*values, self.of(t)])
+            self._write(t)
         return output
+
+    # tensors that share their memory
+
+    def _see(self, name: str, args: Any, view: Tensor) -> None:
+        """Note which positions of which tensor a view shows."""
+        base = args[0]
+        above = self.views.get(base) or View(base, tuple(range(base.dim())), tuple(np.arange(n) for n in base.shape))
+        self.views[view] = above.seen(name, args, view)
+        self.families.setdefault(above.root, []).append(weakref.ref(view))
+
+    def _write(self, t: Tensor) -> None:
+        """What was written into a tensor lies in all that share its memory, too: in what it is a view of, and in views of it."""
+        value, view = self.values[t], self.views.get(t)
+        root = t if view is None else view.root
+        for member in (root, *(m for ref in self.families.get(root, ()) if (m := ref()) is not None)):
+            if member is not t:
+                known = self.of(member)
+                self.values[member] = replace(
+                    known, constant=known.constant and value.constant, data=known.data or value.data,
+                    near=known.near | value.near, direct=False,
+                )  # fmt: skip
+        if view is not None:
+            self._lift(value, view)
+
+    def _lift(self, value: Value, view: View) -> None:
+        """Give the tensor that a view shows the labels that were written into the view."""
+        known = self.of(view.root)
+        factors = list(known.factors)
+        for dims, ids in value.factors:
+            up = None if view.dims is None else tuple(view.dims[d] for d in dims)
+            if up is None or None in up:
+                self.freeze(ids, "they are written into a part of a tensor that cannot be followed")
+                continue
+            own = tuple(sorted(int(d) for d in up if d is not None))
+            ids = ids.transpose(sorted(range(len(up)), key=lambda i: up[i]))  # type: ignore[arg-type, return-value]
+            shape = [view.root.shape[d] for d in own]
+            there = next((f for f in factors if f[0] == own), None)
+            if there is None and any(set(f[0]) & set(own) for f in factors):
+                self.freeze(ids, "they are written across other channels")
+                continue
+            whole = self._new(math.prod(shape)).reshape(shape) if there is None else there[1]
+            self.tie(whole[np.ix_(*(view.places[d] for d in own))], ids)
+            if there is None:
+                factors.append((own, whole))
+        self.values[view.root] = with_factors(known, factors)
 
     def layer_of(self, ids: Ids | None, side: Side = "out") -> str | None:
         """The layer whose axis labels were made for."""
         key = self.owner(ids)
         return str(key[0]) if key is not None and key[1] == side else None
 
-    def passes(self, layer: str | None, x: Value, applied: int = 0) -> tuple[frozenset[str], bool]:
+    def passes(self, layer: str | None, x: Value) -> tuple[frozenset[str], bool]:
         """Note that a layer reads a tensor; (near, direct) of what it gives."""
         if layer is None:
             return x.near, False
         if x.data:
             known = self.behind.setdefault(layer, {})
             known.update(dict.fromkeys(n for n in sorted(x.near) if n != layer))
-            self.applied[layer] = self.applied.get(layer, 0) + applied
             if self.kinds[layer] == "batchnorm" and len(x.near) == 1 and x.direct:
                 self.adjacent.add(layer)
         return frozenset((layer,)), True
@@ -462,16 +563,21 @@ class Tracer(TorchDispatchMode):
                     kept = [i for i, d in enumerate(f[0]) if d in mapping]
                     left_over.append(moved_factor((tuple(f[0][i] for i in kept), self.blocks(f[1], kept)), mapping))
         factors = self.merged(left_over)
-        if va.data and vb.data:
-            grids = [] if grid is None else [grid]
-            seen = np.concatenate([g.ravel() for g in grids]) if grids else np.zeros(0, dtype=np.int64)
-            rows = [r for _, ids in factors for r in ids.ravel().tolist() if r in self.members]
-            inner = np.concatenate([self.members[r] for r in rows]) if rows else np.zeros(0, dtype=np.int64)
-            for _, ids in factors:
-                if not (grids and np.isin(ids, self._all_blocks()).all() and np.isin(inner, seen).any()):
-                    grids.append(ids)
-            self.products.append(Product(macs, tuple(grids)))
+        grids = [] if grid is None else [grid]
+        seen = np.concatenate([g.ravel() for g in grids]) if grids else np.zeros(0, dtype=np.int64)
+        rows = [r for _, ids in factors for r in ids.ravel().tolist() if r in self.members]
+        inner = np.concatenate([self.members[r] for r in rows]) if rows else np.zeros(0, dtype=np.int64)
+        for _, ids in factors:
+            if not (grids and np.isin(ids, self._all_blocks()).all() and np.isin(inner, seen).any()):
+                grids.append(ids)
+        self.counts(macs, grids)
         return Value(tuple(factors), data=va.data or vb.data, near=va.near | vb.near, direct=False)
+
+    def counts(self, macs: int, grids: Iterable[Ids | None]) -> None:
+        """Note multiply-accumulates, and the labels that they are proportional to the numbers of."""
+        known = [n for n in self.modules.parents if n != "Global"]
+        where = max(known, key=len, default="").partition(".")[2]  # the tracker's names begin with the network's class
+        self.products.append(Product(macs, tuple(g for g in grids if g is not None), where))
 
     def _all_blocks(self) -> Ids:
         return np.fromiter(self.members, dtype=np.int64, count=len(self.members))
@@ -514,7 +620,6 @@ class Tracer(TorchDispatchMode):
             self.sizes,
             {layer: tuple(found) for layer, found in self.behind.items()},
             frozenset(self.adjacent),
-            self.applied,
             output,
             self.program.hexdigest(),
         )
@@ -538,6 +643,16 @@ class Tracer(TorchDispatchMode):
     def cut(self, grid: Ids) -> None:
         """Note that labels must keep the shape of a grid."""
         self.grids.append(grid)
+
+
+def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes into."""
+    if not func._schema.is_mutable:
+        return []
+    named = zip(func._schema.arguments, args, strict=False)
+    given = [*((a, v) for a, v in named), *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs)]
+    mutable = [v for a, v in given if a.alias_info is not None and a.alias_info.is_write]
+    return [t for t in tree_leaves(mutable) if isinstance(t, Tensor)]
 
 
 def _unique(channel: Ids, parts: list[Ids]) -> Ids:

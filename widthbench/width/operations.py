@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from widthbench.width.adapters import Integer, watched_integers
+from widthbench.width.counting import counting
 from widthbench.width.labels import (
     MEETS,
     OUTPUT,
@@ -41,7 +42,7 @@ def trace(model: nn.Module, x: Tensor) -> Labels:
     """
     tracer = Tracer(model, rule_of)
     tracer.values[x] = Value(data=True)
-    with torch.no_grad(), watched_integers(model), Calls(tracer), tracer:
+    with counting(model), watched_integers(model), Calls(tracer), tracer.modules, tracer:
         output = model(x)
     for t in tree_leaves(output):
         if isinstance(t, Tensor):
@@ -508,7 +509,9 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         what = "a transposed convolution" if transposed else "a convolution whose weights are made from activations"
         tracer.freeze_all([vx, vw], f"{what} has no rule")
         return with_factors(plain_value([vx, vw]), [])
+    macs = output.numel() // output.shape[0] * math.prod(w.shape[1:])
     if vw.constant and groups == x.shape[1] == output.shape[1]:
+        tracer.counts(macs, [fx])
         return with_factors(vx, [] if fx is None else [((1,), fx)], direct=False)  # a fixed filter for each channel, of any number
     made = fo
     if groups == 1:
@@ -532,6 +535,7 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         inside = np.arange(start, start + length)
         if fx is not None and length == len(fx):
             tracer.tie(fx, inside)
+            fi = inside
             tracer.halves.append((inside, groups, layer))
             if fo is not None:
                 tracer.halves.append((fo, groups, layer))
@@ -543,7 +547,8 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         tracer.freeze_all([vx, vw], "a grouped convolution with weights of its own making")
     if b is not None and made is not None and (fb := tracer.of(b).at(0)) is not None:
         tracer.tie(made, fb[1])
-    near, direct = tracer.passes(layer, vx, output.numel() // output.shape[1] // output.shape[0])
+    tracer.counts(macs, [made] if groups == x.shape[1] == output.shape[1] and groups > 1 else [fo, fi])
+    near, direct = tracer.passes(layer, vx)
     return Value(() if made is None else (((1,), made),), data=vx.data, near=near, direct=direct)
 
 
@@ -568,7 +573,7 @@ def _matmul(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     if not vb.data:
         dims = (0,) if name == "linear" else (n + 1,)
         layer = tracer.layer_of(next((ids for d, ids in vb.factors if d == dims), None))
-    near, direct = tracer.passes(layer, va, output.numel() // output.shape[-1])
+    near, direct = tracer.passes(layer, va)
     if layer is not None:
         value = with_factors(value, value.factors, near=near, direct=direct)
     if isinstance(bias, Tensor):
