@@ -94,6 +94,8 @@ def obstacle(model: nn.Module, groups: Groups, name: str) -> str | None:
         return f"layer {norm} keeps no running statistics that could be folded"
     if others := [rider for rider in group.riders if rider != norm]:
         return f"layer {others[0]} ({kind_of(model.get_submodule(others[0]))}) rides along, which has no part in the factorisation"
+    if group.tensors:
+        return f"tensor '{group.tensors[0]}' rides along, which has no part in the factorisation"
     return None
 
 

@@ -85,12 +85,13 @@ def page(rows: list[dict[str, Any]]) -> str:
     ours = sum(r["model"].startswith("torchvision:") for r in good)
     listed = "\n".join(f"- `{r['model']}`: {r['differences'][0]}" for r in wrong) or "- none"
     others = "\n".join(f"- `{r['model']}`: {r['problem']}" for r in failed) or "- none"
-    groups, resizes, differences = (sum(n) for n in zip(*((r["groups"], r["resizes"], len(r["differences"])) for r in good)))
+    groups, resizes = sum(r["groups"] for r in good), sum(r["resizes"] for r in good)
+    differences = sum(len(r["differences"]) for r in good)
     return f"""# Predicted against counted
 
-{len(good)} networks ({len(good) - ours} of timm, one of each family; {ours} of torchvision), {groups:,} certified groups, {resizes} resizes: half of
-every group, one channel of each, and two draws of random widths. MACs and parameters that were predicted from the widths differ from
-what torch counts on the resized network in **{differences}** of them.
+{len(good)} networks ({len(good) - ours} of timm, one of each family; {ours} of torchvision), {groups:,} certified groups,
+{resizes} resizes: half of every group, one channel of each, and two draws of random widths. MACs and parameters that were
+predicted from the widths differ from what torch counts on the resized network in **{differences}** of them.
 Without a certified group, so that nothing could be resized: {", ".join(f"`{n}`" for n in none) or "none"}.
 
 Differences:

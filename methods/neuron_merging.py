@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from widthbench.budget import Allocation
+from widthbench.errors import UsageError
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
 from widthbench.width.groups import Groups
 from widthbench.width.layers import kind_of
-from widthbench.width.norms import Norm, bias_of, filter_rows, norm_behind, norm_of
+from widthbench.width.norms import Norm, affines_of, bias_of, filter_rows, norm_behind, norm_of, passed_by, weight_and_bias
 from widthbench.width.resize import Resize
 
 Criterion = Literal["l1", "l2", "geometric-median"]
@@ -29,6 +30,9 @@ class NeuronMerging(Technique):
     most one positive entry per column (Theorem 1, Corollary 1.1). MostSim (algorithm 2) gives removed filter ``w_n`` to
     ``p = argmax cos(w_n, w_p)`` with the scale ``s = ‖w_n‖ / ‖w_p‖`` if that cosine is at least t, else to none. Where a layer
     has a bias and no norm, the bias is one more weight.
+
+    A per-channel affine ``y = a x + b`` that is no BatchNorm (frozen norms, layer-scales) takes s to ``s a_n / a_p``; a tensor that
+    rides along and is none is refused.
 
     With BatchNorm, ``p = argmin λ(1 - cos) + (1 - λ) B̂``, B̂ the mismatch of biases scaled to [0, 1] over the candidates.
     With σ = √(var + eps), ``w_n = s w_p`` gives ``y_n = S y_p + B`` (section 3.3):
@@ -83,13 +87,19 @@ class NeuronMerging(Technique):
             raise ValueError(f"threshold is a cosine and must lie in [-1, 1], not {threshold}")
 
     def skip(self, task: Task) -> str | None:
-        """A norm whose statistics are not among the weights, if there is one and channels are to be merged."""
+        """What the algebra does not cover, if channels are to be merged: statistics outside the weights, other bare tensors."""
         if not self.merge:
             return None
         for rider in {rider for group in task.groups.values() for rider in group.riders}:
             module = task.model.get_submodule(rider)
             if kind_of(module) == "batchnorm" and module.running_var is None:
                 return f"layer {rider} ({type(module).__name__}) keeps no running statistics"
+        for name in task.groups:
+            if isinstance(affines := affines_of(task.model, task.groups, name), str):
+                return f"channel group '{name}': {affines}, so that nothing can be merged there (leave it out by include)"
+            for owner in affines:
+                if consumer := passed_by(task.model, task.groups, name, owner, task.example_input):
+                    return f"channel group '{name}': layer {consumer} reads it around module {owner}, which scales it for others"
         return None
 
     def prepare(self, task: Task) -> dict[str, Tensor]:
@@ -193,6 +203,14 @@ class Pairs:
         carried = self.mismatch * rows.sum(dim=1)[self.removed, None].abs()
         return replace(self, cosine=self.cosine * c, ratio=self.ratio * s, scale=scale, mismatch=carried + (n - scale * p).abs())
 
+    def through_affine(self, scale: Tensor, shift: Tensor) -> Pairs:
+        """After ``y = a x + b``, ``[N]`` each: frozen norms, layer-scales, the affine of a norm across channels."""
+        (an, ap), (bn, bp) = (_pair(v, self.removed, self.kept) for v in (scale, shift))
+        new = self.scale * an / ap
+        return replace(
+            self, scale=new.where(new > 0, math.nan), mismatch=self.mismatch * an.abs() + (bn - new * bp).abs()
+        )  # fmt: skip
+
     def through_norm(self, norm: Norm, bn_scale: BnScale) -> Pairs:
         """After a BatchNorm, by the formulas of the class above."""
         (gn, gp), (bn, bp), (mn, mp), (vn, vp), (sn, sp) = (
@@ -228,6 +246,9 @@ def compare(model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: 
         passed = {layer for way in ways for layer in way}
         if any({*group.producers, *group.riders} & set(groups.behind[c]) - passed for c in group.consumers):
             ways.append(())  # some consumers read the sum itself
+    affines = affines_of(model, groups, name)
+    if isinstance(affines, str):
+        raise UsageError(f"channel group '{name}': {affines}")
     found = []
     for way in ways:
         pairs = Pairs.of(factors, removed, kept)
@@ -239,6 +260,10 @@ def compare(model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: 
                 pairs = pairs.through_depthwise(rows, bias, bn_scale)
             elif kind == "batchnorm":
                 pairs = pairs.through_norm(norm_of(model, groups, name, layer), bn_scale)
+            elif kind == "channelnorm":
+                pairs = pairs.through_affine(*weight_and_bias(model, groups, name, layer))
+        for affine in affines.values():
+            pairs = pairs.through_affine(*affine)
         found.append(pairs)
     mean = {k: torch.stack([getattr(p, k) for p in found]).mean(dim=0) for k in ("cosine", "ratio", "scale", "mismatch")}
     return Pairs(removed, kept, **mean)

@@ -1,8 +1,10 @@
-"""What a BatchNorm does to the channels of a group in eval mode: an affine map per channel, which folds into the layer before."""
+"""What norms and scales do to the channels of a group in eval mode: an affine map for each channel."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from widthbench.errors import UsageError
 from widthbench.width.groups import Groups, channel_rows
+from widthbench.width.layers import kind_of
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,7 @@ def norm_of(model: nn.Module, groups: Groups, name: str, layer: str) -> Norm:
         kind = type(module).__name__
         raise UsageError(f"layer {layer} ({kind}) keeps no running statistics: what it does is not in its weights")
     mean = _entries(groups, name, layer, module.running_mean)
-    gamma = torch.ones_like(mean) if module.weight is None else _entries(groups, name, layer, module.weight)
-    beta = torch.zeros_like(mean) if module.bias is None else _entries(groups, name, layer, module.bias)
+    gamma, beta = weight_and_bias(model, groups, name, layer)
     before = next(iter(groups.behind.get(layer, ())), None)
     if before is not None and norm_behind(groups, before) == layer:
         mean = mean - bias_of(model, groups, name, before)
@@ -94,6 +96,108 @@ def filter_rows(model: nn.Module, groups: Groups, name: str, layer: str, *, fold
     norm = norm_of(model, groups, name, behind)
     factor = norm.gamma / norm.sigma
     return torch.cat([factor[:, None] * rows, (norm.beta - factor * norm.mean)[:, None]], dim=1)
+
+
+PLACES = (11, 13)  # of a probing input; a few numbers that are no likely width
+
+
+def affine_of(model: nn.Module, groups: Groups, name: str, tensor: str) -> tuple[Tensor, Tensor] | str:
+    """What a bare tensor that rides along a group does to its channels: a frozen norm, a layer-scale, any module that is an affine.
+
+    The module that holds the tensor is run by itself on probes, so that it does not matter how it computes what it does.
+
+    Args:
+        model: The network that the groups were found in.
+        groups: Its groups.
+        name: The group.
+        tensor: One of its ``tensors``.
+
+    Returns:
+        ``a [N]`` and ``b [N]`` in float64 with ``y = a x + b`` for each channel; or why the tensor is no such affine.
+    """
+    owner = tensor.rpartition(".")[0]
+    module, channels = model.get_submodule(owner), groups[name].channels
+    if not owner or any(kind_of(m) for m in module.modules()):
+        return f"tensor '{tensor}' rides along, and no module of its own says what it does"
+    own = next(t for n, t in (*model.named_parameters(), *model.named_buffers()) if n == tensor)
+    places = [n if n != channels else n + 4 for n in PLACES]
+    for shape, dim in (((1, channels, *places), 1), ((1, *places, channels), 3), ((1, places[0], channels), 2), ((1, channels), 1)):
+        probe = torch.zeros(shape, dtype=own.dtype, device=own.device)
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(probe)
+        try:
+            with torch.no_grad():
+                low, high, some = (module(p) for p in (probe, probe + 1, drawn))
+        except Exception:  # an input of another form: the next
+            continue
+        if not (isinstance(low, Tensor) and low.shape == shape):
+            continue
+        low, high, some = (_flat(t, dim) for t in (low, high, some))
+        b, a = low[:, :1], (high - low)[:, :1]
+        if all(torch.allclose(t, a * x + b, rtol=1e-4, atol=1e-5) for t, x in ((low, 0.0), (high, 1.0), (some, _flat(drawn, dim)))):
+            return a[:, 0], b[:, 0]
+    return f"tensor '{tensor}' rides along, and {type(module).__name__} {owner} is no affine of its channels"
+
+
+def _flat(t: Tensor, dim: int) -> Tensor:
+    return t.double().movedim(dim, 0).flatten(1)
+
+
+def affines_of(model: nn.Module, groups: Groups, name: str) -> dict[str, tuple[Tensor, Tensor]] | str:
+    """The affines of all bare tensors that ride along a group, by the module that holds them; or why there is none for one."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    group = groups[name]
+    for tensor in group.tensors:
+        owner = tensor.rpartition(".")[0]
+        if not group.inner or len(groups.sources(name)) > 1:
+            return f"tensor '{tensor}' rides along with {len(group.producers)} layers, and may not be behind all of them"
+        if owner not in found:
+            affine = affine_of(model, groups, name, tensor)
+            if isinstance(affine, str):
+                return affine
+            found[owner] = affine
+    return found
+
+
+def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor) -> str | None:
+    """A consumer of a group that its channels also reach around a module; None if all of them pass through it.
+
+    Args:
+        model: The network that the groups were found in.
+        groups: Its groups.
+        name: The group.
+        owner: The module.
+        x: An example input ``[B, ...]``.
+    """
+    seen: list[dict[str, Tensor]] = []
+    places = dict(groups.places(name, "in"))
+    for changed in (False, True):
+        inputs: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            if changed:
+                hook = model.get_submodule(owner).register_forward_hook(lambda module, args, output: output.flip(0) + 1)
+                stack.callback(hook.remove)
+            for layer, positions in places.items():
+                module = model.get_submodule(layer)
+                at = -1 if kind_of(module) == "linear" else 1
+
+                keep = partial(_noted, inputs, layer, at, positions)
+                stack.callback(module.register_forward_pre_hook(keep).remove)
+            with torch.no_grad():
+                model(x)
+        seen.append(inputs)
+    return next((layer for layer in places if layer in seen[0] and torch.equal(seen[0][layer], seen[1][layer])), None)
+
+
+def _noted(into: dict[str, Tensor], layer: str, dim: int, positions: list[int], module: nn.Module, args: Any) -> None:
+    into[layer] = args[0].detach().index_select(dim, torch.tensor(positions, device=args[0].device))
+
+
+def weight_and_bias(model: nn.Module, groups: Groups, name: str, layer: str) -> tuple[Tensor, Tensor]:
+    """A norm's weight and bias by channel, ``[N]`` each in float64; ones and zeros where it has none."""
+    module: Any = model.get_submodule(layer)
+    ones = torch.ones(groups[name].channels, dtype=torch.float64, device=next(model.parameters()).device)
+    weight, bias = (None if t is None else _entries(groups, name, layer, t) for t in (module.weight, module.bias))
+    return ones if weight is None else weight, torch.zeros_like(ones) if bias is None else bias
 
 
 def bias_of(model: nn.Module, groups: Groups, name: str, layer: str) -> Tensor:
