@@ -19,7 +19,8 @@ from widthbench import claims, suites
 from widthbench.engines.worker import Worker
 from widthbench.errors import UsageError
 from widthbench.limits import Limits
-from widthbench.paths import require_writable
+from widthbench.paths import published_dir, require_writable
+from widthbench.records import Record, Store
 
 SUITES = pytest.StashKey[list[suites.Suite]]()
 
@@ -48,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["WIDTHBENCH_DATA"] = folder  # workers inherit it
     names = config.getoption("--suite") or ["digits"]
     try:
-        chosen = [suites.load(n) for n in (suites.names() if "all" in names else dict.fromkeys(names))]
+        chosen = suites.load_all(suites.names() if "all" in names else names)
         if not WORKER:
             require_writable(_results(config))
             if any("test_claims" not in str(arg) for arg in config.args):
@@ -65,7 +66,7 @@ def _results(config: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def evidence(request: pytest.FixtureRequest) -> claims.Evidence:
-    return claims.Evidence(_results(request.config))
+    return claims.Evidence(published_dir())
 
 
 @pytest.fixture(scope="session")
@@ -102,12 +103,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     if exitstatus == pytest.ExitCode.INTERRUPTED:
         terminalreporter.write_line("interrupted: finished cells are kept, run again for the rest and for the report")
         return
-    from widthbench.records import Store
     from widthbench.report.build import build
 
+    fresh = list(_measured(terminalreporter, Store()))
     for suite in config.stash[SUITES] if any("test_comparisons" in i for i in items) else ():
         try:
-            report = build(suite, _results(config), Store())
+            report = build(suite, _results(config), Store(), fresh=fresh)
         except UsageError as error:
             terminalreporter.write_line(str(error))
             continue
@@ -117,23 +118,32 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         for file in report.files:
             shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
             terminalreporter.write_line(f"wrote {shown}")
+        if report.failed:
+            terminalreporter.write_line(f"{len(report.failed)} cells failed, the first {report.failed[0].cell.id}")
+        if report.reproduction:
+            terminalreporter.write_line(f"\n{report.reproduction}")
     if any("test_claims" in i for i in items):
-        _show_claims(terminalreporter, _results(config))
+        _show_claims(terminalreporter)
 
 
-def _show_claims(terminalreporter: pytest.TerminalReporter, results: Path) -> None:
-    """Count the verdicts, and write the page of claims."""
-    from widthbench.report.claims import write
+def _measured(terminalreporter: pytest.TerminalReporter, store: Store) -> Iterator[Record]:
+    """The records of the cells that were run or looked up in this session, by their keys, which workers report."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if (name == "failed" and (record := store.failure(value))) or (name == "done" and (record := store.get(value))):
+                    yield record
 
+
+def _show_claims(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the verdicts."""
     try:
-        judged = claims.judge_all(results)
+        judged = claims.judge_all(published_dir())
     except UsageError as error:
         terminalreporter.write_line(str(error))
         return
-    terminalreporter.section("claims")
+    terminalreporter.section("claims, judged by the published records")
     for verdict in claims.VERDICTS:
         ids = [c.id for _, c, rows in judged if claims.overall(rows) == verdict]
         if ids:
             terminalreporter.write_line(f"{verdict}: {', '.join(ids)}")
-    for file in write(judged, results):
-        terminalreporter.write_line(f"wrote {file}")

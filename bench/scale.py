@@ -63,7 +63,7 @@ def suite_of(count: int, networks: int = 5, budgets: int = 20, techniques: int =
 def made(count: int, *sizes: int) -> tuple[suites.Suite, list[Record]]:
     """A suite as ``suite_of`` makes it, and its records."""
     suite = suite_of(count, *sizes)
-    real = read_records(ROOT / "results" / "lenet" / "records.jsonl")
+    real = read_records(ROOT / "results" / "published" / "lenet" / "records.jsonl")
     one = next(r for r in real if r.cell.id.startswith("mnist-lenet5-l1-norm"))
     one = one.model_copy(update={"provenance": {**one.provenance, **stamp()}})
     draw = random.Random(0)

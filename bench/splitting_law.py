@@ -1,6 +1,6 @@
 """Splitting where gradient descent is stuck: the fall of the loss against ε² λ_min / 2, and a small network that grows.
 
-    python bench/splitting_law.py [--write results/splitting-law]
+    python bench/splitting_law.py [--write results/published/splitting-law]
 
 A regression on one dimension in float64: tanh neurons on a sum of sines. Writes FILE.md, FILE.png and
 FILE.jsonl. Takes two minutes.
@@ -164,9 +164,9 @@ def draw(rows: list[dict], curves: dict[str, list[list[float]]], path: Path) -> 
 
 PAGE = """# Splitting where gradient descent is stuck
 
-`python bench/splitting_law.py --write results/splitting-law`: regression on sin(x + a) + sin(2.5 x + b) / 2 at 100 points, a and b
-by seed, tanh neurons, float64. One neuron is trained until its slope is gone (*slope*: its norm), then split along the unit
-eigenvector of λ_min: fall of the loss over ε² |λ_min| / 2, by ε.
+`python bench/splitting_law.py --write results/published/splitting-law`: regression on sin(x + a) + sin(2.5 x + b) / 2 at 100
+points, a and b by seed, tanh neurons, float64. One neuron is trained until its slope is gone (*slope*: its norm), then split along
+the unit eigenvector of λ_min: fall of the loss over ε² |λ_min| / 2, by ε.
 
 {table}
 

@@ -71,7 +71,7 @@ def technique_page(name: str, claims: list[dict[str, object]]) -> str:
     own = [c for c in claims if c["technique"] == name]
     suite, file, caption = FIGURES.get(name, ELSE)
     picture = f"{name.replace(':', '-')}.png"
-    figure = ROOT / "results" / suite / "figures" / file
+    figure = ROOT / "results" / "published" / suite / "figures" / file
     shutil.copy(figure, MADE / "techniques" / picture)
     parts = [
         f"# {name}",
@@ -83,7 +83,7 @@ def technique_page(name: str, claims: list[dict[str, object]]) -> str:
         parts.append("## What its document claims")
         rows = [[f"**{c['id']}**", str(c["text"]).replace("|", "\\|"), c["verdict"]] for c in own]
         parts.append(tabulate(rows, headers=["claim", "what", "verdict"], tablefmt="pipe"))
-        parts.append("Row by row, with the records: the [page of results](../results.md), and `results/claims.md`.")
+        parts.append("Row by row, with the records: the [page of results](../results.md), and `results/published/claims.md`.")
     if cls.bibtex:
         parts.append(f"## Paper\n\n```bibtex\n{cls.bibtex.strip()}\n```")
     return "\n\n".join(parts) + "\n"
@@ -94,7 +94,7 @@ def make() -> None:
     shutil.rmtree(MADE, ignore_errors=True)
     (MADE / "techniques").mkdir(parents=True)
     (MADE / "api").mkdir()
-    claims = json.loads((ROOT / "results" / "claims.json").read_text())
+    claims = json.loads((ROOT / "results" / "published" / "claims.json").read_text())
     names = registry.names()
     ours = [n for n in names if registry.owner(n).startswith("widthbench")]
     for name in ours:
@@ -112,7 +112,7 @@ def make() -> None:
     from widthbench.report import site
 
     (MADE / "site").mkdir()
-    shutil.copy(site.write(ROOT / "results"), MADE / "site" / "site.html")
+    site.write(ROOT / "results" / "published", into=MADE / "site")
 
 
 def links(app: object, docname: str, source: list[str]) -> None:

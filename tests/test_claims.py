@@ -542,16 +542,18 @@ def test_unknown_ids_suggest_others():
 
 
 def test_the_committed_page_says_what_the_committed_records_say():
-    found = Evidence(ROOT / "results")
+    found = Evidence(ROOT / "results" / "published")
     judged = [(d, c, claims.judge(c, found)) for d, c in claims.choose(claims.load()) if not any(r.check for r in c.rows)]
-    committed = (ROOT / "results" / "claims.md").read_text()
+    committed = (ROOT / "results" / "published" / "claims.md").read_text()
     for document, one, rows in judged:
         section = page([(document, one, rows)]).partition(f"### {one.id}: ")[2]
-        assert f"### {one.id}: {section}".rstrip() in committed, f"{one.id}: run `widthbench claims` and commit results/claims.md"
+        assert f"### {one.id}: {section}".rstrip() in committed, (
+            f"{one.id}: run `widthbench claims` and commit results/published/claims.md"
+        )
 
 
 def test_a_reported_number_never_fills_a_measured_column():
-    for line in (ROOT / "results" / "claims.md").read_text().splitlines():
+    for line in (ROOT / "results" / "published" / "claims.md").read_text().splitlines():
         cells = [c.strip() for c in line.split("|")]
         if len(cells) > 5 and "**not run**" in cells:
             assert cells[3] == "–"
@@ -562,7 +564,7 @@ def test_a_reported_number_never_fills_a_measured_column():
 
 def test_whatever_a_document_reports_leaves_every_measured_column_as_it_is(tmp_path):
     """The reported numbers of all claims are put up to nonsense: nothing measured moves, and without records nothing is there."""
-    found, nothing = Evidence(ROOT / "results"), Evidence(tmp_path)
+    found, nothing = Evidence(ROOT / "results" / "published"), Evidence(tmp_path)
     for document in claims.load():
         for one in document.claims:
             rows = tuple(r for r in one.rows if not r.check)  # checks take neither the row nor the document
@@ -581,8 +583,8 @@ def test_whatever_a_document_reports_leaves_every_measured_column_as_it_is(tmp_p
 
 
 def test_the_committed_data_are_those_of_the_committed_page():
-    text = (ROOT / "results" / "claims.md").read_text()
-    for one in json.loads((ROOT / "results" / "claims.json").read_text()):
+    text = (ROOT / "results" / "published" / "claims.md").read_text()
+    for one in json.loads((ROOT / "results" / "published" / "claims.json").read_text()):
         assert f"### {one['id']}: {one['verdict']}" in text
         for row in one["rows"]:
             assert row["measured"] in text

@@ -33,7 +33,7 @@ def committed(path: str) -> str:
 
 
 def test_the_excerpt_is_the_committed_leaderboards():
-    board = committed("results/lenet/leaderboard.md")
+    board = committed("results/published/lenet/leaderboard.md")
     (shown,) = re.findall(r"<!-- excerpt -->\n(.*?)\n<!-- /excerpt -->", committed("README.md"), flags=re.S)
     assert shown == excerpt_from(board)
 
@@ -41,7 +41,7 @@ def test_the_excerpt_is_the_committed_leaderboards():
 def test_controls_lead_as_often_as_it_says():
     scratch = ("scratch", "scratch-budget", "uniform-width")
     best: dict[tuple, dict[bool, float]] = {}
-    for line in lines(read_records(ROOT / "results" / "lenet" / "records.jsonl")):
+    for line in lines(read_records(ROOT / "results" / "published" / "lenet" / "records.jsonl")):
         fresh = line.first().cell.technique in scratch
         if line.done and line.budget and (fresh or not line.control):
             found = best.setdefault((line.dataset, line.model, line.budget), {})
@@ -52,7 +52,9 @@ def test_controls_lead_as_often_as_it_says():
 
 def test_its_table_of_claims_is_the_committed_one():
     (shown,) = re.findall(r"<!-- claims -->\n(.*?)\n<!-- /claims -->", committed("README.md"), flags=re.S)
-    assert shown == summary(json.loads(committed("results/claims.json"))), "run `widthbench claims`, and put its verdicts here"
+    assert shown == summary(json.loads(committed("results/published/claims.json"))), (
+        "run `widthbench claims`, and put its verdicts here"
+    )
 
 
 def test_no_placeholder_is_left():

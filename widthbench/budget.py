@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from widthbench.errors import BudgetError, InfeasibleBudgetError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor  # records read budgets, and are read where torch is not wanted
 
 Kind = Literal["channels", "macs", "params"]
 Allocation = Literal["uniform", "global"]
@@ -88,7 +88,7 @@ class Budget:
             value, _, rounding = value.partition(":")
             try:
                 fraction = float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise BudgetError(f"budget '{text}' is not of the form kind:fraction, as in 'macs:0.5'") from None
             budget = cls(kind, fraction, rounding or "nearest")  # type: ignore[arg-type]
         if budget.fraction > 1 and not grows:
@@ -96,7 +96,8 @@ class Budget:
         return budget
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.fraction:g}" + (":floor" if self.rounding == "floor" else "")
+        """The one way in which a budget is written: ``"macs:0.5"`` for "macs:.50" and "macs:5e-1:nearest", too."""
+        return f"{self.kind}:{self.fraction!r}".removesuffix(".0") + (":floor" if self.rounding == "floor" else "")
 
     def of(self, cost: Costed) -> float:
         """The budget in absolute terms: MACs or parameters of ``cost`` times the fraction."""
@@ -108,6 +109,14 @@ class Budget:
         # 300 · 0.7 is 209.99999999999997 in binary: floor what was meant
         kept = math.floor(size + 1e-9) if self.rounding == "floor" else round(size)
         return group.blocks * max(1, kept)
+
+
+def written(text: str) -> str:
+    """A budget as ``str(Budget)`` writes it, so that equal ones have one name; what cannot be read stays, for others to refuse."""
+    try:
+        return str(Budget.parse(text, grows=True))
+    except BudgetError:
+        return text
 
 
 def used(budget: Budget, widths: Mapping[str, int], groups: Mapping[str, Sized], cost: Costed, reference: Costed) -> float:
@@ -241,6 +250,8 @@ def global_widths(
     Raises:
         InfeasibleBudgetError: If even the smallest widths cost more.
     """
+    import torch
+
     owner = torch.cat([torch.full((g.channels,), i) for i, g in enumerate(groups.values())])
     order = owner[torch.argsort(torch.cat([scores[n].flatten().cpu() for n in groups]), descending=True, stable=True)]
 
@@ -284,6 +295,8 @@ def top_channels(score: Tensor, width: int, blocks: int = 1) -> Tensor:
     Returns:
         long ``[P]``, ascending.
     """
+    import torch
+
     table = score.detach().cpu().view(blocks, -1)
     best = torch.argsort(table, dim=1, descending=True, stable=True)[:, : width // blocks]
     return (best + torch.arange(blocks)[:, None] * table.shape[1]).flatten().sort().values

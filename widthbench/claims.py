@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from widthbench import registry, suites
+from widthbench.budget import written
 from widthbench.errors import UsageError, did_you_mean
 from widthbench.records import CONTROLS, Cell, Record, Stage, read_records
 from widthbench.report.statistics import LEAST, Summary, interval, summarise
@@ -86,7 +87,7 @@ class Pick(_Strict):
     @property
     def budgets(self) -> tuple[str, ...]:
         """The budgets that are named."""
-        return (self.budget,) if isinstance(self.budget, str) else self.budget or ()
+        return tuple(map(written, (self.budget,) if isinstance(self.budget, str) else self.budget or ()))
 
     def value(self, record: Record) -> float | None:
         """The number of one record; None if it has none."""
@@ -278,7 +279,10 @@ class Evidence:
         values: dict[object, dict[str | None, list[float]]] = {}
         for record in self.of(pick.suite):
             value = pick.value(record) if record.status == "done" else None
-            if value is None or record.cell.identity not in meant:
+            if record.cell.identity not in meant:
+                continue
+            found.failed += record.status == "failed"
+            if value is None:
                 continue
             base = record.provenance.get("checkpoint") or record.cell.seed
             values.setdefault(base, {}).setdefault(record.cell.budget, []).append(value)
@@ -298,11 +302,13 @@ class Picked:
         values: By base; the mean over seeds where several share one (the ten random starts of NMF on one checkpoint).
         records: The records that they come from.
         missing: How many of the cells that are meant have no such value: failed, skipped or not run.
+        failed: How many of these failed.
     """
 
     values: dict[object, float] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     missing: int = 0
+    failed: int = 0
 
 
 def load() -> list[Document]:
@@ -382,27 +388,27 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     """One row with its verdict: measured where there are records or a check, else "not run"."""
     records: list[Record] = []
     remarks: list[str] = []
-    missing = 0
+    missing = failed = 0
     if row.check:
         check = _function(row.check)
         asks = "evidence" in inspect.signature(check).parameters
         picked = check(evidence, **row.given) if asks else Picked(dict(enumerate(check(**row.given))))
         values: Mapping[object, float] = picked.values
-        records, missing = picked.records, picked.missing
-        remarks = _remarks(records, missing)
+        records, missing, failed = picked.records, picked.missing, picked.failed
+        remarks = _remarks(records, missing, failed)
     elif row.at:
         picked = evidence.pick(row.at)
-        values, records, missing = picked.values, picked.records, picked.missing
+        values, records, missing, failed = picked.values, picked.records, picked.missing, picked.failed
         if row.minus:
             other = evidence.pick(row.minus)
             pairs = {k: v - other.values[k] for k, v in values.items() if k in other.values}
-            missing += other.missing
+            missing, failed = missing + other.missing, failed + other.failed
             values, records = pairs, records + other.records
-        remarks = _remarks(records, missing)
+        remarks = _remarks(records, missing, failed)
     else:
         values = {}
     if not values:
-        return Judged(row, "not run", detail=claim.needs)
+        return Judged(row, "inconclusive" if failed else "not run", detail="; ".join(remarks) if failed else claim.needs)
     verdict, measured, detail = _verdict(row, values)
     if verdict == "reproduced" and (missing or any(r.provenance.get("dirty") for r in records)):
         verdict = "inconclusive"  # what is missing might say otherwise, and nobody can look up uncommitted code
@@ -412,9 +418,11 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     return Judged(row, verdict, measured, "; ".join([detail, *remarks]), tuple(sorted({r.key for r in records})))
 
 
-def _remarks(records: Sequence[Record], missing: int) -> list[str]:
+def _remarks(records: Sequence[Record], missing: int, failed: int) -> list[str]:
     """What the reader of a verdict must know of its records."""
     found = [f"incomplete: {missing} cell(s) without a result"] if missing else []
+    if failed:
+        found.append(f"{failed} of {len(records) + missing} failed")
     for flag, text in (("floor", "at the feasible floor"), ("coupled", "with coupled groups")):
         if count := sum(getattr(r, flag) for r in records):
             found.append(f"{count} record(s) {text}")

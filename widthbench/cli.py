@@ -102,15 +102,16 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser(
         "claims", help="what the source documents report against what was measured, with verdicts",
-        description="Judge the claims of the source documents by the records in the results folder, and write claims.md there. "
-        "A claim that is not reproduced is a result, not an error: the exit code is 0.",
+        description="Judge the claims of the source documents by the published records; with --run or --results by those in a "
+        "folder of yours, where claims.md is then written. A claim that is not reproduced is a result: the exit code is 0.",
     )  # fmt: skip
     verb.add_argument("--id", nargs="+", default=[], metavar="ID", help="only these (default: all)")
     verb.add_argument(
         "--run", dest="first", action="store_true", help="first run the cells that the claims rest on and that have no result yet"
     )
     verb.add_argument("--jobs", type=_positive, default=1, metavar="N", help="worker processes for --run (default: 1)")
-    _results(verb)
+    verb.add_argument("--publish", action="store_true", help="write claims.md and claims.json beside the published records")
+    _read(verb)
     _json(verb)
     verb.set_defaults(run=_claims)
 
@@ -125,12 +126,18 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser(
         "report", help="write a suite's leaderboard and figures from finished cells, or a page of all results",
-        description="Write the leaderboards and figures of suites from their finished cells. With --site, also one static page, "
-        "site.html, of every suite in the results folder and of the claims there (`widthbench claims`).",
+        description="Write the leaderboards and figures of suites from what was measured here, and reproduction.md, which compares "
+        "it with what was published. With --site, also one static page, site.html, of every suite there and of the claims.",
     )  # fmt: skip
     _suites(verb, "*")
     verb.add_argument("--no-timing", action="store_true", help="measure no latency: keep the timings that are there")
-    verb.add_argument("--site", action="store_true", help="also write site.html; without SUITE, nothing but it")
+    verb.add_argument(
+        "--site", action="store_true", help="also write site.html; without SUITE, nothing but it, of what is published"
+    )
+    verb.add_argument(
+        "--publish", action="store_true",
+        help="instead put what was measured in the place of what is published, cell by cell (in a checkout: results/published)",
+    )  # fmt: skip
     _results(verb)
     _json(verb)
     verb.set_defaults(run=_report)
@@ -141,12 +148,12 @@ def _parser() -> argparse.ArgumentParser:
         "technique that it compares.",
     )  # fmt: skip
     _suites(verb)
-    _results(verb)
+    _read(verb)
     verb.set_defaults(run=_cite)
 
     verb = verbs.add_parser(
         "verify", help="whether a suite's results are what they say: digests, and cells run again",
-        description="Hold the files of results/SUITE and each record in it to their digests, then run recorded cells again from "
+        description="Hold the files of a suite's results and each record to their digests, then run recorded cells again from "
         "nothing, in a cache of their own. On the machine, with the code and the versions that a record names the rerun must be "
         "equal bit by bit (but for times); elsewhere its test top-1 at the last stage must lie within one point or three "
         "standard errors of the difference, and its MACs within 5 %; sizes and costs must fit (docs/citing.md). Exit code 1 if "
@@ -157,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (default: 0)")
     verb.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="draw only from cells whose name holds one of these")
     verb.add_argument("--jobs", type=_positive, default=1, metavar="N", help="worker processes (default: 1)")
-    _results(verb)
+    _read(verb)
     _json(verb)
     verb.set_defaults(run=_verify)
 
@@ -209,6 +216,12 @@ def _suites(verb: argparse.ArgumentParser, nargs: str = "+") -> None:
 
 def _results(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where results go (default: ./results)")
+
+
+def _read(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--results", type=Path, metavar="DIR", help="whose results (default: the published ones; those of a run here: results)"
+    )
 
 
 def _json(verb: argparse.ArgumentParser) -> None:
@@ -295,15 +308,15 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("--address and --gpus are for --engine ray")
     if args.address is not None and args.jobs is not None:
         raise UsageError("a cluster has the cores that it has: leave --jobs out where --address is given")
-    chosen = {s.name: (s, [c for c in s.cells() if _wanted(c.id, args.only)]) for s in map(suites.load, args.suite)}
+    chosen = [(s, [c for c in s.cells() if _wanted(c.id, args.only)]) for s in suites.load_all(args.suite)]
     require_writable(args.results)
     cache.check_store()
-    for suite, cells in chosen.values():
+    for suite, cells in chosen:
         if not cells:
             raise UsageError(f"suite {suite.name} has no cell whose name holds {' or '.join(map(repr, args.only))}")
         suites.check(suite, cells)
-    cells = list({c.identity: c for _, some in chosen.values() for c in some}.values())
-    limits = suites.limits(s for s, _ in chosen.values())
+    cells = list({c.identity: c for _, some in chosen for c in some}.values())
+    limits = suites.limits(s for s, _ in chosen)
     told = _Progress(len(cells))
     parallel.start()
     try:
@@ -355,27 +368,47 @@ def _wanted(name: str, only: Sequence[str]) -> bool:
 
 def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
     from widthbench import suites
+    from widthbench.paths import published_dir
     from widthbench.records import Store
-    from widthbench.report.build import build
+    from widthbench.report.build import build, publish
 
-    failed = 0
-    site = getattr(args, "site", False)
-    if not (args.suite or site):
+    failed = []
+    site, chosen = getattr(args, "site", False), suites.load_all(args.suite)
+    if not (chosen or site):
         raise UsageError("name a suite (`widthbench list suites`), or ask for --site")
-    for suite in (chosen := [suites.load(name) for name in args.suite]):
+    for suite in chosen:
+        if getattr(args, "publish", False):
+            for file in publish(suite, args.results):
+                print(f"wrote {file}")
+            continue
         report = build(suite, args.results, Store(), time_shapes=not getattr(args, "no_timing", False), fresh=fresh)
-        failed += sum(r.status == "failed" for r in report.records)
+        failed += report.failed
         if args.json:
             print(json.dumps([r.model_dump(mode="json") for r in report.records]))
         else:
             print(f"\n{report.text}\n")
             for file in report.files:
                 print(f"wrote {file}")
+            if report.reproduction:
+                print(f"\n{report.reproduction}")
+    if failed:
+        print(f"widthbench: {len(failed)} cells failed, the first {failed[0].cell.id}: {failed[0].reason}", file=sys.stderr)
     if site:
         from widthbench.report.site import write
 
-        print(f"wrote {write(args.results, chosen)}", file=sys.stderr if args.json else sys.stdout)
+        of = args.results if chosen else published_dir()  # of what was measured, or of all that is published
+        print(f"wrote {write(of, chosen, args.results)}", file=sys.stderr if args.json else sys.stdout)
     return 1 if failed else 0
+
+
+def _folder(args: argparse.Namespace, suite: str) -> Path:
+    """Where a suite's records are read: in the folder that was named, else the published ones, else those of a run here."""
+    from widthbench.paths import published_dir
+
+    if args.results is not None:
+        return Path(args.results) / suite
+    published = published_dir() / suite
+    return published if (published / "records.jsonl").is_file() else Path("results") / suite
 
 
 def _cite(args: argparse.Namespace) -> int:
@@ -385,7 +418,7 @@ def _cite(args: argparse.Namespace) -> int:
     from widthbench.report.exports import citation
 
     for suite in map(suites.load, args.suite):
-        path = args.results / suite.name / "records.jsonl"
+        path = _folder(args, suite.name) / "records.jsonl"
         records = of_suite(suite, path, read_records(path)) if path.is_file() else []
         there = bool(records)
         print(citation(suite, records, hashlib.sha256(path.read_bytes()).hexdigest() if there else None))
@@ -394,11 +427,12 @@ def _cite(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from widthbench import suites, verify
+    from widthbench.paths import published_dir
     from widthbench.records import read_lines
 
     checks = []
     for suite in map(suites.load, args.suite):
-        folder = args.results / suite.name
+        folder = _folder(args, suite.name)
         found = verify.check_files(suite, folder)
         records = [line.record for line in read_lines(folder / "records.jsonl") if line.record]
         wanted = [r for r in records if _wanted(r.cell.id, args.only)]
@@ -413,7 +447,7 @@ def _verify(args: argparse.Namespace) -> int:
                 tell=lambda c: print(f"{c.what}: {'holds' if c.ok else 'DIFFERS'} ({c.by}) {c.note}", file=sys.stderr),
             )  # fmt: skip
         checks += [{"suite": suite.name, **c.plain()} for c in found]
-    checks += [{"suite": "", **c.plain()} for c in verify.check_claims(args.results)]
+    checks += [{"suite": "", **c.plain()} for c in verify.check_claims(args.results or published_dir())]
     _show(checks, args.json)
     bad = sum(c["verdict"] != "holds" for c in checks)
     if not args.json:
@@ -426,36 +460,41 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _claims(args: argparse.Namespace) -> int:
     from widthbench import claims
-    from widthbench.paths import require_writable
+    from widthbench.paths import published_dir, require_writable
     from widthbench.report.claims import rows_of, write
 
     chosen = claims.choose(claims.load(), args.id)
-    require_writable(args.results)
-    if args.first:
-        _run_claims([claim for _, claim in chosen], args)
-    judged = claims.judge_all(args.results, args.id)
+    here = args.results or Path("results")
+    where = here if args.results or args.first else published_dir()
+    wanted = not args.id and (args.publish or where != published_dir())
+    if args.publish and where != published_dir():
+        raise UsageError("--publish is for claims that are judged by the published records: leave out --run and --results")
+    if wanted:
+        require_writable(where)
+    failed = _run_claims([claim for _, claim in chosen], here, args.jobs) if args.first else 0
+    judged = claims.judge_all(where, args.id)
     _show(rows_of(judged), args.json)
-    if not args.id:
-        for file in write(judged, args.results):
-            print(f"wrote {file}", file=sys.stderr if args.json else sys.stdout)
-    return 0
+    if not args.json:
+        print(f"judged by the records in {where}")
+    for file in write(judged, where) if wanted else ():
+        print(f"wrote {file}", file=sys.stderr if args.json else sys.stdout)
+    return 1 if failed else 0
 
 
-def _run_claims(chosen: Sequence[Any], args: argparse.Namespace) -> None:
-    """Run what the claims rest on, and write the suites' results."""
+def _run_claims(chosen: Sequence[Any], results: Path, jobs: int) -> int:
+    """Run what the claims rest on, and write the suites' results; gives the number of failed cells."""
     from widthbench import claims, suites
     from widthbench.engines import local
     from widthbench.records import Store
     from widthbench.report.build import build
 
-    wanted = claims.cells(chosen)
-    for name, cells in wanted.items():
+    failed = 0
+    for name, cells in claims.cells(chosen).items():
         suites.check(suites.load(name), cells)
-        local.run(
-            cells, jobs=args.jobs, limits=suites.limits([suites.load(name)]),
-            done=lambda r: print(f"{r.cell.id}: {r.status} {r.reason}", file=sys.stderr),
-        )  # fmt: skip
-        build(suites.load(name), args.results, Store())
+        told = _Progress(len(cells))
+        local.run(cells, jobs=jobs, limits=suites.limits([suites.load(name)]), done=told)
+        failed += len(build(suites.load(name), results, Store(), fresh=told.records).failed)
+    return failed
 
 
 def _data(args: argparse.Namespace) -> int:

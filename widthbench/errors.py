@@ -26,6 +26,10 @@ class CostError(UsageError):
     """A resized network whose MACs or parameters are not those that were predicted from its widths."""
 
 
+class DivergedError(UsageError):
+    """A training run that came to nothing: a loss that is not finite, or that ends where it would be without looking at inputs."""
+
+
 class NoGroupsError(UsageError):
     """A network in which no channel group could be certified, so nothing in it may be resized."""
 

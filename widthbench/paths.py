@@ -4,30 +4,85 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
+from typing import Any, ClassVar
 
 import platformdirs
+from filelock import FileLock
 
 from widthbench.errors import UsageError
+
+_START = Path.cwd()  # relative paths mean this folder, wherever a plug-in changes to
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # it can only be read by setting it
+
+
+def expanded(given: str) -> Path:
+    """A path in full, with "~" and "~user" in front replaced by the home folder that they stand for.
+
+    Raises:
+        UsageError: If there is no such user.
+    """
+    try:
+        return _START / Path(given).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"path {given}: there is no home folder of '{Path(given).parts[0]}': write the path in full") from error
+
+
+class Lock(FileLock):
+    """A lock of ours, in the cache or beside results, that other accounts may take too.
+
+    Attributes:
+        tell: Called with "wait" and "work" by a process whose time is counted: waiting for others is not its work.
+    """
+
+    tell: ClassVar[Callable[[str], None] | None] = None
+
+    def acquire(self, *args: Any, **options: Any) -> Any:
+        """Wait for the lock.
+
+        Raises:
+            UsageError: If its file cannot be made or opened.
+        """
+        if Lock.tell is not None:
+            Lock.tell("wait")
+        try:
+            Path(self.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            taken = super().acquire(*args, **options)
+        except OSError as error:
+            raise UsageError(f"cannot lock {self.lock_file}: {error.strerror}; choose another folder") from error
+        finally:
+            if Lock.tell is not None:
+                Lock.tell("work")
+        with suppress(OSError):  # another account's, which lets us in
+            os.chmod(self.lock_file, 0o666)
+        return taken
 
 
 def cache_dir() -> Path:
     """The cache: ``WIDTHBENCH_CACHE``, else the user's cache folder. Holds grades, base networks and finished cells."""
     given = os.environ.get("WIDTHBENCH_CACHE")
-    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("widthbench"))
+    return expanded(given) if given else Path(platformdirs.user_cache_dir("widthbench"))
 
 
 def data_dir() -> Path:
     """Where data sets lie: ``WIDTHBENCH_DATA``, else ``datasets`` in the cache."""
     given = os.environ.get("WIDTHBENCH_DATA")
-    return Path(given).expanduser() if given else cache_dir() / "datasets"
+    return expanded(given) if given else cache_dir() / "datasets"
 
 
 def weights_dir() -> Path:
     """Where weights files lie: ``WIDTHBENCH_WEIGHTS``, else ``weights`` in the cache."""
     given = os.environ.get("WIDTHBENCH_WEIGHTS")
-    return Path(given).expanduser() if given else cache_dir() / "weights"
+    return expanded(given) if given else cache_dir() / "weights"
+
+
+def published_dir() -> Path:
+    """Where published results lie: ``results/published`` of a checkout, or the package's own copy of it."""
+    return Path(str(files("widthbench._published")))
 
 
 def require_writable(folder: Path) -> None:
@@ -65,7 +120,7 @@ def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
                 file.write(piece.encode() if isinstance(piece, str) else piece)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        os.chmod(name, 0o666 & ~_UMASK)
         os.replace(name, path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from widthbench import cache, data, models, parallel, registry, sources, weights
 from widthbench.budget import Budget, feasible
-from widthbench.errors import InfeasibleBudgetError, UsageError
+from widthbench.errors import DivergedError, InfeasibleBudgetError, UsageError
 from widthbench.measure import Meter, accuracy
-from widthbench.paths import cache_dir, write_atomic
+from widthbench.paths import Lock, cache_dir, write_atomic
 from widthbench.provenance import code_digest, source_digest, stamp, versions
 from widthbench.recipe import Recipe, Spent
 from widthbench.records import CONTROLS, Cell, Record, Row, Stage, Store, digest_of
@@ -205,23 +204,40 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
         return Base(model, *_known(cell, model, x), split, x, Spent(), digest, loaded=True)
     key = base_key(cell)
     path = cache_dir() / "bases" / f"{key}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with parallel.held(FileLock(path.with_suffix(".lock"))):
+    if (spent := _read_weights(path, model)) is not None and parallel.world() == 1:  # where nothing may be written, too
+        return _based(cell, model, x, split, path, spent)
+    with parallel.held(Lock(path.with_suffix(".lock"))):
         spent = _read_weights(path, model)
         parallel.everyone()
         if spent is None:
+            if (died := cache.read_json(_died(path), "base network")) is not None:  # the other cells of this base need not find out
+                raise DivergedError(died["reason"])
             macs = count_macs(model, x)
             desc = f"base {cell.group}"
             resume = Resume(_training_path(key))
-            spent = fit(
-                model, split.train, cell.base, macs=macs, seed=cell.seed, progress=progress, desc=desc, resume=resume
-            )  # fmt: skip
+            try:
+                spent = fit(
+                    model, split.train, cell.base, macs=macs, seed=cell.seed, progress=progress, desc=desc, resume=resume
+                )  # fmt: skip
+            except DivergedError as error:
+                if parallel.first():
+                    cache.write_json(_died(path), {"reason": f"its base network: {error}"})
+                raise DivergedError(f"its base network: {error}") from error
             if parallel.first():
                 _write_weights(path, model, spent)
                 resume.discard()
             parallel.everyone()
+    return _based(cell, model, x, split, path, spent)
+
+
+def _based(cell: Cell, model: nn.Module, x: Tensor, split: data.Data, path: Path, spent: Spent) -> Base:
     digest = json.loads(path.with_suffix(".json").read_text())["sha256"]  # which reading and writing have just made sure of
     return Base(model, *_known(cell, model, x), split, x, spent, digest)
+
+
+def _died(path: Path) -> Path:
+    """Where it is noted that a base network's training diverged, as it would again: keys hold all that it depends on."""
+    return path.with_suffix(".diverged.json")
 
 
 _groups: dict[str, tuple[Groups, CostModel]] = {}
@@ -320,6 +336,8 @@ def run_cell(cell: Cell, store: Store, *, progress: Progress = quiet) -> Record:
         UsageError: If the cell itself makes no sense: unknown technique, model or data set, no such device.
     """
     key = cell_key(cell)
+    if record := parallel.agreed(lambda: store.get(key)):  # what is finished can be read where nothing may be written
+        return record
     with parallel.held(store.lock(key)):
         if record := parallel.agreed(lambda: store.get(key)):
             return record
@@ -483,8 +501,9 @@ def _billed(key: str, work: Callable[[], tuple[dict[str, Tensor], Spent]]) -> tu
 
 def _cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     path = _cached_path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with parallel.held(FileLock(path.with_suffix(".lock"))):
+    if parallel.world() == 1 and (blob := cache.read(path, "state")) is not None:
+        return dict(load(blob))
+    with parallel.held(Lock(path.with_suffix(".lock"))):
         if (blob := cache.read(path, "state")) is not None:
             return dict(load(blob))
         parallel.everyone()  # nobody sees the file that the first one is about to write

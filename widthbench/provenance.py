@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -82,17 +83,35 @@ def hardware() -> dict[str, Any]:
 
 @functools.cache
 def code_digest(*modules: str) -> str:
-    """SHA-256 over the sources of the package's modules, given as paths relative to it (folders with all they hold)."""
+    """SHA-256 over what the package's modules do, given as paths relative to it (folders with all they hold)."""
     digest = hashlib.sha256()
     for module in modules:
         path = ROOT / module
         for file in sorted(path.glob("**/*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
+            digest.update(meaning(file.read_bytes()))
     return digest.hexdigest()
 
 
+def meaning(source: bytes) -> bytes:
+    """What a Python file does: its syntax tree, without comments, layout and docstrings, so that a mended sentence changes no key.
+
+    Args:
+        source: The file; one that is not valid Python counts as it stands.
+    """
+    try:
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+        return ast.dump(tree).encode()
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return source
+
+
 def source_digest(cls: type) -> str:
-    """SHA-256 over the sources that a technique consists of.
+    """SHA-256 over what the sources do that a technique consists of (``meaning``).
 
     For one of ours that is its own file (the rest of the package is digested apart); for a plug-in, every Python file of the
     top-level package, or the single module, that it is defined in.
@@ -123,7 +142,7 @@ def _state(file: Path) -> tuple[int, int, int]:
 def _files_digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
     for file, *_ in files:
-        digest.update(file.read_bytes())
+        digest.update(meaning(file.read_bytes()))
     return digest.hexdigest()
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from filelock import FileLock
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,9 +22,10 @@ from pydantic import (
 )
 
 from widthbench import cache
+from widthbench.budget import written
 from widthbench.cache import canonical, digest_of
 from widthbench.errors import UsageError, visible
-from widthbench.paths import cache_dir, write_atomic
+from widthbench.paths import Lock, cache_dir, write_atomic
 from widthbench.recipe import Recipe, Spent
 
 SCHEMA = 1
@@ -64,6 +64,7 @@ class _Frozen(BaseModel):
 _NOT_KEPT: set[str] = set()
 
 
+WrittenBudget = Annotated[str, Field(pattern=r"^[a-z]+:[0-9.eE+-]*[0-9](:[a-z]+)?$"), AfterValidator(written)]
 SharedRecipe = Annotated[Recipe, AfterValidator(_shared)]
 
 
@@ -79,7 +80,7 @@ class Cell(_Frozen):
         params: The technique's parameters; for scratch controls those of the technique whose shape they train.
         of: For scratch controls, the technique whose shape they train.
         variant: Tells networks apart that are trained by different recipes.
-        budget: What is kept, ``kind:fraction``; None for base.
+        budget: What is kept, ``kind:fraction``, however it is given, in one way (``budget.written``); None for base.
         seed: Of the split, the base network, the decision and the adaptation.
         scope: Which groups may be resized.
         include: Patterns on group names.
@@ -108,7 +109,7 @@ class Cell(_Frozen):
     technique: str
     params: dict[str, Any] = Field(default_factory=dict)
     of: str | None = None
-    budget: str | None = Field(default=None, pattern=r"^[a-z]+:[0-9.eE+-]*[0-9](:[a-z]+)?$")
+    budget: WrittenBudget | None = None
     seed: int = 0
     scope: Literal["inner", "all"] = "inner"
     include: tuple[str, ...] = ()
@@ -306,11 +307,9 @@ class Store:
         """Where a record lies."""
         return self.root / key[:2] / f"{key}.json"
 
-    def lock(self, key: str) -> FileLock:
+    def lock(self, key: str) -> Lock:
         """Held while a cell is computed, so that two runs on one cache do its work once."""
-        path = self.root / "locks" / f"{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path)
+        return Lock(self.root / "locks" / f"{key}.lock")
 
     def get(self, key: str) -> Record | None:
         """The finished record, or None; a damaged file is named in a warning and counts as missing."""
@@ -343,11 +342,10 @@ class Store:
         """The record of the last failed attempt, if the cell has not been finished since."""
         return self._read(self._failed(key), key)
 
-    def cells(self, *, but: Collection[str] = (), at_most: int | None = None) -> set[str] | None:
+    def cells(self, *, at_most: int | None = None) -> set[str] | None:
         """Identities of the cells that the store has records of, failures too.
 
         Args:
-            but: Keys of records that need not be looked at.
             at_most: Look at no more files than that.
 
         Returns:
@@ -355,7 +353,7 @@ class Store:
         """
         if cache.shared():
             return None
-        paths = [p for pattern in ("??", "failed") for p in self.root.glob(f"{pattern}/*.json") if p.stem not in but]
+        paths = [p for pattern in ("??", "failed") for p in self.root.glob(f"{pattern}/*.json")]
         if at_most is not None and len(paths) > at_most:
             return None
         found = set()
@@ -371,17 +369,9 @@ class Store:
         return self.root / "failed" / f"{key}.json"
 
 
-def write_records(path: Path, records: Iterable[Record], known: Mapping[int, str] | None = None) -> None:
-    """Write records as JSON lines, sorted by cell, each with the digest of what it says, atomically.
-
-    Args:
-        path: The file.
-        records: What to write.
-        known: Lines of records that were read from such a file, by ``id()`` of the record: they need not be made again.
-    """
-    lines = known or {}
-    ordered = sorted(records, key=lambda r: r.cell.id)
-    write_atomic(path, (f"{lines.get(id(r)) or record_line(r)}\n" for r in ordered))
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write records as JSON lines, sorted by cell, each with the digest of what it says, atomically."""
+    write_atomic(path, (f"{record_line(r)}\n" for r in sorted(records, key=lambda r: r.cell.id)))
 
 
 def record_line(record: Record) -> str:
@@ -407,12 +397,11 @@ class Line:
     text: str = ""
 
 
-def read_lines(path: Path, *, trusted: bool = False) -> list[Line]:
+def read_lines(path: Path) -> list[Line]:
     """Read JSON lines, good and bad.
 
     Args:
         path: The file.
-        trusted: Leave out each line's digest, where that of the whole file has been checked.
 
     Raises:
         UsageError: If the file cannot be read.
@@ -421,12 +410,12 @@ def read_lines(path: Path, *, trusted: bool = False) -> list[Line]:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         raise UsageError(f"no records at {path}: run the suite first (`widthbench run`)") from error
-    return [_line(number, text, trusted) for number, text in enumerate(lines, 1)]
+    return [_line(number, text) for number, text in enumerate(lines, 1)]
 
 
-def _line(number: int, text: str, trusted: bool) -> Line:
+def _line(number: int, text: str) -> Line:
     start, rest = text[: len(HEAD) + 66], "{" + text[len(HEAD) + 66 :]
-    if text.startswith(HEAD) and (trusted or start == f'{HEAD}{sha256(rest.encode()).hexdigest()}",'):
+    if text.startswith(HEAD) and start == f'{HEAD}{sha256(rest.encode()).hexdigest()}",':
         with suppress(ValueError):  # said below
             return Line(number, Record.model_validate_json(rest), text=text)
     try:
@@ -441,7 +430,7 @@ def _line(number: int, text: str, trusted: bool) -> Line:
         return Line(number, None, f"not a record: not a line of JSON ({error})")
     if digest is None:
         problem = f"record of {record.cell.id} carries no digest: it was taken out, or another program wrote the line"
-    elif not trusted and digest != digest_of(data):
+    elif digest != digest_of(data):
         problem = f"record of {record.cell.id} was changed after it was written: its digest does not match"
     else:
         problem = ""

@@ -310,6 +310,20 @@ def load(name: str) -> Suite:
     return parse((files("widthbench._suites") / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
 
 
+def load_all(names: Iterable[str]) -> list[Suite]:
+    """Suites by name or path, each once.
+
+    Raises:
+        UsageError: As ``load``, or if two different ones have the same name, and so the same folder of results.
+    """
+    found: dict[str, Suite] = {}
+    for given in names:
+        suite = load(given)
+        if found.setdefault(suite.name, suite) != suite:
+            raise UsageError(f"two different suites are named '{suite.name}', the second in {given}: give one another name")
+    return list(found.values())
+
+
 def parse(text: str, where: str) -> Suite:
     """A suite from TOML text.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthbench import cache, parallel
-from widthbench.errors import UsageError
+from widthbench.errors import DivergedError, UsageError
 from widthbench.measure import fastest_layout
 from widthbench.randomness import seeded
 from widthbench.recipe import Recipe, Spent
@@ -39,6 +39,59 @@ def steps_of(recipe: Recipe, samples: int) -> tuple[int, int]:
 def _least() -> int:
     """Samples that a batch must have: BatchNorm cannot normalise one, and each process needs one."""
     return max(2, parallel.world())
+
+
+CHANCE = 0.999  # of the loss of the best constant answer: a training loss that does not end below it has learned nothing
+LEAST_STEPS = 10  # that say something about how training ends
+
+
+class _Ending:
+    """Whether a plain training run ends at chance: by its mean loss over the last epoch, or over its last half if it is shorter.
+
+    Chance is the entropy of the labels, which is the cross-entropy of the best answer that does not look at the inputs.
+
+    Args:
+        per_epoch: Steps of an epoch.
+        total: Steps in all.
+    """
+
+    def __init__(self, per_epoch: int, total: int) -> None:
+        self._first = total - min(per_epoch, -(-total // 2))
+        self._enough = total - self._first >= LEAST_STEPS
+        self._sum = 0.0
+        self._counts = torch.zeros(0, dtype=torch.long)
+
+    def add(self, step: int, loss: float, y: Tensor) -> None:
+        """Note a step, counted from 0: its mean loss and its labels ``[B]``."""
+        if self._enough and step >= self._first and not y.is_floating_point() and y.dim() == 1:
+            counts = torch.bincount(y.cpu(), minlength=len(self._counts))
+            counts[: len(self._counts)] += self._counts
+            self._counts, self._sum = counts, self._sum + loss * len(y)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was noted."""
+        return {"sum": self._sum, "counts": self._counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._sum, self._counts = state["sum"], state["counts"]
+
+    def require_learned(self) -> None:
+        """Raise if the loss ends at chance.
+
+        Raises:
+            DivergedError: It names the loss and chance, in nats.
+        """
+        samples = int(self._counts.sum())
+        if not samples:
+            return
+        shares = self._counts[self._counts > 0].double() / samples
+        chance, loss = float(-(shares * shares.log()).sum()), self._sum / samples
+        if chance > 0 and loss >= CHANCE * chance:
+            raise DivergedError(
+                f"training diverged: its loss ends at chance ({loss:.4f} nats over the last epoch; the best constant answer has "
+                f"{chance:.4f}): lower lr, or warm up"
+            )
 
 
 Losses = Callable[[nn.Module, Tensor, Tensor], Iterator[Tensor]]
@@ -100,8 +153,9 @@ def fit(
         What it cost; with ``resume``, earlier runs included.
 
     Raises:
-        UsageError: If the loss is no longer finite, there are too few samples for one batch, memory runs out in halves too, or
-            the recipe asks for what does not go together.
+        DivergedError: If the loss is no longer finite, or ends at chance (``CHANCE``; plain losses only).
+        UsageError: If there are too few samples for one batch, memory runs out in halves too, or the recipe asks for what does not
+            go together.
     """
     per_epoch, total = steps_of(recipe, len(train))
     if per_epoch < 1:
@@ -129,7 +183,7 @@ def fit(
     objective = losses or partial(_cross_entropy, recipe.label_smoothing)
     _require_possible(recipe, losses)
     whole_batches = losses is None and parallel.world() == 1  # what can be halved
-    parts, halved = recipe.accumulate, 0
+    parts, halved, ending = recipe.accumulate, 0, _Ending(per_epoch, total)
     begin, seen, step, first = time.perf_counter(), 0, 0, 0
     layout = fastest_layout(model)
     model.to(memory_format=layout)
@@ -152,6 +206,7 @@ def fit(
             if random_gpu:
                 torch.cuda.set_rng_state_all(random_gpu)
             parts, halved = last["parts"], last["halved"]
+            ending.load_state_dict(last["ending"])
             if state is not None:
                 state.load_state_dict(last["state"])
             seen, step, first = last["seen"], last["step"], last["epoch"]
@@ -186,8 +241,10 @@ def fit(
                         torch.cuda.empty_cache()
                 if not math.isfinite(loss):
                     what = f"the loss is {loss} at step {step + 1} of {total}"
-                    raise UsageError(f"training diverged: {what}; lower lr = {recipe.lr:g}")
+                    raise DivergedError(f"training diverged: {what}; lower lr = {recipe.lr:g}")
                 optimizer.step()
+                if losses is None:
+                    ending.add(step, loss, y)
                 if average is not None:
                     average.update(model)
                 seen += whole
@@ -199,12 +256,14 @@ def fit(
                     "random": parallel.gathered((torch.get_rng_state(), random_gpu)),
                     "average": None if average is None else average.module.state_dict(),
                     "state": None if state is None else state.state_dict(), "parts": parts, "halved": halved,
+                    "ending": ending.state_dict(),
                     "seen": seen, "step": step, "epoch": epoch + 1, "seconds": time.perf_counter() - begin,
                 }  # fmt: skip
                 if parallel.first():
                     resume.write(recipe, len(train), kept)
             if after_epoch is not None:
                 after_epoch(epoch + 1)
+    ending.require_learned()
     if average is not None:
         model.load_state_dict(average.module.state_dict())
     model.to(memory_format=torch.contiguous_format)

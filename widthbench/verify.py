@@ -26,7 +26,9 @@ from widthbench.recipe import Spent
 from widthbench.records import Cell, Line, Record, Row, read_lines
 from widthbench.report import claims as report_claims
 from widthbench.report import tables
-from widthbench.report.build import SUMS, file_digest, in_order, parse_timings, read_sums, texts
+from widthbench.report.build import ASIDE, SUMS, file_digest, in_order, published_records, read_sums, texts
+from widthbench.report.reproduction import NAME, differences, result
+from widthbench.report.timing import parse_timings
 from widthbench.suites import Suite
 
 POINTS = 1.0  # of test top-1: what a network trained anew on another machine may differ by (the tolerance of claims on own bases)
@@ -34,7 +36,6 @@ DEVIATIONS = 3.0  # or standard errors of the difference of two accuracies on as
 MACS = 0.05  # as budgets are met
 SPENT = 0.25  # of what a decision and what followed cost: loops that stop by what they see stop elsewhere a little earlier or later
 CITING = f"\n{tables.CITING}\n".encode()
-KEPT = ("base_digest", "checkpoint", "dataset_digest", "dtype", "threads", "val_seen", "processes", "device")  # of the provenance
 SAME = ("commit", "dirty", "versions", "dataset_digest")  # where these agree, so do keys
 
 
@@ -94,7 +95,7 @@ def _sums(folder: Path) -> list[Check]:
             found.append(Check(SUMS, "digest", False, f"not a line of digest and file: {f'{digest}  {name}'[:80]!r}"))
         else:
             found.append(Check(name, "digest", same, "" if same else f"was changed after {SUMS} was written"))
-    named = {name for _, name in lines} | {SUMS, "records.damaged.jsonl"}
+    named = {name for _, name in lines} | {SUMS, ASIDE}
     there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return found + [Check(n, "digest", False, f"is not in {SUMS}") for n in there if n not in named]
 
@@ -124,8 +125,9 @@ def _tables(suite: Suite, folder: Path, records: Sequence[Record]) -> list[Check
         timings = parse_timings(folder / "timings.jsonl")
     except UsageError as error:
         return [Check("timings.jsonl", "table", False, str(error))]
-    pages = texts(suite, in_order(suite, records), timings, file_digest(folder / "records.jsonl"))
-    ours = {*pages, SUMS, "records.jsonl", "records.damaged.jsonl", "timings.jsonl"}
+    published = published_records(suite) if (folder / NAME).is_file() else []
+    pages = texts(suite, in_order(suite, records), timings, file_digest(folder / "records.jsonl"), published)
+    ours = {*pages, SUMS, "records.jsonl", ASIDE, "timings.jsonl"}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     found = [
         Check(n, "table", False, "is nothing that a report of these records writes")
@@ -151,7 +153,7 @@ def _cited(page: bytes) -> tuple[bytes, list[bytes]] | None:
     """What a leaderboard says before it cites, and its own entry; None if there is anything but one block of BibTeX behind that."""
     told, _, rest = page.partition(CITING)
     lines = rest.splitlines()
-    fence = lines[1].removesuffix(b"bibtex") if len(lines) > 3 else b""
+    fence = lines[1].removesuffix(b"bibtex") if len(lines) > 3 and not lines[0] else b""
     if not fence.startswith(b"```") or lines[-1] != fence or any(line.lstrip().startswith(fence) for line in lines[2:-1]):
         return None
     return told, lines[2 : lines.index(b"}")] if b"}" in lines else []
@@ -328,8 +330,8 @@ def compare(old: Record, new: Record, spread: Mapping[str, float] | None = None)
         return Check(new.cell.id, "status", same or bool(why) or old.status == "failed", note)
     if why:
         return _within(old, new, why, spread or {})
-    differences = sorted(_differences(_result(old), _result(new)))
-    return Check(new.cell.id, "bit-equal", not differences, _shortened(differences))
+    found = sorted(differences(result(old), result(new)))
+    return Check(new.cell.id, "bit-equal", not found, _shortened(found))
 
 
 def _shortened(differences: Sequence[str]) -> str:
@@ -351,28 +353,6 @@ def _elsewhere(old: Record, new: Record) -> str:
     return f"other {', '.join(other)}" if other else "other code or data"
 
 
-def _result(record: Record) -> dict[str, Any]:
-    """Everything in a record that is not when, where or by which commit."""
-    data = record.stable()
-    data["provenance"] = {k: data["provenance"].get(k) for k in KEPT}
-    return data
-
-
-def _differences(old: Any, new: Any, at: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, pair in enumerate(zip(old, new, strict=True)):
-            yield from _differences(*pair, f"{at}[{index}]")
-    elif old != new and not (_nan(old) and _nan(new)):
-        yield f"{at}: recorded {str(old)[:60]}, now {str(new)[:60]}"
-
-
-def _nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
 def tolerance(top1: float, samples: int) -> float:
     """How many points of top-1 a rerun elsewhere may differ by: one, or three standard errors of the difference if that is more.
 
@@ -390,7 +370,7 @@ def _within(old: Record, new: Record, why: str, spread: Mapping[str, float]) -> 
     then, now = old.rows[-1], new.rows[-1]
     assert old.macs  # of records that are done
     assert new.macs
-    differences = sorted([*_differences(_facts(old), _facts(new)), *_size_differences(old), *_cost_differences(old, new)])
+    found = sorted([*differences(_facts(old), _facts(new)), *_size_differences(old), *_cost_differences(old, new)])
     apart, allowed = now.top1 - then.top1, tolerance(now.top1, now.samples)
     macs = new.macs / old.macs - 1
     note = f"{why}: top-1 {then.top1:.2f} and {now.top1:.2f} ({apart:+.2f}, allowed ±{allowed:.2f}), MACs {100 * macs:+.2f} %"
@@ -401,9 +381,9 @@ def _within(old: Record, new: Record, why: str, spread: Mapping[str, float]) -> 
             continue
         note += f", {a.stage} {b.top1 - a.top1:+.2f}"
         if abs(b.top1 - a.top1) > more:
-            differences.append(f"{a.stage}: top-1 {a.top1:.2f} and {b.top1:.2f}, allowed ±{more:.2f}")
-    note += f"; {_shortened(differences)}" if differences else ""
-    return Check(new.cell.id, "tolerance", not differences and abs(apart) <= allowed and abs(macs) <= MACS, note)
+            found.append(f"{a.stage}: top-1 {a.top1:.2f} and {b.top1:.2f}, allowed ±{more:.2f}")
+    note += f"; {_shortened(found)}" if found else ""
+    return Check(new.cell.id, "tolerance", not found and abs(apart) <= allowed and abs(macs) <= MACS, note)
 
 
 def _size_differences(record: Record) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Brute force on neurons: ours over the plain loop, a whole greedy curve, and two processes over one, side by side in one run.
 
-``python bench/asv/neuron_removal.py [--write results/neuron-removal-speed]`` prints the table (and writes FILE.md and
+``python bench/asv/neuron_removal.py [--write results/published/neuron-removal-speed]`` prints the table (and writes FILE.md and
 FILE.jsonl). Random images stand in for data: the work is the same.
 """
 
@@ -141,8 +141,8 @@ def table(rows: list[dict]) -> str:
 
 PAGE = """# Speed of brute force on neurons
 
-`python bench/asv/neuron_removal.py --write results/neuron-removal-speed`, 10,000 random images, float32; medians, each pair
-measured in turn in one run. The losses of both ways agree to 1e-6 (asserted). Processes have one thread each.
+`python bench/asv/neuron_removal.py --write results/published/neuron-removal-speed`, 10,000 random images, float32; medians, each
+pair measured in turn in one run. The losses of both ways agree to 1e-6 (asserted). Processes have one thread each.
 
 {table}
 

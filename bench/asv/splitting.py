@@ -1,8 +1,8 @@
 """Eigenpairs of splitting matrices: one joint product, and all to 1e-3, over one backward pass of the same network and batch.
 
-``python bench/asv/splitting.py [--write results/splitting-speed]`` prints the tables (and writes FILE.md and FILE.jsonl). Random
-images stand in for data: the work is the same. The exact eigen-decomposition's growth with the number of neurons n and of their
-parameters d, and how many products gradient steps need where Lanczos' method needs few, stand beside it.
+``python bench/asv/splitting.py [--write results/published/splitting-speed]`` prints the tables (and writes FILE.md
+and FILE.jsonl). Random images stand in for data: the work is the same. The exact eigen-decomposition's growth with the number of
+neurons n and of their parameters d, and how many products gradient steps need where Lanczos' method needs few, stand beside it.
 """
 
 import math
@@ -161,7 +161,7 @@ def table(rows: list[dict]) -> str:
 
 PAGE = """# Cost of splitting matrices' eigenpairs
 
-`python bench/asv/splitting.py --write results/splitting-speed`, random images, float32, one thread; medians over pairs measured in
+`python bench/asv/splitting.py --write results/published/splitting-speed`, random images, float32, one thread; medians over pairs in
 turn in one run, with their range. A backward pass goes to all parameters; its forward pass is not counted. The third table:
 LeNet-5's convolutions; gradient steps at the step size 1/‖S‖.
 

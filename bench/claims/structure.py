@@ -7,7 +7,7 @@ import functools
 import torch
 
 from widthbench import models, suites
-from widthbench.budget import Budget
+from widthbench.budget import Budget, written
 from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups, discover
 
@@ -23,7 +23,7 @@ def parameters(suite: str, model: str, budget: str = "") -> list[float]:
         model: Its name.
         budget: Of one of the cells, in channels; "" for the whole network.
     """
-    (cell, *_) = [c for c in suites.load(suite).cells() if c.model == model and c.budget == (budget or None)]
+    (cell, *_) = [c for c in suites.load(suite).cells() if c.model == model and c.budget == (written(budget) if budget else None)]
     groups, cost = _costed(cell.model, cell.size)
     if not budget:
         return [cost.original.params / 1e6]

@@ -71,8 +71,8 @@ def test_only_sound_records_of_the_suite_are_cited(tmp_path, capsys):
 
 
 def test_csv_agrees_with_the_committed_leaderboard():
-    records = read_records(ROOT / "results" / "lenet-public" / "records.jsonl")
-    page = (ROOT / "results" / "lenet-public" / "leaderboard.md").read_text()
+    records = read_records(ROOT / "results" / "published" / "lenet-public" / "records.jsonl")
+    page = (ROOT / "results" / "published" / "lenet-public" / "leaderboard.md").read_text()
     rows = csv_rows(records)
     assert len(rows) == len(tables.lines(records))
     merged = [r for r in rows if r["technique"] == "neuron-merging" and r["budget"].startswith("channels:0.5")]

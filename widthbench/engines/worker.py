@@ -19,7 +19,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widthbench.limits import Limits
@@ -301,27 +300,13 @@ def _serve() -> None:
             answers.flush()
 
     threading.Thread(target=listen, daemon=True).start()
-    from filelock import BaseFileLock
-
     from widthbench.errors import UsageError
-    from widthbench.paths import cache_dir, data_dir
+    from widthbench.paths import Lock
     from widthbench.protocol import run_cell
     from widthbench.records import Cell, Store
     from widthbench.task import bar, quiet
 
-    acquire, ours = BaseFileLock.acquire, (cache_dir().resolve(), data_dir().resolve())
-
-    def telling(self: BaseFileLock, *args: Any, **options: Any) -> Any:
-        """Say when this process waits for another: for one that computes the same cell, trains its base, decodes its images."""
-        if not any(Path(self.lock_file).resolve().is_relative_to(folder) for folder in ours):  # a plug-in's
-            return acquire(self, *args, **options)
-        say(at="wait")
-        try:
-            return acquire(self, *args, **options)
-        finally:
-            say(at="work")
-
-    BaseFileLock.acquire = telling  # type: ignore[method-assign]
+    Lock.tell = lambda at: say(at=at)  # waiting for one that computes the same cell, trains its base, decodes its images
 
     while True:
         message = json.loads(inbox.get())

@@ -1,33 +1,25 @@
-"""A suite's folder of results: records, timings, leaderboard and figures, from the store."""
+"""A suite's folder of results: records, timings, leaderboard and figures, from what a run measured; and what is published."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-import statistics
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
-
-from widthbench import cache, protocol
-from widthbench.controls import fresh_at
+from widthbench import protocol
 from widthbench.errors import UsageError
-from widthbench.measure import latency_ms, peak_memory_mib
-from widthbench.paths import cache_dir, write_atomic
-from widthbench.provenance import code_digest, hardware, versions
-from widthbench.records import Line, Record, Store, digest_of, read_lines, write_records
-from widthbench.report import curves, exports, figures, tables, trajectories, widths
+from widthbench.paths import Lock, published_dir, write_atomic
+from widthbench.records import Line, Record, Store, read_lines, read_records, write_records
+from widthbench.report import curves, exports, figures, reproduction, tables, trajectories, widths
+from widthbench.report.timing import read_timings, timings_of
 from widthbench.suites import Suite
 
-BATCH = 64
-ROUNDS = 5
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
+ASIDE = "records.aside.jsonl"  # lines that a report could not take over
 
 
 @dataclass(frozen=True)
@@ -39,24 +31,45 @@ class Report:
         folder: Where the files are.
         files: The files.
         text: The short table for a terminal.
+        reproduction: How they compare with what was published, in a line; "" if nothing was.
     """
 
     records: list[Record]
     folder: Path
     files: list[Path]
     text: str
+    reproduction: str = ""
+
+    @property
+    def failed(self) -> list[Record]:
+        """The records of failed cells."""
+        return [r for r in self.records if r.status == "failed"]
 
 
-def collect(suite: Suite, store: Store, before: Sequence[Record] = (), fresh: Sequence[Record] = ()) -> list[Record]:
-    """The finished records of a suite's cells, and the failures of those that are not finished.
+@dataclass
+class _Before:
+    """What an earlier report left in a folder.
 
-    A key takes ten times as long as all else, so it is worked out only where the store holds something that may be of the cell.
+    Attributes:
+        lines: Its sound records.
+        aside: Lines that are none.
+    """
+
+    lines: list[Line] = field(default_factory=list)
+    aside: list[str] = field(default_factory=list)
+
+
+def collect(suite: Suite, store: Store, before: Iterable[Record] = (), fresh: Iterable[Record] = ()) -> list[Record]:
+    """What was measured of a suite's cells, here and last: finished records, and the failures of those that are not finished.
+
+    Of a cell counts what the run gave that has just ended; else what the store has finished under the cell's key; else the later
+    one of the store's failure and the record of an earlier report.
 
     Args:
         suite: The suite.
         store: Where finished cells are.
-        before: Records of an earlier report, which stand in for cells that the store has nothing of, so that running a part of a
-            suite loses nothing. Each says which commit it comes from.
+        before: Records of an earlier report of the same folder, so that running a part of a suite loses nothing: of the cells that
+            the store knows nothing of, since the code has changed, or another machine ran them. Each says where it comes from.
         fresh: Records of a run that has just ended; the store is not asked for these.
 
     Raises:
@@ -64,24 +77,18 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = (), fresh: Se
     """
     old, new = ({r.cell.identity: r for r in some} for some in (before, fresh))
     found: list[Record] = []
-    finished = {r.key for r in before if r.status != "failed"}  # of one key there is one finished record
-    candidates = store.cells(but=finished, at_most=len(suite.cells()))
-    absent: dict[tuple[str | None, ...], UsageError] = {}
+    candidates = store.cells(at_most=len(suite.cells())) if len(new) < len(suite.cells()) else set()
+    absent: set[tuple[str | None, ...]] = set()
     for cell in suite.cells():
-        identity = cell.identity
-        earlier, record = old.get(identity), new.get(identity)
+        earlier, record = old.get(cell.identity), new.get(cell.identity)
         needs = (cell.dataset, cell.model, cell.checkpoint, cell.of or cell.technique)
-        asked = record is None and (candidates is None or identity in candidates)
-        if asked and needs not in absent:
+        if record is None and (candidates is None or cell.identity in candidates) and needs not in absent:
             try:
                 key = protocol.cell_key(cell)
-                same = earlier is not None and earlier.key == key and earlier.status != "failed"
-                record = earlier if same else store.get(key) or store.failure(key)
-            except UsageError as error:  # a key hashes the data: without them the store cannot be asked
-                absent[needs] = error
-        if record is None or (earlier is not None and record.status == "failed" and record.key == earlier.key):
-            record = earlier or record  # a failure elsewhere takes no finished record away
-        if record is not None:
+                record = store.get(key) or _later(store.failure(key), earlier)
+            except UsageError:  # a key hashes the data: without them the store cannot be asked
+                absent.add(needs)
+        if (record := record or earlier) is not None:
             found.append(record)
     if not found:
         for cell in suite.cells()[:1]:
@@ -89,8 +96,15 @@ def collect(suite: Suite, store: Store, before: Sequence[Record] = (), fresh: Se
     return found
 
 
-def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True, fresh: Sequence[Record] = ()) -> Report:
-    """Write records, timings, figures, ``leaderboard`` (.md, .csv, .tex), ``SHA256SUMS``; other pages where they apply.
+def _later(one: Record | None, other: Record | None) -> Record | None:
+    """The one that was made last, by its own word."""
+    if one is None or other is None:
+        return one or other
+    return max(one, other, key=lambda r: str(r.provenance.get("when")))
+
+
+def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True, fresh: Iterable[Record] = ()) -> Report:
+    """Write what was measured to ``results/SUITE``: records, timings, figures, leaderboard, a comparison with what was published.
 
     Args:
         suite: The suite.
@@ -102,48 +116,92 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     Raises:
         UsageError: If no cell of the suite has a record.
     """
-    with _no_collection():
-        return _build(suite, results / suite.name, store, time_shapes, fresh)
+    folder = results / suite.name
+    with Lock(results / f".{suite.name}.lock"):  # two runs into one folder report one after the other
+        before = _before(folder / "records.jsonl")
+        known = [line.record for line in before.lines if line.record]
+        records = collect(suite, store, known, fresh)
+        if not records:
+            raise UsageError(f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)")
+        _put_aside(suite, folder, before, records)
+        timings = timings_of(records, measure=time_shapes, before=read_timings(folder))
+        published = published_records(suite) if folder.resolve() != published_dir().resolve() / suite.name else []
+        files = write(suite, folder, records, timings, published)
+    text = tables.terminal(suite, records, len(suite.cells()))
+    return Report(records, folder, files, text, reproduction.summary(suite, published, records) if published else "")
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the collector of cycles, which goes through all of 100,000 records again and again and finds nothing."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+def publish(suite: Suite, results: Path) -> list[Path]:
+    """Put what was measured in the place of what is published, cell by cell; gives the files written.
+
+    Cells that were not measured stay as they are published; with nothing measured, the published pages are written anew.
+
+    Args:
+        suite: The suite.
+        results: The folder of all results.
+
+    Raises:
+        UsageError: If there is nothing to publish, or this is no checkout.
+    """
+    folder = published_dir() / suite.name
+    if not (published_dir().parent.parent / "pyproject.toml").is_file():
+        raise UsageError(f"{published_dir()} belongs to an installed package: publish from a checkout of the repository")
+    cells = {c.identity for c in suite.cells()}
+    merged: dict[str, Record] = {}
+    timings: dict[tuple[str, ...], dict[str, Any]] = {}
+    for place in (folder, results / suite.name):
+        if (place / "records.jsonl").is_file():
+            merged |= {r.cell.identity: r for r in read_records(place / "records.jsonl") if r.cell.identity in cells}
+            timings |= {(t["dataset"], t["model"], t["shape"]): t for t in read_timings(place)}
+    if not merged:
+        raise UsageError(f"suite '{suite.name}' has no results in {results}: run it first (`widthbench run {suite.name}`)")
+    records = in_order(suite, list(merged.values()))
+    shapes = {(r.cell.dataset, r.cell.network, tables.shape_of(r)) for r in records if r.status == "done"}
+    return write(suite, folder, records, [t for key, t in timings.items() if key in shapes], ())
 
 
-def _build(suite: Suite, folder: Path, store: Store, time_shapes: bool, fresh: Sequence[Record]) -> Report:
-    known = _before(folder / "records.jsonl")
-    records = collect(suite, store, [line.record for line in known if line.record], fresh)
-    if not records:
-        raise UsageError(f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)")
-    timings = timings_of(records, measure=time_shapes, before=read_timings(folder))
-    write_records(folder / "records.jsonl", records, {id(line.record): line.text for line in known})
+def write(
+    suite: Suite, folder: Path, records: Sequence[Record], timings: Sequence[dict[str, Any]], published: Sequence[Record]
+) -> list[Path]:  # fmt: skip
+    """Write all files of a suite's folder; gives their paths, ``SHA256SUMS`` last.
+
+    Args:
+        suite: The suite.
+        folder: Its folder.
+        records: In the order of the suite's cells.
+        timings: Of their shapes.
+        published: What to compare with; nothing if empty.
+    """
+    write_records(folder / "records.jsonl", records)
     lines = sorted(json.dumps(t, sort_keys=True) for t in timings)
     write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
     timings = read_timings(folder)  # as whoever reads the file has them
-    pages = []
-    for name, text in texts(suite, records, timings, file_digest(folder / "records.jsonl")).items():
-        pages.append(folder / name)
-        write_atomic(pages[-1], text)
-    more = []
+    files = [folder / "records.jsonl", folder / "timings.jsonl"]
+    for name, text in texts(suite, records, timings, file_digest(files[0]), published).items():
+        files.append(folder / name)
+        write_atomic(files[-1], text)
+    pictures = folder / "figures"
     if curves.has_curves(records):
-        more = curves.write(records, folder / "figures")
+        files += curves.write(records, pictures)
     if trajectories.has_trajectories(records):
-        more += trajectories.write(records, folder / "figures")
-    drawn = figures.write(records, folder / "figures", suite.title or suite.name) + widths.write(records, folder / "figures")
-    files = [*pages, folder / "records.jsonl", folder / "timings.jsonl", *drawn, *more]
+        files += trajectories.write(records, pictures)
+    files += figures.write(records, pictures, suite.title or suite.name) + widths.write(records, pictures)
     sums = folder / SUMS
     _clear(sums, files)
     write_atomic(sums, "".join(f"{file_digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in sorted(files)))
-    files.append(sums)
-    return Report(records, folder, files, tables.terminal(suite, records, len(suite.cells())))
+    return [*files, sums]
+
+
+def published_records(suite: Suite) -> list[Record]:
+    """The published records of a suite's cells; none if it was not published, or (named in a warning) they are damaged."""
+    path = published_dir() / suite.name / "records.jsonl"
+    try:
+        records = read_records(path) if path.is_file() else []
+    except UsageError as error:
+        warnings.warn(f"nothing is compared with the published results: {error}", stacklevel=2)
+        return []
+    cells = {c.identity for c in suite.cells()}
+    return in_order(suite, [r for r in records if r.cell.identity in cells])
 
 
 def _clear(sums: Path, files: Sequence[Path]) -> None:
@@ -161,7 +219,9 @@ def read_sums(path: Path) -> list[tuple[str, str]]:
     return [(digest, name) for digest, _, name in (line.partition("  ") for line in lines)]
 
 
-def texts(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], digest: str) -> dict[str, str]:
+def texts(
+    suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], digest: str, published: Sequence[Record] = ()
+) -> dict[str, str]:  # fmt: skip
     """All pages of a suite that follow from its records, by file name.
 
     Args:
@@ -169,6 +229,7 @@ def texts(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, A
         records: As ``records.jsonl`` holds them, in the order of the suite's cells (``in_order``).
         timings: As ``timings.jsonl`` holds them.
         digest: SHA-256 of ``records.jsonl``.
+        published: Those to compare with; no page does if there are none.
     """
     found = leaderboards(suite, records, timings, digest)
     if tables.comparable(suite):
@@ -177,6 +238,8 @@ def texts(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, A
         found["curves.md"] = curves.page(records, suite.name)
     if trajectories.has_trajectories(records):
         found["trajectories.md"] = trajectories.page(records, suite.name)
+    if published:
+        found[reproduction.NAME] = reproduction.page(suite, published, records)
     return found
 
 
@@ -224,147 +287,45 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Timing(BaseModel):
-    """What tables take from a line of ``timings.jsonl``."""
-
-    dataset: str
-    model: str
-    shape: str
-    speed_up: float = Field(gt=0, allow_inf_nan=False)
-    batch: int = Field(default=BATCH, gt=0)
-
-
-def parse_timings(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``timings.jsonl``.
-
-    Raises:
-        UsageError: If it cannot be read, or a line is no timing; it names the line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-    found = []
-    for number, line in enumerate(text, 1):
-        try:
-            found.append(json.loads(line))
-            _Timing.model_validate(found[-1])
-        except (ValueError, RecursionError) as error:  # pydantic's are ValueErrors
-            raise UsageError(f"{path}:{number} is no timing: {str(error).splitlines()[0]}") from error
-    return found
-
-
-def read_timings(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``timings.jsonl``; none if it is absent or damaged, since what it holds can be measured again."""
-    try:
-        return parse_timings(folder / "timings.jsonl")
-    except UsageError:
-        return []
-
-
-def _before(path: Path) -> list[Line]:
-    """The sound records of an earlier report; a file with others is kept under another name, and said."""
+def _before(path: Path) -> _Before:
+    """What an earlier report left."""
+    found = _Before()
     if not path.is_file():
-        return []
-    sums = path.with_name(SUMS)
-    lines = read_lines(path, trusted=sums.is_file() and (file_digest(path), path.name) in read_sums(sums))
+        return found
+    lines = read_lines(path)
+    found.lines = [line for line in lines if not line.problem]
     bad = [line for line in lines if line.problem]
     if bad:
-        kept = path.with_suffix(".damaged.jsonl")
-        write_atomic(kept, path.read_bytes())
-        warnings.warn(
-            f"{len(bad)} of {len(lines)} earlier records are not taken over, the first at {path}:{bad[0].number} "
-            f"({bad[0].problem}); "
-            f"the file as it was is now {kept}",
-            stacklevel=2,
-        )
-    return [line for line in lines if not line.problem]
-
-
-def timings_of(records: Sequence[Record], *, measure: bool, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """Latency and peak memory per distinct shape: from the cache, from an earlier report, or measured now, one after the other.
-
-    A resized network's speed-up is the median over rounds that time base and resized network in turn.
-
-    Args:
-        records: Finished ones count.
-        measure: Whether to measure what is missing.
-        before: An earlier report's; they stand in for what the cache has nothing of: those of this hardware, or all where
-            nothing is measured.
-    """
-    kept = [t for t in before if t.get("hardware") == hardware() or not measure]
-    old = {(t["dataset"], t["model"], t["shape"]): t for t in kept}
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    seen: set[tuple[str, str, str]] = set()
-    for record in records:
-        key = (record.cell.dataset, record.cell.network, tables.shape_of(record))
-        if record.status != "done" or key in seen:
-            continue
-        seen.add(key)
-        path = cache_dir() / "timings" / f"{_timing_key(record)}.json"
-        damaged = path.exists()
-        if cached := _cached_timing(path):
-            found[key] = cached
-        elif measure and (damaged or key not in old):
-            found[key] = _measure(record)
-            cache.write_json(path, found[key])
-        elif key in old:
-            found[key] = old[key]
-    return list(found.values())
-
-
-def _cached_timing(path: Path) -> dict[str, Any] | None:
-    """A timing from the cache; None if there is none, or (named in a warning) it is damaged."""
-    found = cache.read_json(path, "timing")
-    try:
-        if found is not None:
-            _Timing.model_validate(found)
-    except ValueError as error:
-        cache.damaged(path, "timing", str(error).splitlines()[0])
-        return None
+        found.aside = [line.text for line in bad]
+        first = f"the first at {path}:{bad[0].number} ({bad[0].problem})"
+        warnings.warn(f"{len(bad)} of {len(lines)} earlier records are not taken over, {first}", stacklevel=2)
     return found
 
 
-def _timing_key(record: Record) -> str:
-    cell = record.cell
-    return digest_of(
-        {
-            "shape": [cell.dataset, cell.model, cell.model_args, cell.size, record.widths, cell.threads],
-            "device": str(protocol.device_of(cell)),
-            "hardware": hardware(),
-            "versions": versions(),
-            "code": code_digest("measure.py", "models.py", "width", "report/build.py"),
-        }
-    )[:40]
-
-
-def _measure(record: Record) -> dict[str, Any]:
-    cell = record.cell
-    with protocol.pinned(cell):
-        full = protocol.fresh_model(cell, 0).eval()
-        resized, _, _ = fresh_at(cell, record.widths, 0)
-        resized.eval()
-        one = protocol.example_input(cell)
-        heavy = one.device.type == "cpu" and cell.size > 64  # a batch of 64 would take a CPU most of an hour
-        size, rounds, warm_up = (1, 2, 1) if heavy else (BATCH, ROUNDS, 5)
-        batch = one.expand(size, -1, -1, -1).contiguous()
-        pairs = [
-            tuple(latency_ms(m, batch, rounds=15, limit_s=0.4, warm_up=warm_up) for m in (full, resized)) for _ in range(rounds)
-        ]
-        return {
-            "dataset": cell.dataset,
-            "model": cell.network,
-            "shape": tables.shape_of(record),
-            "widths": record.widths,
-            "macs": record.macs,
-            "params": record.params,
-            "batch": size,
-            "latency_ms": statistics.median(b for _, b in pairs),
-            "base_latency_ms": statistics.median(a for a, _ in pairs),
-            "speed_up": statistics.median(a / b for a, b in pairs),
-            "latency_ms_batch_1": latency_ms(resized, one, rounds=30, limit_s=0.4, warm_up=warm_up),
-            "peak_memory_mib": peak_memory_mib(resized, batch),
-            "threads": cell.threads,
-            "device": str(protocol.device_of(cell)),
-            "hardware": hardware(),
-        }
+def _put_aside(suite: Suite, folder: Path, before: _Before, records: Sequence[Record]) -> None:
+    """Keep what the new records would lose: damaged lines, cells that the suite does not have, results of cells that fail now."""
+    shown = {r.cell.identity: r for r in records}
+    foreign, failing = [], []
+    for line in before.lines:
+        assert line.record is not None  # of lines without a problem
+        now = shown.get(line.record.cell.identity)
+        if now is None:
+            foreign.append(line)
+        elif now.status == "failed" and line.record.status != "failed":
+            failing.append(line)
+    if foreign:
+        assert foreign[0].record is not None
+        warnings.warn(
+            f"{len(foreign)} earlier records in {folder} are of cells that suite '{suite.name}' does not have, the first of "
+            f"{foreign[0].record.cell.id}: give another suite another name",
+            stacklevel=3,
+        )
+    if failing:
+        warnings.warn(f"{len(failing)} cells failed that had results in {folder}", stacklevel=3)
+    lost = [*before.aside, *(line.text for line in (*foreign, *failing))]
+    if not lost:
+        return
+    path = folder / ASIDE
+    kept = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    write_atomic(path, "".join(f"{line}\n" for line in dict.fromkeys([*kept, *lost])))
+    warnings.warn(f"{len(lost)} earlier records are kept in {path}", stacklevel=3)

@@ -16,16 +16,22 @@ from widthbench.claims import VERDICTS, Claim, Document, Judged, overall, readin
 from widthbench.paths import write_atomic
 
 NAMES = ("claims.md", "claims.json")
+ROUNDING = 1e-6  # a bound up to which is one on rounding errors
 STALE = "is not what the records say: `widthbench claims` writes it anew"
 
 NOTES = """\
 Each row is one number or one statement of a source document, with what was measured here and a verdict by a rule that was
-committed before the run that it judges ([bench/claims](../bench/claims)). *Value*: within the tolerance of the reported number
+committed before the run that it judges (`bench/claims`).
+
+*Value*: within the tolerance of the reported number
 (the same weights ±0.01 points; ImageNet ±0.3; own base networks ±1.0, gains ±3.0). *Order*: the paired difference over at least
 five base networks has a 95 % t-interval beyond the bound. *Ratio*: the median of at least three paired runs. *Property*: every
 value within the bound. *Proxy scale*: the direction is shown, on smaller work than the document's, and never called reproduced.
-*Not run* names what it needs. Measured: mean ± sample standard deviation over n distinct base networks (ratios: the median of n
-runs), from the committed records named beside it, or by the named check, which runs whenever this page is written. A claim is
+*Not run* names what it needs.
+
+Runs that failed or diverged are counted, and never averaged in. A bound on rounding errors stands for the errors themselves,
+which no two machines share. Measured: mean ± sample standard deviation over n distinct base networks (ratios: the median of n
+runs), from the published records named beside it, or by the named check, which runs whenever this page is written. A claim is
 reproduced only if each of its rows is; one whose sentence can be read in several ways, only if each row of one reading is, and
 the page says of which."""
 
@@ -171,6 +177,9 @@ def _measured(judged: Judged) -> str:
     found = judged.measured
     if found is None:
         return "–"
+    row = judged.row
+    if judged.verdict == "reproduced" and row.direction in ("<", "<=") and row.bound is not None and 0 < row.bound <= ROUNDING:
+        return f"{row.direction} {row.bound:g}{_unit(row.unit)} (n={found.n})"  # rounding errors, which no two machines share
     small = found.mean and abs(found.mean) < 0.01
     value = f"{found.mean:.2e}" if small else f"{found.mean:.2f}"
     spread = "" if found.std is None else f" ± {found.std:.2e}" if small else f" ± {found.std:.2f}"

@@ -37,7 +37,7 @@ def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: It
         row: dict[str, Any] = {
             "dataset": line.dataset, "network": line.model, "technique": line.label, "control": line.control,
             "data": "control" if line.control else line.access, "budget": line.budget or "", "n": line.bases,
-            "cells": len(line.done) + line.left, "cells_done": len(line.done), "status": line.status,
+            "cells": len(line.done) + line.left, "cells_done": len(line.done), "cells_failed": line.failed, "status": line.status,
         }  # fmt: skip
         for name, stages in (("resized", ("resized",)), ("recalibrated", ("recalibrated",)), ("final", FINAL)):
             row |= _spread(f"top1_{name}", next((s for stage in stages if (s := line.summary(stage))), None))

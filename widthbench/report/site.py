@@ -55,12 +55,13 @@ class Shown:
     digest: str
 
 
-def write(results: Path, named: Iterable[Suite] = ()) -> Path:
+def write(results: Path, named: Iterable[Suite] = (), into: Path | None = None) -> Path:
     """Write ``site.html`` from all suites that have records in a results folder, and from ``claims.json`` there.
 
     Args:
         results: The results folder.
         named: Suites that are not built in (read from files), so that their titles are known.
+        into: The folder that the page goes to; the results folder if None.
 
     Returns:
         The page: one file, which asks nothing of the network.
@@ -72,7 +73,7 @@ def write(results: Path, named: Iterable[Suite] = ()) -> Path:
     shown = [_shown(path.parent, known) for path in sorted(results.glob("*/records.jsonl"))]
     if not shown:
         raise UsageError(f"no suite has records in {results}: run one first (`widthbench run digits`)")
-    path = results / "site.html"
+    path = (into or results) / "site.html"
     write_atomic(path, html(shown, _claims(results)))
     return path
 
@@ -164,7 +165,7 @@ def _suite(shown: Shown) -> dict[str, Any]:
         "places": list(dict.fromkeys(r["place"] for r in rows)),
         "done": sum(r.status == "done" for r in shown.records),
         "cells": max(len(cells), len(shown.records)),
-        "origins": tables.origins(shown.records),
+        "origins": tables.origins(shown.records, shown.timings),
         "digest": shown.digest,
         "cite": exports.citation(shown.suite, shown.records, shown.digest) if shown.suite else "",
         "points": [

@@ -87,6 +87,11 @@ class Line:
         return max(self.meant, len(self.records)) - len(self.done)
 
     @property
+    def failed(self) -> int:
+        """Cells that failed: that raised, were ended, or diverged."""
+        return sum(r.status == "failed" for r in self.records.values())
+
+    @property
     def status(self) -> str:
         """Done if any cell is; else why not: skipped, failed or not run."""
         return "done" if self.done else self.first().status if self.records else "not run"
@@ -239,16 +244,12 @@ def leaderboard(
         digest: SHA-256 of ``records.jsonl``.
         cite: BibTeX.
     """
-    done = sum(r.status == "done" for r in records)
     parts = [f"# {suite.name}: {escaped(suite.title)}" if suite.title else f"# {suite.name}", ""]
     if not suite.citable:
         parts += ["**A smoke suite: not for citation.** Few seeds, small data; no ranks are given.", ""]
     if comparable(suite):
         parts += ["Paired differences of all rows: [paired.md](paired.md).", ""]
-    state = f"{done} of {expected} cells done"
-    for status in ("skipped", "failed"):
-        if count := sum(r.status == status for r in records):
-            state += f", {count} {status}"
+    state = _state(records, expected)
     images = {row.samples for r in records for row in r.rows}
     grain = f" Test sets of {', '.join(map(str, sorted(images)))} images: one is {100 / min(images):.2g} points." if images else ""
     bases = {(r.cell.dataset, r.cell.network, r.provenance.get("checkpoint") or r.cell.seed) for r in records}
@@ -271,6 +272,15 @@ def leaderboard(
     return "\n".join(parts).rstrip() + "\n"
 
 
+def _state(records: Sequence[Record], expected: int) -> str:
+    """``"300 of 303 cells done, 2 skipped, 1 failed"``."""
+    text = f"{sum(r.status == 'done' for r in records)} of {expected} cells done"
+    for status in ("skipped", "failed"):
+        if number := sum(r.status == status for r in records):
+            text += f", {number} {status}"
+    return text
+
+
 def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, Any]], *, ranked: bool) -> str:
     """The rows of one network as a markdown table."""
     places = ranked_rows(block) if ranked else {}
@@ -278,7 +288,7 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
     rows: list[list[Any]] = []
     for line in block:
         if not line.done:
-            rows.append([escaped(line.label), _access(line), line.budget or "–", line.status, *[""] * (9 + five)])
+            rows.append([escaped(line.label), _access(line), line.budget or "–", status_of(line), *[""] * (9 + five)])
             continue
         r = line.first()
         macs, params = line.mean("macs"), line.mean("params")
@@ -362,16 +372,18 @@ def paired(suite: Suite, records: Sequence[Record]) -> str:
 def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
     """The short table that a terminal shows at the end of a run."""
     rows: list[list[Any]] = []
-    for line in lines(records):
+    for line in lines(records, suite.cells()):
+        if not line.records:  # of a part of a suite
+            continue
         if not line.done:
-            rows.append([line.model, line.label, line.budget or "–", line.status, "", "", ""])
+            rows.append([line.model, line.label, line.budget or "–", status_of(line), "", "", ""])
             continue
         cost = f"{count(line.mean('params'))} / {count(line.mean('macs'))}"
         after, final = _text(line.summary("resized")), _text(line.final())
-        rows.append([line.model, line.label + _flags(line), line.budget or "–", after, final, cost, line.bases])
+        rows.append([line.model, line.label + _flags(line), line.budget or "–", after, final, cost, bases_of(line)])
     headers = ["model", "technique", "budget", "top-1 % resized", "fine-tuned / trained", "params / MACs", "n"]
-    done = sum(r.status == "done" for r in records)
-    head = f"suite {suite.name}: {done} of {expected} cells done, test accuracy, mean ± std over n base networks"
+    state, machines = _state(records, expected), "; ".join(origins(records).get("hardware", []))
+    head = f"suite {suite.name}: {state}; test accuracy, mean ± std over n base networks; {machines}"
     align = ("left", "left", "left", "right", "right", "right", "right")
     return f"{head}\n\n" + tabulate(rows, headers=headers, tablefmt="simple", colalign=align, disable_numparse=True)
 
@@ -406,7 +418,15 @@ def bases_of(line: Line) -> str:
     if not line.left:
         return str(line.bases)
     whole = len(line.done) + line.left
-    return f"{line.bases} of {whole}" if line.bases == len(line.done) else f"{line.bases} ({len(line.done)} of {whole} cells)"
+    failed = f", {line.failed} of {whole} failed" if line.failed else ""
+    if line.bases == len(line.done):
+        return f"{line.bases}{failed}" if line.failed == line.left else f"{line.bases} of {whole}{failed}"
+    return f"{line.bases} ({len(line.done)} of {whole} cells{failed})"
+
+
+def status_of(line: Line) -> str:
+    """Why a row has no result: ``"5 of 5 failed"``, "skipped", "not run"."""
+    return f"{line.failed} of {max(line.meant, len(line.records))} failed" if line.failed else line.status
 
 
 def escaped(text: str) -> str:
@@ -516,7 +536,7 @@ def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
     bad = [r for r in records if r.status != "done"]
     rows = lines(records, suite.cells())
     if any(line.done and line.left for line in rows):
-        parts.append("✕ some of its cells have no result: n counts the others.")
+        parts.append("✕ some of its cells have no result: n counts the others; failed ones stand beside it, never averaged in.")
     if unrun := sum(max(0, line.meant - len(line.records)) for line in rows):
         parts.append(f"*not run*: {unrun} cells of the suite (`widthbench run {suite.name}` runs them).")
     if bad:
@@ -535,8 +555,11 @@ def _distinct(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
     return found.values()
 
 
-def origins(records: Sequence[Record]) -> dict[str, list[str]]:
-    """Where records come from: versions, hardware, device and threads, commit, date; each with all that occur."""
+def origins(records: Sequence[Record], timings: Sequence[dict[str, Any]] = ()) -> dict[str, list[str]]:
+    """Where records come from: versions, hardware, device and threads, commit, date; each with all that occur.
+
+    With timings, also which machine latencies were measured on, and how.
+    """
     facts: dict[str, set[str]] = {}
     for p in _distinct(records):
         packages = ("widthbench", "torch", "timm", "torch-pruning")
@@ -550,6 +573,10 @@ def origins(records: Sequence[Record]) -> dict[str, list[str]]:
         state = " with uncommitted changes" if p.get("dirty") else ""
         facts.setdefault("commit", set()).add(f"{p['commit'][:12]}{state}" if p.get("commit") else "not a checkout")
         facts.setdefault("date", set()).add(str(p.get("when"))[:10])
+    for t in timings:
+        machine = t.get("hardware") or {}
+        where = f"{machine.get('gpu') or machine.get('cpu')}, median latency of a batch of {t.get('batch', 64)}"
+        facts.setdefault("measured speed-up", set()).add(f"{where}, taken one shape at a time after all cells had ended")
     return {name: sorted(map(visible, values)) for name, values in facts.items()}
 
 
@@ -557,10 +584,5 @@ def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> lis
     """Where the numbers come from."""
     if not records:
         return []
-    rows = [f"- {name}: {escaped('; '.join(values))}" for name, values in origins(records).items()]
-    if timings:
-        sizes = " or ".join(str(b) for b in sorted({t.get("batch", 64) for t in timings}))
-        rows.append(
-            f"- measured speed-up: median latency of a batch of {sizes}, taken one shape at a time after all cells had ended"
-        )
+    rows = [f"- {name}: {escaped('; '.join(values))}" for name, values in origins(records, timings).items()]
     return ["---", "", *rows]

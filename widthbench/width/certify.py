@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from widthbench.cache import read_json, write_json
 from widthbench.errors import UsageError
 from widthbench.paths import cache_dir
+from widthbench.provenance import code_digest, meaning
 from widthbench.randomness import seeded
 from widthbench.width.gates import gated
 from widthbench.width.groups import Grade, Group, Groups, discover
@@ -127,7 +128,7 @@ def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str 
     digest = hashlib.sha256()
     for package in ("torch", "timm"):
         digest.update(f"{package}={version(package)};".encode())
-    digest.update(_own_source().encode())
+    digest.update(code_digest("width").encode())
     digest.update(f"{list(example_input.shape)};{groups.members!r};{sorted(groups.axes.items())!r};".encode())
     digest.update(f"{sorted(groups.tensors.items())!r};{groups.stated!r};{groups.scales!r};{groups.program};".encode())
     try:
@@ -204,14 +205,8 @@ def _source(cls: Any) -> str:
             content = None
         if content is None or base.__module__ == "__main__":  # a notebook's or a prompt's classes may change under one name
             raise _OpaqueError
-        parts.append(f"{base.__qualname__}:{hashlib.sha256(content).hexdigest()}")
+        parts.append(f"{base.__qualname__}:{hashlib.sha256(meaning(content)).hexdigest()}")
     return ";".join(parts)
-
-
-@functools.cache
-def _own_source() -> str:
-    here = Path(__file__).parent
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))).hexdigest()
 
 
 def randomised(model: nn.Module, *, seed: int = 0, redraw: bool = False) -> nn.Module:

@@ -1,0 +1,185 @@
+"""What was measured here against what was published: cell by cell, row by row, machine against machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from widthbench.records import Record
+from widthbench.report import tables
+from widthbench.report.statistics import Summary
+from widthbench.suites import Suite
+
+NAME = "reproduction.md"
+KEPT = ("base_digest", "checkpoint", "dataset_digest", "dtype", "threads", "val_seen", "processes", "device")  # of the provenance
+OF_CODE = ("key", "source", "schema_version", "trace")  # that change with the code, whatever comes out
+
+NOTES = """\
+*Published* and *here* are test top-1 at the last stage in %, mean ± sample standard deviation over base networks. *Difference* is
+here minus published; *over spread* divides it by the standard deviation over base networks (root of the mean of both variances), so
+that 1 is what another seed does. *Largest* is the largest difference of a single cell. *Equal* counts cells whose record is the
+same bit by bit, but for times, host, commit and code. Another processor rounds otherwise, and training carries that on: there only
+few cells are equal, and rows differ by a part of their spread."""
+
+
+def result(record: Record) -> dict[str, Any]:
+    """Everything in a record that is not when, where or by which commit."""
+    data = record.stable()
+    data["provenance"] = {k: data["provenance"].get(k) for k in KEPT}
+    return data
+
+
+def differences(old: Any, new: Any, at: str = "") -> Iterator[str]:
+    """Where two pieces of plain data differ, and by what; NaN equals NaN."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from differences(*pair, f"{at}[{index}]")
+    elif old != new and not (_nan(old) and _nan(new)):
+        yield f"{at}: recorded {str(old)[:60]}, now {str(new)[:60]}"
+
+
+def _nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def equal(old: Record, new: Record) -> bool:
+    """Whether two records of a cell say the same bit by bit, whichever code they come from."""
+    one, other = ({k: v for k, v in result(r).items() if k not in OF_CODE} for r in (old, new))
+    return next(differences(one, other), None) is None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row of the leaderboard, as published and as measured here.
+
+    Attributes:
+        old: The published row.
+        new: The one measured here.
+        same: Cells that are equal bit by bit.
+        both: Cells that both have.
+        largest: The largest difference of test top-1 of a cell, in points; 0 where none is finished in both.
+    """
+
+    old: tables.Line
+    new: tables.Line
+    same: int
+    both: int
+    largest: float
+
+    @property
+    def difference(self) -> float | None:
+        """Here minus published, in points; None where either has no result."""
+        before, after = self.old.summary(None), self.new.summary(None)
+        return None if before is None or after is None else after.mean - before.mean
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over base networks, of both together; None where there is one base."""
+        deviations = [s.std for s in (self.old.summary(None), self.new.summary(None)) if s is not None and s.std is not None]
+        return math.sqrt(statistics.fmean(d**2 for d in deviations)) if deviations else None
+
+
+def pairs(published: Sequence[Record], records: Sequence[Record]) -> list[Pair]:
+    """The rows that both have, in leaderboard order."""
+    places = [{(ln.dataset, ln.model, ln.label, ln.budget): ln for ln in tables.lines(some)} for some in (published, records)]
+    found = []
+    for place, new in places[1].items():
+        if (old := places[0].get(place)) is None:
+            continue
+        before = {r.cell.identity: r for r in old.records.values()}
+        both = [(before[r.cell.identity], r) for r in new.records.values() if r.cell.identity in before]
+        gaps = [b.rows[-1].top1 - a.rows[-1].top1 for a, b in both if a.status == b.status == "done"]
+        largest = max(gaps, key=abs, default=0.0)
+        found.append(Pair(old, new, sum(equal(a, b) for a, b in both), len(both), largest))
+    return found
+
+
+def summary(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -> str:
+    """Two or three lines for a terminal."""
+    found = pairs(published, records)
+    same, both = sum(p.same for p in found), sum(p.both for p in found)
+    lines = [f"against the published results of {suite.name} ({_machine(published)}): {same} of {both} cells are equal bit by bit"]
+    gaps = [p for p in found if p.difference is not None]
+    if gaps:
+        worst = max(gaps, key=lambda p: abs(p.difference or 0.0))
+        middle = statistics.median(abs(p.difference or 0.0) for p in gaps)
+        where = " ".join(n for n in (worst.new.label, worst.new.budget, worst.new.model) if n)
+        most = f"by {worst.difference:+.2f} at most ({where})"
+        lines.append(f"means of {len(gaps)} rows differ by {middle:.2f} points in the median, {most}")
+    return "; ".join(lines)
+
+
+def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -> str:
+    """The markdown page.
+
+    Args:
+        suite: The suite.
+        published: Its published records.
+        records: Those measured here.
+    """
+    found = pairs(published, records)
+    judged = [p for p in found if p.difference is not None and p.spread]
+    within = sum(abs(p.difference or 0.0) <= (p.spread or 0.0) for p in judged)
+    parts = [
+        f"# {suite.name}: reproduction",
+        "",
+        f"{summary(suite, published, records)}.".replace("against", "Against", 1),
+        f"{within} of {len(judged)} rows lie within one standard deviation over base networks." if judged else "",
+        "",
+        _origins(published, records),
+        "",
+        NOTES,
+        "",
+    ]
+    networks: dict[tuple[str, str], list[Pair]] = {}
+    for pair in found:
+        networks.setdefault((pair.new.dataset, pair.new.model), []).append(pair)
+    for (dataset, model), some in networks.items():
+        rows = [
+            [
+                tables.escaped(p.new.label), p.new.budget or "–", _text(p.old), _text(p.new), _signed(p.difference),
+                "–" if p.difference is None or not p.spread else f"{p.difference / p.spread:+.1f}",
+                _signed(p.largest) if p.difference is not None else "", f"{p.same} of {p.both}",
+            ]
+            for p in some
+        ]  # fmt: skip
+        headers = ["technique", "budget", "published", "here", "difference", "over spread", "largest", "equal"]
+        align = ("left", "left", *("right",) * 6)
+        table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+        parts += [f"## {tables.escaped(model)} on {tables.escaped(dataset)}", "", table, ""]
+    cells = [{r.cell.identity: r.cell.id for r in some} for some in (published, records)]
+    for what, own, other in (("Published only", cells[0], cells[1]), ("Here only", cells[1], cells[0])):
+        if names := [name for identity, name in own.items() if identity not in other]:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            parts += [f"{what}: {len(names)} cells ({', '.join(map(tables.escaped, names[:5]))}{more}).", ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _text(line: tables.Line) -> str:
+    found: Summary | None = line.summary(None)
+    failed = f"{line.failed} of {max(line.meant, len(line.records))} failed" if line.failed else ""
+    if found is None:
+        return failed or line.status
+    return f"{found.text()}{f' ({failed})' if failed else ''}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
+
+
+def _machine(records: Sequence[Record]) -> str:
+    return "; ".join(tables.origins(records).get("hardware", ["unknown machine"]))
+
+
+def _origins(published: Sequence[Record], records: Sequence[Record]) -> str:
+    before, after = tables.origins(published), tables.origins(records)
+    rows = [[name, *(tables.escaped("; ".join(o.get(name, ["–"]))) for o in (before, after))] for name in {**before, **after}]
+    return tabulate(rows, headers=["", "published", "here"], tablefmt="pipe", disable_numparse=True)
