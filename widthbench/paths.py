@@ -12,22 +12,34 @@ import platformdirs
 from widthbench.errors import UsageError
 
 
+def expanded(given: str) -> Path:
+    """A path with "~" and "~user" in front replaced by the home folder that they stand for.
+
+    Raises:
+        UsageError: If there is no such user.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"path {given}: there is no home folder of '{Path(given).parts[0]}': write the path in full") from error
+
+
 def cache_dir() -> Path:
     """The cache: ``WIDTHBENCH_CACHE``, else the user's cache folder. Holds grades, base networks and finished cells."""
     given = os.environ.get("WIDTHBENCH_CACHE")
-    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("widthbench"))
+    return expanded(given) if given else Path(platformdirs.user_cache_dir("widthbench"))
 
 
 def data_dir() -> Path:
     """Where data sets lie: ``WIDTHBENCH_DATA``, else ``datasets`` in the cache."""
     given = os.environ.get("WIDTHBENCH_DATA")
-    return Path(given).expanduser() if given else cache_dir() / "datasets"
+    return expanded(given) if given else cache_dir() / "datasets"
 
 
 def weights_dir() -> Path:
     """Where weights files lie: ``WIDTHBENCH_WEIGHTS``, else ``weights`` in the cache."""
     given = os.environ.get("WIDTHBENCH_WEIGHTS")
-    return Path(given).expanduser() if given else cache_dir() / "weights"
+    return expanded(given) if given else cache_dir() / "weights"
 
 
 def require_writable(folder: Path) -> None:
