@@ -157,3 +157,29 @@ def test_public_weights_score_exactly_what_was_published(name, file, dataset, si
     model = models.create(name, classes=10, channels=split.channels, size=size)
     weights.load_into(model, path)
     assert round(accuracy(model, split.test).top1, 2) == published
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("test_resnet", {"act_layer": "reluu"}, "KeyError 'reluu'; correct its args .*act_layer"),
+        ("test_resnet", {"norm_layer": "batchnrm"}, "KeyError"),
+        ("test_resnet", {"act_layer": 5}, "px: "),
+        ("test_vit", {"patch_size": 0}, "ZeroDivisionError .*correct its args .*patch_size"),
+        ("test_vit", {"num_heads": 0}, "ZeroDivisionError"),
+        ("test_vit", {"embed_dim": 10**30}, "px: "),
+        ("test_vit", {"mlp_ratio": "a\nb\x1b"}, "px: "),
+        ("test_convnext", {"depths": [1]}, "IndexError"),
+    ],
+)
+def test_whatever_a_constructor_raises_is_an_error_in_one_line(name, args, message):
+    with pytest.raises(UsageError, match=f"model '{name}' refuses 10 classes, 3 x 32 x 32 px: .*") as caught:
+        models.create(name, classes=10, channels=3, size=32, **args)
+    caught.match(message)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["test_resnet.", "lenet5.", "test_resnet.nothing", "", ".", "a" * 300, "a\0b", "../test_resnet"])
+def test_names_that_are_almost_networks_are_refused(name):
+    with pytest.raises(UsageError, match=r"unknown model|has no weights tagged"):
+        models.require(name)

@@ -77,3 +77,21 @@ def test_suites_name_recipes_and_override_single_settings():
     assert three.base == recipes.load("lenet_300_100").recipe.model_copy(update={"epochs": 2})
     with pytest.raises(UsageError, match=r"tiny\.toml: base: unknown recipe 'lenet6'; did you mean 'lenet5'"):
         suites.parse(SUITE.replace('base = "lenet5"', 'base = "lenet6"'), "tiny.toml")
+
+
+def test_a_byte_order_mark_is_passed_over_and_other_encodings_are_named(tmp_path):
+    path, text = tmp_path / "mine.toml", 'title = "größer"\r\n[recipe]\r\nepochs = 3\r\nlr = 0.1\r\n'
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert recipes.load(str(path)).title == "größer"
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(UsageError, match=r"cannot read recipe .*mine.toml: it is UTF-16.*save it as UTF-8"):
+        recipes.load(str(path))
+
+
+def test_a_recipe_that_trains_needs_a_rate(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('title = "none"\n[recipe]\nepochs = 0\n')
+    assert recipes.load(str(path)).recipe.epochs == 0
+    path.write_text('title = "some"\n[recipe]\nepochs = 1\n')
+    with pytest.raises(UsageError, match=r"mine.toml: recipe: lr: Field required, since there are epochs"):
+        recipes.load(str(path))

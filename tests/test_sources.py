@@ -1,8 +1,12 @@
 import csv
 import gzip
+import io
+import os
 import shutil
+import socket
 import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -458,3 +462,228 @@ def test_a_damaged_image_is_named_in_one_line_from_a_worker_too(root):
     file.write_bytes(file.read_bytes()[:400])
     with pytest.raises(UsageError, match=r"^damaged file [^\n]*jpg: [^\n]*take it out$"):
         [list(part.batches(2)) for part in (split.train, split.val)]
+
+
+def pixels(place, seed):
+    generator = np.random.default_rng(seed)
+    for file in sorted(place.rglob("*.png")):
+        Image.fromarray(generator.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(file, compress_level=0)
+
+
+@pytest.mark.parametrize("tars", [False, True])
+def test_other_pixels_of_the_same_sizes_give_another_digest(root, tars):
+    found = []
+    for seed in (0, 1, 0):
+        shutil.rmtree(root / "big", ignore_errors=True)
+        place = folder(root, "big", size=(80, 80))
+        pixels(place, seed)
+        for file in [*place.rglob("*")]:
+            os.utime(file, (1e9, 1e9))  # dates that a copy has kept must not hide it
+        if tars:
+            to_tars(place)
+        sources._load.cache_clear()
+        found.append(sources.load("big").digest)
+    assert (found[0] == found[2], found[0] == found[1]) == (True, False)
+
+
+def test_contents_are_read_once_as_long_as_files_stay(root, monkeypatch):
+    place = folder(root, "big", size=(80, 80))
+    digest, opened, real = sources.load("big").digest, [], sources.Path.open
+
+    def counted(self, *args, **kwargs):
+        opened.append(self.name)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(sources.Path, "open", counted)
+    sources._load.cache_clear()
+    assert sources.load("big").digest == digest
+    assert not [name for name in opened if name.endswith(".png")]
+    (place / "train" / "ant" / "0.png").write_bytes((place / "train" / "ant" / "1.png").read_bytes())
+    opened.clear()
+    sources._load.cache_clear()
+    assert sources.load("big").digest != digest
+    assert [name for name in opened if name.endswith(".png")] == ["0.png"]
+
+
+def test_reading_contents_for_long_says_how_far_it_is(root, monkeypatch, capsys):
+    folder(root, "big", size=(80, 80))
+    monkeypatch.setattr(sources, "WAIT", 0)
+    sources.load("big")
+    assert "train for its digest" in capsys.readouterr().err
+
+
+def pipe(place):
+    os.mkfifo(place / "train" / "ant" / "9.png")
+
+
+def door(place):
+    at = os.getcwd()
+    os.chdir(place / "train" / "ant")  # names of sockets are short
+    try:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind("9.png")
+    finally:
+        os.chdir(at)
+
+
+def device(place):
+    (place / "train" / "ant" / "9.png").symlink_to("/dev/zero")
+
+
+def nowhere(place):
+    (place / "train" / "ant" / "9.png").symlink_to("gone.png")
+
+
+def itself(place):
+    (place / "train" / "ant" / "9.png").symlink_to("9.png")
+
+
+def loops(place):
+    for name in "abcdef":
+        (place / "train" / "ant" / name).symlink_to("..")
+
+
+def round_about(place):
+    (place / "train" / "ant" / "x").symlink_to("../bee")
+    (place / "train" / "bee" / "y").symlink_to("../ant")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (pipe, "ant/9.png is neither a file nor a folder"),
+        (door, "ant/9.png is neither a file nor a folder"),
+        (device, "ant/9.png is neither a file nor a folder"),
+        (nowhere, "ant/9.png is neither a file nor a folder, or a link to nowhere"),
+        (itself, "cannot read .*ant/9.png: Too many levels of symbolic links|ant/9.png is neither"),
+        (loops, "train/ant/[a-f] is a link to a folder that it lies in"),
+        (round_about, "is a link to a folder that it lies in"),
+    ],
+)
+def test_what_would_wait_or_go_round_for_ever_is_named(root, spoil, message):
+    spoil(folder(root))
+    with pytest.raises(UsageError, match=message):
+        sources.load("own")
+
+
+def test_links_to_files_and_class_folders_elsewhere_are_followed(root):
+    place = folder(root)
+    plain = sources.load("own").digest
+    (place / "train" / "ant").rename(root / "ants")
+    (place / "train" / "ant").symlink_to(root / "ants")
+    (root / "ants" / "0.png").rename(root / "first.png")
+    (root / "ants" / "0.png").symlink_to(root / "first.png")
+    sources._load.cache_clear()
+    assert sources.load("own").digest == plain
+
+
+def packed(place, change):
+    """The data set as tars, the training one with a member added by ``change``."""
+    to_tars(place)
+    with tarfile.open(place / "train.tar", "a") as tar:
+        change(tar)
+
+
+def link(kind):
+    def add(tar):
+        one = tarfile.TarInfo("ant/9.png")
+        one.type, one.linkname = kind, "ant/0.png"
+        tar.addfile(one)
+
+    return add
+
+
+def file(name, content=b"x"):
+    def add(tar):
+        one = tarfile.TarInfo(name)
+        one.size = len(content)
+        tar.addfile(one, io.BytesIO(content))
+
+    return add
+
+
+def tar_of(change):
+    blob = io.BytesIO()
+    with tarfile.open(fileobj=blob, mode="w") as tar:
+        change(tar)
+    return blob.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (link(tarfile.LNKTYPE), "train.tar:ant/9.png is a link to ant/0.png: pack the file itself"),
+        (link(tarfile.SYMTYPE), "train.tar:ant/9.png is a link to ant/0.png: pack the file itself"),
+        (link(tarfile.FIFOTYPE), "train.tar:ant/9.png is not a file"),
+        (file("ant/9.bmp"), "train.tar:ant/9.bmp is neither PNG, JPEG nor WebP"),
+        (file("dog.tar", tar_of(link(tarfile.LNKTYPE))), "train.tar:dog.tar:ant/9.png is a link to ant/0.png"),
+        (file("dog.tar", tar_of(file("cat.tar", tar_of(file("1.png"))))), "train.tar:dog.tar:cat.tar is a tar in a tar in a tar"),
+    ],
+)
+def test_what_would_be_left_out_of_a_tar_is_named(root, change, message):
+    packed(folder(root), change)
+    with pytest.raises(UsageError, match=message):
+        sources.load("own")
+
+
+@pytest.mark.parametrize("name", [".0.png.abc.part", "1.png.part", "readme.txt"])
+def test_leftovers_are_no_images(root, name):
+    place = folder(root)
+    plain = sources.load("own").digest
+    (place / "train" / "ant" / name).write_bytes(b"half")
+    (place / "train.tar.part").write_bytes(b"half")
+    sources._load.cache_clear()
+    assert sources.load("own").digest == plain
+
+
+def sixteen_bit_png(kind, channels, side=80):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    rows = b"".join(b"\0" + bytes(side * channels * 2) for _ in range(side))
+    size = struct.pack(">IIBBBBB", side, side, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sound_images_of_more_bits_are_not_called_damaged(root, kind, channels):
+    place = folder(root, size=(80, 80))
+    (place / "train" / "bee" / "1.png").write_bytes(sixteen_bit_png(kind, channels))
+    with pytest.raises(UsageError, match=r"^\S*train/bee/1.png has more than 8 bits per channel: convert it to 8 bits$"):
+        sources.verify(sources.load("own"))
+
+
+def test_large_images_are_read_and_absurd_ones_named(root, monkeypatch, recwarn):
+    place = folder(root, size=(80, 80))
+    Image.new("L", (15_000, 12_700)).save(place / "train" / "ant" / "0.png", compress_level=1)
+    sources.verify(sources.load("own"))
+    assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
+    limit = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(sources, "PIXELS", 10**6)
+    with pytest.raises(UsageError, match=r"train/ant/0.png has 15000 x 12700 pixels, more than 1,000,000: make it smaller"):
+        sources.load("own").train.open(0)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("CMYK", ".jpg"), ("P", ".png"), ("LA", ".png"), ("RGBA", ".webp"), ("1", ".png")])
+def test_images_of_every_usual_mode_are_read(root, mode, suffix, recwarn):
+    place = folder(root, size=(80, 80), suffix=suffix)
+    options = {"transparency": bytes([0, 128, 255])} if mode == "P" else {}
+    for one in place.rglob(f"*{suffix}"):
+        Image.open(one).convert(mode).save(one, **options)
+    source = sources.load("own")
+    sources.verify(source)
+    assert not recwarn.list
+    assert source.train.open(0).mode == "RGB"
+
+
+def test_paths_that_no_system_knows_are_refused(root, monkeypatch):
+    with pytest.raises(UsageError, match="dataset name 'a"):
+        sources.load("a" * 300)
+    with pytest.raises(UsageError, match="dataset name"):
+        sources.load("own\n")
+    for folder_name in ("/" + "a" * 300, "~nosuchuser/data"):
+        monkeypatch.setenv("WIDTHBENCH_DATA", folder_name)
+        for name in ("own", "mnist", "cifar10", "imagenet"):
+            with pytest.raises(UsageError, match=r"unknown dataset|does not exist|is not there|no home folder of '~nosuchuser'"):
+                sources.load(name)

@@ -181,3 +181,75 @@ def test_a_networks_own_techniques_are_checked_before_anything_runs():
 def test_curves_reach_the_cells():
     assert all(c.curves for c in suites.parse(GOOD.replace('name = "tiny"', 'name = "tiny"\ncurves = true'), "tiny.toml").cells())
     assert not any(c.curves for c in suites.parse(GOOD, "tiny.toml").cells())
+
+
+BASE = "size = 20\nargs = { a = %s }"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [0, 1]", f"seeds = [{'1' * 5000}]", r"tiny.toml: not valid TOML: .*5000 digits"),
+        ("seeds = [0, 1]", f"seeds = [0x{'f' * 5000}]", r"tiny.toml: seeds: an integer of more than 64 bits"),
+        ("size = 20", BASE % f"{'[' * 20_000}{']' * 20_000}", r"tiny.toml: .* more than 50 deep: flatten"),
+        ("size = 20", BASE % f"{'{ a = ' * 300}1{' }' * 300}", r"tiny.toml: .* more than 50 deep: flatten"),
+        ("size = 20", f"size = 20\nargs.{'.'.join('a' * 20_000)} = 1", r"tiny.toml: .* more than 50 deep: flatten"),
+        ("size = 20", "size = 20\nmean = [nan]\nstd = [1]", r"models\.0\.mean\.0: .*finite"),
+        ("size = 20", "size = 20\nmean = [1e999]\nstd = [1]", r"models\.0\.mean\.0: .*finite"),
+        ('name = "tiny"', f'name = "{"n" * 300}"', r"tiny.toml: name: String should have at most 100 characters"),
+        ('name = "tiny"', 'name = "tiny"\n"a\\nb\\u001b[2J" = 1', r"tiny.toml: a\\nb\\x1b\[2J: unknown key"),
+        ("seeds = [0, 1]", f'seeds = "{"9" * 10_000}"', r"tiny.toml: seeds: .{0,300}$"),
+        ("[finetune]\nepochs = 1\nlr = 0.01", "[finetune]\nepochs = 1", r"tiny.toml: finetune: lr: Field required, since"),
+    ],
+)
+def test_what_python_cannot_read_or_print_is_an_error_in_one_line(old, new, message):
+    assert old in GOOD
+    with pytest.raises(UsageError, match=message) as caught:
+        suites.parse(GOOD.replace(old, new, 1), "tiny.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_cells_are_counted_before_they_are_made(monkeypatch):
+    seeds, budgets = list(range(3000)), [f"macs:0.{n:04}" for n in range(1, 2001)]
+    text = GOOD.replace("seeds = [0, 1]", f"seeds = {seeds}").replace('["macs:0.5", "macs:0.25"]', str(budgets))
+    made = suites.Suite._cells
+    monkeypatch.setattr(suites.Suite, "_cells", lambda self: pytest.fail("cells were made"))
+    with pytest.raises(UsageError, match=r"tiny.toml: 24018000 cells are more than 100000: name fewer"):
+        suites.parse(text, "tiny.toml")
+    monkeypatch.setattr(suites.Suite, "_cells", made)
+    for name in suites.names():
+        suite = suites.load(name)
+        assert suite._count() == len(suite.cells())
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_byte_order_marks_and_line_ends_of_other_systems_change_nothing(tmp_path, mark, end):
+    path = tmp_path / "mine.toml"
+    path.write_bytes((mark + GOOD.replace("\n", end)).encode())
+    assert suites.load(str(path)).cells() == suites.parse(GOOD, "mine.toml").cells()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_other_encodings_are_named(tmp_path, encoding):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(GOOD.replace('"tiny"', '"tiny"\ntitle = "größer"').encode(encoding))
+    with pytest.raises(
+        UsageError, match=r"cannot read suite .*mine.toml: (it is UTF-16|not UTF-8 text in line 3).*save it as UTF-8"
+    ):
+        suites.load(str(path))
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".toml", "\0.toml", "."])
+def test_paths_that_no_system_knows_are_refused(name):
+    with pytest.raises(UsageError, match=r"cannot read suite|unknown suite"):
+        suites.load(name)
+
+
+def test_a_recipe_without_epochs_needs_nothing_else():
+    text = GOOD.replace("[finetune]\nepochs = 1\nlr = 0.01\n", "[finetune]\nepochs = 0\n")
+    assert {c.finetune.epochs for c in suites.parse(text, "tiny.toml").cells()} == {0}
+    with pytest.raises(UsageError, match=r"model test_vit: finetune: lr: Field required, since there are epochs"):
+        suites.parse(text.replace("base = { epochs = 3 }", "finetune = { epochs = 3 }"), "tiny.toml")
+    own = suites.parse(text.replace("base = { epochs = 3 }", "finetune = { epochs = 3, lr = 0.2 }"), "tiny.toml").cells()
+    assert {(c.finetune.epochs, c.finetune.lr) for c in own if c.model == "test_vit"} == {(3, 0.2)}

@@ -1,5 +1,7 @@
 import ast
 import copy
+import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,119 @@ def test_torch_reads_weights_only_wherever_it_reads():
     assert calls
     for path, call in calls:
         assert "weights_only=True" in [ast.unparse(k) for k in call.keywords], f"{path}:{call.lineno}"
+
+
+def odd(**one):
+    """A state of lenet5 with some tensors replaced; each is given as a function of the sound one."""
+    state = net(1).state_dict()
+    return state | {name.replace("__", "."): change(state[name.replace("__", ".")]) for name, change in one.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: {0: torch.ones(1)}, r"has a tensor under 0, which is no name"),
+        (lambda: {b"a": torch.ones(1), "b": torch.ones(1)}, r"has a tensor under b'a', which is no name"),
+        (lambda: odd(ip1__bias=lambda t: t.to(torch.float8_e4m3fn)), r"ip1.bias is quantised \(torch.float8_e4m3fn\): save it as"),
+        (
+            lambda: odd(ip1__bias=lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+            r"ip1.bias is quantised \(torch.qint8\)",
+        ),
+        (lambda: odd(ip1__weight=lambda t: t.to_sparse()), r"ip1.weight is sparse \(torch.sparse_coo\)"),
+        (lambda: odd(ip1__weight=lambda t: t.to_sparse_csr()), r"ip1.weight is sparse \(torch.sparse_csr\)"),
+        (lambda: odd(ip1__bias=lambda t: torch.nested.nested_tensor([t, t[:3]])), r"ip1.bias is nested"),
+        (lambda: odd(ip1__bias=lambda t: t.to("meta")), r"ip1.bias has a shape but no values \(device meta\)"),
+        (
+            lambda: odd(ip1__weight=lambda t: t[:1, :1].as_strided((10**6, 10**6), (0, 0))),
+            r"asks for 4,000,000,000,000 bytes, of which",
+        ),
+        (
+            lambda: odd(ip1__weight=lambda t: (t * 100).to(torch.int8)),
+            r"ip1.weight is torch.int8, which the network's torch.float32",
+        ),
+        (lambda: odd(ip1__weight=lambda t: t.to(torch.uint8)), r"ip1.weight is torch.uint8"),
+        (lambda: odd(ip1__weight=lambda t: t > 0), r"ip1.weight is torch.bool"),
+        (lambda: odd(ip1__weight=lambda t: t * 1j), r"ip1.weight is torch.complex64"),
+        (
+            lambda: odd(ip1__bias=lambda t: t.double() + 1e300),
+            r"ip1.bias is torch.float64, which the network's torch.float32 cannot hold",
+        ),
+        (lambda: odd() | {"x\n\x1b[2J": torch.ones(1)}, r"unexpected x\\n\\x1b\[2J$"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_the_network_cannot_hold_are_named_in_one_line_and_nothing_is_loaded(folder, content, message):
+    target = net(2)
+    torch.save(content(), folder / "odd.pth")
+    with pytest.raises(UsageError, match=r"^checkpoint \S*odd.pth") as caught:
+        weights.load_into(target, folder / "odd.pth")
+    caught.match(message)
+    assert "\n" not in str(caught.value)
+    assert same(target, net(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_point_weights_of_other_widths_and_whole_counters_are_loaded(folder, dtype):
+    source, target = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    source.num_batches_tracked += 7
+    state = {k: v.to(dtype) if v.is_floating_point() else v.to(torch.int32) for k, v in source.state_dict().items()}
+    torch.save(state, folder / "a.pt")
+    weights.load_into(target, folder / "a.pt")
+    assert same(source, target)
+    torch.save(state | {"num_batches_tracked": torch.tensor(7.0)}, folder / "a.pt")
+    with pytest.raises(UsageError, match=r"num_batches_tracked is torch.float32, which the network's torch.int64 cannot hold"):
+        weights.load_into(target, folder / "a.pt")
+
+
+def test_a_counter_that_would_wrap_around_is_refused(folder):
+    target = nn.Module()
+    target.register_buffer("index", torch.zeros(2, dtype=torch.int16))
+    torch.save({"index": torch.tensor([1, 2**17])}, folder / "a.pt")
+    with pytest.raises(UsageError, match=r"index is torch.int64, which the network's torch.int16 cannot hold"):
+        weights.load_into(target, folder / "a.pt")
+
+
+def header(entries, body=b""):
+    blob = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(blob)) + blob + body
+
+
+@pytest.mark.parametrize(
+    ("blob", "message"),
+    [
+        (struct.pack("<Q", 2**63) + b"{}", "damaged checkpoint"),
+        (header({"a": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}), "damaged checkpoint"),
+        (header({"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}), "damaged checkpoint"),
+        (header(b'{"a":' * 20_000), "damaged checkpoint"),
+        (header({}), "holds no tensors by name"),
+        (header({"a": {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}, b"1"), "a is quantised"),
+    ],
+)
+def test_absurd_headers_are_refused_in_one_line(folder, blob, message):
+    (folder / "a.safetensors").write_bytes(blob)
+    with pytest.raises(UsageError, match=message) as caught:
+        weights.read(folder / "a.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_downloaded_weights_are_held_to_the_same(folder, monkeypatch):
+    target = timm.create_model("test_resnet")
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: source)
+    source = copy.deepcopy(target).half()
+    source.fc.bias.data[0] = float("inf")
+    with pytest.raises(UsageError, match=r"timm's weights of 'test_resnet': values that are not finite in fc.bias"):
+        weights.pretrained("test_resnet", target)
+    source = copy.deepcopy(target).to(torch.complex64)
+    with pytest.raises(UsageError, match=r"timm's weights of 'test_resnet' do not fit: .* is torch.complex64"):
+        weights.pretrained("test_resnet", target)
+    source = copy.deepcopy(target)
+    del source.layer1
+    with pytest.raises(UsageError, match=r"timm's weights of 'test_resnet' do not fit: it lacks layer1"):
+        weights.pretrained("test_resnet", target)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "~nosuchuser/a.pth", "/" + "n" * 300 + ".pt", "a/\0.pt", "x\x00y"])
+def test_paths_that_no_system_knows_are_refused(folder, name):
+    with pytest.raises(UsageError, match=r"no checkpoint at|is not in|no home folder of '~nosuchuser'|must be a plain name"):
+        weights.find(name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from widthbench.errors import UsageError
-from widthbench.paths import cache_dir, write_atomic
+from widthbench.paths import cache_dir, expanded, write_atomic
 
 STORE = "WIDTHBENCH_STORE"
 DIGEST = 32  # bytes of SHA-256 in front of what is not JSON
@@ -102,7 +102,7 @@ def _read(path: Path, what: str, content: Any) -> Any:
 def url() -> str | None:
     """Where the store besides the cache is, if there is one; a folder by its absolute path, for processes that run elsewhere."""
     given = os.environ.get(STORE)
-    return str(Path(given).expanduser().resolve()) if given and ":" not in given else given or None
+    return str(expanded(given).resolve()) if given and ":" not in given else given or None
 
 
 def shared() -> bool:

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import math
 import statistics
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from widthbench import registry, suites
+from widthbench import registry, suites, toml
 from widthbench.budget import written
 from widthbench.errors import UsageError, did_you_mean
 from widthbench.records import CONTROLS, Cell, Record, Stage, read_records
@@ -336,9 +335,7 @@ def parse(text: str, where: str) -> Document:
         UsageError: If it is malformed (file, key, what was expected).
     """
     try:
-        return Document(**tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{where}: not valid TOML: {error}") from error
+        return Document(**toml.parse(text, where))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

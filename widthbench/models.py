@@ -11,7 +11,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from widthbench import networks
-from widthbench.errors import UsageError, did_you_mean
+from widthbench.errors import UsageError, did_you_mean, visible
 from widthbench.randomness import seeded
 
 OURS = tuple(networks.__all__)
@@ -38,9 +38,12 @@ def create(name: str, *, classes: int, channels: int, size: int, seed: int = 0, 
         warnings.simplefilter("ignore")  # what torch says of odd sizes, the certificate says better
         try:
             return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **kwargs).eval()
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"model '{name}' refuses {classes} classes, {channels} x {size} x {size} px: {first}") from error
+        except Exception as error:  # a setting that does not fit may trip any part of a constructor
+            first = visible((str(error).strip().splitlines() or [""])[0])[:300]
+            if not isinstance(error, TypeError | ValueError | AssertionError | RuntimeError) or not first:
+                first = f"{type(error).__name__} {first}".strip()  # alone it would say little: "'reluu'"
+            hint = f"; correct its args {visible(repr(kwargs))[:300]}" if kwargs else ""
+            raise UsageError(f"model '{name}' refuses {classes} classes, {channels} x {size} x {size} px: {first}{hint}") from error
 
 
 def require(name: str) -> None:
@@ -49,11 +52,11 @@ def require(name: str) -> None:
     Raises:
         UsageError: If it does not, with the closest name.
     """
-    base, _, tag = name.partition(".")
+    base, dot, tag = name.partition(".")
     if not timm.is_model(base):
         raise UsageError(f"unknown model '{name}'{did_you_mean(base, timm.list_models())} (any timm model name works)")
-    if tag:
-        known = [n.partition(".")[2] for n in timm.list_models(base, include_tags=True)]
+    if dot:
+        known = [t for n in timm.list_models(base, include_tags=True) if (t := n.partition(".")[2])]
         if tag not in known:
             raise UsageError(f"model '{base}' has no weights tagged '{tag}'{did_you_mean(tag, known)}; the bare name works too")
 

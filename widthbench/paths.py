@@ -92,7 +92,7 @@ def require_writable(folder: Path) -> None:
         UsageError: If it cannot be made or written.
     """
     above = folder
-    while not above.exists() and above != above.parent:
+    while not os.path.exists(above) and above != above.parent:
         above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UsageError(f"cannot write {folder}: {above} is not a folder that you may write; set WIDTHBENCH_CACHE or --results")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Recipe(BaseModel):
@@ -14,7 +14,7 @@ class Recipe(BaseModel):
         epochs: Passes over the training samples; 0 for no training, where a suite fine-tunes nothing.
         batch_size: Samples per step, at least 2; a last batch of one sample is skipped (BatchNorm cannot normalise it).
         optimizer: "sgd" (Nesterov momentum) or "adamw".
-        lr: Peak learning rate.
+        lr: Peak learning rate; needed where there are epochs.
         momentum: Of SGD.
         weight_decay: Not applied to vectors (biases, norm affines).
         warmup_epochs: Linear warm-up from a hundredth of ``lr``, then a cosine to ``min_lr``, both by step.
@@ -37,7 +37,7 @@ class Recipe(BaseModel):
     epochs: float = Field(ge=0, le=10_000)
     batch_size: int = Field(default=64, ge=2)
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(gt=0)
+    lr: float = Field(default=0.1, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     warmup_epochs: float = Field(default=0, ge=0)
@@ -51,6 +51,12 @@ class Recipe(BaseModel):
     accumulate: int = Field(default=1, ge=1)
     ema: float = Field(default=0, ge=0, lt=1)
     compile: bool = False
+
+    @model_validator(mode="after")
+    def _rate(self) -> Recipe:
+        if self.epochs and "lr" not in self.model_fields_set:
+            raise ValueError("lr: Field required, since there are epochs")
+        return self
 
     @property
     def augments(self) -> bool:

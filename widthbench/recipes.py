@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from widthbench.errors import UsageError, did_you_mean
+from widthbench import toml
+from widthbench.errors import UsageError, did_you_mean, visible
 from widthbench.recipe import Recipe
 
 
@@ -47,24 +47,22 @@ def load(name: str) -> Named:
         UsageError: If it is unknown or malformed (file, key, what was expected).
     """
     if name.endswith(".toml"):
-        try:
-            text, where = Path(name).read_text(encoding="utf-8"), name
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read recipe {name}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+        content, where = toml.read(Path(name), "recipe"), name
     elif name in names():
-        text, where = (files("widthbench._recipes") / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml"
+        content, where = (
+            toml.parse((files("widthbench._recipes") / f"{name}.toml").read_text(encoding="utf-8"), name),
+            f"{name}.toml",
+        )
     else:
         raise UsageError(f"unknown recipe '{name}'{did_you_mean(name, names())} (or give the path of a .toml file)")
     try:
-        return Named(**tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{where}: not valid TOML: {error}") from error
+        return Named(**content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         known = Recipe.model_fields if "recipe" in first["loc"][:-1] else Named.model_fields
         problem = f"unknown key{did_you_mean(str(first['loc'][-1]), known)}" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UsageError(f"{where}: {key}: {problem}") from error
+        raise UsageError(visible(f"{where}: {key}: {problem.removeprefix('Value error, ')}")) from error
 
 
 def settings(value: Any) -> Any:

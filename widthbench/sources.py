@@ -8,7 +8,11 @@ import gzip
 import hashlib
 import os
 import re
+import tarfile
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
@@ -28,15 +31,18 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
 
 from widthbench import cache
 from widthbench.errors import UsageError, did_you_mean
-from widthbench.paths import cache_dir, data_dir, write_atomic
+from widthbench.paths import Lock, cache_dir, data_dir, write_atomic
 from widthbench.provenance import code_digest
 
 READABLE = (".png", ".jpg", ".jpeg", ".webp")
 SMALL = 64  # px: sets of images up to this size are held in memory
 MEMORY = 2**31  # bytes: as long as they fit
+PIXELS = 2**28  # of one image: 0.8 GB when decoded
+WAIT = 3  # s of reading contents, after which a line on stderr says how far it is
 
 TORCHVISION: dict[str, Any] = {
     "mnist": datasets.MNIST,
@@ -46,7 +52,7 @@ TORCHVISION: dict[str, Any] = {
 }
 KNOWN = ("digits", *TORCHVISION, "imagenet")
 ARCHIVES = ("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val")
-SAFE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+SAFE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{,199}\Z")
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,10 @@ class Files:
         self.root = root
         options: Any = {"cache_tarinfo": False} if root.is_file() else {}  # timm would pickle an index beside the tar
         try:
+            (_require_plain_tar if root.is_file() else _require_plain_folder)(root)
             reader = create_dataset("", root=str(root), class_map={}, **options).reader
+        except UsageError:
+            raise
         except (RuntimeError, AssertionError, OSError, ValueError, EOFError) as error:
             raise UsageError(f"cannot read images from {root}: {error}") from error
         except Exception as error:  # tarfile's own errors have no common ground with these
@@ -132,7 +141,7 @@ class Files:
         return self.root.is_file() and sample[2] is not None
 
     def _require_readable(self) -> None:
-        others = {ext for ext in Image.registered_extensions() if ext not in READABLE}
+        others = _others()
         for folder in sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")):
             with os.scandir(folder) as entries:
                 odd = next((e.name for e in entries if os.path.splitext(e.name)[1].lower() in others), None)
@@ -159,14 +168,26 @@ class Files:
             self._pid = os.getpid()
             _forget(getattr(self._reader, "tar_state", None))
         try:
-            with self._reader[index][0] as file:
+            with self._reader[index][0] as file, _any_size():
                 image = Image.open(file)
-                image.load()
-                if image.mode.startswith(("I", "F")):
-                    raise UsageError(f"{self.name(index)} has more than 8 bits per channel: convert it to 8 bits")
-                return image.convert(mode) if mode else image
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+                width, height = image.size
+                deep = image.mode.startswith(("I", "F")) or ";16" in str(image.tile)
+                if not deep and width * height <= PIXELS:
+                    image.load()
+                    clear = image.mode == "P" and "transparency" in image.info  # Pillow would warn of going straight to RGB
+                    plain: Image.Image = image.convert("RGBA") if clear else image
+                    return plain.convert(mode) if mode else plain
+        except MemoryError:
+            raise
+        except OSError as error:
+            if error.errno:  # the system's, not the decoder's
+                raise UsageError(f"cannot read {self.name(index)}: {error.strerror}") from error
             raise UsageError(f"damaged file {self.name(index)}: {error}; restore it, or take it out") from error
+        except Exception as error:  # a damaged file may trip any part of a decoder
+            raise UsageError(f"damaged file {self.name(index)}: {error}; restore it, or take it out") from error
+        if deep:
+            raise UsageError(f"{self.name(index)} has more than 8 bits per channel: convert it to 8 bits")
+        raise UsageError(f"{self.name(index)} has {width} x {height} pixels, more than {PIXELS:,}: make it smaller, or take it out")
 
     def relabel(self, classes: dict[str, int]) -> None:
         """Take the labels of another part, by class name.
@@ -184,21 +205,159 @@ class Files:
             new[label] = classes[name]
         self.labels, self.classes = new[self.labels], classes
 
-    def listing(self, *, dates: bool = False) -> str:
-        """SHA-256 over names, sizes and labels; with ``dates`` also over when files were changed."""
+    def stamp(self) -> str:
+        """SHA-256 over names, sizes, labels and times of change: quick, and another one when a file is written again."""
         digest = hashlib.sha256()
         packed = self.root.is_file()
-        if packed and dates:
-            digest.update(str(self.root.stat().st_mtime_ns).encode())
+        if packed:
+            digest.update(f"{_version(self.root)}".encode())
         for index, label in enumerate(self.labels):
             name = self._reader.filename(index)
-            if packed:
-                size, date = self._reader.samples[index][0].size, 0
-            else:
-                stat = (self.root / name).stat()
-                size, date = stat.st_size, stat.st_mtime_ns if dates else 0
-            digest.update(f"{name}\0{size}\0{date}\0{label}\n".encode())
+            known = self._reader.samples[index][0].size if packed else _version(self.root / name)
+            digest.update(os.fsencode(name) + f"\0{known}\0{label}\n".encode())
         return digest.hexdigest()
+
+    def contents(self) -> str:
+        """SHA-256 over contents and labels: of a tar as a whole, of files in folders with their names."""
+        digest = hashlib.sha256()
+        if self.root.is_file():
+            with _progress(self.root, self.root.stat().st_size, "B") as bar:
+                digest.update(_hashes(self.root, [""], bar)[0].encode() + self.labels.tobytes())
+            return digest.hexdigest()
+        folders: dict[str, list[int]] = {}
+        for index in range(len(self)):
+            folders.setdefault(os.path.dirname(self._reader.filename(index)), []).append(index)
+        with _progress(self.root, len(self), "file") as bar:
+            for folder, indices in folders.items():
+                names = [self._reader.filename(i, basename=True) for i in indices]
+                for name, found, index in zip(names, _hashes(self.root / folder, names, bar), indices, strict=True):
+                    digest.update(os.fsencode(os.path.join(folder, name)) + f"\0{found}\0{self.labels[index]}\n".encode())
+        return digest.hexdigest()
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Let Pillow open images of any size: it takes large ones for attacks, and stops at a size that cameras reach."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _require_plain_folder(root: Path) -> None:
+    """Refuse links that lead round in circles, and what is neither file nor folder: reading a pipe would wait for ever.
+
+    Raises:
+        UsageError: At the first of them, or a folder that cannot be read.
+    """
+    try:
+        top = root.stat()
+        stack = [(str(root), frozenset({(top.st_dev, top.st_ino)}))]
+        while stack:
+            folder, above = stack.pop()
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        found = entry.stat()
+                        if (key := (found.st_dev, found.st_ino)) in above:
+                            raise UsageError(f"{entry.path} is a link to a folder that it lies in: take it out")
+                        stack.append((entry.path, above | {key}))
+                    elif not entry.is_file():
+                        raise UsageError(f"{entry.path} is neither a file nor a folder, or a link to nowhere: take it out")
+    except OSError as error:
+        raise UsageError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _require_plain_tar(root: Path) -> None:
+    """Refuse what timm's reader leaves out of a tar in silence: links, images in other formats, tars in tars in tars.
+
+    Raises:
+        UsageError: At the first of them.
+    """
+    others = _others()
+
+    def check(tar: tarfile.TarFile, where: str, outer: bool) -> None:
+        for member in tar:
+            ending, name = os.path.splitext(member.name)[1].lower(), f"{where}:{member.name}"
+            if member.isdir() or ending not in {*READABLE, *others, ".tar"}:
+                continue
+            if not member.isfile():
+                kind = f"a link to {member.linkname}" if member.islnk() or member.issym() else "not a file"
+                raise UsageError(f"{name} is {kind}: pack the file itself (GNU tar: --dereference --hard-dereference)")
+            if ending in others:
+                raise UsageError(f"{name} is neither PNG, JPEG nor WebP: convert it, or take it out")
+            if ending == ".tar":
+                if not outer:
+                    raise UsageError(f"{name} is a tar in a tar in a tar: put its images into the class's tar")
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    check(inner, name, False)
+
+    with tarfile.open(root, mode="r:") as tar:
+        check(tar, str(root), True)
+
+
+def _others() -> set[str]:
+    """How the names of images end that timm's readers would leave out."""
+    return {ending for ending in Image.registered_extensions() if ending not in READABLE}
+
+
+def _version(path: Path) -> list[int]:
+    """Size of a file and its times of change, of which the second cannot be set back."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _progress(root: Path, total: int, unit: str) -> Any:
+    return tqdm(total=total, unit=unit, unit_scale=True, delay=WAIT, leave=False, desc=f"reading {root} for its digest")
+
+
+def _hashes(place: Path, names: list[str], bar: Any) -> list[str]:
+    """SHA-256 of files, kept in the cache as long as sizes and times stay.
+
+    Args:
+        place: Their folder; each has one entry in the cache.
+        names: Their names in it; "" for the place itself, a tar.
+        bar: Counts files, or the bytes of a tar.
+    """
+    path = cache_dir() / "contents" / f"{hashlib.sha256(os.fsencode(place.absolute())).hexdigest()[:40]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(name: str) -> str:
+        found = hashlib.sha256()
+        try:
+            with (place / name).open("rb") as file:
+                while block := file.read(2**20):
+                    found.update(block)
+                    if not name:
+                        bar.update(len(block))
+        except OSError as error:
+            raise UsageError(f"cannot read {place / name}: {error.strerror}") from error
+        return found.hexdigest()
+
+    with Lock(path.with_suffix(".lock")):
+        old = (cache.read_json(path, "digests of files") or {}).get("files", {})
+        new: dict[str, list[Any]] = {}
+        left = []
+        for name in names:
+            version = _version(place / name)
+            known = old.get(name, [])
+            new[name] = known if known[:-1] == version else version
+            if new[name] is version:
+                left.append(name)
+            elif name:
+                bar.update()
+        with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
+            for name, found in zip(left, pool.map(read, left), strict=True):
+                new[name].append(found)
+                if name:
+                    bar.update()
+        if new != old:
+            cache.write_json(path, {"place": str(place), "files": new})
+    return [new[name][-1] for name in names]
 
 
 def _forget(state: Any) -> None:
@@ -218,7 +377,7 @@ class Source:
         layout: How it lies there.
         train: The training part.
         test: The test part.
-        digest: SHA-256 over all images and labels for sets in memory, over names, sizes and labels for others.
+        digest: SHA-256 over all images and labels for sets in memory, over files and labels for others.
     """
 
     name: str
@@ -265,9 +424,11 @@ def locate(name: str) -> tuple[str, str] | None:
         return None
     cls, folder = TORCHVISION[name], _torchvision_folder(name, root)
     if hasattr(cls, "resources"):
-        there = all(p.is_file() or p.with_suffix("").is_file() for p in (folder / Path(url).name for url, _ in _idx(cls)))
+        there = all(
+            os.path.isfile(p) or os.path.isfile(p.with_suffix("")) for p in (folder / Path(url).name for url, _ in _idx(cls))
+        )
     else:
-        there = folder.is_dir()
+        there = os.path.isdir(folder)
     return (str(folder), "idx files" if hasattr(cls, "resources") else "pickled batches") if there else None
 
 
@@ -351,7 +512,7 @@ def _digits() -> Source:
 def _folder(name: str, root: Path) -> Path:
     """Where a data set's images lie; ImageNet also as its competition archive unpacks."""
     competition = root / name / "ILSVRC" / "Data" / "CLS-LOC"
-    return competition if competition.is_dir() else root / name
+    return competition if os.path.isdir(competition) else root / name
 
 
 def _parts(folder: Path) -> tuple[Path, Path] | None:
@@ -359,7 +520,7 @@ def _parts(folder: Path) -> tuple[Path, Path] | None:
     found: list[Path] = []
     labelled = () if folder.name in ("imagenet", "CLS-LOC") else ("test",)  # the competition's own test part has no labels
     for stems in (ARCHIVES[0], (*labelled, *ARCHIVES[1])):
-        options = [p for s in stems for p in (folder / f"{s}.tar", folder / s) if p.exists()]
+        options = [p for s in stems for p in (folder / f"{s}.tar", folder / s) if os.path.exists(p)]
         if not options:
             return None
         found.append(options[0])
@@ -383,7 +544,7 @@ def _images(name: str, train_at: Path, test_at: Path) -> Source:
         arrays = _decoded(name, train, test)
         if arrays is not None:
             return in_memory(name, where, layout, *arrays)
-    digest = hashlib.sha256(f"{train.listing()} {test.listing()}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{train.contents()} {test.contents()}".encode()).hexdigest()
     return Source(name, where, layout, train, test, digest)
 
 
@@ -405,11 +566,11 @@ def _answers(val: Path) -> dict[str, str]:
 
 def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | None:
     """Small images as arrays, kept decoded in the cache; None if they differ in size or are too many."""
-    stamp = f"{train.root} {train.listing(dates=True)} {test.listing(dates=True)} {version('pillow')} {code_digest('sources.py')}"
-    key = hashlib.sha256(stamp.encode()).hexdigest()[:40]
+    stamp = f" {train.stamp()} {test.stamp()} {version('pillow')} {code_digest('sources.py')}"
+    key = hashlib.sha256(os.fsencode(train.root) + stamp.encode()).hexdigest()[:40]
     path = cache_dir() / "decoded" / f"{name}-{key}.tensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with Lock(path.with_suffix(".lock")):
         if (blob := cache.read(path, "decoded images")) is not None:
             t = load_tensors(blob)
             return Arrays(t["train"], t["train_labels"]), Arrays(t["test"], t["test_labels"])
@@ -492,11 +653,11 @@ def _unzipped(name: str, root: Path) -> Path:
 
 def _download(name: str, root: Path) -> None:
     cls = TORCHVISION[name]
-    if os.environ.get("WIDTHBENCH_DATA") and not root.is_dir():
+    if os.environ.get("WIDTHBENCH_DATA") and not os.path.isdir(root):
         raise UsageError(f"the data folder {root} does not exist: make it, or correct WIDTHBENCH_DATA or --data")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock"):
+        with Lock(root / f".{name}.lock"):
             for train in (True, False):
                 cls(str(root), train=train, download=True)
     except Exception as error:  # no network, a read-only folder, a broken mirror

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from widthbench import protocol, recipes, registry
+from widthbench import protocol, recipes, registry, toml
 from widthbench.budget import Budget
-from widthbench.errors import BudgetError, UsageError, did_you_mean
+from widthbench.errors import BudgetError, UsageError, did_you_mean, visible
 from widthbench.limits import Limits
 from widthbench.paths import cache_dir, require_writable
 from widthbench.recipe import Recipe
@@ -25,7 +24,7 @@ MAX_CELLS = 100_000
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
@@ -82,7 +81,7 @@ class Network(_Strict):
     name: str
     size: int = Field(ge=4, le=4096)
     args: Plain = Field(default_factory=dict)
-    variant: str = Field(default="", pattern=r"^[A-Za-z0-9_. -]*$")
+    variant: str = Field(default="", pattern=r"^[A-Za-z0-9_. -]*$", max_length=100)
     datasets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     techniques: tuple[Entry, ...] | None = None
     budgets: tuple[str, ...] | None = None
@@ -156,7 +155,7 @@ class Suite(_Strict):
         memory_limit: MiB of main memory that a cell's process may take, likewise.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
     title: str = ""
     citable: bool = False
     datasets: tuple[str, ...] = Field(min_length=1)
@@ -203,9 +202,11 @@ class Suite(_Strict):
                     )
                 if name not in SOURCED and source:
                     raise ValueError(f"control '{name}' takes no technique")
-        if len(cells := self.cells()) > MAX_CELLS:
-            raise ValueError(f"{len(cells)} cells are more than {MAX_CELLS}")
-        if len({c.id for c in cells}) < len(cells):
+        if (count := self._count()) > MAX_CELLS:
+            raise ValueError(
+                f"{count} cells are more than {MAX_CELLS}: name fewer seeds, budgets, techniques, networks or data sets"
+            )
+        if len({c.id for c in self.cells()}) < count:
             raise ValueError("two cells have the same name: a dataset, model, technique, budget or seed is listed twice")
         return self
 
@@ -223,10 +224,11 @@ class Suite(_Strict):
         pairs = []
         for name in ("base", "finetune"):
             try:
-                pairs.append(Recipe(**{**getattr(self, name).model_dump(), **getattr(network, name)}))
+                pairs.append(Recipe(**{**getattr(self, name).model_dump(exclude_unset=True), **getattr(network, name)}))
             except ValidationError as error:
                 first = error.errors()[0]
-                raise ValueError(f"model {network.name}: {name}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+                key, problem = ".".join(map(str, (name, *first["loc"]))), first["msg"].removeprefix("Value error, ")
+                raise ValueError(f"model {network.name}: {key}: {problem}") from error
         if not pairs[0].epochs and not (network.checkpoint or network.pretrained):
             raise ValueError(f"model {network.name}: base.epochs = 0 trains nothing: name a checkpoint, or set pretrained = true")
         return pairs[0], pairs[1]
@@ -236,6 +238,17 @@ class Suite(_Strict):
         if self._made is None or self._made[0] != id(self):  # a copy with other settings has other cells
             self._made = id(self), self._cells()
         return list(self._made[1])
+
+    def _count(self) -> int:
+        """How many cells there are, without making them."""
+        count = 0
+        for network in self.models:
+            controls = self.controls if network.controls is None else network.controls
+            budgets = self.budgets if network.budgets is None else network.budgets
+            rows = ("base" in controls) + len(budgets) * (len(self.entries(network)) + sum(c != "base" for c in controls))
+            seeds = self.seeds if network.seeds is None else network.seeds
+            count += sum(d in (network.datasets or self.datasets) for d in self.all_datasets) * len(seeds) * rows
+        return count
 
     def _cells(self) -> list[Cell]:
         cells = []
@@ -299,12 +312,7 @@ def load(name: str) -> Suite:
         UsageError: If it is unknown, malformed (file, key, what was expected) or inconsistent.
     """
     if name.endswith(".toml"):
-        path = Path(name)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read suite {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-        return parse(text, str(path))
+        return _suite(toml.read(Path(name), "suite"), name)
     if name not in names():
         raise UsageError(f"unknown suite '{name}'{did_you_mean(name, names())} (or give the path of a .toml file)")
     return parse((files("widthbench._suites") / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
@@ -334,10 +342,10 @@ def parse(text: str, where: str) -> Suite:
     Raises:
         UsageError: If it is malformed.
     """
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{where}: not valid TOML: {error}") from error
+    return _suite(toml.parse(text, where), where)
+
+
+def _suite(content: dict[str, Any], where: str) -> Suite:
     try:
         return Suite(**content)
     except ValidationError as error:
@@ -347,8 +355,8 @@ def parse(text: str, where: str) -> Suite:
         problem = problem.replace("a valid dictionary or instance of Entry", 'a name or a table { id = "...", params = {...} }')
         if first["type"] == "extra_forbidden":
             problem = f"unknown key{did_you_mean(str(first['loc'][-1]), _field_names(first['loc']))}"
-        given = "" if first["type"] in ("missing", "extra_forbidden", "value_error") else f" (found {first['input']!r})"
-        raise UsageError(f"{where}: {key + ': ' if key else ''}{problem}{given}") from error
+        given = "" if first["type"] in ("missing", "extra_forbidden", "value_error") else f" (found {first['input']!r:.200})"
+        raise UsageError(visible(f"{where}: {key + ': ' if key else ''}{problem}{given}")) from error
 
 
 def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:

@@ -96,8 +96,14 @@ def _sums(folder: Path) -> list[Check]:
         else:
             found.append(Check(name, "digest", same, "" if same else f"was changed after {SUMS} was written"))
     named = {name for _, name in lines} | {SUMS, ASIDE}
-    there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    there = _names(folder)
     return found + [Check(n, "digest", False, f"is not in {SUMS}") for n in there if n not in named]
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of a folder, but for half-written ones that a killed run has left."""
+    files = (p for p in folder.rglob("*") if p.is_file() and not (p.name.startswith(".") and p.suffix == ".part"))
+    return sorted(p.relative_to(folder).as_posix() for p in files)
 
 
 def _records(suite: Suite, lines: Sequence[Line]) -> list[Check]:
@@ -128,7 +134,7 @@ def _tables(suite: Suite, folder: Path, records: Sequence[Record]) -> list[Check
     published = published_records(suite) if (folder / NAME).is_file() else []
     pages = texts(suite, in_order(suite, records), timings, file_digest(folder / "records.jsonl"), published)
     ours = {*pages, SUMS, "records.jsonl", ASIDE, "timings.jsonl"}
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    names = _names(folder)
     found = [
         Check(n, "table", False, "is nothing that a report of these records writes")
         for n in names

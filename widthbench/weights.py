@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
+import os
 import pickle
 import re
 from pathlib import Path
@@ -14,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from widthbench.errors import UsageError, did_you_mean
-from widthbench.paths import weights_dir
+from widthbench.errors import UsageError, did_you_mean, visible
+from widthbench.paths import expanded, weights_dir
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others need scales, which no file of plain tensors has
+SPREAD = 2**26  # bytes that a tensor may take above those that the file holds of it
 
 
 def find(name: str) -> Path:
@@ -32,7 +36,7 @@ def find(name: str) -> Path:
         UsageError: If there is none; the message says where it was looked for.
     """
     if name.endswith(SUFFIXES) and ("/" in name or "\\" in name):
-        if (path := Path(name).expanduser()).is_file():
+        if os.path.isfile(path := expanded(name)):
             return path
         raise UsageError(f"no checkpoint at {path}")
     if not NAME.match(name):
@@ -50,7 +54,7 @@ def find(name: str) -> Path:
 def _in_folder(name: str) -> Path | None:
     folder = weights_dir()
     options = [folder / name] if name.endswith(SUFFIXES) else [folder / f"{name}{suffix}" for suffix in SUFFIXES]
-    return next((p for p in options if p.is_file()), None)
+    return next((p for p in options if os.path.isfile(p)), None)
 
 
 def published(name: str) -> Path | None:
@@ -82,7 +86,7 @@ def read(path: Path) -> dict[str, Tensor]:
     Wrappers under "state_dict", "model" and the like are opened, and a common "module." in front of all names is dropped.
 
     Raises:
-        UsageError: If the file is damaged, holds other things, or has no tensors.
+        UsageError: If the file is damaged, holds other things, has no tensors, or one that is no plain array of finite numbers.
     """
     try:
         content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, map_location="cpu")
@@ -92,25 +96,53 @@ def read(path: Path) -> dict[str, Tensor]:
             "save model.state_dict() instead"
         ) from error
     except Exception as error:  # a damaged file may trip any part of the readers
-        raise UsageError(f"damaged checkpoint {path}: {error}") from error
+        reason = (visible(str(error), keep="\n").strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UsageError(f"damaged checkpoint {path}: {reason}") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise UsageError(f"checkpoint {path} holds no tensors by name: save model.state_dict()")
-    if broken := [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
-        raise UsageError(f"checkpoint {path} has values that are not finite in {_some(broken)}")
+    if odd := [name for name in tensors if not isinstance(name, str)]:
+        raise UsageError(f"checkpoint {path} has a tensor under {odd[0]!r:.80}, which is no name: save model.state_dict()")
+    _require_plain(tensors, f"checkpoint {path}")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     return tensors
+
+
+def _require_plain(tensors: dict[str, Tensor], what: str) -> None:
+    """Refuse tensors that are no plain arrays of finite numbers."""
+    for name, t in tensors.items():
+        if problem := _oddity(t):
+            raise UsageError(f"{what}: {_some([name])} {problem}: save it as a plain tensor in float32")
+    if broken := [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
+        raise UsageError(f"{what}: values that are not finite in {_some(broken)}")
+
+
+def _oddity(t: Tensor) -> str | None:
+    """What makes a tensor something else than a plain array in main memory."""
+    if t.is_nested or t.layout != torch.strided:
+        return f"is {'nested' if t.is_nested else 'sparse'} ({t.layout})"
+    if type(t) not in (Tensor, nn.Parameter):
+        return f"is a {type(t).__name__}"
+    if t.is_quantized or (t.is_floating_point() and t.dtype not in FLOATING):
+        return f"is quantised ({t.dtype})"
+    if t.is_meta:
+        return "has a shape but no values (device meta)"
+    held, asked = t.untyped_storage().nbytes(), math.prod(t.shape) * t.element_size()
+    if asked > held + SPREAD:
+        return f"of shape {list(t.shape)} asks for {asked:,} bytes, of which the file holds {held:,}"
+    return None
 
 
 def load_into(model: nn.Module, path: Path, sha256: str | None = None) -> str:
     """Load a file's tensors into a network, all or none.
 
     Args:
-        model: Its tensors must have the file's names and shapes; counters of batches may be missing.
+        model: Its tensors must have the file's names and shapes, and hold the same kind of numbers; floating-point ones may have
+            more or fewer bits. Counters of batches may be missing.
         path: The file.
         sha256: What its digest must be, in hex, or its beginning.
 
@@ -118,30 +150,48 @@ def load_into(model: nn.Module, path: Path, sha256: str | None = None) -> str:
         The file's digest.
 
     Raises:
-        UsageError: On another digest, or missing, unexpected or differently shaped tensors; they are named.
+        UsageError: On another digest, or missing, unexpected, differently shaped or typed tensors; they are named.
     """
     found = digest(path)
     if sha256 and not found.startswith(sha256.lower()):
         raise UsageError(f"checkpoint {path} has digest {found[: max(12, len(sha256))]}, not {sha256}: it is another file")
-    tensors, own = read(path), model.state_dict()
+    _load(model, read(path), f"checkpoint {path} does not fit {type(model).__name__}")
+    return found
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor], misfit: str) -> None:
+    """Load tensors into a network, all or none; errors begin with ``misfit``."""
+    own = model.state_dict()
     missing = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in tensors if n not in own]
     if missing or unexpected:
         parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names]
-        raise UsageError(f"checkpoint {path} does not fit {type(model).__name__}: it {' and '.join(parts)}")
+        raise UsageError(f"{misfit}: it {' and '.join(parts)}")
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise UsageError(
-                f"checkpoint {path} does not fit {type(model).__name__}: {name} is {list(tensor.shape)}, "
-                f"the network wants {list(own[name].shape)}"
-            )
+        want = own[name]
+        if tensor.shape != want.shape:
+            raise UsageError(f"{misfit}: {name} is {list(tensor.shape)}, the network wants {list(want.shape)}")
+        if not _fits(tensor, want.dtype):
+            raise UsageError(f"{misfit}: {name} is {tensor.dtype}, which the network's {want.dtype} cannot hold: convert it")
     model.load_state_dict(tensors, strict=False)
-    return found
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a type holds a tensor's kind of numbers and its values: integers exactly, others but for rounding."""
+    if tensor.dtype == dtype:
+        return True
+    kinds = [(d.is_floating_point, d.is_complex, d == torch.bool) for d in (tensor.dtype, dtype)]
+    if kinds[0] != kinds[1]:
+        return False
+    there = tensor.to(dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        return bool(torch.isfinite(there).all())
+    return torch.equal(there.to(tensor.dtype), tensor)
 
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(visible(name)[:200] or "''" for name in names[:3]) + more
 
 
 def pretrained(name: str, model: nn.Module) -> str:
@@ -172,13 +222,9 @@ def pretrained(name: str, model: nn.Module) -> str:
             f"the weights of '{name}' could not be downloaded ({type(error).__name__}: {reason}): without a network put them as "
             f"{name}.safetensors in {weights_dir()}, or set WIDTHBENCH_WEIGHTS"
         ) from error
-    tensors, own = source.state_dict(), model.state_dict()
-    for key, tensor in tensors.items():
-        if key not in own or own[key].shape != tensor.shape:
-            raise UsageError(
-                f"timm's weights of '{name}' do not fit: {key} is {list(tensor.shape)}; is the number of classes the same?"
-            )
-    model.load_state_dict(tensors)
+    tensors, what = source.state_dict(), f"timm's weights of '{name}'"
+    _require_plain(tensors, what)
+    _load(model, tensors, f"{what} do not fit")
     found = hashlib.sha256()
     for key in sorted(tensors):
         found.update(key.encode() + tensors[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -129,3 +129,15 @@ def test_the_command_cites_what_lies_in_the_results(tmp_path, capsys):
     assert hashlib.sha256((folder / "records.jsonl").read_bytes()).hexdigest() in capsys.readouterr().out
     assert cli.main(["cite", "smokey"]) == 2
     assert "smoke" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\r\n", " =", "\t@"])
+def test_no_name_becomes_a_formula_or_breaks_a_line(start):
+    one = record()
+    odd = one.model_copy(update={"cell": one.cell.model_copy(update={"dataset": f"{start}cmd\rx\u2028y"})})
+    text = exports.csv_text([odd], [])
+    assert len(text.splitlines()) == 2
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert row["dataset"].startswith("'")
+    assert row["dataset"].isprintable()
+    assert len(exports.latex_text(suite(), [odd], []).splitlines()) == len(exports.latex_text(suite(), [one], []).splitlines())

@@ -19,7 +19,7 @@ from widthbench.suites import Suite
 
 URL = "https://pypi.org/project/widthbench/"
 SUITE_KEY = "widthbench"
-FORMULA = ("=", "+", "-", "@")  # how one begins
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how one begins, perhaps behind what a spreadsheet passes over
 
 
 def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()) -> list[dict[str, Any]]:
@@ -66,17 +66,19 @@ def _spread(name: str, summary: Summary | None) -> dict[str, float | None]:
 def csv_text(records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()) -> str:
     """The leaderboard as CSV, a header first; every number with all its digits, empty where there is none.
 
-    Arguments as for ``rows``. Text that a spreadsheet would take for a formula gets an apostrophe in front.
+    Arguments as for ``rows``. Text that a spreadsheet would take for a formula gets an apostrophe in front; what would break
+    a line is written as its escape.
     """
-    found = [
-        {k: f"'{v}" if isinstance(v, str) and v[:1] in FORMULA else v for k, v in row.items()}
-        for row in rows(records, timings, cells)
-    ]
+    found = [{k: _cell(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows(records, timings, cells)]
     into = io.StringIO()
     writer = csv.DictWriter(into, list(found[0]) if found else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     return into.getvalue()
+
+
+def _cell(text: str) -> str:
+    return ("'" if text[:1] in FORMULA or text.lstrip()[:1] in FORMULA else "") + visible(text)
 
 
 def latex_text(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> str:
@@ -135,7 +137,7 @@ def _plus_minus(summary: Summary | None) -> str:
 
 def _escaped(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(c) or (f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+    return "".join(special.get(c) or (f"\\{c}" if c in "&%$#_{}" else c) for c in visible(text))
 
 
 def citation(suite: Suite, records: Sequence[Record], digest: str | None) -> str:
