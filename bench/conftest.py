@@ -12,6 +12,7 @@ if WORKER and (visible := [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "loadgroup"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Cells of one base network on one worker, also where several workers are killed at once."""
+    if config.option.dist != "loadgroup":
+        return None
+    from xdist.scheduler import LoadGroupScheduling
+
+    class Groups(LoadGroupScheduling):
+        """Gives no work to a worker that has replaced a lost one and has not yet said which tests it has."""
+
+        def _reschedule(self, node: Any) -> None:
+            if node in self.registered_collections:  # else it is asked for once it has
+                super()._reschedule(node)
+
+    return Groups(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,7 +24,8 @@ from safetensors.torch import save
 from widthbench import claims, cli, registry, suites, weights
 from widthbench.errors import UsageError
 from widthbench.records import read_lines, read_records, record_line
-from widthbench.report.build import build, parse_timings, texts
+from widthbench.report.build import build, texts
+from widthbench.report.timing import parse_timings
 
 EXAMPLES = int(os.environ.get("WIDTHBENCH_EXAMPLES", "60"))
 many = settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import hashlib
+import io
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from tabulate import tabulate
 
 from widthbench import __version__
-from widthbench.errors import UsageError
+from widthbench.errors import UsageError, visible
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and sys.stderr is not None:
         with suppress(OSError, ValueError):  # no file
             faulthandler.enable()  # a plug-in that crashes while it is listed is named by its file
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal or pipe that has no "±" gets "?"
     args = _parser().parse_args(argv)
     for name, given in (("WIDTHBENCH_DATA", "data"), ("WIDTHBENCH_STORE", "store")):
         if getattr(args, given, None):
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except UsageError as error:
-        print(f"widthbench: {error}", file=sys.stderr)
+        print(f"widthbench: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("widthbench: interrupted; finished cells are kept, run again for the rest", file=sys.stderr)
@@ -138,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "--publish", action="store_true",
         help="instead put what was measured in the place of what is published, cell by cell (in a checkout: results/published)",
     )  # fmt: skip
-    _results(verb)
+    verb.add_argument("--results", type=Path, metavar="DIR", help="where results are (default: ./results)")
     _json(verb)
     verb.set_defaults(run=_report)
 
@@ -255,7 +259,8 @@ def _show(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
         return
     if title:
         print(f"{title}\n")
-    print(tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True) if rows else "none")
+    shown = [{k: visible(str(v)) for k, v in row.items()} for row in rows]  # whatever files and records may hold
+    print(tabulate(shown, headers="keys", tablefmt="simple", disable_numparse=True) if rows else "none")
     print()
 
 
@@ -352,7 +357,8 @@ class _Progress:
         left = self._total - len(self.records)
         rest = f"  (about {_duration(since / self._computed * left)} left)" if left and self._computed else ""
         note = f"  {record.reason}" if record.status != "done" else ""
-        print(f"[{len(self.records)}/{self._total}] {record.cell.id}: {record.status}{note}{rest}", file=sys.stderr, flush=True)
+        text = f"[{len(self.records)}/{self._total}] {record.cell.id}: {record.status}{note}{rest}"
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:
@@ -373,15 +379,16 @@ def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
     from widthbench.report.build import build, publish
 
     failed = []
+    results = args.results or Path("results")
     site, chosen = getattr(args, "site", False), suites.load_all(args.suite)
     if not (chosen or site):
         raise UsageError("name a suite (`widthbench list suites`), or ask for --site")
     for suite in chosen:
         if getattr(args, "publish", False):
-            for file in publish(suite, args.results):
+            for file in publish(suite, results):
                 print(f"wrote {file}")
             continue
-        report = build(suite, args.results, Store(), time_shapes=not getattr(args, "no_timing", False), fresh=fresh)
+        report = build(suite, results, Store(), time_shapes=not getattr(args, "no_timing", False), fresh=fresh)
         failed += report.failed
         if args.json:
             print(json.dumps([r.model_dump(mode="json") for r in report.records]))
@@ -392,12 +399,13 @@ def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
             if report.reproduction:
                 print(f"\n{report.reproduction}")
     if failed:
-        print(f"widthbench: {len(failed)} cells failed, the first {failed[0].cell.id}: {failed[0].reason}", file=sys.stderr)
+        first = visible(f"{failed[0].cell.id}: {failed[0].reason}")
+        print(f"widthbench: {len(failed)} cells failed, the first {first}", file=sys.stderr)
     if site:
         from widthbench.report.site import write
 
-        of = args.results if chosen else published_dir()  # of what was measured, or of all that is published
-        print(f"wrote {write(of, chosen, args.results)}", file=sys.stderr if args.json else sys.stdout)
+        of = results if chosen or args.results else published_dir()  # of what was measured, or of all that is published
+        print(f"wrote {write(of, chosen, results)}", file=sys.stderr if args.json else sys.stdout)
     return 1 if failed else 0
 
 
@@ -421,7 +429,7 @@ def _cite(args: argparse.Namespace) -> int:
         path = _folder(args, suite.name) / "records.jsonl"
         records = of_suite(suite, path, read_records(path)) if path.is_file() else []
         there = bool(records)
-        print(citation(suite, records, hashlib.sha256(path.read_bytes()).hexdigest() if there else None))
+        print(visible(citation(suite, records, hashlib.sha256(path.read_bytes()).hexdigest() if there else None), "\n"))
     return 0
 
 
@@ -444,7 +452,7 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"{suite.name}: {len(drawn)} of {len(records)} cells again; they took {spent:.0f} s", file=sys.stderr)
             found += verify.rerun(
                 suite, drawn, beside=records, jobs=args.jobs,
-                tell=lambda c: print(f"{c.what}: {'holds' if c.ok else 'DIFFERS'} ({c.by}) {c.note}", file=sys.stderr),
+                tell=lambda c: print(visible(f"{c.what}: {'holds' if c.ok else 'DIFFERS'} ({c.by}) {c.note}"), file=sys.stderr),
             )  # fmt: skip
         checks += [{"suite": suite.name, **c.plain()} for c in found]
     checks += [{"suite": "", **c.plain()} for c in verify.check_claims(args.results or published_dir())]

@@ -9,6 +9,7 @@ import inspect
 import os
 import platform
 import subprocess
+import warnings
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,11 +51,19 @@ def commit() -> dict[str, Any]:
     """The checkout's git commit and whether it has uncommitted changes; both None outside a checkout."""
 
     def git(*args: str) -> str | None:
+        # a checkout that somebody else owns is read all the same: it is the one whose code runs here
+        command = ["git", "-c", f"safe.directory={ROOT.parent}", "-c", "core.fsmonitor=false", *args]
         try:
-            done = subprocess.run(["git", *args], cwd=ROOT.parent, capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+            done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            why = str(error)
+        else:
+            if done.returncode == 0:
+                return done.stdout.strip()
+            why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
+        if (ROOT.parent / ".git").exists():
+            warnings.warn(f"records will not say which commit they are of: git refuses {ROOT.parent} ({why})", stacklevel=3)
+        return None
 
     top = git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != ROOT.parent:

@@ -425,9 +425,9 @@ def _line(number: int, text: str) -> Line:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        return Line(number, None, f"not a record: {where or 'line'}: {first['msg']}")
+        return Line(number, None, visible(f"not a record: {where or 'line'}: {first['msg']}"), text)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        return Line(number, None, f"not a record: not a line of JSON ({error})")
+        return Line(number, None, visible(f"not a record: not a line of JSON ({error})"), text)
     if digest is None:
         problem = f"record of {record.cell.id} carries no digest: it was taken out, or another program wrote the line"
     elif digest != digest_of(data):

@@ -324,7 +324,6 @@ def _hashes(place: Path, names: list[str], bar: Any) -> list[str]:
         bar: Counts files, or the bytes of a tar.
     """
     path = cache_dir() / "contents" / f"{hashlib.sha256(os.fsencode(place.absolute())).hexdigest()[:40]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(name: str) -> str:
         found = hashlib.sha256()
@@ -338,24 +337,23 @@ def _hashes(place: Path, names: list[str], bar: Any) -> list[str]:
             raise UsageError(f"cannot read {place / name}: {error.strerror}") from error
         return found.hexdigest()
 
-    with Lock(path.with_suffix(".lock")):
+    def known() -> tuple[dict[str, list[Any]], list[str]]:
+        """Versions of the files, with their digests where the cache has them; and the names of the others."""
         old = (cache.read_json(path, "digests of files") or {}).get("files", {})
-        new: dict[str, list[Any]] = {}
-        left = []
-        for name in names:
-            version = _version(place / name)
-            known = old.get(name, [])
-            new[name] = known if known[:-1] == version else version
-            if new[name] is version:
-                left.append(name)
-            elif name:
-                bar.update()
-        with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
-            for name, found in zip(left, pool.map(read, left), strict=True):
-                new[name].append(found)
-                if name:
-                    bar.update()
-        if new != old:
+        found = {name: _version(place / name) for name in names}
+        found |= {name: old[name] for name, version in found.items() if old.get(name, [])[:-1] == version}
+        return found, [name for name in names if found[name] is not old.get(name)]
+
+    new, left = known()
+    if left:  # else there is nothing to write, and nothing to wait for
+        with Lock(path.with_suffix(".lock")):
+            new, left = known()
+            bar.update(sum(map(bool, names)) - len(left) if names != [""] else 0)
+            with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
+                for name, digest in zip(left, pool.map(read, left), strict=True):
+                    new[name].append(digest)
+                    if name:
+                        bar.update()
             cache.write_json(path, {"place": str(place), "files": new})
     return [new[name][-1] for name in names]
 
@@ -569,11 +567,11 @@ def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | No
     stamp = f" {train.stamp()} {test.stamp()} {version('pillow')} {code_digest('sources.py')}"
     key = hashlib.sha256(os.fsencode(train.root) + stamp.encode()).hexdigest()[:40]
     path = cache_dir() / "decoded" / f"{name}-{key}.tensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if (there := _read_decoded(path)) is not None:
+        return there
     with Lock(path.with_suffix(".lock")):
-        if (blob := cache.read(path, "decoded images")) is not None:
-            t = load_tensors(blob)
-            return Arrays(t["train"], t["train_labels"]), Arrays(t["test"], t["test_labels"])
+        if (there := _read_decoded(path)) is not None:
+            return there
         first = train.open(0, None)
         if (len(train) + len(test)) * 3 * first.size[0] * first.size[1] > MEMORY:
             return None
@@ -594,6 +592,13 @@ def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | No
         tensors = {"train": parts[0].images, "train_labels": parts[0].labels}
         cache.write(path, save({**tensors, "test": parts[1].images, "test_labels": parts[1].labels}), shared=False)
         return parts[0], parts[1]
+
+
+def _read_decoded(path: Path) -> tuple[Arrays, Arrays] | None:
+    if (blob := cache.read(path, "decoded images")) is None:
+        return None
+    t = load_tensors(blob)
+    return Arrays(t["train"], t["train_labels"]), Arrays(t["test"], t["test_labels"])
 
 
 def _idx(cls: Any) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from widthbench import claims, controls, protocol, suites
+from widthbench import claims, controls, protocol, registry, suites
 from widthbench.budget import Budget, check, used
 from widthbench.cache import STORE
 from widthbench.engines import local
@@ -34,6 +34,7 @@ from widthbench.suites import Suite
 POINTS = 1.0  # of test top-1: what a network trained anew on another machine may differ by (the tolerance of claims on own bases)
 DEVIATIONS = 3.0  # or standard errors of the difference of two accuracies on as many images, where that is more
 MACS = 0.05  # as budgets are met
+LOSS = 0.5  # of cross-entropies, which hang on few images
 SPENT = 0.25  # of what a decision and what followed cost: loops that stop by what they see stop elsewhere a little earlier or later
 CITING = f"\n{tables.CITING}\n".encode()
 SAME = ("commit", "dirty", "versions", "dataset_digest")  # where these agree, so do keys
@@ -203,7 +204,7 @@ def rerun(
     suite: Suite, records: Sequence[Record], *, beside: Sequence[Record] = (), jobs: int = 1,
     tell: Callable[[Check], None] = lambda check: None,
 ) -> list[Check]:  # fmt: skip
-    """Run recorded cells again from nothing, in a cache of their own, and hold what comes out to the records.
+    """Run recorded cells again from nothing, in a cache of their own (one for each plug-in, too), and hold them to the records.
 
     Args:
         suite: The suite.
@@ -228,8 +229,13 @@ def rerun(
             elsewhere.append((before, new))
         tell(found[-1])
 
-    with tempfile.TemporaryDirectory(prefix="widthbench-verify-") as folder, _cache(Path(folder)):
-        local.run([r.cell for r in records], jobs=jobs, done=done, limits=suites.limits([suite]))
+    apart: dict[str, list[Cell]] = {}  # what a plug-in may write into a cache answers for no other technique
+    for cell in (r.cell for r in records):
+        technique = cell.of or cell.technique
+        apart.setdefault("" if registry.built_in(technique) else technique, []).append(cell)
+    for cells in apart.values():
+        with tempfile.TemporaryDirectory(prefix="widthbench-verify-") as folder, _cache(Path(folder)):
+            local.run(cells, jobs=jobs, done=done, limits=suites.limits([suite]))
     return found + means(elsewhere, spread)
 
 
@@ -337,6 +343,9 @@ def compare(old: Record, new: Record, spread: Mapping[str, float] | None = None)
     if why:
         return _within(old, new, why, spread or {})
     found = sorted(differences(result(old), result(new)))
+    if old.key == new.key:  # which hashes them
+        then, now = ({k: v for k, v in r.provenance.get("versions", {}).items() if k != "widthbench"} for r in (old, new))
+        found += differences(then, now, "versions")
     return Check(new.cell.id, "bit-equal", not found, _shortened(found))
 
 
@@ -388,8 +397,21 @@ def _within(old: Record, new: Record, why: str, spread: Mapping[str, float]) -> 
         note += f", {a.stage} {b.top1 - a.top1:+.2f}"
         if abs(b.top1 - a.top1) > more:
             found.append(f"{a.stage}: top-1 {a.top1:.2f} and {b.top1:.2f}, allowed ±{more:.2f}")
+    found += _score_differences(then, now)
     note += f"; {_shortened(found)}" if found else ""
     return Check(new.cell.id, "tolerance", not found and abs(apart) <= allowed and abs(macs) <= MACS, note)
+
+
+def _score_differences(then: Row, now: Row) -> Iterator[str]:
+    """Where the other scores of the last stage are further apart than another machine explains."""
+    for name, samples in (("top5", now.samples), ("val_top1", now.samples // 2)):  # of val there are fewer images
+        a, b = getattr(then, name), getattr(now, name)
+        if (a is None) != (b is None) or (a is not None and abs(a - b) > tolerance(b, samples)):
+            yield f"{name}: recorded {a}, now {b}"
+    for name in ("loss", "val_loss"):
+        a, b = getattr(then, name), getattr(now, name)
+        if a is not None and b is not None and abs(a - b) > max(0.1, LOSS * max(a, b)):
+            yield f"{name}: recorded {a:.4f}, now {b:.4f}"
 
 
 def _size_differences(record: Record) -> Iterator[str]:

@@ -3,7 +3,7 @@ from made import DONE, WHERE, record, suite
 
 from widthbench.recipe import Spent
 from widthbench.records import Record, Row
-from widthbench.report import build, figures, tables
+from widthbench.report import build, figures, tables, timing
 
 
 def board(records, **changes):
@@ -24,13 +24,13 @@ def test_a_row_shows_means_spreads_ratios_and_cost():
 
 def test_measured_speed_up_is_base_over_row(monkeypatch):
     one = record()
-    timing = {"dataset": "digits", "model": "lenet5", "shape": tables.shape_of(one), "speed_up": 1.5}
-    page = tables.leaderboard(suite(), [one], [timing], 1)
+    entry = {"dataset": "digits", "model": "lenet5", "shape": tables.shape_of(one), "speed_up": 1.5}
+    page = tables.leaderboard(suite(), [one], [entry], 1)
     assert row_of(page, "l1-norm")[10] == "1.50x"
-    times = iter([3.0, 2.0] * build.ROUNDS + [1.0])  # base, resized, base, resized, ..., and the resized one at batch 1
-    monkeypatch.setattr(build, "latency_ms", lambda *a, **k: next(times))
+    times = iter([3.0, 2.0] * timing.ROUNDS + [1.0])  # base, resized, base, resized, ..., and the resized one at batch 1
+    monkeypatch.setattr(timing, "latency_ms", lambda *a, **k: next(times))
     cell = one.cell.model_copy(update={"model": "lenet_300_100", "size": 8, "device": "cpu"})
-    measured = build._measure(one.model_copy(update={"cell": cell, "widths": {"ip1": 30}}))
+    measured = timing._measure(one.model_copy(update={"cell": cell, "widths": {"ip1": 30}}))
     assert measured["speed_up"] == 1.5
     assert (measured["base_latency_ms"], measured["latency_ms"]) == (3.0, 2.0)
 
@@ -167,21 +167,22 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
     assert build.collect(whole, store) == [new]
     older = [records[0].model_copy(update={"key": "o" * 40}), *records[1:]]
     assert build.collect(whole, store, older) == [new, *records[1:]]
-    assert build.collect(whole, store, records) == records  # of one key there is one finished record
+    assert build.collect(whole, store, records) == [new, *records[1:]]  # what this machine computed, of an equal key too
     fresh = records[1].model_copy(update={"reason": "of another machine", "key": "f" * 40})
     assert build.collect(whole, store, older, [fresh]) == [new, fresh, records[2]]
     failed = records[1].model_copy(update={"status": "failed", "reason": "ran longer"})
-    assert build.collect(whole, store, records, [failed]) == records  # a failure elsewhere takes nothing away
+    assert build.collect(whole, store, records, [failed])[1].status == "failed"  # not hidden by an older result
     assert build.collect(whole, store, older, [failed.model_copy(update={"key": "f" * 40})])[1].status == "failed"
     other = suite(techniques=["l1-norm"], controls=["base"], seeds=[1])
     monkeypatch.setattr(build.protocol, "cell_key", lambda cell: "0" * 40 + "x")
     assert build.collect(other, store, records) == []
     write_records(tmp_path / "records.jsonl", records)
-    before = [line.record for line in build._before(tmp_path / "records.jsonl")]
+    before = [line.record for line in build._before(tmp_path / "records.jsonl").lines]
     assert before == sorted(records, key=lambda r: r.cell.id) == read_records(tmp_path / "records.jsonl")
     (tmp_path / "records.jsonl").write_text("nonsense")
     with pytest.warns(UserWarning, match="1 of 1 earlier records are not taken over, .*records.jsonl:1"):
-        assert build._before(tmp_path / "records.jsonl") == []
+        found = build._before(tmp_path / "records.jsonl")
+    assert (found.lines, found.aside) == ([], ["nonsense"])
 
 
 def test_a_legend_takes_the_columns_that_fit():
@@ -256,24 +257,24 @@ def test_a_block_of_code_cannot_be_ended_by_its_text():
 )
 def test_damaged_timings_are_named_and_measured_again(tmp_path, line):
     (tmp_path / "timings.jsonl").write_text(f"{line}\n")
-    assert build.read_timings(tmp_path) == []
+    assert timing.read_timings(tmp_path) == []
     with pytest.raises(build.UsageError, match=r"timings.jsonl:1 is no timing"):
-        build.parse_timings(tmp_path / "timings.jsonl")
+        timing.parse_timings(tmp_path / "timings.jsonl")
 
 
 def test_a_damaged_timing_in_the_cache_is_measured_again_and_what_a_report_has_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path))
     made = record(provenance=WHERE)
-    timing = {"dataset": "digits", "model": "lenet5", "shape": tables.shape_of(made), "speed_up": 1.5, "hardware": build.hardware()}
+    entry = {"dataset": "digits", "model": "lenet5", "shape": tables.shape_of(made), "speed_up": 1.5, "hardware": timing.hardware()}
     measured = []
-    monkeypatch.setattr(build, "_measure", lambda r: measured.append(r) or {**timing, "speed_up": 2.0})
-    assert build.timings_of([made], measure=True, before=[timing]) == [timing]
+    monkeypatch.setattr(timing, "measured", lambda some: [measured.append(r) or {**entry, "speed_up": 2.0} for r in some])
+    assert timing.timings_of([made], measure=True, before=[entry]) == [entry]
     assert not measured
-    path = tmp_path / "timings" / f"{build._timing_key(made)}.json"
+    path = tmp_path / "timings" / f"{timing._timing_key(made)}.json"
     path.parent.mkdir()
     path.write_text("{")
     with pytest.warns(UserWarning, match="damaged timing"):
-        (again,) = build.timings_of([made], measure=True, before=[timing])
+        (again,) = timing.timings_of([made], measure=True, before=[entry])
     assert again["speed_up"] == 2.0
-    assert build.timings_of([made], measure=True, before=[timing]) == [again]
+    assert timing.timings_of([made], measure=True, before=[entry]) == [again]
     assert len(measured) == 1

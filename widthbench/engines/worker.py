@@ -93,6 +93,9 @@ class Worker:
                     return record
                 answer = {"died": f"its process answered with a record of {record.cell.id}"}
             if "error" in answer:
+                if foreign:  # it may have spoilt the process, so that not even its record could be written
+                    self.code = None
+                    return failure(cell, answer["error"])
                 raise UsageError(answer["error"])
             if self._over:
                 raise WorkerError(f"the worker of {cell.id} was closed")

@@ -116,13 +116,16 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     Raises:
         UsageError: If no cell of the suite has a record.
     """
-    folder = results / suite.name
+    folder, fresh = results / suite.name, list(fresh)
+    nothing = f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)"
+    if not folder.is_dir() and not fresh and not collect(suite, store):
+        raise UsageError(nothing)
     with Lock(results / f".{suite.name}.lock"):  # two runs into one folder report one after the other
         before = _before(folder / "records.jsonl")
         known = [line.record for line in before.lines if line.record]
         records = collect(suite, store, known, fresh)
         if not records:
-            raise UsageError(f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)")
+            raise UsageError(nothing)
         _put_aside(suite, folder, before, records)
         timings = timings_of(records, measure=time_shapes, before=read_timings(folder))
         published = published_records(suite) if folder.resolve() != published_dir().resolve() / suite.name else []
