@@ -4,13 +4,14 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
+from widthbench.baselines.l1_norm import L1Norm
 
-from widthbench import data, models, protocol, registry, training, weights
+from widthbench import data, models, paths, protocol, registry, training, weights
 from widthbench.errors import UsageError
 from widthbench.measure import accuracy
 from widthbench.paths import cache_dir
 from widthbench.protocol import base_key, cell_key, obtain_base, run_cell
-from widthbench.provenance import source_digest, versions
+from widthbench.provenance import meaning, source_digest, versions
 from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
 from widthbench.technique import Outcome, Technique
@@ -382,6 +383,8 @@ def test_scratch_budget_can_be_held_to_a_multiple_of_its_sources_epochs(store):
 @pytest.mark.parametrize("technique", ["l1-norm", "uniform-width", "random-channels"])
 def test_budgets_below_the_floor_are_run_at_it_where_the_suite_says_so(store, technique):
     small = {"technique": technique, "budget": "macs:0.0001", "base": BASE, "finetune": TUNE}
+    if technique == "uniform-width":  # one neuron a layer learns nothing; a residual network does
+        small |= {"model": "test_resnet", "size": 16}
     assert run_cell(cell(**small), store).status == "skipped"
     record = run_cell(cell(**small, floor=True), store)
     assert (record.status, record.floor) == ("done", True), record.reason
@@ -471,3 +474,68 @@ def test_val_alone_chooses_the_stopping_point():
     assert protocol.stopping_point({**path, "path.channels": [4, 6, 8, 10]}) == {}
     assert protocol.stopping_point({**path, "path.val_top1": [None] * 4}) == {}
     assert protocol.stopping_point({}) == {}
+
+
+def test_a_base_that_diverges_is_trained_once_and_fails_all_its_cells(store, monkeypatch):
+    trained = []
+    real = protocol.fit
+
+    def counted(*args, **options):
+        trained.append(options["desc"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(protocol, "fit", counted)
+    hot = BASE.model_copy(update={"lr": 1e6, "epochs": 1})
+    for technique, budget in (("base", None), ("l1-norm", "macs:0.5"), ("random-channels", "macs:0.5")):
+        record = run_cell(cell(technique=technique, budget=budget, base=hot), store)
+        assert record.status == "failed"
+        assert record.reason.startswith("its base network: training diverged: ")
+    assert len(trained) == 1
+
+
+def test_what_is_finished_is_read_without_a_lock(store, monkeypatch):
+    one = cell()
+    record = run_cell(one, store)
+
+    def refused(self, *args, **options):
+        raise AssertionError("a lock was taken")
+
+    monkeypatch.setattr(paths.Lock, "acquire", refused)
+    assert run_cell(one, store) == record
+    base = protocol.obtain_base(one)
+    assert base.digest == record.provenance["base_digest"]
+
+
+def test_keys_hash_what_code_does_not_how_it_is_told(tmp_path):
+    before = meaning(b'"""One."""\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n        return 1  # four\n')
+    assert meaning(b'class A:\n    "2"\n\n    def f(self):\n        return (1)\n') == before
+    for other in (
+        b"class A:\n    def f(self):\n        return 2\n",
+        b"class A:\n    x = 'text'\n    def f(self):\n        return 1\n",
+    ):
+        assert meaning(other) != before
+    assert meaning(b"def f(x):\n    return x\n") != meaning(b"def f(y):\n    return y\n")
+    assert meaning(b"not python at all (") == b"not python at all ("
+    assert meaning(b'def f():\n    """Only told."""\n') == meaning(b'def f():\n    """Told otherwise."""\n')
+
+
+@pytest.mark.parametrize("text", ["macs:0.5", "macs:.5", "macs:0.50", "macs:5e-1", "macs:0.5:nearest"])
+def test_equal_budgets_are_one_cell(text):
+    assert cell(budget=text).identity == cell(budget="macs:0.5").identity
+    assert cell(budget=text).id.endswith("-macs:0.5-s0")
+
+
+def test_a_network_that_computes_more_in_a_batch_is_refused(store, using):
+    class Hidden(L1Norm):
+        """Answers batches by the whole network, and one sample by the small one."""
+
+        def decide(self, task, state):
+            outcome = super().decide(task, state)
+            model, whole = copy.deepcopy(task.model), [copy.deepcopy(task.model)]
+            model.register_forward_hook(lambda m, args, output: output if len(args[0]) == 1 else whole[0](args[0]))
+            return Outcome(outcome.plan, model)
+
+    using(Hidden)
+    record = run_cell(cell(technique="failing"), store)
+    assert record.status == "failed"
+    assert "MACs for each of 64 samples" in record.reason

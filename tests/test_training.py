@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from widthbench import data, models
-from widthbench.errors import UsageError
+from widthbench.errors import DivergedError, UsageError
 from widthbench.measure import accuracy
 from widthbench.recipe import Recipe
-from widthbench.training import Resume, batch_norms, fit, recalibrate, steps_of
+from widthbench.training import Resume, _Ending, batch_norms, fit, recalibrate, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +304,36 @@ def test_compiled_training_is_the_same_training(digits):
     for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert type(compiled) is type(plain)
+
+
+def test_a_run_that_ends_at_chance_has_diverged(digits):
+    model = small()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()  # no gradient reaches anything but the last bias
+    with pytest.raises(DivergedError, match=r"its loss ends at chance \(2\.3\d\d\d nats over the last epoch; .* has 2\.302\d\)"):
+        fit(model, digits.train, Recipe(epochs=2, batch_size=64, lr=0.01), macs=1)
+
+
+def test_chance_is_what_labels_say_and_few_steps_say_nothing():
+    def ending(losses, labels, per_epoch=20, total=40):
+        found = _Ending(per_epoch, total)
+        for step, loss in enumerate(losses):
+            found.add(step, loss, labels)
+        found.require_learned()
+
+    uneven = torch.tensor([0] * 9 + [1])  # chance: 0.325 nats
+    ending([9.0] * 20 + [0.32] * 20, uneven)  # only the last epoch counts
+    with pytest.raises(DivergedError, match=r"0\.3260 nats .* has 0\.3251"):
+        ending([0.1] * 20 + [0.326] * 20, uneven)
+    ending([9.0] * 8, uneven, 4, 8)  # four steps
+    ending([9.0] * 40, torch.zeros(10, dtype=torch.long))  # one class: nothing to learn
+    ending([9.0] * 40, torch.rand(10))  # no classes
+    kept, resumed = _Ending(20, 40), _Ending(20, 40)
+    for step in range(30):
+        kept.add(step, 0.33, uneven)
+    resumed.load_state_dict(kept.state_dict())
+    for step in range(30, 40):
+        resumed.add(step, 0.33, uneven)
+    with pytest.raises(DivergedError):
+        resumed.require_learned()

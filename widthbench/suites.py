@@ -327,7 +327,7 @@ def load_all(names: Iterable[str]) -> list[Suite]:
     found: dict[str, Suite] = {}
     for given in names:
         suite = load(given)
-        if found.setdefault(suite.name, suite) != suite:
+        if found.setdefault(suite.name, suite).model_dump() != suite.model_dump():
             raise UsageError(f"two different suites are named '{suite.name}', the second in {given}: give one another name")
     return list(found.values())
 
