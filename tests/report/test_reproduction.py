@@ -50,7 +50,7 @@ def test_a_run_shows_what_it_measured_and_compares_it_with_what_was_published(ma
     assert "Our Processor" in report.text
     assert "Their Processor" not in report.text + (report.folder / "leaderboard.md").read_text()
     assert "Their Processor" in report.reproduction
-    assert "1 of 3 cells are equal bit by bit" in report.reproduction
+    assert "1 of 3 cells are equal bit by bit, 1 have the same test top-1" in report.reproduction
     assert "by +0.50 at most (l1-norm" in report.reproduction
     page = (report.folder / "reproduction.md").read_text()
     (row,) = [line for line in page.splitlines() if line.startswith("| l1-norm")]

@@ -17,7 +17,7 @@ from widthbench.paths import write_atomic
 
 NAMES = ("claims.md", "claims.json")
 ROUNDING = 1e-6  # a bound up to which is one on rounding errors
-STALE = "is not what the records say: `widthbench claims` writes it anew"
+STALE = "is not what the records say: `widthbench claims --publish` (or `--results DIR`) writes it anew"
 
 NOTES = """\
 Each row is one number or one statement of a source document, with what was measured here and a verdict by a rule that was

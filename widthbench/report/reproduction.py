@@ -64,6 +64,7 @@ class Pair:
         old: The published row.
         new: The one measured here.
         same: Cells that are equal bit by bit.
+        scored: Cells with the same test top-1.
         both: Cells that both have.
         largest: The largest difference of test top-1 of a cell, in points; 0 where none is finished in both.
     """
@@ -71,6 +72,7 @@ class Pair:
     old: tables.Line
     new: tables.Line
     same: int
+    scored: int
     both: int
     largest: float
 
@@ -98,15 +100,18 @@ def pairs(published: Sequence[Record], records: Sequence[Record]) -> list[Pair]:
         both = [(before[r.cell.identity], r) for r in new.records.values() if r.cell.identity in before]
         gaps = [b.rows[-1].top1 - a.rows[-1].top1 for a, b in both if a.status == b.status == "done"]
         largest = max(gaps, key=abs, default=0.0)
-        found.append(Pair(old, new, sum(equal(a, b) for a, b in both), len(both), largest))
+        found.append(Pair(old, new, sum(equal(a, b) for a, b in both), gaps.count(0.0), len(both), largest))
     return found
 
 
 def summary(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -> str:
     """Two or three lines for a terminal."""
     found = pairs(published, records)
-    same, both = sum(p.same for p in found), sum(p.both for p in found)
-    lines = [f"against the published results of {suite.name} ({_machine(published)}): {same} of {both} cells are equal bit by bit"]
+    same, scored, both = (sum(getattr(p, n) for p in found) for n in ("same", "scored", "both"))
+    lines = [
+        f"against the published results of {suite.name} ({_machine(published)}): {same} of {both} cells are equal bit by bit, "
+        f"{scored} have the same test top-1"
+    ]
     gaps = [p for p in found if p.difference is not None]
     if gaps:
         worst = max(gaps, key=lambda p: abs(p.difference or 0.0))
