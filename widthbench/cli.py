@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a name that no file can have, a folder that may not be read
+        print(f"widthbench: {visible(str(error))[:300]}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -374,13 +377,14 @@ def _wanted(name: str, only: Sequence[str]) -> bool:
 
 def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
     from widthbench import suites
-    from widthbench.paths import published_dir
+    from widthbench.paths import published_dir, require_writable
     from widthbench.records import Store
     from widthbench.report.build import build, publish
 
     failed = []
     results = args.results or Path("results")
     site, chosen = getattr(args, "site", False), suites.load_all(args.suite)
+    require_writable(results)
     if not (chosen or site):
         raise UsageError("name a suite (`widthbench list suites`), or ask for --site")
     for suite in chosen:

@@ -92,8 +92,11 @@ def require_writable(folder: Path) -> None:
         UsageError: If it cannot be made or written.
     """
     above = folder
-    while not os.path.exists(above) and above != above.parent:
-        above = above.parent
+    try:
+        while not above.exists() and above != above.parent:
+            above = above.parent
+    except OSError as error:  # a name that no file can have
+        raise UsageError(f"cannot write {str(folder)[:80]}: {error.strerror}; choose another folder") from error
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UsageError(f"cannot write {folder}: {above} is not a folder that you may write; set WIDTHBENCH_CACHE or --results")
 

@@ -65,7 +65,7 @@ class Pair:
         new: The one measured here.
         same: Cells that are equal bit by bit.
         scored: Cells with the same test top-1.
-        both: Cells that both have.
+        both: Cells that both have, finished in either.
         largest: The largest difference of test top-1 of a cell, in points; 0 where none is finished in both.
     """
 
@@ -98,6 +98,7 @@ def pairs(published: Sequence[Record], records: Sequence[Record]) -> list[Pair]:
             continue
         before = {r.cell.identity: r for r in old.records.values()}
         both = [(before[r.cell.identity], r) for r in new.records.values() if r.cell.identity in before]
+        both = [(a, b) for a, b in both if "done" in (a.status, b.status)]  # of skipped ones there is nothing to compare
         gaps = [b.rows[-1].top1 - a.rows[-1].top1 for a, b in both if a.status == b.status == "done"]
         largest = max(gaps, key=abs, default=0.0)
         found.append(Pair(old, new, sum(equal(a, b) for a, b in both), gaps.count(0.0), len(both), largest))
