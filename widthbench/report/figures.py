@@ -38,20 +38,25 @@ def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
     """
     found = [line for line in lines(records) if line.done]
     panels: dict[tuple[str, str], list[Line]] = {}
-    lost: dict[tuple[str, str], list[str]] = {}
+    lost: dict[tuple[str, str], dict[str, list[int]]] = {}  # by row, budgets together: how many runs failed, of how many
     for line in lines(records):
-        if not line.done and line.failed:
-            lost.setdefault((line.dataset, line.model), []).append(f"{line.label} at {line.budget or 'full width'}")
+        if not line.control or line.budget:
+            counts = lost.setdefault((line.dataset, line.model), {}).setdefault(line.label, [0, 0])
+            counts[0], counts[1] = counts[0] + line.failed, counts[1] + line.failed + len(line.done)
+    failures = {
+        network: ", ".join(f"{label} {failed} of {whole}" for label, (failed, whole) in rows.items() if failed)
+        for network, rows in lost.items()
+    }
     for line in found:
         panels.setdefault((line.dataset, line.model), []).append(line)
     panels = {k: block for k, block in panels.items() if any(ln.budget for ln in block)}  # a lone base is no picture
     if not panels:
         return []
-    return [_figure(panels, lost, axis, folder / f"accuracy-{axis}.png", title) for axis in AXES]
+    return [_figure(panels, failures, axis, folder / f"accuracy-{axis}.png", title) for axis in AXES]
 
 
 def _figure(
-    panels: dict[tuple[str, str], list[Line]], lost: dict[tuple[str, str], list[str]], axis: str, path: Path, title: str
+    panels: dict[tuple[str, str], list[Line]], failures: dict[tuple[str, str], str], axis: str, path: Path, title: str
 ) -> Path:  # fmt: skip
     columns = min(2, len(panels))
     height = -(-len(panels) // columns)
@@ -64,8 +69,8 @@ def _figure(
     for place, ((dataset, model), block) in zip(axes.flat, panels.items(), strict=False):
         _panel(place, block, axis, labels)
         place.set_title(f"{model} on {dataset}", fontsize=11)
-        failed = f"\nall runs failed: {', '.join(lost[dataset, model])}" if (dataset, model) in lost else ""
-        place.set_xlabel(AXES[axis] + textwrap.fill(failed, 75, replace_whitespace=False), fontsize=9)
+        failed = failures.get((dataset, model), "")
+        place.set_xlabel(AXES[axis] + (f"\n{textwrap.fill(f'failed runs: {failed}', 75)}" if failed else ""), fontsize=9)
         place.set_ylabel("test top-1, %")
     for place in list(axes.flat)[len(panels) :]:
         place.set_visible(False)
@@ -115,11 +120,6 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
             linestyle=style, linewidth=1.2, capsize=3,
         )  # fmt: skip
         dots += [(x * shift, y, colour) for x, y in zip(xs, ys, strict=True)]
-        for line in block:
-            if line.label == label and line.failed:
-                x, y, _ = _point(line, axis)
-                text = f"{line.failed} of {line.failed + len(line.done)} failed"
-                place.annotate(text, (x * shift, y), xytext=(4, -9), textcoords="offset points", color=colour, fontsize=7)
     front = pareto(points)
     front.append((max(p[0] for p in points), front[-1][1]))  # larger networks without better scores are behind it
     place.plot(
