@@ -20,7 +20,7 @@ from widthbench import claims, suites
 from widthbench.engines.worker import Worker
 from widthbench.errors import UsageError
 from widthbench.limits import Limits
-from widthbench.paths import published_dir, require_writable
+from widthbench.paths import published_dir, require_writable, settle
 from widthbench.records import Record, Store
 
 SUITES = pytest.StashKey[list[suites.Suite]]()
@@ -67,6 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["WIDTHBENCH_DATA"] = folder  # workers inherit it
     names = config.getoption("--suite") or ["digits"]
     try:
+        settle()
         chosen = suites.load_all(suites.names() if "all" in names else names)
         if not WORKER:
             require_writable(_results(config))

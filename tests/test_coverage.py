@@ -28,13 +28,12 @@ def test_a_row_has_grades_errors_and_a_half_that_runs():
     assert (row["exact"], row["heads"], row["coupled"], row["frozen"], row["problem"]) == (18, 6, 1, 0, "")
     assert float(row["split error"]) < 1e-9
     assert float(row["gates vs removal"]) < 1e-9
-    assert row["cost exact"]
     assert 0.2 < row["half MACs"] < 0.3
     assert coverage.passed(row)
 
 
 def test_a_network_without_exact_groups_does_not_pass(monkeypatch):
-    monkeypatch.setattr(coverage, "_built", lambda name: (nn.Flatten(), torch.randn(1, 3, 8, 8)))
+    monkeypatch.setattr(coverage, "built", lambda name: (nn.Flatten(), torch.randn(1, 3, 8, 8)))
     row = coverage.survey("none")
     assert not coverage.passed(row)
     assert row["problem"] == "no exact group"
@@ -44,7 +43,7 @@ def test_a_network_that_does_not_load_is_a_row(monkeypatch):
     def refuse(name):
         raise UsageError("no such weights")
 
-    monkeypatch.setattr(coverage, "_built", refuse)
+    monkeypatch.setattr(coverage, "built", refuse)
     assert coverage.survey("x") == {"model": "x", "problem": "does not load: no such weights"}
 
 
@@ -83,15 +82,14 @@ def _dies(name):
 
 
 def test_a_network_that_takes_too_long_or_kills_its_process_is_a_row():
-    assert coverage._apart(_sleeps, "x", 1, 0.5) == {"problem": "took more than 0.5 s"}
-    assert coverage._apart(_dies, "x", 1, 60) == {"problem": "its process died (out of memory?)"}
+    assert coverage.apart(_sleeps, "x", 1, 0.5) == {"problem": "took more than 0.5 s"}
+    assert coverage.apart(_dies, "x", 1, 60) == {"problem": "its process died (out of memory?)"}
 
 
 def test_the_page_counts_what_passes_and_names_the_rest():
     good = {"family": "a", "members": 3, "model": "a_s", "exact": 2, "split error": "1e-15", "gates vs removal": "2e-15"}
     good |= {
         "problem": "",
-        "cost exact": True,
         "half MACs": 0.25,
         "alone": 0.3,
         "reasons": {"splitting it changes the output by 1e-3": 2},

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from widthbench import __version__
 from widthbench.errors import UsageError, visible
+from widthbench.paths import settle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, given, None):
             os.environ[name] = getattr(args, given)
     try:
+        settle()
         return int(args.run(args))
     except UsageError as error:
         print(f"widthbench: {visible(str(error))}", file=sys.stderr)

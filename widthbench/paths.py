@@ -15,21 +15,28 @@ from filelock import FileLock
 
 from widthbench.errors import UsageError
 
-_START = Path.cwd()  # relative paths mean this folder, wherever a plug-in changes to
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # it can only be read by setting it
 
 
 def expanded(given: str) -> Path:
-    """A path in full, with "~" and "~user" in front replaced by the home folder that they stand for.
+    """A path with "~" and "~user" in front replaced by the home folder that they stand for.
 
     Raises:
         UsageError: If there is no such user.
     """
     try:
-        return _START / Path(given).expanduser()
+        return Path(given).expanduser()
     except RuntimeError as error:
         raise UsageError(f"path {given}: there is no home folder of '{Path(given).parts[0]}': write the path in full") from error
+
+
+def settle() -> None:
+    """Let relative paths in the environment mean the folder at hand for good, wherever a plug-in changes to."""
+    for name in ("WIDTHBENCH_CACHE", "WIDTHBENCH_DATA", "WIDTHBENCH_WEIGHTS", "WIDTHBENCH_STORE"):
+        given = os.environ.get(name)
+        if given and (name != "WIDTHBENCH_STORE" or ":" not in given):
+            os.environ[name] = str(expanded(given).absolute())
 
 
 class Lock(FileLock):

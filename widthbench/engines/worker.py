@@ -304,11 +304,12 @@ def _serve() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     from widthbench.errors import UsageError
-    from widthbench.paths import Lock
+    from widthbench.paths import Lock, settle
     from widthbench.protocol import run_cell
     from widthbench.records import Cell, Store
     from widthbench.task import bar, quiet
 
+    settle()
     Lock.tell = lambda at: say(at=at)  # waiting for one that computes the same cell, trains its base, decodes its images
 
     while True:

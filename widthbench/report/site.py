@@ -164,6 +164,7 @@ def _suite(shown: Shown) -> dict[str, Any]:
         "rows": rows,
         "places": list(dict.fromkeys(r["place"] for r in rows)),
         "done": sum(r.status == "done" for r in shown.records),
+        "failed": sum(r.status == "failed" for r in shown.records),
         "cells": max(len(cells), len(shown.records)),
         "origins": tables.origins(shown.records, shown.timings),
         "digest": shown.digest,
