@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from filelock import SoftFileLock
 
 from widthbench import Outcome, Technique, protocol
+from widthbench.paths import cache_dir
 
 WAYS = {
     "raises": "RuntimeError: on purpose",
@@ -32,6 +34,8 @@ WAYS = {
     "nan": "made it non-finite",
     "lone-surrogate": r"ValueError: \ud800",
     "waits-at-its-own-lock": "ran longer than the 6 s that its suite allows (time_limit)",
+    "waits-at-a-lock-in-the-cache": "ran longer than the 6 s that its suite allows (time_limit)",
+    "limits-file-sizes": "File too large",
     "leaves-traces-and-exits": "SystemExit: 3",
     "leaves-traces-and-interrupts": "KeyboardInterrupt",
     "leaves-others-and-ends": "its process ended with exit code 7 without a word",
@@ -132,6 +136,18 @@ class Unruly(Technique):
     def waits_at_its_own_lock(self, task):
         SoftFileLock(tempfile.mkstemp()[1]).acquire()  # which nobody releases
 
+    def waits_at_a_lock_in_the_cache(self, task):
+        path = cache_dir() / "downloads.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        SoftFileLock(path).acquire()
+
+    def limits_file_sizes(self, task):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    def changes_directory(self, task):
+        os.chdir("/proc")
+
     def leaves_others_and_ends(self, task):
         subprocess.Popen(["sleep", "98763"], start_new_session=True)
         os._exit(7)
@@ -153,7 +169,7 @@ class Unruly(Technique):
         subprocess.Popen(["sleep", "98764"], start_new_session=True)
 
 
-ALL = [*WAYS, "prints", "starts-others", "writes-everywhere", "forks", "leaves-traces"]
+ALL = [*WAYS, "changes-directory", "prints", "starts-others", "writes-everywhere", "forks", "leaves-traces"]
 for _name in ALL:
     _attributes = {"id": _name, "__module__": __name__, "__doc__": Unruly.__doc__}
     globals()[_name.replace("-", "_").title()] = type(_name, (Unruly,), _attributes)

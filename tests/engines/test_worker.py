@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import torch
 import unruly
 from filelock import FileLock
 
@@ -17,6 +18,8 @@ from widthbench.engines import local
 from widthbench.engines.worker import Worker, WorkerError, code_of
 from widthbench.limits import Limits
 from widthbench.records import Store
+from widthbench.report.tables import shape_of
+from widthbench.report.timing import measured
 
 SUITE = """
 name = "unruly"
@@ -94,6 +97,26 @@ def test_what_a_plug_in_prints_reaches_nobody_who_reads_records_and_its_input_is
     out = capfd.readouterr()
     assert "forged" not in out.out
     assert out.err.count("forged") == 3
+
+
+def test_a_relative_cache_stays_where_it_was_when_a_plug_in_changes_directory(plug_ins, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WIDTHBENCH_CACHE", "kept here")
+    found = run("changes-directory", "l1-norm")
+    assert {n: r.status for n, r in found.items()} == dict.fromkeys(("base", "changes-directory", "l1-norm"), "done")
+    assert Store(tmp_path / "kept here" / "cells").get(found["changes-directory"].key)
+
+
+def test_latencies_are_measured_where_no_plug_in_was_imported(plug_ins):
+    record = run("l1-norm")["l1-norm"]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # as a plug-in may do when it is imported
+    try:
+        (timing,) = measured([record])
+    finally:
+        torch.set_default_dtype(before)
+    assert timing["shape"] == shape_of(record)
+    assert timing["peak_memory_mib"] == pytest.approx(next(measured([record]))["peak_memory_mib"])
 
 
 @pytest.mark.parametrize("way", ["writes-everywhere", "forks"])
