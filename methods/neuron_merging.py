@@ -98,8 +98,8 @@ class NeuronMerging(Technique):
             if isinstance(affines := affines_of(task.model, task.groups, name), str):
                 return f"channel group '{name}': {affines}, so that nothing can be merged there (leave it out by include)"
             for owner in affines:
-                if consumer := passed_by(task.model, task.groups, name, owner, task.example_input):
-                    return f"channel group '{name}': layer {consumer} reads it around module {owner}, which scales it for others"
+                if why := passed_by(task.model, task.groups, name, owner, task.example_input):
+                    return f"channel group '{name}': {why}"
         return None
 
     def prepare(self, task: Task) -> dict[str, Tensor]:

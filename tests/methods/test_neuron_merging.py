@@ -644,3 +644,12 @@ def test_the_affine_of_a_norm_across_channels_counts_too():
     small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, scope="all")
     with torch.no_grad():  # equal halves: mean and variance stay, so that merging is exact
         assert torch.allclose(small(x), net(x), atol=1e-3)
+
+
+def test_a_scale_that_runs_twice_is_refused():
+    scale = Scaled(8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), scale, nn.ReLU(), scale, nn.Conv2d(8, 6, 3), nn.Flatten(), nn.LazyLinear(4)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    net(x)
+    with pytest.raises(UsageError, match="channel group '0': module 1, which scales it, runs 2 times"):
+        widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, include="0")

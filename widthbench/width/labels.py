@@ -481,14 +481,14 @@ class Tracer(TorchDispatchMode):
         for dims, ids in value.factors:
             up = None if view.dims is None else tuple(view.dims[d] for d in dims)
             if up is None or None in up:
-                self.freeze(ids, "they are written into a part of a tensor that cannot be followed")
+                self.freeze(ids, "its channels are written into a part of a tensor that cannot be followed")
                 continue
             own = tuple(sorted(int(d) for d in up if d is not None))
             ids = ids.transpose(sorted(range(len(up)), key=lambda i: up[i]))  # type: ignore[arg-type, return-value]
             shape = [view.root.shape[d] for d in own]
             there = next((f for f in factors if f[0] == own), None)
             if there is None and any(set(f[0]) & set(own) for f in factors):
-                self.freeze(ids, "they are written across other channels")
+                self.freeze(ids, "its channels are written across others")
                 continue
             whole = self._new(math.prod(shape)).reshape(shape) if there is None else there[1]
             self.tie(whole[np.ix_(*(view.places[d] for d in own))], ids)

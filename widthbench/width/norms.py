@@ -159,7 +159,7 @@ def affines_of(model: nn.Module, groups: Groups, name: str) -> dict[str, tuple[T
 
 
 def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor) -> str | None:
-    """A consumer of a group that its channels also reach around a module; None if all of them pass through it.
+    """Why a module does not scale a group's channels once on every way to its consumers; None if it does.
 
     Args:
         model: The network that the groups were found in.
@@ -169,12 +169,13 @@ def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor
         x: An example input ``[B, ...]``.
     """
     seen: list[dict[str, Tensor]] = []
+    runs: list[None] = []
     places = dict(groups.places(name, "in"))
     for changed in (False, True):
         inputs: dict[str, Tensor] = {}
         with ExitStack() as stack:
             if changed:
-                hook = model.get_submodule(owner).register_forward_hook(lambda module, args, output: output.flip(0) + 1)
+                hook = model.get_submodule(owner).register_forward_hook(partial(_changed, runs))
                 stack.callback(hook.remove)
             for layer, positions in places.items():
                 module = model.get_submodule(layer)
@@ -185,7 +186,15 @@ def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor
             with torch.no_grad():
                 model(x)
         seen.append(inputs)
-    return next((layer for layer in places if layer in seen[0] and torch.equal(seen[0][layer], seen[1][layer])), None)
+    if len(runs) != 1:
+        return f"module {owner}, which scales it, runs {len(runs)} times"
+    around = next((layer for layer in places if layer in seen[0] and torch.equal(seen[0][layer], seen[1][layer])), None)
+    return None if around is None else f"layer {around} reads it around module {owner}, which scales it for others"
+
+
+def _changed(runs: list[None], module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    runs.append(None)
+    return output.flip(0) + 1
 
 
 def _noted(into: dict[str, Tensor], layer: str, dim: int, positions: list[int], module: nn.Module, args: Any) -> None:
