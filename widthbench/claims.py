@@ -39,7 +39,7 @@ class Pick(_Strict):
     """Which records of a suite a number is read from, and what is read. What is not given matches anything.
 
     Attributes:
-        suite: Its committed results are read.
+        suite: Whose results are read, published ones or a folder of yours.
         dataset: Of the cell.
         model: Of the cell.
         args: Arguments of the network's constructor that the cell must have; all of them, if ``exactly``.
@@ -230,7 +230,7 @@ class Judged:
 
 @dataclass
 class Evidence:
-    """The records that claims are judged by: the committed results of each suite, read once.
+    """The records that claims are judged by: the results of each suite in one folder, read once.
 
     Attributes:
         results: The results folder.
