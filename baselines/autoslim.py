@@ -16,10 +16,10 @@ from widthbench.budget import Budget, asked, top_channels, uniform_widths, used
 from widthbench.errors import BudgetError, UsageError
 from widthbench.measure import accuracy
 from widthbench.models import reinitialise
-from widthbench.recipe import Recipe
 from widthbench.task import Samples, Task
 from widthbench.technique import Outcome, Technique
-from widthbench.training import recalibrate
+from widthbench.training.recalibration import recalibrate
+from widthbench.training.recipe import Recipe
 from widthbench.width.gates import gated
 from widthbench.width.groups import producer_rows
 from widthbench.width.resize import keep, resize

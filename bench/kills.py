@@ -46,8 +46,9 @@ args = { drop_rate = 0.2 }
 
 TRAIN = """
 import sys
-from widthbench import protocol, suites, training
-training.STATE_EVERY_S = 0  # keep the state after every epoch
+from widthbench import protocol, suites
+from widthbench.training import resume
+resume.STATE_EVERY_S = 0  # keep the state after every epoch
 cell = suites.load(sys.argv[1]).cells()[0]
 def progress(steps, /, *, desc):
     print("from epoch", steps.start, flush=True)

@@ -22,10 +22,11 @@ from unittest import mock
 import torch
 from tabulate import tabulate
 
-from widthbench import data, models, protocol, recipes, suites, technique, training
+from widthbench import data, models, protocol, recipes, suites, technique
 from widthbench.paths import write_atomic
 from widthbench.records import Cell, Store
 from widthbench.report.speed import where
+from widthbench.training import loop
 
 WORK = ("training", "decision", "resize", "recalibration", "scores")
 CELLS = (
@@ -106,7 +107,7 @@ def one_epoch(network: str, name: str, dataset: str, size: int) -> dict[str, flo
     source = data.load(dataset, size)
     model = models.create(network, classes=source.classes, channels=source.channels, size=size)
     recipe = recipes.load(name).recipe.model_copy(update={"epochs": 0.1})
-    training.fit(model, source.train, recipe, macs=1)
+    loop.fit(model, source.train, recipe, macs=1)
     watch, train = Stopwatch(), source.train
 
     class Timed:
@@ -121,17 +122,17 @@ def one_epoch(network: str, name: str, dataset: str, size: int) -> dict[str, flo
     with ExitStack() as stack:
         watch.patch(stack, torch.Tensor, "backward", "backward")
         watch.patch(stack, torch.optim.Optimizer, "zero_grad", "optimizer")
-        make = training.create_optimizer_v2
+        make = loop.create_optimizer_v2
 
         def optimizer(*args: Any, **kwargs: Any) -> Any:
             made = make(*args, **kwargs)
             made.step = watch.timed("optimizer", made.step)
             return made
 
-        stack.enter_context(mock.patch.object(training, "create_optimizer_v2", optimizer))
+        stack.enter_context(mock.patch.object(loop, "create_optimizer_v2", optimizer))
         model.forward = watch.timed("forward", model.forward)
         with watch.on("the loop itself"):
-            training.fit(model, Timed(), recipe.model_copy(update={"epochs": 1.0}), macs=1)
+            loop.fit(model, Timed(), recipe.model_copy(update={"epochs": 1.0}), macs=1)
     return dict(watch.seconds)
 
 

@@ -16,10 +16,11 @@ from widthbench import parallel
 from widthbench.budget import Budget, asked, global_widths, top_channels, used
 from widthbench.errors import UsageError
 from widthbench.measure import accuracy, fastest_layout
-from widthbench.recipe import Recipe
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
-from widthbench.training import batch_norms, steps_of
+from widthbench.training.loop import steps_of
+from widthbench.training.recalibration import batch_norms
+from widthbench.training.recipe import Recipe
 from widthbench.width.gates import gated, sums_by_channel
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from widthbench.budget import asked, top_channels, uniform_widths, used
 from widthbench.measure import accuracy
 from widthbench.models import reinitialise
-from widthbench.recipe import Recipe
 from widthbench.task import Task
 from widthbench.technique import Outcome, Technique
-from widthbench.training import OptimizerState
+from widthbench.training.loop import OptimizerState
+from widthbench.training.recipe import Recipe
 from widthbench.width.ablation import replica
 from widthbench.width.groups import Groups
 from widthbench.width.layers import tensors_on

@@ -9,8 +9,8 @@ import torch
 import widthbench.models  # noqa: F401
 from widthbench import data, parallel
 from widthbench.measure import accuracy
-from widthbench.recipe import Recipe
-from widthbench.training import fit
+from widthbench.training.loop import fit
+from widthbench.training.recipe import Recipe
 
 
 @dataclass

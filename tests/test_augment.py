@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from widthbench.augment import augment
-from widthbench.recipe import Recipe
+from widthbench.augment import augment, draw
+from widthbench.training.recipe import Recipe
 
 
 def recipe(**changes):
@@ -14,10 +14,14 @@ def draws(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def augmented(x, recipe, generator):
+    return augment(x, recipe, draw(recipe, len(x), *x.shape[2:], generator))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_a_crop_is_a_window_of_the_padded_image_with_an_offset_of_its_own(dtype):
     x = torch.arange(1, 1 + 40 * 3 * 8 * 6).reshape(40, 3, 8, 6).remainder(250).add(1).to(dtype)
-    out = augment(x, recipe(crop=2), draws())
+    out = augmented(x, recipe(crop=2), draws())
     assert (out.shape, out.dtype) == (x.shape, x.dtype)
     padded = F.pad(x, (2, 2, 2, 2))
     found = [
@@ -30,7 +34,7 @@ def test_a_crop_is_a_window_of_the_padded_image_with_an_offset_of_its_own(dtype)
 
 def test_a_flip_mirrors_about_half_of_the_images():
     x = torch.rand(400, 1, 4, 5)
-    out = augment(x, recipe(flip=True), draws())
+    out = augmented(x, recipe(flip=True), draws())
     mirrored = torch.tensor([torch.equal(out[n], x[n].flip(-1)) for n in range(400)])
     same = torch.tensor([torch.equal(out[n], x[n]) for n in range(400)])
     assert bool((mirrored ^ same).all())
@@ -39,7 +43,7 @@ def test_a_flip_mirrors_about_half_of_the_images():
 
 def test_cutout_blacks_a_square_out_that_may_lie_partly_outside():
     x = torch.ones(500, 2, 16, 16)
-    out = augment(x, recipe(cutout=6), draws())
+    out = augmented(x, recipe(cutout=6), draws())
     holes = (out == 0).all(1)
     assert torch.equal(holes, (out == 0).any(1))  # the same in all channels
     sizes = holes.sum((1, 2))
@@ -55,18 +59,18 @@ def test_the_generator_decides_and_the_input_is_left_alone():
     x = torch.rand(16, 3, 8, 8)
     before = x.clone()
     everything = recipe(crop=2, flip=True, cutout=3)
-    a, b, c = (augment(x, everything, draws(seed)) for seed in (0, 0, 1))
+    a, b, c = (augmented(x, everything, draws(seed)) for seed in (0, 0, 1))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert torch.equal(x, before)
-    assert torch.equal(augment(x, recipe(), draws()), x)
+    assert torch.equal(augmented(x, recipe(), draws()), x)
 
 
 def test_crops_equal_those_of_torchvision_at_the_same_offsets():
     from torchvision.transforms import functional as tv
 
     x = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
-    out = augment(x, recipe(crop=4), draws(7))
+    out = augmented(x, recipe(crop=4), draws(7))
     offsets = torch.randint(0, 9, (2, 32), generator=draws(7))
     padded = tv.pad(x, 4)
     for n in range(32):

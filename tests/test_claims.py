@@ -8,11 +8,11 @@ from made import DONE
 from widthbench import claims
 from widthbench.claims import Claim, Evidence, Judged, Pick, Row, judge_row, overall
 from widthbench.errors import UsageError
-from widthbench.recipe import Recipe
 from widthbench.records import Cell, Record, Spent, read_records, write_records
 from widthbench.records import Row as Scores
 from widthbench.report.claims import page, plain
 from widthbench.report.statistics import summarise
+from widthbench.training.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 EXPECTED = (

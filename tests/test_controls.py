@@ -4,8 +4,8 @@ import torch
 from widthbench.controls import FRESH, first_channels, fresh_at
 from widthbench.measure import accuracy
 from widthbench.protocol import obtain_base, run_cell
-from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
+from widthbench.training.recipe import Recipe
 
 BASE, TUNE = Recipe(epochs=2, lr=0.05), Recipe(epochs=1, lr=0.01)
 

@@ -12,10 +12,10 @@ from widthbench.measure import accuracy
 from widthbench.paths import cache_dir
 from widthbench.protocol import base_key, cell_key, obtain_base, run_cell
 from widthbench.provenance import meaning, source_digest, versions
-from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
 from widthbench.technique import Outcome, Technique
-from widthbench.training import fit
+from widthbench.training.loop import fit
+from widthbench.training.recipe import Recipe
 from widthbench.width import keep
 
 BASE, TUNE = Recipe(epochs=2, lr=0.05), Recipe(epochs=1, lr=0.01)

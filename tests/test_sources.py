@@ -15,7 +15,7 @@ from PIL import Image
 
 from widthbench import data, sources
 from widthbench.errors import UsageError
-from widthbench.recipe import Recipe
+from widthbench.training.recipe import Recipe
 
 
 @pytest.fixture

@@ -10,8 +10,11 @@ from torch.nn import functional as F
 from widthbench import data, models
 from widthbench.errors import DivergedError, UsageError
 from widthbench.measure import accuracy
-from widthbench.recipe import Recipe
-from widthbench.training import Resume, _Ending, batch_norms, fit, recalibrate, steps_of
+from widthbench.training.ending import Ending
+from widthbench.training.loop import fit, steps_of
+from widthbench.training.recalibration import batch_norms, recalibrate
+from widthbench.training.recipe import Recipe
+from widthbench.training.resume import Resume
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +320,7 @@ def test_a_run_that_ends_at_chance_has_diverged(digits):
 
 def test_chance_is_what_labels_say_and_few_steps_say_nothing():
     def ending(losses, labels, per_epoch=20, total=40):
-        found = _Ending(per_epoch, total)
+        found = Ending(per_epoch, total)
         for step, loss in enumerate(losses):
             found.add(step, loss, labels)
         found.require_learned()
@@ -329,7 +332,7 @@ def test_chance_is_what_labels_say_and_few_steps_say_nothing():
     ending([9.0] * 8, uneven, 4, 8)  # four steps
     ending([9.0] * 40, torch.zeros(10, dtype=torch.long))  # one class: nothing to learn
     ending([9.0] * 40, torch.rand(10))  # no classes
-    kept, resumed = _Ending(20, 40), _Ending(20, 40)
+    kept, resumed = Ending(20, 40), Ending(20, 40)
     for step in range(30):
         kept.add(step, 0.33, uneven)
     resumed.load_state_dict(kept.state_dict())

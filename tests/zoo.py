@@ -10,7 +10,7 @@ from torch import nn
 
 from widthbench import data, sources, weights
 from widthbench.errors import UsageError
-from widthbench.training import fit
+from widthbench.training.loop import fit
 from widthbench.width import find_groups
 from widthbench.width.ablation import Sample
 from widthbench.width.certify import randomised

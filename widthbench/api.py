@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from widthbench import registry
 from widthbench.augment import augment as augmented
+from widthbench.augment import draw
 from widthbench.budget import Budget
 from widthbench.errors import UsageError
-from widthbench.recipe import Recipe
 from widthbench.task import Samples, Task, bar, quiet
 from widthbench.technique import Outcome, Technique, runs
-from widthbench.training import fit
+from widthbench.training.loop import fit
+from widthbench.training.recipe import Recipe
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import CostModel, count_macs
 from widthbench.width.groups import Scope
@@ -57,7 +58,8 @@ class Batches:
         for index in order.split(size):
             batch = x[index].to(self._device)
             if augment is not None and generator is not None:
-                batch = augmented(batch, augment, generator)
+                draws = draw(augment, len(batch), batch.shape[2], batch.shape[3], generator)
+                batch = augmented(batch, augment, draws.part(slice(None), self._device))
             yield batch, y[index].to(self._device)
 
 

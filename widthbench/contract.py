@@ -14,9 +14,9 @@ from widthbench.budget import Budget, check
 from widthbench.budget import used as used_of
 from widthbench.errors import AccessError
 from widthbench.protocol import obtain_base, task_of
-from widthbench.recipe import Recipe
 from widthbench.records import Cell
 from widthbench.technique import Outcome, Technique, build
+from widthbench.training.recipe import Recipe
 from widthbench.width.cost import Cost, count_macs
 
 NETWORKS = ({"model": "lenet_300_100", "size": 16}, {"model": "lenet5", "size": 20}, {"model": "test_resnet", "size": 32})

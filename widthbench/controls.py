@@ -25,11 +25,11 @@ from widthbench.protocol import (
     task_of,
     train,
 )
-from widthbench.recipe import Recipe, Spent
 from widthbench.records import Cell, Record, Store
 from widthbench.task import Progress, Task
 from widthbench.technique import Outcome
-from widthbench.training import batch_norms
+from widthbench.training.recalibration import batch_norms
+from widthbench.training.recipe import Recipe, Spent
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import CostModel, count_macs
 from widthbench.width.groups import Groups

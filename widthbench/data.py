@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -18,10 +19,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from widthbench import sources
-from widthbench.augment import augment as augmented
+from widthbench.augment import Draws, augment, draw
 from widthbench.errors import UsageError
 from widthbench.randomness import seeded
-from widthbench.recipe import Recipe
+from widthbench.training.recipe import Recipe
 
 Part = Callable[[int], slice]
 """Which samples of a batch of so many belong to this process."""
@@ -39,18 +40,27 @@ class _Normalised:
     std: tuple[float, ...]
     device: torch.device
 
-    def _finish(
-        self, x: Tensor, recipe: Recipe | None, generator: torch.Generator | None, of: tuple[int, slice] | None = None
-    ) -> Tensor:  # fmt: skip
+    @functools.cached_property
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(t, device=self.device)[:, None, None] for t in (self.mean, self.std))
+        return mean, std
+
+    def _finish(self, x: Tensor, recipe: Recipe | None, draws: Draws | None) -> Tensor:
         """uint8 ``[B, C, H, W]`` to normalised float32 on the device: ``(x / 255 - mean) / std``."""
         x = x.to(self.device, non_blocking=True)
-        if recipe is not None and recipe.augments:
-            if generator is None:
-                raise UsageError("augmentation draws at random: give batches() a generator with it")
-            x = augmented(x, recipe, generator, of=of)
-        mean = torch.tensor(self.mean, device=self.device)[:, None, None]
-        std = torch.tensor(self.std, device=self.device)[:, None, None]
+        if recipe is not None and draws is not None:
+            x = augment(x, recipe, draws)
+        mean, std = self._scale
         return x.float().div_(255).sub_(mean).div_(std)
+
+
+def _drawn(recipe: Recipe | None, generator: torch.Generator | None, count: int, height: int, width: int) -> Draws | None:
+    """A batch's draws, where the recipe augments."""
+    if recipe is None or not recipe.augments:
+        return None
+    if generator is None:
+        raise UsageError("augmentation draws at random: give batches() a generator with it")
+    return draw(recipe, count, height, width, generator)
 
 
 @dataclass(frozen=True)
@@ -91,13 +101,31 @@ class ImageSamples(_Normalised):
         Raises:
             UsageError: If the recipe asks for what only images read from files can have.
         """
+        for whole, draws in self.choices(size, generator=generator, augment=augment):
+            mine = slice(None) if part is None else part(len(whole))
+            some = None if draws is None else draws.part(mine, self.device)
+            yield self.at(whole[mine].to(self.device), augment, some)
+
+    def choices(
+        self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
+    ) -> Iterator[tuple[Tensor, Draws | None]]:
+        """The samples of each batch of ``batches``, long ``[B]``, and what is drawn for them, on the CPU."""
         if augment is not None and augment.resized_crop:
             raise UsageError("recipe: resized_crop is for images that are read from files; this set is in memory: use crop")
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for whole in order.to(self.images.device).split(size):
-            mine = slice(None) if part is None else part(len(whole))
-            index = whole[mine]
-            yield self._finish(self.images[index], augment, generator, (len(whole), mine)), self.labels[index].to(self.device)
+        height, width = self.images.shape[2:]
+        for whole in order.split(size):
+            yield whole, _drawn(augment, generator, len(whole), height, width)
+
+    def at(self, index: Tensor, augment: Recipe | None = None, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """A batch, without a word from the host: samples and draws are on the device.
+
+        Args:
+            index: long ``[B]``.
+            augment: As in ``batches``.
+            draws: What was drawn for these samples.
+        """
+        return self._finish(self.images[index], augment, draws), self.labels[index]
 
 
 @dataclass(frozen=True)
@@ -155,7 +183,9 @@ class FileSamples(_Normalised):
                 x, y = next(batches) if len(whole[mine]) else (torch.empty(0, 3, self.size, self.size), torch.empty(0).long())
             except UsageError as error:  # torch wraps a worker's error in its traceback
                 raise UsageError(str(error).rpartition("UsageError: ")[2].strip()) from None
-            yield self._finish(x, augment, generator, (len(whole), mine)), y.to(self.device)
+            draws = _drawn(augment, generator, len(whole), self.size, self.size)
+            some = None if draws is None else draws.part(mine, self.device)
+            yield self._finish(x, augment, some), y.to(self.device)
 
     def _transform(self, least_area: float) -> Any:
         common: dict[str, Any] = {

@@ -120,19 +120,21 @@ def latency_ms(model: nn.Module, x: Tensor, *, rounds: int = 30, warm_up: int = 
 def peak_memory_mib(model: nn.Module, x: Tensor) -> float:
     """Peak memory of one forward pass without gradients, weights and input included, in MiB.
 
-    On CUDA what the allocator reports; elsewhere the largest sum of live tensor storage seen between operations, which leaves
-    out scratch space inside an operation and is the same on every machine.
+    On CUDA what the allocator reports, less what other tensors hold; elsewhere the largest sum of live tensor storage seen
+    between operations, which leaves out scratch space inside an operation and is the same on every machine.
 
     Args:
         model: In eval mode.
         x: ``[B, ...]``.
     """
     if x.device.type == "cuda":
+        own = {t.untyped_storage() for t in (*model.parameters(), *model.buffers(), x)}
         with torch.no_grad():
             model(x)
             torch.cuda.reset_peak_memory_stats(x.device)
+            others = torch.cuda.memory_allocated(x.device) - sum(s.nbytes() for s in own)
             model(x)
-        return torch.cuda.max_memory_allocated(x.device) / MIB
+        return (torch.cuda.max_memory_allocated(x.device) - others) / MIB
     with torch.no_grad(), _LiveStorage() as live:
         for t in (*model.parameters(), *model.buffers(), x):
             live.see(t)

@@ -25,20 +25,31 @@ from widthbench.errors import DivergedError, InfeasibleBudgetError, UsageError
 from widthbench.measure import Meter, accuracy
 from widthbench.paths import Lock, cache_dir, write_atomic
 from widthbench.provenance import code_digest, source_digest, stamp, versions
-from widthbench.recipe import Recipe, Spent
 from widthbench.records import CONTROLS, Cell, Record, Row, Stage, Store, digest_of
 from widthbench.task import Nothing, Progress, Task, quiet
 from widthbench.technique import Outcome, Technique, runs
-from widthbench.training import Resume, Stateful, batch_norms, fit, recalibrate
+from widthbench.training.loop import Stateful, fit
+from widthbench.training.recalibration import batch_norms, recalibrate
+from widthbench.training.recipe import Recipe, Spent
+from widthbench.training.resume import Resume
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.groups import Groups
 from widthbench.width.resize import resize
 
 BASE_CODE = (
-    "randomness.py", "sources.py", "data.py", "augment.py", "networks.py", "models.py", "weights.py", "measure.py", "training.py",
-    "recipe.py", "parallel.py", "_shared_statistics.py",
-)  # fmt: skip
+    "randomness.py",
+    "sources.py",
+    "data.py",
+    "augment.py",
+    "networks.py",
+    "models.py",
+    "weights.py",
+    "measure.py",
+    "training",
+    "parallel.py",
+    "_shared_statistics.py",
+)
 CELL_CODE = (*BASE_CODE, "width", "budget.py", "task.py", "technique.py", "protocol.py", "controls.py")
 
 
@@ -87,8 +98,10 @@ def device_of(cell: Cell) -> torch.device:
 
 @contextmanager
 def pinned(cell: Cell) -> Iterator[None]:
-    """The cell's number of threads and its determinism, and the old ones afterwards."""
+    """The cell's threads, determinism and precision (no TF32), and the old ones afterwards."""
     before, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    libraries: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    tf32 = [(library, library.allow_tf32) for library in libraries]
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     debug: Any = torch.utils.deterministic
     fills = debug.fill_uninitialized_memory
@@ -96,12 +109,16 @@ def pinned(cell: Cell) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
     torch.use_deterministic_algorithms(cell.deterministic, warn_only=True)
     debug.fill_uninitialized_memory = False  # a debugging aid that costs time
+    for library, _ in tf32:
+        library.allow_tf32 = False  # torch's default for convolutions; "float32" would be 10 bits of mantissa
     try:
         yield
     finally:
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(exact, warn_only=only_warns)
         debug.fill_uninitialized_memory = fills
+        for library, allowed in tf32:
+            library.allow_tf32 = allowed
 
 
 BASE_FIELDS = (
@@ -353,6 +370,8 @@ def _compute(cell: Cell, key: str, store: Store, progress: Progress) -> Record:
 
     where = {**stamp(), "threads": cell.threads, "dtype": "float32", "device": str(device_of(cell)), "seed": cell.seed}
     where["processes"] = parallel.world()
+    if cell.trains_base and cell.base.amp:
+        where["base_dtype"] = "bfloat16"
     where["dataset_digest"] = sources.load(cell.dataset).digest
     try:
         run = run_control if cell.technique in CONTROLS else _run_technique

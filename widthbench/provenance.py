@@ -48,7 +48,12 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> dict[str, Any]:
-    """The checkout's git commit and whether it has uncommitted changes; both None outside a checkout."""
+    """The checkout's git commit and whether it has uncommitted changes.
+
+    Outside a checkout what ``WIDTHBENCH_COMMIT`` says, for a copy that was packed from a clean one; else both None.
+    """
+    if said := os.environ.get("WIDTHBENCH_COMMIT"):
+        return {"commit": said, "dirty": False}
 
     def git(*args: str) -> str | None:
         # a checkout that somebody else owns is read all the same: it is the one whose code runs here
@@ -87,6 +92,7 @@ def hardware() -> dict[str, Any]:
     found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "machine": platform.machine()}
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(0), "cuda": torch.version.cuda}
+        found["cudnn"] = torch.backends.cudnn.version()
     return found
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from widthbench import toml
 from widthbench.errors import UsageError, did_you_mean, visible
-from widthbench.recipe import Recipe
+from widthbench.training.recipe import Recipe
 
 
 class Named(BaseModel):

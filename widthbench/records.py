@@ -26,7 +26,7 @@ from widthbench.budget import written
 from widthbench.cache import canonical, digest_of
 from widthbench.errors import UsageError, visible
 from widthbench.paths import Lock, cache_dir, write_atomic
-from widthbench.recipe import Recipe, Spent
+from widthbench.training.recipe import Recipe, Spent
 
 SCHEMA = 1
 SOURCED = ("scratch", "scratch-budget", "l1-budget")  # controls of a technique

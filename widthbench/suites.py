@@ -15,9 +15,9 @@ from widthbench.budget import Budget
 from widthbench.errors import BudgetError, UsageError, did_you_mean, visible
 from widthbench.limits import Limits
 from widthbench.paths import cache_dir, require_writable
-from widthbench.recipe import Recipe
 from widthbench.records import CONTROLS, SOURCED, Cell
 from widthbench.technique import build
+from widthbench.training.recipe import Recipe
 from widthbench.width.certify import find_groups
 
 MAX_CELLS = 100_000

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from widthbench.budget import Allocation, Budget, Costed, global_widths, top_channels, uniform_widths
 from widthbench.errors import AccessError, UsageError
-from widthbench.recipe import Recipe
+from widthbench.training.recipe import Recipe
 from widthbench.width.ablation import Sample, replica
 from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups

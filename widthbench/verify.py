@@ -22,7 +22,6 @@ from widthbench.cache import STORE
 from widthbench.engines import local
 from widthbench.errors import UsageError
 from widthbench.provenance import hardware
-from widthbench.recipe import Spent
 from widthbench.records import Cell, Line, Record, Row, read_lines
 from widthbench.report import claims as report_claims
 from widthbench.report import tables
@@ -30,6 +29,7 @@ from widthbench.report.build import ASIDE, SUMS, file_digest, in_order, publishe
 from widthbench.report.reproduction import NAME, differences, result
 from widthbench.report.timing import parse_timings
 from widthbench.suites import Suite
+from widthbench.training.recipe import Spent
 
 POINTS = 1.0  # of test top-1: what a network trained anew on another machine may differ by (the tolerance of claims on own bases)
 DEVIATIONS = 3.0  # or standard errors of the difference of two accuracies on as many images, where that is more

@@ -17,9 +17,9 @@ from widthbench.methods.autoprune import AutoPrune, Gates
 
 from widthbench import models
 from widthbench.budget import Budget
-from widthbench.recipe import Recipe
 from widthbench.report.speed import main
 from widthbench.task import Task
+from widthbench.training.recipe import Recipe
 from widthbench.width import CostModel, find_groups, gated
 
 NETWORKS = {  # (size, channels, batch)

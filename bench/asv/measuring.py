@@ -280,6 +280,18 @@ class Batch:
         return iter([(self.x, self.y)] * self.times)
 
 
+def _training() -> tuple[Any, Any]:
+    """The training loop and recipes, of an earlier commit, too."""
+    try:
+        from widthbench.training.loop import fit
+        from widthbench.training.recipe import Recipe
+    except ImportError:
+        from widthbench.recipe import Recipe  # type: ignore[no-redef]
+
+        from widthbench.training import fit  # type: ignore[no-redef,attr-defined]
+    return fit, Recipe
+
+
 def prepared(item: Item) -> tuple[Callable[[], Any], int]:
     """What is timed, and how many times the item it holds.
 
@@ -291,11 +303,12 @@ def prepared(item: Item) -> tuple[Callable[[], Any], int]:
     if item.device == "cuda" and not torch.cuda.is_available():
         raise NotHereError("torch finds no GPU")
     try:
-        from widthbench import api, models, registry, training
+        from widthbench import api, models, registry
         from widthbench.errors import UsageError
         from widthbench.measure import fastest_layout
-        from widthbench.recipe import Recipe
         from widthbench.width import certify, discover, find_groups, resize
+
+        fit, Recipe = _training()
     except ImportError as error:
         raise RuntimeError(f"this widthbench cannot be measured by these benchmarks: {error}") from error
     size, channels, classes = MODELS[item.model]
@@ -309,7 +322,7 @@ def prepared(item: Item) -> tuple[Callable[[], Any], int]:
     if item.kind == "training step":
         recipe = Recipe(epochs=1, batch_size=item.batch, lr=1e-6, amp=item.device == "cuda")
         repeated = Batch(*images(item.batch), STEPS)
-        return (lambda: training.fit(model, repeated, recipe, macs=1)), STEPS
+        return (lambda: fit(model, repeated, recipe, macs=1)), STEPS
     if item.kind == "inference":
         if item.budget:
             model = api.apply("l1-norm", model, budget=item.budget, example_input=x)

@@ -21,8 +21,8 @@ from torchvision import transforms
 from widthbench import data, models
 from widthbench.measure import accuracy
 from widthbench.provenance import commit, hardware, versions
-from widthbench.recipe import Recipe
-from widthbench.training import fit
+from widthbench.training.loop import fit
+from widthbench.training.recipe import Recipe
 
 SETS = {"fashionmnist": 28, "cifar10": 32}
 BATCH = 128

@@ -51,7 +51,7 @@ def _l1(pairs: int) -> dict[str, list[float]]:
 
 def _pipeline(pairs: int) -> dict[str, list[float]]:
     from widthbench import data
-    from widthbench.recipe import Recipe
+    from widthbench.training.recipe import Recipe
 
     from . import pipeline
 

@@ -14,10 +14,11 @@ from widthbench.budget import Budget
 from widthbench.errors import UsageError
 from widthbench.measure import accuracy
 from widthbench.protocol import load_data, obtain_base, run_cell, task_of
-from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
 from widthbench.task import Task
-from widthbench.training import fit, recalibrate
+from widthbench.training.loop import fit
+from widthbench.training.recalibration import recalibrate
+from widthbench.training.recipe import Recipe
 from widthbench.width import CostModel, find_groups, keep, resize
 
 BASE = Recipe(epochs=3, batch_size=32, lr=0.02)
@@ -232,7 +233,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("where", ["training", "path"])
 def test_a_killed_run_resumes_to_the_same_network_and_bill(where, fresh_cache, monkeypatch):
-    monkeypatch.setattr("widthbench.training.STATE_EVERY_S", 0.0)
+    monkeypatch.setattr("widthbench.training.resume.STATE_EVERY_S", 0.0)
     given = cell({"epochs": 3})
     whole = run_cell(given, Store())
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache) + "-2")
@@ -348,7 +349,7 @@ def test_weights_that_the_last_step_spoils_are_named():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_amp_and_layouts_reach_every_width(layout, monkeypatch):
     task, seen = task_on(zoo.Plain), []
-    monkeypatch.setattr("widthbench.training.fastest_layout", lambda model: layout)
+    monkeypatch.setattr("widthbench.training.loop.fastest_layout", lambda model: layout)
     model, x = task.model.float(), task.example_input.float()
     data, cost = zoo.Shuffled(x, count=12), CostModel(model, task.groups, x)
 

@@ -11,10 +11,10 @@ from widthbench.methods.autoprune import AutoPrune, Gates, derivative, opened, s
 from widthbench.budget import Budget
 from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.protocol import run_cell
-from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
 from widthbench.task import Task
-from widthbench.training import fit
+from widthbench.training.loop import fit
+from widthbench.training.recipe import Recipe
 from widthbench.width import CostModel, find_groups, gated, keep, resize
 
 BASE = Recipe(epochs=3, batch_size=32, lr=0.02)
@@ -458,7 +458,7 @@ class Killed(Exception):
 
 
 def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypatch):
-    monkeypatch.setattr("widthbench.training.STATE_EVERY_S", 0.0)
+    monkeypatch.setattr("widthbench.training.resume.STATE_EVERY_S", 0.0)
     given = cell({"epochs": 4}, curves=True)
     whole = run_cell(given, Store())
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache) + "-2")

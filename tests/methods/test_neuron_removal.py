@@ -14,8 +14,8 @@ import widthbench
 from widthbench import claims, models
 from widthbench.errors import UsageError
 from widthbench.protocol import obtain_base, run_cell, task_of
-from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
+from widthbench.training.recipe import Recipe
 from widthbench.width import resize
 from widthbench.width.ablation import Sample
 

@@ -14,10 +14,10 @@ import widthbench
 from widthbench.budget import Budget
 from widthbench.errors import UsageError
 from widthbench.protocol import run_cell
-from widthbench.recipe import Recipe
 from widthbench.records import Cell, Store
 from widthbench.task import Task
-from widthbench.training import fit
+from widthbench.training.loop import fit
+from widthbench.training.recipe import Recipe
 from widthbench.width import CostModel, find_groups
 from widthbench.width.ablation import Sample
 from widthbench.width.splitting_matrices import SplittingMatrices, neuron_parameters, splittable

@@ -5,9 +5,9 @@ from PIL import Image
 
 from widthbench import suites
 from widthbench.protocol import run_cell
-from widthbench.recipe import Recipe
 from widthbench.records import Cell, Record, Store
 from widthbench.report import build, curves
+from widthbench.training.recipe import Recipe
 
 SUITE = """
 name = "tiny"

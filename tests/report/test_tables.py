@@ -1,9 +1,9 @@
 import pytest
 from made import DONE, WHERE, record, suite
 
-from widthbench.recipe import Spent
 from widthbench.records import Record, Row
 from widthbench.report import build, figures, tables, timing
+from widthbench.training.recipe import Spent
 
 
 def board(records, **changes):

@@ -16,10 +16,10 @@ from tabulate import tabulate
 
 from widthbench.cache import digest_of
 from widthbench.errors import visible
-from widthbench.recipe import Spent
 from widthbench.records import CONTROLS, FINAL, Cell, Record, Stage
 from widthbench.report.statistics import LEAST, Summary, differences, ranks, summarise
 from widthbench.suites import Suite
+from widthbench.training.recipe import Spent
 
 ACCESS_ORDER = ("none", "unlabelled", "labelled", "training", "")
 CONTROL_ACCESS = "control"

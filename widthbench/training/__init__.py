@@ -1,0 +1,1 @@
+"""How networks are trained: recipes, the one loop, resuming, batch-norm recalibration."""
