@@ -105,6 +105,16 @@ def _parser() -> argparse.ArgumentParser:
         help="where machines share finished cells and base networks if their caches are apart: a folder, or any fsspec URL "
         "(s3://…, gs://…; default: WIDTHBENCH_STORE, or none)",
     )  # fmt: skip
+    verb.add_argument(
+        "--within", type=_seconds, metavar="SECONDS",
+        help="stop after so many seconds, a slot on a cluster, say: what is finished is kept and reported, and the next run "
+        "goes on from there",
+    )  # fmt: skip
+    verb.add_argument(
+        "--order", choices=["network", "seed"], default="network",
+        help="what is finished first: all seeds of a network, or one seed of all networks (default: network)",
+    )  # fmt: skip
+    verb.add_argument("--no-timing", action="store_true", help="measure no latency: keep the timings that are there")
     _results(verb)
     _json(verb)
     verb.set_defaults(run=_run)
@@ -147,6 +157,13 @@ def _parser() -> argparse.ArgumentParser:
         "--publish", action="store_true",
         help="instead put what was measured in the place of what is published, cell by cell (in a checkout: results/published)",
     )  # fmt: skip
+    verb.add_argument(
+        "--add", nargs="+", type=Path, default=[], metavar="FILE",
+        help="first take over the records in these records.jsonl, of another machine, say; a finished record beats a failed one",
+    )  # fmt: skip
+    verb.add_argument(
+        "--replace", action="store_true", help="let added records take the place of others that come from another device"
+    )
     verb.add_argument("--results", type=Path, metavar="DIR", help="where results are (default: ./results)")
     _json(verb)
     verb.set_defaults(run=_report)
@@ -244,6 +261,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not '{text}'")
+    return value
+
+
 def _share(text: str) -> float:
     try:
         value = float(text)
@@ -316,6 +343,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("a launcher started several processes for each cell, so --jobs must be 1 and --engine local")
     if args.engine != "ray" and (args.address is not None or args.gpus is not None):
         raise UsageError("--address and --gpus are for --engine ray")
+    if args.engine == "ray" and args.within is not None:
+        raise UsageError("--within is for --engine local: a cluster's own scheduler has a time limit for jobs")
     if args.address is not None and args.jobs is not None:
         raise UsageError("a cluster has the cores that it has: leave --jobs out where --address is given")
     chosen = [(s, [c for c in s.cells() if _wanted(c.id, args.only)]) for s in suites.load_all(args.suite)]
@@ -326,6 +355,8 @@ def _run(args: argparse.Namespace) -> int:
             raise UsageError(f"suite {suite.name} has no cell whose name holds {' or '.join(map(repr, args.only))}")
         suites.check(suite, cells)
     cells = list({c.identity: c for _, some in chosen for c in some}.values())
+    if args.order == "seed":
+        cells.sort(key=lambda c: c.seed)
     limits = suites.limits(s for s, _ in chosen)
     told = _Progress(len(cells))
     parallel.start()
@@ -337,7 +368,11 @@ def _run(args: argparse.Namespace) -> int:
         else:
             from widthbench.engines import local
 
-            local.run(cells, jobs=args.jobs or 1, done=told, limits=limits)
+            if not local.run(cells, jobs=args.jobs or 1, done=told, limits=limits, within=args.within):
+                left = f"{len(cells) - len(told.records)} of {len(cells)} cells are left"
+                print(f"widthbench: time is over, {left}: run again for the rest", file=sys.stderr)
+                if not told.records:
+                    return 0
         return _report(args, told.records) if parallel.first() else 0
     finally:
         parallel.stop()
@@ -381,7 +416,7 @@ def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
     from widthbench import suites
     from widthbench.paths import published_dir, require_writable
     from widthbench.records import Store
-    from widthbench.report.build import build, publish
+    from widthbench.report.build import adding, build, publish
 
     failed = []
     results = args.results or Path("results")
@@ -391,10 +426,11 @@ def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
         raise UsageError("name a suite (`widthbench list suites`), or ask for --site")
     for suite in chosen:
         if getattr(args, "publish", False):
-            for file in publish(suite, results):
+            for file in publish(suite, results, replace=args.replace):
                 print(f"wrote {file}")
             continue
-        report = build(suite, results, Store(), time_shapes=not getattr(args, "no_timing", False), fresh=fresh)
+        added = adding(suite, results, Store(), args.add, replace=args.replace) if getattr(args, "add", []) else fresh
+        report = build(suite, results, Store(), time_shapes=not args.no_timing, fresh=added)
         failed += report.failed
         if args.json:
             print(json.dumps([r.model_dump(mode="json") for r in report.records]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,8 +19,13 @@ if TYPE_CHECKING:
 
 
 def run(
-    cells: Sequence[Cell], *, jobs: int, done: Callable[[Record], None], limits: Mapping[str, Limits] | None = None
-) -> None:  # fmt: skip
+    cells: Sequence[Cell],
+    *,
+    jobs: int,
+    done: Callable[[Record], None],
+    limits: Mapping[str, Limits] | None = None,
+    within: float | None = None,
+) -> bool:
     """Run cells, those of one base network one after another in one process.
 
     Args:
@@ -26,14 +33,21 @@ def run(
         jobs: Number of worker processes; 1 shows progress bars.
         done: Called in this thread with each record as it is finished.
         limits: What a cell may take, by its identity; no limit for those that are not there.
+        within: Seconds after which cells that are not finished are stopped, and no other is begun.
+
+    Returns:
+        Whether there was time for all.
 
     Raises:
         UsageError: If a cell makes no sense, or its record cannot be written; what is finished is kept.
     """
+    over = math.inf if within is None else time.monotonic() + within
     if parallel.launched():  # several processes compute each cell together: they are this one and its sisters
         for cell in cells:
+            if not parallel.agreed(lambda: time.monotonic() < over):
+                return False
             done(_here(cell))
-        return
+        return True
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.group, []).append(cell)
@@ -64,13 +78,17 @@ def run(
     try:
         left = len(hands)
         while left:
-            answer = finished.get()
+            try:
+                answer = finished.get(timeout=None if within is None else max(0, over - time.monotonic()))
+            except queue.Empty:
+                return False
             if isinstance(answer, BaseException):
                 raise answer
             if answer is None:
                 left -= 1
             else:
                 done(answer)
+        return True
     finally:
         stop.set()
         for worker in workers:

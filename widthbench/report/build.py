@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,53 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
     return Report(records, folder, files, text, reproduction.summary(suite, published, records) if published else "")
 
 
-def publish(suite: Suite, results: Path) -> list[Path]:
+def adding(suite: Suite, results: Path, store: Store, files: Sequence[Path], *, replace: bool = False) -> list[Record]:
+    """A suite's records in files of other runs, as ``build`` takes them over; a finished record beats a failed one.
+
+    Args:
+        suite: The suite; records of cells that it does not have are left out.
+        results: The folder of all results.
+        store: Where finished cells are.
+        files: Such as ``records.jsonl``, of another machine, say.
+        replace: Whether a record may take the place of a finished one that comes from another kind of device.
+
+    Raises:
+        UsageError: If a file cannot be read, holds no record of the suite, or one would be replaced.
+    """
+    path = results / suite.name / "records.jsonl"
+    cells = {c.identity for c in suite.cells()}
+    before = read_records(path) if path.is_file() else []
+    with suppress(UsageError):  # nothing here, and no data to look for it with
+        before = collect(suite, store, before)
+    here = {r.cell.identity: r for r in before}
+    found: dict[str, Record] = {}
+    for file in files:
+        some = [r for r in read_records(file) if r.cell.identity in cells]
+        if not some:
+            raise UsageError(f"{file} has no record of suite '{suite.name}'")
+        for record in some:
+            old = found.get(record.cell.identity) or here.get(record.cell.identity)
+            if old is not None and old.status != "failed" and record.status == "failed":
+                continue
+            _require_same_device(old, record, file, replace)
+            found[record.cell.identity] = record
+    return list(found.values())
+
+
+def _require_same_device(old: Record | None, new: Record, file: Path, replace: bool) -> None:
+    if old is not None and old.status != "failed" and kind_of(old) != kind_of(new) and not replace:
+        raise UsageError(
+            f"{file}: {new.cell.id} was measured on {kind_of(new)}, and there is a record from {kind_of(old)}, which it "
+            "would replace: let it (--replace), or leave it out"
+        )
+
+
+def kind_of(record: Record) -> str:
+    """The kind of device that a record comes from: "cpu" or "cuda"."""
+    return str(record.provenance.get("device", "cpu")).partition(":")[0]
+
+
+def publish(suite: Suite, results: Path, *, replace: bool = False) -> list[Path]:
     """Put what was measured in the place of what is published, cell by cell; gives the files written.
 
     Cells that were not measured stay as they are published; with nothing measured, the published pages are written anew.
@@ -142,9 +189,10 @@ def publish(suite: Suite, results: Path) -> list[Path]:
     Args:
         suite: The suite.
         results: The folder of all results.
+        replace: Whether a record may take the place of a finished one that comes from another kind of device.
 
     Raises:
-        UsageError: If there is nothing to publish, or this is no checkout.
+        UsageError: If there is nothing to publish, this is no checkout, or a record of another device would be replaced.
     """
     folder = published_dir() / suite.name
     if not (published_dir().parent.parent / "pyproject.toml").is_file():
@@ -154,7 +202,10 @@ def publish(suite: Suite, results: Path) -> list[Path]:
     timings: dict[tuple[str, ...], dict[str, Any]] = {}
     for place in (folder, results / suite.name):
         if (place / "records.jsonl").is_file():
-            merged |= {r.cell.identity: r for r in read_records(place / "records.jsonl") if r.cell.identity in cells}
+            for record in read_records(place / "records.jsonl"):
+                if record.cell.identity in cells:
+                    _require_same_device(merged.get(record.cell.identity), record, place / "records.jsonl", replace)
+                    merged[record.cell.identity] = record
             timings |= {(t["dataset"], t["model"], t["shape"]): t for t in read_timings(place)}
     if not merged:
         raise UsageError(f"suite '{suite.name}' has no results in {results}: run it first (`widthbench run {suite.name}`)")
