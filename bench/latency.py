@@ -3,8 +3,8 @@
     python bench/latency.py [--device cuda] [--write results/latency-cpu]
 
 Networks are halved and halved again by L1 norm in their certified inner groups, and run in their fastest memory layout without
-gradients. Every budget of a network is timed in turn, in several rounds, so that a slow minute strikes all alike. Prints a table;
-``--write FILE`` keeps FILE.md, FILE.jsonl and FILE.png.
+gradients, on a GPU as replays of a CUDA graph, in float32 without TF32. Every budget of a network is timed in turn, in several
+rounds, so that a slow minute strikes all alike. Prints a table; ``--write FILE`` keeps FILE.md, FILE.jsonl and FILE.png.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tabulate import tabulate
 
 import widthbench
 from widthbench import models
-from widthbench.measure import fastest_layout, peak_memory_mib
+from widthbench.measure import fastest_layout, peak_memory_mib, replayed
 from widthbench.paths import write_atomic
 from widthbench.report.figures import COLOURS, MARKERS
 from widthbench.report.speed import where
@@ -32,31 +32,24 @@ from widthbench.width.cost import count_macs
 
 NETWORKS = ("resnet20_cifar", "vgg16_cifar", "mobilenetv2_100_cifar", "vit_tiny_patch16_224", "resnet50")
 BUDGETS = (1.0, 0.5, 0.25, 0.125)
-BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
+BATCHES = {"cpu": (1, 16), "cuda": (1, 1024)}
 ROUNDS = 7
-
-
-def _held(device: str) -> float:
-    """MiB that CUDA's allocator holds; on a CPU only what a network itself has is counted."""
-    return torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
 
 
 def measure(name: str, device: str, batch: int, least: float) -> list[dict[str, Any]]:
     """A row for each budget of a network."""
     size, channels, classes = MODELS[name]
     torch.manual_seed(0)
-    before = _held(device)
     whole = models.create(name, classes=classes, channels=channels, size=size).to(device).eval()
     one = torch.randn(1, channels, size, size, device=device)
     rows, calls = [], []
     for budget in BUDGETS:
-        before = before if budget == 1 else _held(device)  # the networks before it stay on the GPU
         model = whole if budget == 1 else widthbench.apply("l1-norm", whole, budget=f"macs:{budget}", example_input=one)
         layout = fastest_layout(model)
         model.to(memory_format=layout)
         x = torch.randn(batch, channels, size, size, device=device).contiguous(memory_format=layout)
         row = {"model": name, "device": device, "batch": batch, "budget": budget, "macs": count_macs(model, one)}
-        rows.append(row | {"params": sum(p.numel() for p in model.parameters()), "peak_mib": peak_memory_mib(model, x) - before})
+        rows.append(row | {"params": sum(p.numel() for p in model.parameters()), "peak_mib": peak_memory_mib(model, x)})
         calls.append(_call(model, x))
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
@@ -74,7 +67,7 @@ def _call(model: torch.nn.Module, x: torch.Tensor) -> Any:
         with torch.no_grad():
             model(x)
 
-    return forward
+    return replayed(forward) if x.is_cuda else forward
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -130,6 +123,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; use --device cpu")
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     rows = []
     for name in options.models:
         for batch in BATCHES[options.device]:

@@ -159,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     verb.add_argument(
         "--add", nargs="+", type=Path, default=[], metavar="FILE",
-        help="first take over the records in these records.jsonl, of another machine, say; a finished record beats a failed one",
+        help="first take over the records in these records.jsonl, of another machine, say, and the timings.jsonl beside them; "
+        "a finished record beats a failed one",
     )  # fmt: skip
     verb.add_argument(
         "--replace", action="store_true", help="let added records take the place of others that come from another device"
@@ -417,6 +418,7 @@ def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
     from widthbench.paths import published_dir, require_writable
     from widthbench.records import Store
     from widthbench.report.build import adding, build, publish
+    from widthbench.report.timing import read_timings
 
     failed = []
     results = args.results or Path("results")
@@ -430,7 +432,8 @@ def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
                 print(f"wrote {file}")
             continue
         added = adding(suite, results, Store(), args.add, replace=args.replace) if getattr(args, "add", []) else fresh
-        report = build(suite, results, Store(), time_shapes=not args.no_timing, fresh=added)
+        timings = [t for file in getattr(args, "add", []) for t in read_timings(file.parent)]
+        report = build(suite, results, Store(), time_shapes=not args.no_timing, fresh=added, timings=timings)
         failed += report.failed
         if args.json:
             print(json.dumps([r.model_dump(mode="json") for r in report.records]))

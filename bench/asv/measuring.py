@@ -57,7 +57,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {  # with parameters that keep the work 
 }
 KINDS = ("training step", "inference", "discovery", "certification", "resize", "technique")
 SAMPLES = 256  # random images that techniques look at
-STEPS = 2  # of one timed training
+STEPS = {"cpu": (2, 10), "cuda": (22, 122)}  # of two trainings; the difference of their times is that of steps alone
 MIB = 2**20
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc hands freed tensors back at once
 
@@ -292,8 +292,23 @@ def _training() -> tuple[Any, Any]:
     return fit, Recipe
 
 
-def prepared(item: Item) -> tuple[Callable[[], Any], int]:
-    """What is timed, and how many times the item it holds.
+@dataclasses.dataclass
+class Timed:
+    """What is timed.
+
+    Attributes:
+        call: What is called.
+        times: How many times it holds the item.
+        less: What it holds besides, whose time is taken off; None if nothing.
+    """
+
+    call: Callable[[], Any]
+    times: int = 1
+    less: Callable[[], Any] | None = None
+
+
+def prepared(item: Item) -> Timed:
+    """What is timed.
 
     Raises:
         NotHereError: With the reason.
@@ -304,6 +319,7 @@ def prepared(item: Item) -> tuple[Callable[[], Any], int]:
         raise NotHereError("torch finds no GPU")
     try:
         from widthbench import api, models, registry
+        from widthbench.data import ImageSamples
         from widthbench.errors import UsageError
         from widthbench.measure import fastest_layout
         from widthbench.width import certify, discover, find_groups, resize
@@ -320,9 +336,19 @@ def prepared(item: Item) -> tuple[Callable[[], Any], int]:
         return torch.randn(count, channels, size, size, device=item.device), torch.randint(classes, (count,), device=item.device)
 
     if item.kind == "training step":
-        recipe = Recipe(epochs=1, batch_size=item.batch, lr=1e-6, amp=item.device == "cuda")
-        repeated = Batch(*images(item.batch), STEPS)
-        return (lambda: fit(model, repeated, recipe, macs=1)), STEPS
+        short, long = STEPS[item.device]
+        shape = (item.batch * long, channels, size, size)
+        pixels = torch.randint(256, shape, dtype=torch.uint8, device=item.device)
+        labels = torch.zeros(len(pixels), dtype=torch.long, device=item.device)  # no chance to end at
+        mean = (0.5,) * channels
+        train = ImageSamples(pixels, labels, mean, mean, torch.device(item.device))
+
+        def steps(count: int) -> Callable[[], Any]:
+            few = dataclasses.replace(train, images=pixels[: count * item.batch], labels=labels[: count * item.batch])
+            recipe = Recipe(epochs=1, batch_size=item.batch, lr=1e-6, amp=item.device == "cuda")
+            return lambda: fit(model, few, recipe, macs=1)
+
+        return Timed(steps(long), long - short, less=steps(short))
     if item.kind == "inference":
         if item.budget:
             model = api.apply("l1-norm", model, budget=item.budget, example_input=x)
@@ -333,16 +359,16 @@ def prepared(item: Item) -> tuple[Callable[[], Any], int]:
             with torch.no_grad():
                 model(batch)
 
-        return passed, 1
+        return Timed(passed)
     if item.kind == "discovery":
-        return (lambda: discover(model, x)), 1
+        return Timed(lambda: discover(model, x))
     if item.kind == "certification":
         found = discover(model, x)
-        return (lambda: certify(model, found, x, cache=False)), 1
+        return Timed(lambda: certify(model, found, x, cache=False))
     if item.kind == "resize":
         plan = api.outcome("l1-norm", model, budget="channels:0.5", example_input=x, scope="all").plan
         groups = find_groups(model, x)
-        return (lambda: resize(model, groups, plan)), 1
+        return Timed(lambda: resize(model, groups, plan))
     if item.technique not in registry.names():
         raise NotHereError(f"this widthbench has no technique '{item.technique}'")
     data = images(SAMPLES)
@@ -355,7 +381,7 @@ def prepared(item: Item) -> tuple[Callable[[], Any], int]:
         except UsageError as error:
             raise NotHereError(str(error)) from error
 
-    return applied, 1
+    return Timed(applied)
 
 
 def _status(field: str) -> float:
@@ -435,7 +461,7 @@ def milliseconds(call: Callable[[], Any], device: str, rounds: int, least: float
     return found
 
 
-_last: dict[Item, tuple[Callable[[], Any], int]] = {}
+_last: dict[Item, Timed] = {}
 
 
 def answered(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -450,14 +476,18 @@ def answered(request: Mapping[str, Any]) -> dict[str, Any]:
             _last.clear()
             gc.collect()
             _last[item] = prepared(item)
-        call, times = _last[item]
+        timed = _last[item]
         if request.get("memory"):
-            found = memory(call, item.device, warm=request.get("warm", True))
+            found = memory(timed.call, item.device, warm=request.get("warm", True))
         else:
-            found = {"ms": milliseconds(call, item.device, request.get("rounds", 1), request.get("least", 0.0))}
+            found = {"ms": milliseconds(timed.call, item.device, request.get("rounds", 1), request.get("least", 0.0))}
+        if timed.less is not None:
+            rounds = len(found["ms"])
+            less = milliseconds(timed.less, item.device, rounds, request.get("least", 0.0))
+            found["ms"] = [max(0.0, a - b) for a, b in zip(found["ms"], less, strict=True)]
         if strays := strangers():
             return {"error": f"it ran modules of another widthbench: {', '.join(strays[:3])}"}
-        return found | {"ms": [t / times for t in found["ms"]]}
+        return found | {"ms": [t / timed.times for t in found["ms"]]}
     except NotHereError as error:
         return {"skip": str(error)}
     except Exception:

@@ -104,7 +104,15 @@ def _later(one: Record | None, other: Record | None) -> Record | None:
     return max(one, other, key=lambda r: str(r.provenance.get("when")))
 
 
-def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True, fresh: Iterable[Record] = ()) -> Report:
+def build(
+    suite: Suite,
+    results: Path,
+    store: Store,
+    *,
+    time_shapes: bool = True,
+    fresh: Iterable[Record] = (),
+    timings: Iterable[dict[str, Any]] = (),
+) -> Report:
     """Write what was measured to ``results/SUITE``: records, timings, figures, leaderboard, a comparison with what was published.
 
     Args:
@@ -113,6 +121,7 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
         store: Where finished cells are.
         time_shapes: Measure latency and memory of shapes that have none yet; do this only when no worker is busy.
         fresh: Records of a run that has just ended, whose keys may be those of other machines.
+        timings: Lines of ``timings.jsonl`` that came with them.
 
     Raises:
         UsageError: If no cell of the suite has a record.
@@ -128,7 +137,7 @@ def build(suite: Suite, results: Path, store: Store, *, time_shapes: bool = True
         if not records:
             raise UsageError(nothing)
         _put_aside(suite, folder, before, records)
-        timings = timings_of(records, measure=time_shapes, before=read_timings(folder))
+        timings = timings_of(records, measure=time_shapes, before=[*read_timings(folder), *timings])
         published = published_records(suite) if folder.resolve() != published_dir().resolve() / suite.name else []
         files = write(suite, folder, records, timings, published)
     text = tables.terminal(suite, records, len(suite.cells()))

@@ -23,6 +23,7 @@ from widthbench.records import Record, digest_of
 from widthbench.report import tables
 
 BATCH = 64
+BATCH_GPU = 1024  # of small images: what fills a card
 ROUNDS = 5
 
 
@@ -159,6 +160,8 @@ def _measure(record: Record) -> dict[str, Any]:
         one = protocol.example_input(cell)
         heavy = one.device.type == "cpu" and cell.size > 64  # a batch of 64 would take a CPU most of an hour
         size, rounds, warm_up = (1, 2, 1) if heavy else (BATCH, ROUNDS, 5)
+        if one.device.type == "cuda" and cell.size <= 64:
+            size = BATCH_GPU
         batch = one.expand(size, -1, -1, -1).contiguous()
         pairs = [
             tuple(latency_ms(m, batch, rounds=15, limit_s=0.4, warm_up=warm_up) for m in (full, resized)) for _ in range(rounds)

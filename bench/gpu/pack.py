@@ -1,0 +1,76 @@
+"""Pack what a bare machine with a GPU needs: this package, the wheels that it lacks, CIFAR-10, the commit.
+
+    python bench/gpu/pack.py DEST [--part-mib 48] [--python 3.12] [--need NAME ...]
+
+Writes DEST/1, DEST/2, ...: each at most so large, for machines that take files in parts. There
+``bench/gpu/run.sh`` puts them together. The checkout must be clean, since records name its commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from widthbench.sources import locate
+
+ROOT = Path(__file__).resolve().parents[2]
+NEED = ("torch-pruning", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "platformdirs")
+GLIBC = (17, 27, 28, 31, 34)
+MIB = 2**20
+
+
+def command(*words: str) -> str:
+    return subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def wheels(folder: Path, python: str, need: list[str]) -> None:
+    """This package, and others in the versions that are installed here, for Linux on x86-64."""
+    pip = [sys.executable, "-m", "pip", "-q"]
+    command(*pip, "wheel", "--no-deps", "-w", str(folder), str(ROOT))
+    wanted = [f"{name}=={version(name)}" for name in need]
+    platforms = [word for n in GLIBC for word in ("--platform", f"manylinux_2_{n}_x86_64")]
+    target = ["--python-version", python, "--implementation", "cp", *platforms, "--platform", "manylinux2014_x86_64"]
+    command(*pip, "download", "--no-deps", "--only-binary=:all:", *target, "-d", str(folder), *wanted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("dest", type=Path, metavar="DEST")
+    parser.add_argument("--part-mib", type=int, default=48, metavar="N", help="size of a part at most (48)")
+    parser.add_argument("--python", default="3.12", metavar="X.Y", help="of the other machine (3.12)")
+    parser.add_argument("--need", nargs="+", default=list(NEED), metavar="NAME", help="packages that it lacks")
+    options = parser.parse_args()
+    if command("git", "status", "--porcelain", "--", ".", ":!results"):
+        parser.error("commit first: records will name the commit that is checked out")
+    shutil.rmtree(options.dest, ignore_errors=True)
+    first = options.dest / "1"
+    wheels(first / "wheels", options.python, options.need)
+    (first / "COMMIT").write_text(command("git", "rev-parse", "HEAD") + "\n")
+    where = Path(locate("cifar10")[0]) if locate("cifar10") else parser.error("no cifar10 where data are looked for")
+    number, room = 1, options.part_mib * MIB - sum(f.stat().st_size for f in first.rglob("*") if f.is_file())
+    for tar in ("train.tar", "test.tar"):
+        with tempfile.TemporaryFile() as packed:
+            with (where / tar).open("rb") as file, lzma.open(packed, "wb", preset=1) as out:
+                shutil.copyfileobj(file, out)  # headers of small files are a third of a tar
+            packed.seek(0)
+            piece = 0
+            while data := packed.read(room):
+                folder = options.dest / str(number)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{tar}.xz.{piece:03d}").write_bytes(data)
+                piece, room = piece + 1, room - len(data)
+                if not room:
+                    number, room = number + 1, options.part_mib * MIB
+    for part in sorted(options.dest.iterdir()):
+        size = sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
+        print(f"{part}: {size / MIB:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# On the machine with the GPU: take in what pack.py wrote, then measure. Files to take home lie in $OUT.
+#   bench/gpu/run.sh receive PART ...     keep these parts (they may come one call after another)
+#   bench/gpu/run.sh check                do the tests and the small suite pass here, how fast is an epoch
+#   bench/gpu/run.sh measure SECONDS      the suite that wants a GPU, within so many seconds
+#   bench/gpu/run.sh timings              latency and memory of what it found
+#   bench/gpu/run.sh operations           latency of networks by budget; what asv measures
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=${WIDTHBENCH_GPU:-/tmp/widthbench-gpu}
+out=${OUT:-$here/out}
+mkdir -p "$here" "$out"
+export PYTHONPATH=$here/site PYTHONUNBUFFERED=1 WIDTHBENCH_CACHE=$here/cache WIDTHBENCH_DATA=$here/data OMP_NUM_THREADS=1
+export WIDTHBENCH_COMMIT=$(cat "$here/parts/COMMIT" 2>/dev/null || true)
+python=${PYTHON:-python3}
+
+install() {
+  [ -d "$here/site" ] || $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$here/site" "$here"/parts/wheels/*.whl
+  for tar in train test; do
+    if [ ! -s "$here/data/cifar10/$tar.tar" ] && ls "$here/parts/$tar.tar.xz."* >/dev/null 2>&1; then
+      mkdir -p "$here/data/cifar10"
+      cat "$here/parts/$tar.tar.xz."* | xz -dc >"$here/data/cifar10/$tar.tar"
+    fi
+  done
+}
+
+case ${1:-} in
+receive)
+  mkdir -p "$here/parts"
+  for part in "${@:2}"; do cp -r "$part"/. "$here/parts/"; done
+  du -sh "$here/parts"
+  ;;
+check)
+  install
+  nvidia-smi || true
+  $python -c 'import sys, torch, timm, torchvision; print(sys.version, torch.__version__, timm.__version__, torchvision.__version__)'
+  cd "$here" && repo=$OLDPWD
+  $python -m pytest -q -p no:cacheprovider --rootdir "$repo" -c "$repo/pyproject.toml" "$repo/tests/test_cuda.py" --durations=8 2>&1 | tee "$out/tests.txt" || true
+  $python -m widthbench run smoke --jobs 4 --results "$here/results" --no-timing 2>&1 | tail -40 || true
+  $python "$repo/bench/gpu/speed.py" --write "$out/speed.jsonl" || true
+  ;;
+measure)
+  install
+  cd "$here" && repo=$OLDPWD
+  $python -m widthbench data
+  $python -m widthbench run ${SUITE:-merging-cifar10} --only ${ONLY:-vgg mobilenet} --order seed --jobs ${JOBS:-4} --within "$2" --no-timing --results "$here/results" 2>&1 | tail -220
+  cp "$here/results/${SUITE:-merging-cifar10}/records.jsonl" "$out/"
+  ;;
+timings)
+  cd "$here" && repo=$OLDPWD
+  $python -m widthbench report ${SUITE:-merging-cifar10} --results "$here/results" | tail -60
+  cp "$here/results/${SUITE:-merging-cifar10}/timings.jsonl" "$out/"
+  ;;
+operations)
+  cd "$here" && repo=$OLDPWD
+  $python "$repo/bench/latency.py" --device cuda --write "$out/latency-cuda"
+  PYTHONPATH=$PYTHONPATH:$repo/bench $python - <<'PY' >"$out/operations.json"
+import json
+from asv.measuring import items, measured
+print(json.dumps(measured(items("cuda")), indent=1))
+PY
+  cat "$out/operations.json"
+  ;;
+*)
+  sed -n 2,8p "$0"
+  exit 2
+  ;;
+esac
