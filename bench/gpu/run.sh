@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On the machine with the GPU: take in what pack.py wrote, then measure. Files to take home lie in $OUT.
 #   bench/gpu/run.sh receive PART ...     keep these parts (they may come one call after another)
-#   bench/gpu/run.sh check                do the tests and the small suite pass here, how fast is an epoch
+#   bench/gpu/run.sh check                do the tests and the small suite pass here
+#   bench/gpu/run.sh speed                seconds of an epoch, plain and graphed
 #   bench/gpu/run.sh measure SECONDS      the suite that wants a GPU, within so many seconds
 #   bench/gpu/run.sh timings              latency and memory of what it found
 #   bench/gpu/run.sh operations           latency of networks by budget; what asv measures
@@ -37,7 +38,6 @@ check)
   cd "$here" && repo=$OLDPWD
   $python -m pytest -q -p no:cacheprovider --rootdir "$repo" -c "$repo/pyproject.toml" "$repo/tests/test_cuda.py" --durations=8 2>&1 | tee "$out/tests.txt" || true
   $python -m widthbench run smoke --jobs 4 --results "$here/results" --no-timing 2>&1 | tail -40 || true
-  $python "$repo/bench/gpu/speed.py" --write "$out/speed.jsonl" || true
   ;;
 measure)
   install
@@ -51,6 +51,9 @@ timings)
   $python -m widthbench report ${SUITE:-merging-cifar10} --results "$here/results" | tail -60
   cp "$here/results/${SUITE:-merging-cifar10}/timings.jsonl" "$out/"
   ;;
+speed)
+  $python bench/gpu/speed.py --write "$out/speed.jsonl"
+  ;;
 operations)
   cd "$here" && repo=$OLDPWD
   $python "$repo/bench/latency.py" --device cuda --write "$out/latency-cuda"
@@ -62,7 +65,7 @@ PY
   cat "$out/operations.json"
   ;;
 *)
-  sed -n 2,8p "$0"
+  sed -n 2,9p "$0"
   exit 2
   ;;
 esac
