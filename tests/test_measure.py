@@ -6,7 +6,7 @@ from torch import nn
 
 from widthbench import data, models
 from widthbench.api import Batches
-from widthbench.measure import MIB, Meter, accuracy, fastest_layout, latency_ms, peak_memory_mib
+from widthbench.measure import MIB, Meter, accuracy, fastest_layout, latency_ms, peak_memory_mib, replayed
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +102,34 @@ def test_peak_memory_of_a_hand_computed_network():
 
 def test_latency_is_a_time():
     assert 0 < latency_ms(nn.Linear(4, 4), torch.zeros(1, 4), rounds=5) < 1000
+
+
+def test_a_replay_keeps_what_its_recording_reads(monkeypatch):
+    """A graph reads memory by its address: the network and the batch must live as long as the replay."""
+    import contextlib
+    import gc
+    import weakref
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    batch = torch.zeros(3)
+    seen = weakref.ref(batch)
+    replay = replayed(lambda batch=batch: batch + 1)
+    del batch
+    gc.collect()
+    assert seen() is not None
+    replay()
+    del replay
+    gc.collect()
+    assert seen() is None

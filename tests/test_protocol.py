@@ -6,14 +6,15 @@ import torch
 from safetensors.torch import save_file
 from widthbench.baselines.l1_norm import L1Norm
 
-from widthbench import data, models, paths, protocol, registry, training, weights
-from widthbench.errors import UsageError
+from widthbench import data, models, paths, protocol, registry, weights
+from widthbench.errors import DivergedError, UsageError
 from widthbench.measure import accuracy
 from widthbench.paths import cache_dir
 from widthbench.protocol import base_key, cell_key, obtain_base, run_cell
 from widthbench.provenance import meaning, source_digest, versions
 from widthbench.records import Cell, Store
 from widthbench.technique import Outcome, Technique
+from widthbench.training import resume
 from widthbench.training.loop import fit
 from widthbench.training.recipe import Recipe
 from widthbench.width import keep
@@ -404,7 +405,7 @@ def test_nothing_held_out_trains_on_everything_and_leaves_val_scores_empty(store
 
 
 def test_a_killed_cell_goes_on_where_its_training_stopped(store, monkeypatch):
-    monkeypatch.setattr(training, "STATE_EVERY_S", 0)
+    monkeypatch.setattr(resume, "STATE_EVERY_S", 0)
     one = cell(technique="base", budget=None, base=BASE.model_copy(update={"epochs": 4}))
     seen = []
 
@@ -539,3 +540,25 @@ def test_a_network_that_computes_more_in_a_batch_is_refused(store, using):
     record = run_cell(cell(technique="failing"), store)
     assert record.status == "failed"
     assert "MACs for each of 64 samples" in record.reason
+
+
+def test_outputs_that_are_not_finite_on_the_data_are_named(store, using):
+    """A random input may pass where real ones overflow."""
+
+    class Overflows(Failing):
+        def decide(self, task, state):
+            model = copy.deepcopy(task.model)
+            with torch.no_grad():
+                model.ip1.weight.mul_(1e38)
+                model.ip2.weight.mul_(1e30)
+            return Outcome({n: keep(list(range(w))) for n, w in task.widths().items()}, model=model)
+
+    using(Overflows)
+    record = run_cell(cell(technique="overflows"), store)
+    assert record.status == "failed"
+    assert "not finite" in record.reason or "non-finite" in record.reason
+    broken = models.create("lenet_300_100", classes=10, channels=1, size=8)
+    with torch.no_grad():
+        broken.ip1.weight.fill_(torch.nan)
+    with pytest.raises(DivergedError, match=r"outputs on test data are not finite \(stage 'resized': loss nan\)"):
+        protocol.score(broken, protocol.load_data(cell()), "resized")

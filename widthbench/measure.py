@@ -110,7 +110,11 @@ def replayed(work: Callable[[], object]) -> Callable[[], object]:
     except RuntimeError as error:
         warnings.warn(f"timed as it is, not replayed: it cannot be recorded ({str(error).splitlines()[0]})", stacklevel=2)
         return work
-    return graph.replay
+
+    def replay(keep: Callable[[], object] = work) -> None:  # what the work holds lies where the recording reads it
+        graph.replay()
+
+    return replay
 
 
 def latency_ms(model: nn.Module, x: Tensor, *, rounds: int = 30, warm_up: int = 5, limit_s: float = 3.0) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -332,6 +333,9 @@ def score(model: nn.Module, split: data.Data, stage: Stage) -> Row:
     size = batch_of(model, split)
     test = accuracy(model, split.test, batch_size=size)
     val = accuracy(model, split.val, batch_size=size) if len(split.val) else None
+    for part, found in (("test", test), ("val", val)):
+        if found is not None and not math.isfinite(found.loss):
+            raise DivergedError(f"the network's outputs on {part} data are not finite (stage '{stage}': loss {found.loss})")
     return Row(
         stage=stage, top1=test.top1, top5=test.top5, loss=test.loss, samples=test.samples,
         val_top1=val.top1 if val else None, val_loss=val.loss if val else None,

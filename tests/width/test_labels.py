@@ -1,5 +1,7 @@
 """Labels through operations: what a small network does to its channels, and the axes that must come out."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from timm.layers import StdConv2d
 from torch import nn
 from torch.nn import functional as F
 
-from widthbench.width import discover, find_groups, keep, resize
+from widthbench.width import discover, find_groups, keep, operations, resize
 from widthbench.width.groups import Segment
 from widthbench.width.operations import _chunks, trace
 
@@ -261,3 +263,11 @@ def test_runs_of_dimensions_that_hold_the_same_elements(old, new, chunks):
     assert [(a, b) for a, b in found if a or b] == chunks
     for a, b in found:
         assert np.prod([old[i] for i in a]) == np.prod([new[j] for j in b])
+
+
+@pytest.mark.parametrize("activation", operations.ACTIVATIONS)
+@pytest.mark.parametrize("in_place", ["", "_"])
+def test_activations_have_a_rule_whatever_this_torch_tags_as_pointwise(activation, in_place):
+    name = activation + in_place
+    untagged = SimpleNamespace(overloadpacket=SimpleNamespace(__name__=name), tags=())
+    assert operations.rule_of(untagged) is not None

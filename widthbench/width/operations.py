@@ -684,11 +684,18 @@ def _group_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
 
 
 JOINING = ("add", "add_", "sub", "sub_", "rsub", "_foreach_add", "maximum", "minimum")
+# which of them torch tags as pointwise differs between its versions
+ACTIVATIONS = (
+    *("celu", "clamp", "clamp_max", "clamp_min", "elu", "gelu", "hardshrink", "hardsigmoid"),
+    *("hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6", "selu", "sigmoid", "silu"),
+    *("softplus", "softshrink", "tanh", "threshold"),
+)
 POINTWISE = {
-    "hardswish", "hardswish_", "_prelu_kernel", "prelu", "native_dropout", "log_sigmoid_forward", "_to_copy", "copy_", "rsub",
-    "masked_fill_", "lift_fresh", "contiguous", "gelu_", "hardtanh_", "hardsigmoid_", "leaky_relu_", "elu_", "silu_", "celu_",
-    "mish_", "clamp_", "clamp_min_", "relu6", "where", "logical_not_", "_conj",
-}  # fmt: skip
+    *ACTIVATIONS,
+    *(f"{name}_" for name in ACTIVATIONS),
+    *("_conj", "_prelu_kernel", "_to_copy", "contiguous", "copy_", "lift_fresh", "log_sigmoid_forward", "logical_not_"),
+    *("masked_fill_", "native_dropout", "prelu", "rsub", "where"),
+}
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("detach", "alias", "lift_fresh", "_conj", "detach_", "fill_", "zero_", "as_strided_", "as_strided"), _same),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), _like),
