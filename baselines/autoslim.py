@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthbench.budget import Budget, asked, top_channels, uniform_widths, used
+from widthbench.data.samples import Samples
 from widthbench.errors import BudgetError, UsageError
-from widthbench.measure import accuracy
-from widthbench.models import reinitialise
-from widthbench.task import Samples, Task
-from widthbench.technique import Outcome, Technique
+from widthbench.networks.models import reinitialise
+from widthbench.recipe import Recipe
+from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.budget import Budget, asked, top_channels, uniform_widths, used
+from widthbench.technique.task import Task
+from widthbench.training.measuring import accuracy
 from widthbench.training.recalibration import recalibrate
-from widthbench.training.recipe import Recipe
 from widthbench.width.gates import gated
 from widthbench.width.groups import producer_rows
 from widthbench.width.resize import keep, resize
@@ -84,12 +85,16 @@ class AutoSlim(Technique):
         self.final_epochs = final_epochs
         for name in ("narrowest", "least"):
             if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be a share between 0 and 1, not {getattr(self, name)}"
+                )
         for name in ("steps", "samples", "calibration"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not epochs > 0 or not final_epochs >= 0:
-            raise ValueError(f"epochs must be above 0 and final_epochs at least 0, not {epochs} and {final_epochs}")
+            raise ValueError(
+                f"epochs must be above 0 and final_epochs at least 0, not {epochs} and {final_epochs}"
+            )
 
     def prepare(self, task: Task) -> dict[str, Tensor]:
         """The slimmable network's tensors, ``first GROUP`` (``[N]``, higher comes first), and the path with its val accuracy."""
@@ -102,10 +107,14 @@ class AutoSlim(Technique):
             model.load_state_dict(trained)
             path, found = [[g.channels for g in task.groups.values()]], []
             for step in task.progress(range(self.steps + 1), desc=f"{self.id}: greedy steps"):
-                state = task.checkpoint(f"step {step}", partial(self._further, task, model, slimmable, path[-1], step))
+                state = task.checkpoint(
+                    f"step {step}", partial(self._further, task, model, slimmable, path[-1], step)
+                )
                 path.append(state["widths"].tolist())
                 found.append(float(state["top1"]))
-        tensors = {f"model {k}": v for k, v in trained.items()} | {f"first {n}": f for n, f in first.items()}
+        tensors = {f"model {k}": v for k, v in trained.items()} | {
+            f"first {n}": f for n, f in first.items()
+        }
         return tensors | {"path": torch.tensor(path[1:]), "top1": torch.tensor(found)}
 
     def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
@@ -113,10 +122,15 @@ class AutoSlim(Technique):
         assert task.fit is not None
         task.widths()  # a budget below the floor is refused
         model = copy.deepcopy(task.model)
-        model.load_state_dict({k.removeprefix("model "): v for k, v in state.items() if k.startswith("model ")})
+        model.load_state_dict(
+            {k.removeprefix("model "): v for k, v in state.items() if k.startswith("model ")}
+        )
         path = [dict(zip(task.groups, widths, strict=True)) for widths in state["path"].tolist()]
         widths = at_budget(path, task)
-        plan = {n: keep(top_channels(state[f"first {n}"], w, task.groups[n].blocks)) for n, w in widths.items()}
+        plan = {
+            n: keep(top_channels(state[f"first {n}"], w, task.groups[n].blocks))
+            for n, w in widths.items()
+        }
         series: dict[str, list[Any]] = {
             "trajectory.step": list(range(len(path))),
             "trajectory.macs": [round(task.cost(w).macs / task.reference.macs, 6) for w in path],
@@ -127,7 +141,12 @@ class AutoSlim(Technique):
         small = resize(model, task.groups, plan)
         if self.final == "fresh":
             reinitialise(small, task.seed)
-        task.fit(small, task.train, self._recipe(task, self.final_epochs), desc=f"{self.id} {task.budget}")
+        task.fit(
+            small,
+            task.train,
+            self._recipe(task, self.final_epochs),
+            desc=f"{self.id} {task.budget}",
+        )
         return Outcome({}, model=small, series=series)
 
     def _trained(self, task: Task, model: nn.Module, slimmable: Slimmable) -> dict[str, Tensor]:
@@ -135,28 +154,45 @@ class AutoSlim(Technique):
         assert task.fit is not None
         recipe = self._recipe(task, self.epochs)
         task.fit(model, task.train, recipe, losses=slimmable.losses, state=slimmable, desc=self.id)
-        if not all(torch.isfinite(v).all() for v in model.state_dict().values()):  # in the last step, whose loss was fine
-            raise UsageError(f"autoslim diverged: slimmable training left weights that are not finite; lower lr = {recipe.lr:g}")
+        if not all(
+            torch.isfinite(v).all() for v in model.state_dict().values()
+        ):  # in the last step, whose loss was fine
+            raise UsageError(
+                f"autoslim diverged: slimmable training left weights that are not finite; lower lr = {recipe.lr:g}"
+            )
         return {k: v.clone() for k, v in model.state_dict().items()}
 
     def _recipe(self, task: Task, epochs: float) -> Recipe:
-        return (task.recipe or Recipe(epochs=1, batch_size=64, lr=0.01)).model_copy(update={"epochs": epochs})
+        return (task.recipe or Recipe(epochs=1, batch_size=64, lr=0.01)).model_copy(
+            update={"epochs": epochs}
+        )
 
     def _first(self, task: Task, name: str) -> Tensor:
         """Scores ``[N]`` that say in which order a group's channels open."""
         if self.order == "index":
             return -torch.arange(task.groups[name].channels, dtype=torch.float32)
-        return sum(part.abs().sum(dim=1) for part in producer_rows(task.model, task.groups, name)).detach().cpu()  # type: ignore
+        return (
+            sum(part.abs().sum(dim=1) for part in producer_rows(task.model, task.groups, name))
+            .detach()
+            .cpu()
+        )  # type: ignore
 
-    def _further(self, task: Task, model: nn.Module, slimmable: Slimmable, last: list[int], step: int) -> dict[str, Tensor]:
+    def _further(
+        self, task: Task, model: nn.Module, slimmable: Slimmable, last: list[int], step: int
+    ) -> dict[str, Tensor]:
         """The next point: the best of the shapes at the next level of MACs, one for each group that is slimmed."""
         widths = dict(zip(task.groups, last, strict=True))
         shapes = [widths] if step == 0 else slimmer(widths, task, self.least ** (step / self.steps))
         scores = [self._score(task, model, slimmable, shape) for shape in shapes]
         best = max(range(len(shapes)), key=lambda i: scores[i])
-        return {"widths": torch.tensor(list(shapes[best].values())), "top1": torch.tensor(scores[best][0])}
+        return {
+            "widths": torch.tensor(list(shapes[best].values())),
+            "top1": torch.tensor(scores[best][0]),
+        }
 
-    def _score(self, task: Task, model: nn.Module, slimmable: Slimmable, widths: Mapping[str, int]) -> tuple[float, float]:
+    def _score(
+        self, task: Task, model: nn.Module, slimmable: Slimmable, widths: Mapping[str, int]
+    ) -> tuple[float, float]:
         """(val accuracy, minus val loss) at some widths, BatchNorm recalibrated."""
         slimmable.set(widths)
         recalibrate(model, task.train, samples=self.calibration, macs=0, seed=task.seed)
@@ -172,7 +208,12 @@ class Slimmable:
     """
 
     def __init__(self, task: Task, first: Mapping[str, Tensor], narrowest: float) -> None:
-        self.groups, self.first, self.narrowest, self.device = task.groups, first, narrowest, task.device
+        self.groups, self.first, self.narrowest, self.device = (
+            task.groups,
+            first,
+            narrowest,
+            task.device,
+        )
         self.gates: dict[str, Tensor] = {}
         self._draw = torch.Generator().manual_seed(task.seed)
         self.smoothing = task.recipe.label_smoothing if task.recipe else 0.0
@@ -190,13 +231,17 @@ class Slimmable:
         """Channels per group at a share of each, one for all or one each; at least one per block."""
         each = shares * len(self.groups) if len(shares) == 1 else shares
         found = zip(self.groups.items(), each, strict=True)
-        return {n: g.blocks * max(1, round(share * g.channels / g.blocks)) for (n, g), share in found}
+        return {
+            n: g.blocks * max(1, round(share * g.channels / g.blocks)) for (n, g), share in found
+        }
 
     def set(self, widths: Mapping[str, int]) -> None:
         """Open the first channels of each group."""
         for name, width in widths.items():
             rows = top_channels(self.first[name], width, self.groups[name].blocks)
-            self.gates[name] = torch.zeros(self.groups[name].channels).index_fill(0, rows, 1.0).to(self.device)
+            self.gates[name] = (
+                torch.zeros(self.groups[name].channels).index_fill(0, rows, 1.0).to(self.device)
+            )
 
     def losses(self, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """Largest first, then the smallest and random ones, which learn its outputs."""
@@ -205,7 +250,10 @@ class Slimmable:
         yield F.cross_entropy(logits, y, label_smoothing=self.smoothing)
         soft = logits.detach().float().softmax(dim=1)
         narrow = self.narrowest
-        drawn = [narrow + (1 - narrow) * torch.rand(len(self.groups), generator=self._draw) for _ in range(RANDOM)]
+        drawn = [
+            narrow + (1 - narrow) * torch.rand(len(self.groups), generator=self._draw)
+            for _ in range(RANDOM)
+        ]
         for widths in (self.widths(narrow), *(self.widths(*d.tolist()) for d in drawn)):
             self.set(widths)
             yield F.cross_entropy(model(x), soft)  # of probabilities: distillation
@@ -247,14 +295,21 @@ def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[st
     for name, group in task.groups.items():
         if widths[name] == group.blocks:
             continue
-        half = {**widths, name: max(group.blocks, widths[name] // (2 * group.blocks) * group.blocks)}
+        half = {
+            **widths,
+            name: max(group.blocks, widths[name] // (2 * group.blocks) * group.blocks),
+        }
         if _fits(half, task, level):
             alone = range(half[name], widths[name], group.blocks)
-            least = bisect.bisect_left(alone, True, key=lambda w: not _fits({**widths, name: w}, task, level))
+            least = bisect.bisect_left(
+                alone, True, key=lambda w: not _fits({**widths, name: w}, task, level)
+            )
             found.append({**widths, name: alone[least - 1]})
         else:
             found.append(_alike(half, name, task, level))
-    return [dict(shape) for shape in dict.fromkeys(tuple(s.items()) for s in found)] or [dict(widths)]
+    return [dict(shape) for shape in dict.fromkeys(tuple(s.items()) for s in found)] or [
+        dict(widths)
+    ]
 
 
 def _alike(widths: Mapping[str, int], name: str, task: Task, level: float) -> dict[str, int]:
@@ -264,7 +319,12 @@ def _alike(widths: Mapping[str, int], name: str, task: Task, level: float) -> di
     if not others:
         return floor
     try:
-        alike = uniform_widths(others, Budget("macs", level), lambda some: task.cost({**widths, **some}), task.reference)
+        alike = uniform_widths(
+            others,
+            Budget("macs", level),
+            lambda some: task.cost({**widths, **some}),
+            task.reference,
+        )
     except BudgetError:
         return floor
     return {**widths, **alike}
@@ -284,11 +344,17 @@ def at_budget(path: list[dict[str, int]], task: Task) -> dict[str, int]:
 
     end = next((i for i, widths in enumerate(path) if fits(widths)), len(path))
     found = dict(path[end] if end < len(path) else floor)
-    for earlier in reversed(path[:end]):  # what the last steps took more of than the budget asks is given back, last first
+    for earlier in reversed(
+        path[:end]
+    ):  # what the last steps took more of than the budget asks is given back, last first
         for name, group in task.groups.items():
             low, high = found[name] // group.blocks, earlier[name] // group.blocks
             while low < high:
                 middle = (low + high + 1) // 2
-                low, high = (middle, high) if fits({**found, name: middle * group.blocks}) else (low, middle - 1)
+                low, high = (
+                    (middle, high)
+                    if fits({**found, name: middle * group.blocks})
+                    else (low, middle - 1)
+                )
             found[name] = max(found[name], low * group.blocks)
     return found

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from widthbench.budget import Allocation
-from widthbench.task import Task
-from widthbench.technique import Outcome, Technique
+from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.budget import Allocation
+from widthbench.technique.task import Task
 from widthbench.width.groups import producer_rows
 
 
@@ -38,7 +38,10 @@ class L1Norm(Technique):
         """Scores ``[N]`` per group."""
         scores = {}
         for name in task.groups:
-            norms = [vector_norm(part, ord=1, dim=1) for part in producer_rows(task.model, task.groups, name)]
+            norms = [
+                vector_norm(part, ord=1, dim=1)
+                for part in producer_rows(task.model, task.groups, name)
+            ]
             scores[name] = torch.stack(norms).sum(dim=0)
         return scores
 

@@ -12,8 +12,8 @@ from sklearn.decomposition import NMF as Factorisation
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
-from widthbench.task import Task
-from widthbench.technique import Outcome, Technique
+from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.task import Task
 from widthbench.width.groups import Groups
 from widthbench.width.layers import kind_of
 from widthbench.width.norms import filter_rows, norm_behind
@@ -72,9 +72,13 @@ class NMF(Technique):
         shares = {f"residual {name}": [value] for name, value in residuals.items()}
         return Outcome(plan, series=shares)
 
-    def factorise(self, weights: np.ndarray, width: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    def factorise(
+        self, weights: np.ndarray, width: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray, float]:
         """``W₊ᵀ [N, D]`` as ``Zᵀ [N, P]`` times ``Yᵀ [P, D]``, and ``‖W₊ - Y Z‖`` (Frobenius)."""
-        model = Factorisation(width, init="random", random_state=seed, max_iter=self.iterations, tol=self.tolerance)
+        model = Factorisation(
+            width, init="random", random_state=seed, max_iter=self.iterations, tol=self.tolerance
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are a parameter
             mix = model.fit_transform(weights)
@@ -101,16 +105,26 @@ def obstacle(model: nn.Module, groups: Groups, name: str) -> str | None:
 
 def non_negative(model: nn.Module, groups: Groups, name: str) -> np.ndarray:
     """``W₊ᵀ [N, D]``: one row per channel, BatchNorm folded, bias last, negative entries set to zero."""
-    return filter_rows(model, groups, name, groups[name].producers[0], fold=True).clamp_min(0).cpu().numpy()
+    return (
+        filter_rows(model, groups, name, groups[name].producers[0], fold=True)
+        .clamp_min(0)
+        .cpu()
+        .numpy()
+    )
 
 
-def replaced(model: nn.Module, groups: Groups, name: str, mix: np.ndarray, filters: np.ndarray) -> Resize:
+def replaced(
+    model: nn.Module, groups: Groups, name: str, mix: np.ndarray, filters: np.ndarray
+) -> Resize:
     """The resize that gives a group's producer the filters ``[P, D]`` and its consumers ``mix [N, P]``."""
     (producer,) = groups[name].producers
     layer: Any = model.get_submodule(producer)
     rows = torch.from_numpy(filters).to(layer.weight)
     size = layer.weight[0].numel()
-    weights, bias = rows[:, :size], rows[:, size:].sum(dim=1)  # one column of biases, or none: zeros
+    weights, bias = (
+        rows[:, :size],
+        rows[:, size:].sum(dim=1),
+    )  # one column of biases, or none: zeros
     tensors = {f"{producer}.weight": weights.reshape(-1, *layer.weight.shape[1:])}
     norm = norm_behind(groups, producer)
     if layer.bias is not None:
@@ -119,7 +133,12 @@ def replaced(model: nn.Module, groups: Groups, name: str, mix: np.ndarray, filte
         module: Any = model.get_submodule(norm)
         ones = torch.ones_like(bias)
         if module.affine:
-            values = {"weight": ones * math.sqrt(1 + module.eps), "bias": bias, "running_mean": 0 * ones, "running_var": ones}
+            values = {
+                "weight": ones * math.sqrt(1 + module.eps),
+                "bias": bias,
+                "running_mean": 0 * ones,
+                "running_var": ones,
+            }
         else:
             values = {"running_mean": -bias, "running_var": ones * (1 - module.eps)}
         tensors |= {f"{norm}.{key}": value for key, value in values.items()}

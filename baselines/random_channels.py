@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from widthbench.budget import Allocation
-from widthbench.task import Task
-from widthbench.technique import Outcome, Technique
+from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.budget import Allocation
+from widthbench.technique.task import Task
 
 
 class RandomChannels(Technique):
@@ -26,7 +26,10 @@ class RandomChannels(Technique):
     def prepare(self, task: Task) -> dict[str, Tensor]:
         """Scores ``[N]`` per group, uniform in [0, 1)."""
         generator = torch.Generator().manual_seed(task.seed)
-        return {name: torch.rand(group.channels, generator=generator) for name, group in task.groups.items()}
+        return {
+            name: torch.rand(group.channels, generator=generator)
+            for name, group in task.groups.items()
+        }
 
     def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
         """Keep those that drew the highest numbers."""

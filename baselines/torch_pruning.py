@@ -11,10 +11,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from widthbench.budget import Allocation
-from widthbench.task import Access, Task
-from widthbench.technique import Outcome, Technique
-from widthbench.width.ablation import Sample, cross_entropy
+from widthbench.sensitivity.ablation import Sample, cross_entropy
+from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.budget import Allocation
+from widthbench.technique.task import Access, Task
 from widthbench.width.groups import Groups
 from widthbench.width.layers import Side, kind_of
 
@@ -34,8 +34,12 @@ class _Item(tuple[Any, list[int]]):
 
     root_idxs: list[int]
 
-    def __new__(cls, layer: nn.Module, pruning: Any, positions: list[int], channels: list[int]) -> _Item:
-        dependency = SimpleNamespace(layer=layer, target=SimpleNamespace(module=layer), pruning_fn=pruning, handler=pruning)
+    def __new__(
+        cls, layer: nn.Module, pruning: Any, positions: list[int], channels: list[int]
+    ) -> _Item:
+        dependency = SimpleNamespace(
+            layer=layer, target=SimpleNamespace(module=layer), pruning_fn=pruning, handler=pruning
+        )
         self = super().__new__(cls, (dependency, positions))
         self.root_idxs = channels
         return self
@@ -61,14 +65,31 @@ def as_group(model: nn.Module, groups: Groups, name: str) -> list[Any]:
             kind = kind_of(module)
             pruning: Any = PRUNING.get((str(kind), side))
             if kind == "channelnorm":
-                pruning = tp.prune_layernorm_out_channels if isinstance(module, nn.LayerNorm) else tp.prune_groupnorm_out_channels
+                pruning = (
+                    tp.prune_layernorm_out_channels
+                    if isinstance(module, nn.LayerNorm)
+                    else tp.prune_groupnorm_out_channels
+                )
             channels = _channels(groups, name, layer, side)
-            several = len(positions) // count if layer == groups[name].producers[0] and side == "out" else 1
+            several = (
+                len(positions) // count
+                if layer == groups[name].producers[0] and side == "out"
+                else 1
+            )
             for i in range(several):
                 some = [j for j in range(len(positions)) if several == 1 or _nth(channels, j) == i]
-                items.append(_Item(module, pruning, [positions[j] for j in some], [channels[j] for j in some]))
-    head, making = model.get_submodule(groups[name].producers[0]), (PRUNING["conv", "out"], PRUNING["linear", "out"])
-    return sorted(items, key=lambda item: not (item[0].layer is head and item[0].pruning_fn in making))
+                items.append(
+                    _Item(
+                        module, pruning, [positions[j] for j in some], [channels[j] for j in some]
+                    )
+                )
+    head, making = (
+        model.get_submodule(groups[name].producers[0]),
+        (PRUNING["conv", "out"], PRUNING["linear", "out"]),
+    )
+    return sorted(
+        items, key=lambda item: not (item[0].layer is head and item[0].pruning_fn in making)
+    )
 
 
 def _channels(groups: Groups, name: str, layer: str, side: Side) -> list[int]:
@@ -113,7 +134,9 @@ class TorchPruning(Technique):
         """Where the importance has nothing to say of a group."""
         for name in task.groups:
             types = tuple(type(self).importance().target_types)
-            if not any(isinstance(item[0].layer, types) for item in as_group(task.model, task.groups, name)):
+            if not any(
+                isinstance(item[0].layer, types) for item in as_group(task.model, task.groups, name)
+            ):
                 return f"channel group '{name}' has none of the layers that {type(self).importance.__name__} reads"
         return None
 
@@ -166,7 +189,10 @@ class FPGM(TorchPruning):
         """Also where a grouped convolution reads a group: Torch-Pruning 1.6's FPGM fails there."""
         for name, group in task.groups.items():
             for layer in group.consumers:
-                if kind_of(module := task.model.get_submodule(layer)) == "conv" and getattr(module, "groups", 1) > 1:
+                if (
+                    kind_of(module := task.model.get_submodule(layer)) == "conv"
+                    and getattr(module, "groups", 1) > 1
+                ):
                     return f"FPGM fails on grouped convolutions, such as '{layer}', which reads channel group '{name}'"
         return super().skip(task)
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from widthbench import claims, suites
+from widthbench.claims import ledger
 from widthbench.engines.worker import Worker
 from widthbench.errors import UsageError
-from widthbench.limits import Limits
+from widthbench.experiment import suites
+from widthbench.experiment.limits import Limits
+from widthbench.experiment.records import Record, Store
 from widthbench.paths import published_dir, require_writable, settle
-from widthbench.records import Record, Store
 
 SUITES = pytest.StashKey[list[suites.Suite]]()
 
@@ -34,8 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="suite name or TOML path, repeatable, or 'all' (default: digits)",
     )
-    group.addoption("--results", metavar="DIR", help="where results go (default: results/ beside bench/)")
-    group.addoption("--data", metavar="DIR", help="where data sets lie (default: WIDTHBENCH_DATA, or the cache)")
+    group.addoption(
+        "--results", metavar="DIR", help="where results go (default: results/ beside bench/)"
+    )
+    group.addoption(
+        "--data", metavar="DIR", help="where data sets lie (default: WIDTHBENCH_DATA, or the cache)"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -84,8 +89,8 @@ def _results(config: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
-def evidence(request: pytest.FixtureRequest) -> claims.Evidence:
-    return claims.Evidence(published_dir())
+def evidence(request: pytest.FixtureRequest) -> ledger.Evidence:
+    return ledger.Evidence(published_dir())
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +108,10 @@ def limits(request: pytest.FixtureRequest) -> dict[str, Limits]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "claim" in metafunc.fixturenames:
-        found = claims.choose(claims.load())
-        metafunc.parametrize(("claim", "calibrates"), [pytest.param(c, d.calibrates, id=c.id) for d, c in found])
+        found = ledger.choose(ledger.load())
+        metafunc.parametrize(
+            ("claim", "calibrates"), [pytest.param(c, d.calibrates, id=c.id) for d, c in found]
+        )
     if "cell" not in metafunc.fixturenames:
         return
     seen = {}
@@ -115,12 +122,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("cell", list(seen.values()))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    items = [r.nodeid for k in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(k, [])]
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    items = [
+        r.nodeid for k in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(k, [])
+    ]
     if WORKER or config.option.collectonly or not items:
         return
     if exitstatus == pytest.ExitCode.INTERRUPTED:
-        terminalreporter.write_line("interrupted: finished cells are kept, run again for the rest and for the report")
+        terminalreporter.write_line(
+            "interrupted: finished cells are kept, run again for the rest and for the report"
+        )
         return
     from widthbench.report.build import build
 
@@ -138,7 +151,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
             shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
             terminalreporter.write_line(f"wrote {shown}")
         if report.failed:
-            terminalreporter.write_line(f"{len(report.failed)} cells failed, the first {report.failed[0].cell.id}")
+            terminalreporter.write_line(
+                f"{len(report.failed)} cells failed, the first {report.failed[0].cell.id}"
+            )
         if report.reproduction:
             terminalreporter.write_line(f"\n{report.reproduction}")
     if any("test_claims" in i for i in items):
@@ -150,19 +165,21 @@ def _measured(terminalreporter: pytest.TerminalReporter, store: Store) -> Iterat
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, value in getattr(report, "user_properties", ()):
-                if (name == "failed" and (record := store.failure(value))) or (name == "done" and (record := store.get(value))):
+                if (name == "failed" and (record := store.failure(value))) or (
+                    name == "done" and (record := store.get(value))
+                ):
                     yield record
 
 
 def _show_claims(terminalreporter: pytest.TerminalReporter) -> None:
     """Count the verdicts."""
     try:
-        judged = claims.judge_all(published_dir())
+        judged = ledger.judge_all(published_dir())
     except UsageError as error:
         terminalreporter.write_line(str(error))
         return
     terminalreporter.section("claims, judged by the published records")
-    for verdict in claims.VERDICTS:
-        ids = [c.id for _, c, rows in judged if claims.overall(rows) == verdict]
+    for verdict in ledger.VERDICTS:
+        ids = [c.id for _, c, rows in judged if ledger.overall(rows) == verdict]
         if ids:
             terminalreporter.write_line(f"{verdict}: {', '.join(ids)}")

@@ -2,14 +2,21 @@
 
 import pytest
 
-from widthbench import claims
+from widthbench.claims import ledger
 
 
-def test_claim(claim: claims.Claim, calibrates: bool, evidence: claims.Evidence, record_property) -> None:
-    judged = claims.judge(claim, evidence)
-    verdict = claims.overall(judged)
-    assert not (calibrates and verdict == "not reproduced"), "the suite itself is off: " + "; ".join(
-        f"{j.row.what}: reported {j.row.reported}, measured {j.measured.mean}" for j in judged if j.measured
+def test_claim(
+    claim: ledger.Claim, calibrates: bool, evidence: ledger.Evidence, record_property
+) -> None:
+    judged = ledger.judge(claim, evidence)
+    verdict = ledger.overall(judged)
+    assert not (calibrates and verdict == "not reproduced"), (
+        "the suite itself is off: "
+        + "; ".join(
+            f"{j.row.what}: reported {j.row.reported}, measured {j.measured.mean}"
+            for j in judged
+            if j.measured
+        )
     )
     record_property("verdict", verdict)
     if verdict == "not run":

@@ -14,12 +14,14 @@ from pathlib import Path
 from tabulate import tabulate
 
 import widthbench
-from widthbench import registry
+from widthbench.technique import registry
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 MADE = HERE / "_made"
-REPOSITORY = os.environ.get("WIDTHBENCH_REPOSITORY", "")  # where links to files that are no pages lead, if anywhere
+REPOSITORY = os.environ.get(
+    "WIDTHBENCH_REPOSITORY", ""
+)  # where links to files that are no pages lead, if anywhere
 
 project = "widthbench"
 author = "The widthbench authors"
@@ -42,27 +44,78 @@ napoleon_use_ivar = True
 suppress_warnings = ["myst.header", "ref.python"]
 
 FIGURES = {
-    "neuron-merging": ("merging-lenet", "accuracy-macs.png", "Merging, pruning by its criterion, and NMF on trained LeNets"),
-    "nmf": ("merging-lenet", "accuracy-macs.png", "NMF beside merging on trained LeNets, nothing trained after"),
-    "neuron-removal": ("shrinking", "curves-accuracy.png", "Test accuracy against the share of neurons removed, by ranking"),
-    "autoprune": ("autoprune-lenet", "trajectory-autoprune.png", "AutoPrune along its steps, by estimator and decoupling"),
+    "neuron-merging": (
+        "merging-lenet",
+        "accuracy-macs.png",
+        "Merging, pruning by its criterion, and NMF on trained LeNets",
+    ),
+    "nmf": (
+        "merging-lenet",
+        "accuracy-macs.png",
+        "NMF beside merging on trained LeNets, nothing trained after",
+    ),
+    "neuron-removal": (
+        "shrinking",
+        "curves-accuracy.png",
+        "Test accuracy against the share of neurons removed, by ranking",
+    ),
+    "autoprune": (
+        "autoprune-lenet",
+        "trajectory-autoprune.png",
+        "AutoPrune along its steps, by estimator and decoupling",
+    ),
     "splitting": ("growing", "trajectory-splitting.png", "Widths and losses as networks grow"),
     "autoslim": ("lenet", "trajectory-autoslim.png", "AutoSlim's greedy path"),
-}  # fmt: skip
+}
 ELSE = ("digits", "accuracy-macs.png", "Every technique on the suite digits")
 PARTS = {
-    "Using it": ["widthbench.api", "widthbench.technique", "widthbench.task", "widthbench.budget", "widthbench.registry",
-                 "widthbench.contract"],
-    "Channel groups": ["widthbench.width.groups", "widthbench.width.resize", "widthbench.width.gates", "widthbench.width.certify",
-                       "widthbench.width.cost", "widthbench.width.norms", "widthbench.width.ablation",
-                       "widthbench.width.derivatives", "widthbench.width.splitting_matrices", "widthbench.width.adapters"],
-    "The protocol": ["widthbench.protocol", "widthbench.controls", "widthbench.suites", "widthbench.records", "widthbench.recipe",
-                     "widthbench.training", "widthbench.measure", "widthbench.data", "widthbench.sources", "widthbench.weights",
-                     "widthbench.models"],
-    "Results": ["widthbench.claims", "widthbench.verify", "widthbench.report.build", "widthbench.report.tables",
-                "widthbench.report.statistics", "widthbench.report.exports", "widthbench.report.figures",
-                "widthbench.report.widths", "widthbench.report.site", "widthbench.regress", "widthbench.provenance"],
-}  # fmt: skip
+    "Using it": [
+        "widthbench.api",
+        "widthbench.technique.base",
+        "widthbench.technique.task",
+        "widthbench.technique.budget",
+        "widthbench.technique.registry",
+        "widthbench.contract",
+    ],
+    "Channel groups": [
+        "widthbench.width.groups",
+        "widthbench.width.resize",
+        "widthbench.width.gates",
+        "widthbench.width.certify",
+        "widthbench.width.cost",
+        "widthbench.width.norms",
+        "widthbench.sensitivity.ablation",
+        "widthbench.sensitivity.derivatives",
+        "widthbench.sensitivity.splitting_matrices",
+        "widthbench.width.adapters",
+    ],
+    "The protocol": [
+        "widthbench.experiment.protocol",
+        "widthbench.experiment.controls",
+        "widthbench.experiment.suites",
+        "widthbench.experiment.records",
+        "widthbench.recipe",
+        "widthbench.training",
+        "widthbench.training.measuring",
+        "widthbench.data.splits",
+        "widthbench.data.sources",
+        "widthbench.networks.weights",
+        "widthbench.networks.models",
+    ],
+    "Results": [
+        "widthbench.claims.ledger",
+        "widthbench.report.verify",
+        "widthbench.report.build",
+        "widthbench.report.tables",
+        "widthbench.statistics",
+        "widthbench.report.exports",
+        "widthbench.report.figures",
+        "widthbench.report.widths",
+        "widthbench.report.site",
+        "widthbench.report.regress",
+        "widthbench.provenance",
+    ],
+}
 
 
 def technique_page(name: str, claims: list[dict[str, object]]) -> str:
@@ -83,7 +136,9 @@ def technique_page(name: str, claims: list[dict[str, object]]) -> str:
         parts.append("## What its document claims")
         rows = [[f"**{c['id']}**", str(c["text"]).replace("|", "\\|"), c["verdict"]] for c in own]
         parts.append(tabulate(rows, headers=["claim", "what", "verdict"], tablefmt="pipe"))
-        parts.append("Row by row, with the records: the [page of results](../results.md), and `results/published/claims.md`.")
+        parts.append(
+            "Row by row, with the records: the [page of results](../results.md), and `results/published/claims.md`."
+        )
     if cls.bibtex:
         parts.append(f"## Paper\n\n```bibtex\n{cls.bibtex.strip()}\n```")
     return "\n\n".join(parts) + "\n"
@@ -98,16 +153,28 @@ def make() -> None:
     names = registry.names()
     ours = [n for n in names if registry.owner(n).startswith("widthbench")]
     for name in ours:
-        (MADE / "techniques" / f"{name.replace(':', '-')}.md").write_text(technique_page(name, claims))
+        (MADE / "techniques" / f"{name.replace(':', '-')}.md").write_text(
+            technique_page(name, claims)
+        )
     listed = "\n".join(n.replace(":", "-") for n in ours)
-    (MADE / "techniques" / "index.md").write_text(f"# Techniques\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")
+    (MADE / "techniques" / "index.md").write_text(
+        f"# Techniques\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n"
+    )
     for title, modules in PARTS.items():
-        blocks = "\n\n".join(f"## {m}\n\n```{{eval-rst}}\n.. automodule:: {m}\n```" for m in modules)
-        (MADE / "api" / f"{title.lower().replace(' ', '-')}.md").write_text(f"# {title}\n\n{blocks}\n")
+        blocks = "\n\n".join(
+            f"## {m}\n\n```{{eval-rst}}\n.. automodule:: {m}\n```" for m in modules
+        )
+        (MADE / "api" / f"{title.lower().replace(' ', '-')}.md").write_text(
+            f"# {title}\n\n{blocks}\n"
+        )
     listed = "\n".join(t.lower().replace(" ", "-") for t in PARTS)
-    (MADE / "api" / "index.md").write_text(f"# API\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")
+    (MADE / "api" / "index.md").write_text(
+        f"# API\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n"
+    )
     link = '<a href="../site.html">All leaderboards, claims and records, on one page</a>'
-    page = f"# Results\n\n{link}: tables to sort and filter, charts, and the record behind each row.\n"
+    page = (
+        f"# Results\n\n{link}: tables to sort and filter, charts, and the record behind each row.\n"
+    )
     (MADE / "results.md").write_text(page)
     from widthbench.report import site
 
@@ -119,7 +186,9 @@ def links(app: object, docname: str, source: list[str]) -> None:
     """Links to files of the repository that are no pages here become plain text, or links to the repository."""
     target = r"\[([^\]]*)\]\(\.\./([^)]+)\)"
     if not docname.startswith("_made"):
-        source[0] = re.sub(target, rf"[\1]({REPOSITORY}/\2)" if REPOSITORY else r"\1 (`\2`)", source[0])
+        source[0] = re.sub(
+            target, rf"[\1]({REPOSITORY}/\2)" if REPOSITORY else r"\1 (`\2`)", source[0]
+        )
 
 
 def setup(app: object) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthbench import parallel
-from widthbench.budget import Budget, asked, global_widths, top_channels, used
 from widthbench.errors import UsageError
-from widthbench.measure import accuracy, fastest_layout
-from widthbench.task import Task
-from widthbench.technique import Outcome, Technique
+from widthbench.recipe import Recipe
+from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.budget import Budget, asked, global_widths, top_channels, used
+from widthbench.technique.task import Task
 from widthbench.training.loop import steps_of
+from widthbench.training.measuring import accuracy, fastest_layout
 from widthbench.training.recalibration import batch_norms
-from widthbench.training.recipe import Recipe
 from widthbench.width.gates import gated, sums_by_channel
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep
@@ -105,10 +105,14 @@ class AutoPrune(Technique):
         self.ramp = ramp
         self.freeze = freeze
         if not 0 < ramp <= freeze <= 1:
-            raise ValueError(f"ramp and freeze must be shares with 0 < ramp <= freeze <= 1, not {ramp} and {freeze}")
+            raise ValueError(
+                f"ramp and freeze must be shares with 0 < ramp <= freeze <= 1, not {ramp} and {freeze}"
+            )
         for name, kinds in (("estimator", Estimator), ("decoupling", Decoupling)):
             if getattr(self, name) not in get_args(kinds):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, not {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(kinds))}, not {getattr(self, name)!r}"
+                )
         for name in ("epochs", "eta", "lr"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
@@ -126,7 +130,14 @@ class AutoPrune(Technique):
         )
         gates = Gates(self, task, recipe)
         with gated(model, task.groups, gates.open, on="weight", products=gates.products):
-            task.fit(model, task.train, recipe, losses=gates.losses, state=gates, desc=f"{self.id} {task.budget}")
+            task.fit(
+                model,
+                task.train,
+                recipe,
+                losses=gates.losses,
+                state=gates,
+                desc=f"{self.id} {task.budget}",
+            )
         rows = {n: gate.nonzero().flatten().cpu() for n, gate in gates.frozen().items()}
         return Outcome({n: keep(r) for n, r in rows.items()}, model=model, series=gates.series)
 
@@ -145,7 +156,7 @@ def updated(m: Tensor, s: Tensor, mu: float, eta: float, estimator: Estimator) -
 
 def sensitivities(
     model: nn.Module, groups: Groups, slopes: Mapping[str, Tensor], decoupling: Decoupling = "sgn"
-) -> PerGroup:  # fmt: skip
+) -> PerGroup:
     """What the loss says of each channel's gate.
 
     Args:
@@ -164,7 +175,12 @@ def sensitivities(
         found: PerGroup = {}
         for layer, slope in slopes.items():
             module: Any = model.get_submodule(layer)
-            parts = sums_by_channel(module, groups.axes[layer, "in"], factor(slope, module._parameters["weight"].detach()), heads)
+            parts = sums_by_channel(
+                module,
+                groups.axes[layer, "in"],
+                factor(slope, module._parameters["weight"].detach()),
+                heads,
+            )
             for name in parts.keys() & groups.keys():
                 found[name] = found[name] + parts[name] if name in found else parts[name]
         return found
@@ -201,10 +217,15 @@ class Gates:
 
     def __init__(self, method: AutoPrune, task: Task, recipe: Recipe) -> None:
         if not task.groups:
-            raise UsageError("autoprune has no channel groups to gate here: widthbench doctor says why")
+            raise UsageError(
+                "autoprune has no channel groups to gate here: widthbench doctor says why"
+            )
         self.method, self.task, self.recipe = method, task, recipe
         self.total = steps_of(recipe, len(task.train))[1]
-        self.ramp, self.last = max(1, round(method.ramp * self.total)), max(1, round(method.freeze * self.total))
+        self.ramp, self.last = (
+            max(1, round(method.ramp * self.total)),
+            max(1, round(method.freeze * self.total)),
+        )
         like = task.example_input.new_ones(())
         self.m = {n: START * like.new_ones(g.channels) for n, g in task.groups.items()}
         self.open = {n: torch.ones_like(m) for n, m in self.m.items()}
@@ -214,8 +235,12 @@ class Gates:
         self.step = self.drawn = 0  # steps, and batches of val
         self.mu = method.mu or 0.0
         self.price = dict.fromkeys(self.m, 1.0)
-        self.shut = {n: torch.zeros_like(m) for n, m in self.m.items()}  # steps since a channel closed
-        self.long = {n: torch.zeros_like(m, dtype=torch.bool) for n, m in self.m.items()}  # channels that were once closed for long
+        self.shut = {
+            n: torch.zeros_like(m) for n, m in self.m.items()
+        }  # steps since a channel closed
+        self.long = {
+            n: torch.zeros_like(m, dtype=torch.bool) for n, m in self.m.items()
+        }  # channels that were once closed for long
         self.square = like * 0  # the running mean square
         self.told = {name: like.double() * 0 for name in ("recoveries", "shut", *SINCE)}
         self._forget_since()
@@ -224,7 +249,20 @@ class Gates:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        names = ("m", "drift", "open", "shut", "long", "series", "step", "drawn", "mu", "price", "square", "told")
+        names = (
+            "m",
+            "drift",
+            "open",
+            "shut",
+            "long",
+            "series",
+            "step",
+            "drawn",
+            "mu",
+            "price",
+            "square",
+            "told",
+        )
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -271,28 +309,46 @@ class Gates:
                 self.mu = self._needed()
         x, y = self._drawn()
         with norms_left_alone(model), parallel.alike():
-            loss = F.cross_entropy(model(x.contiguous(memory_format=fastest_layout(model)) if x.dim() == 4 else x), y)
+            loss = F.cross_entropy(
+                model(x.contiguous(memory_format=fastest_layout(model)) if x.dim() == 4 else x), y
+            )
         used_by = [(layer, t) for layer, found in self.products.items() for t in found]
         slopes: dict[str, Tensor] = {}
-        for (layer, _), slope in zip(used_by, torch.autograd.grad(loss, [t for _, t in used_by]), strict=True):
+        for (layer, _), slope in zip(
+            used_by, torch.autograd.grad(loss, [t for _, t in used_by]), strict=True
+        ):
             slopes[layer] = slopes[layer] + slope if layer in slopes else slope
         s = sensitivities(model, self.task.groups, slopes, self.method.decoupling)
-        gradient = s if self.method.decoupling == "none" else sensitivities(model, self.task.groups, slopes, "none")
+        gradient = (
+            s
+            if self.method.decoupling == "none"
+            else sensitivities(model, self.task.groups, slopes, "none")
+        )
         slope_of = {n: derivative(m, self.method.estimator) for n, m in self.m.items()}
         rule, true = (torch.cat([some[n] * slope_of[n] for n in self.m]) for some in (s, gradient))
-        self.told["cosine"] = torch.minimum(self.told["cosine"], F.cosine_similarity(rule, true, dim=0))
+        self.told["cosine"] = torch.minimum(
+            self.told["cosine"], F.cosine_similarity(rule, true, dim=0)
+        )
         self.told["val_loss"] += loss.detach()
         self.told["val_steps"] += 1
         square = torch.cat(list(s.values())).square().mean()
         if not torch.isfinite(loss + square):
             what = f"the val loss is {float(loss.detach())}, the mean square of its slopes {float(square)}"
-            raise UsageError(f"autoprune diverged: {what} at step {self.step + 1}; lower lr = {self.recipe.lr:g}")
+            raise UsageError(
+                f"autoprune diverged: {what} at step {self.step + 1}; lower lr = {self.recipe.lr:g}"
+            )
         self.drawn += 1
         self.square = MEMORY * self.square + (1 - MEMORY) * square
         scale = (self.square / (1 - MEMORY**self.drawn)).sqrt().clamp_min(1e-30)
         for name, m in self.m.items():
             self.drift[name] = RECENT * self.drift[name] + (1 - RECENT) * s[name] / scale
-            new = updated(m, s[name] / scale, self.mu * self.price[name], self.method.eta, self.method.estimator)
+            new = updated(
+                m,
+                s[name] / scale,
+                self.mu * self.price[name],
+                self.method.eta,
+                self.method.estimator,
+            )
             self.m[name] = new
             self.open[name].copy_(opened(new, self.task.groups[name].blocks))
             self._note(name)
@@ -310,7 +366,9 @@ class Gates:
         per_pass = max(1, len(self.task.val) // self.recipe.batch_size)
         size = min(self.recipe.batch_size, len(self.task.val))
         batch = next(self._val, None)
-        if batch is None or self.drawn % per_pass == 0:  # partial batches at a pass's end are left out
+        if (
+            batch is None or self.drawn % per_pass == 0
+        ):  # partial batches at a pass's end are left out
             order = torch.Generator().manual_seed(self.task.seed + self.drawn // per_pass)
             self._val = self.task.val.batches(size, generator=order)
             for _ in range(self.drawn % per_pass + 1):
@@ -327,13 +385,20 @@ class Gates:
         steps = EVERY * self.method.eta
         reach = {
             n: (
-                (m / (steps * derivative(m, self.method.estimator)) - self.drift[n] / max(1e-9, 1 - RECENT**self.drawn))
+                (
+                    m / (steps * derivative(m, self.method.estimator))
+                    - self.drift[n] / max(1e-9, 1 - RECENT**self.drawn)
+                )
                 / self.price[n]
             ).cpu()
             for n, m in self.m.items()
         }
         widths = global_widths(reach, self.task.groups, line, self.task.cost, self.task.reference)
-        closing = [r.sort(descending=True).values[widths[n]] for n, r in reach.items() if widths[n] < len(r)]
+        closing = [
+            r.sort(descending=True).values[widths[n]]
+            for n, r in reach.items()
+            if widths[n] < len(r)
+        ]
         return max([0.0, *map(float, closing)])
 
     def _prices(self) -> dict[str, float]:
@@ -343,7 +408,13 @@ class Gates:
         widths, groups = self.widths(), self.task.groups
         there = self._kept(widths)
         each = {
-            n: abs(there - self._kept(widths | {n: w + groups[n].blocks * (1 if w == groups[n].blocks else -1)})) / groups[n].blocks
+            n: abs(
+                there
+                - self._kept(
+                    widths | {n: w + groups[n].blocks * (1 if w == groups[n].blocks else -1)}
+                )
+            )
+            / groups[n].blocks
             for n, w in widths.items()
         }
         mean = sum(each[n] * w for n, w in widths.items()) / sum(widths.values())
@@ -374,7 +445,9 @@ class Gates:
         groups, most = self.task.groups, asked(self.task.budget, self.task.groups) * (1 + 1e-12)
         order = {n: score.sort(descending=True).values.tolist() for n, score in scores.items()}
         while rest := [n for n, w in widths.items() if w < groups[n].channels]:
-            fits = [n for n in rest if self._kept(widths | {n: widths[n] + groups[n].blocks}) <= most]
+            fits = [
+                n for n in rest if self._kept(widths | {n: widths[n] + groups[n].blocks}) <= most
+            ]
             if not fits:
                 break
             best = max(fits, key=lambda n: order[n][widths[n]])
@@ -401,7 +474,9 @@ class Gates:
             "val_loss": float(told["val_loss"]) / gated_steps if gated_steps else None,
             "recoveries": int(told["recoveries"]),
             "shut": int(told["shut"]),
-            "returned": sum(int((long & (self.open[n] > 0)).sum()) for n, long in self.long.items()),
+            "returned": sum(
+                int((long & (self.open[n] > 0)).sum()) for n, long in self.long.items()
+            ),
             "cosine": float(told["cosine"]) if gated_steps else None,
         }
         if self.task.curves:

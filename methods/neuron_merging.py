@@ -10,13 +10,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from widthbench.budget import Allocation
 from widthbench.errors import UsageError
-from widthbench.task import Task
-from widthbench.technique import Outcome, Technique
+from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.budget import Allocation
+from widthbench.technique.task import Task
 from widthbench.width.groups import Groups
 from widthbench.width.layers import kind_of
-from widthbench.width.norms import Norm, affines_of, bias_of, filter_rows, norm_behind, norm_of, passed_by, weight_and_bias
+from widthbench.width.norms import (
+    Norm,
+    affines_of,
+    bias_of,
+    filter_rows,
+    norm_behind,
+    norm_of,
+    passed_by,
+    weight_and_bias,
+)
 from widthbench.width.resize import Resize
 
 Criterion = Literal["l1", "l2", "geometric-median"]
@@ -104,7 +113,10 @@ class NeuronMerging(Technique):
 
     def prepare(self, task: Task) -> dict[str, Tensor]:
         """Scores ``[N]`` per group, from the original weights of every layer."""
-        return {name: score(filters(task.model, task.groups, name), self.criterion) for name in task.groups}
+        return {
+            name: score(filters(task.model, task.groups, name), self.criterion)
+            for name in task.groups
+        }
 
     def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
         """Keep the best within the budget, and merge the others into them."""
@@ -113,18 +125,38 @@ class NeuronMerging(Technique):
         plan = task.keep_best(state, self.allocation)
         if not self.merge:
             return Outcome(plan)
-        return Outcome({name: self.merged(task.model, task.groups, name, change.rows) for name, change in plan.items()})
+        return Outcome(
+            {
+                name: self.merged(task.model, task.groups, name, change.rows)
+                for name, change in plan.items()
+            }
+        )
 
     def merged(self, model: nn.Module, groups: Groups, name: str, kept: Tensor) -> Resize:
         """The resize of one group that keeps the channels ``kept [P]`` and merges the others into them."""
         group = groups[name]
-        removed = torch.ones(group.channels, dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
+        removed = (
+            torch.ones(group.channels, dtype=torch.bool)
+            .index_fill(0, kept, False)
+            .nonzero()
+            .flatten()
+        )
         pairs = compare(model, groups, name, removed, kept, self.bn_scale)
-        same_block = (removed * group.blocks // group.channels)[:, None] == kept * group.blocks // group.channels
-        possible = same_block.to(pairs.scale.device) & pairs.scale.isfinite() & pairs.mismatch.isfinite()
+        same_block = (removed * group.blocks // group.channels)[
+            :, None
+        ] == kept * group.blocks // group.channels
+        possible = (
+            same_block.to(pairs.scale.device) & pairs.scale.isfinite() & pairs.mismatch.isfinite()
+        )
         lam = self.lam if bool((pairs.mismatch != 0).any()) else 1.0
         badness = lam * (1 - pairs.cosine) + (1 - lam) * _rescaled(pairs.mismatch, possible)
-        threshold = self.threshold if self.threshold is not None else 0.1 if _normed(model, group.riders) else 0.45
+        threshold = (
+            self.threshold
+            if self.threshold is not None
+            else 0.1
+            if _normed(model, group.riders)
+            else 0.45
+        )
         scale = pairs.scale.where(possible & (pairs.cosine >= threshold), 0)
         mix = scale.new_zeros(group.channels, len(kept))
         mix[kept, torch.arange(len(kept))] = 1
@@ -141,7 +173,9 @@ def filters(model: nn.Module, groups: Groups, name: str) -> list[Tensor]:
     one factor, side by side; where they multiply, a factor each, but for the gates of squeeze-excite, which are left out.
     """
     if not groups[name].inner:
-        return [torch.cat([filter_rows(model, groups, name, p) for p in groups[name].producers], dim=1)]
+        return [
+            torch.cat([filter_rows(model, groups, name, p) for p in groups[name].producers], dim=1)
+        ]
     sources = groups.sources(name)
     way = groups.paths(name, sources)[0]
     depthwise = [layer for layer in way if kind_of(model.get_submodule(layer)) == "depthwise"]
@@ -158,7 +192,9 @@ def score(factors: list[Tensor], criterion: Criterion) -> Tensor:
         criterion: "l1", "l2" or "geometric-median" (He et al., CVPR 2019): the sum of distances to all channels.
     """
     if criterion != "geometric-median":
-        return torch.stack([f.norm(p=1 if criterion == "l1" else 2, dim=1) for f in factors]).prod(dim=0)
+        return torch.stack([f.norm(p=1 if criterion == "l1" else 2, dim=1) for f in factors]).prod(
+            dim=0
+        )
     gram = torch.stack([f @ f.T for f in factors]).prod(dim=0)
     squares = gram.diagonal()
     return (squares[:, None] + squares - 2 * gram).clamp_min(0).sqrt().sum(dim=1)
@@ -197,24 +233,35 @@ class Pairs:
         """After a depthwise convolution: filters ``[N, D]``, and what its bias ``[N]`` adds where no norm takes it."""
         c, s = _compared(rows, self.removed, self.kept)
         scale = self.scale * s
-        if bn_scale == "derived":  # opposite filters are no multiples through the activation between them
+        if (
+            bn_scale == "derived"
+        ):  # opposite filters are no multiples through the activation between them
             scale = scale.where((self.cosine > 0) & (c > 0), math.nan)
         n, p = _pair(bias, self.removed, self.kept)
         carried = self.mismatch * rows.sum(dim=1)[self.removed, None].abs()
-        return replace(self, cosine=self.cosine * c, ratio=self.ratio * s, scale=scale, mismatch=carried + (n - scale * p).abs())
+        return replace(
+            self,
+            cosine=self.cosine * c,
+            ratio=self.ratio * s,
+            scale=scale,
+            mismatch=carried + (n - scale * p).abs(),
+        )
 
     def through_affine(self, scale: Tensor, shift: Tensor) -> Pairs:
         """After ``y = a x + b``, ``[N]`` each: frozen norms, layer-scales, the affine of a norm across channels."""
         (an, ap), (bn, bp) = (_pair(v, self.removed, self.kept) for v in (scale, shift))
         new = self.scale * an / ap
         return replace(
-            self, scale=new.where(new > 0, math.nan), mismatch=self.mismatch * an.abs() + (bn - new * bp).abs()
-        )  # fmt: skip
+            self,
+            scale=new.where(new > 0, math.nan),
+            mismatch=self.mismatch * an.abs() + (bn - new * bp).abs(),
+        )
 
     def through_norm(self, norm: Norm, bn_scale: BnScale) -> Pairs:
         """After a BatchNorm, by the formulas of the class above."""
         (gn, gp), (bn, bp), (mn, mp), (vn, vp), (sn, sp) = (
-            _pair(v, self.removed, self.kept) for v in (norm.gamma, norm.beta, norm.mean, norm.var, norm.sigma)
+            _pair(v, self.removed, self.kept)
+            for v in (norm.gamma, norm.beta, norm.mean, norm.var, norm.sigma)
         )
         if bn_scale == "released":
             s = self.ratio
@@ -227,7 +274,9 @@ class Pairs:
         return replace(self, scale=scale.where(scale > 0, math.nan), mismatch=carried + rest.abs())
 
 
-def compare(model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: Tensor, bn_scale: BnScale) -> Pairs:
+def compare(
+    model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: Tensor, bn_scale: BnScale
+) -> Pairs:
     """What merging each of the channels ``removed [R]`` into each of ``kept [P]`` would do.
 
     Where several norms read the channels side by side (DenseNet; a residual stream before each block), the means over them. Where
@@ -236,15 +285,25 @@ def compare(model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: 
     group = groups[name]
     if group.inner:
         first, *others = groups.sources(name)
-        factors = [filter_rows(model, groups, name, first), *(filter_rows(model, groups, name, p, fold=True) for p in others)]
+        factors = [
+            filter_rows(model, groups, name, first),
+            *(filter_rows(model, groups, name, p, fold=True) for p in others),
+        ]
         ways = [way[1:] for way in groups.paths(name, [first])]
     else:
-        factors = [torch.cat([filter_rows(model, groups, name, p, fold=True) for p in group.producers], dim=1)]
+        factors = [
+            torch.cat(
+                [filter_rows(model, groups, name, p, fold=True) for p in group.producers], dim=1
+            )
+        ]
         folded = {norm_behind(groups, p) for p in group.producers}
         reading = [r for r in group.riders if _normed(model, [r]) and r not in folded]
         ways = list(groups.paths(name, reading))
         passed = {layer for way in ways for layer in way}
-        if any({*group.producers, *group.riders} & set(groups.behind[c]) - passed for c in group.consumers):
+        if any(
+            {*group.producers, *group.riders} & set(groups.behind[c]) - passed
+            for c in group.consumers
+        ):
             ways.append(())  # some consumers read the sum itself
     affines = affines_of(model, groups, name)
     if isinstance(affines, str):
@@ -265,7 +324,10 @@ def compare(model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: 
         for affine in affines.values():
             pairs = pairs.through_affine(*affine)
         found.append(pairs)
-    mean = {k: torch.stack([getattr(p, k) for p in found]).mean(dim=0) for k in ("cosine", "ratio", "scale", "mismatch")}
+    mean = {
+        k: torch.stack([getattr(p, k) for p in found]).mean(dim=0)
+        for k in ("cosine", "ratio", "scale", "mismatch")
+    }
     return Pairs(removed, kept, **mean)
 
 

@@ -13,14 +13,14 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from widthbench.budget import Allocation
 from widthbench.errors import UsageError
 from widthbench.randomness import seeded
-from widthbench.task import Task
-from widthbench.technique import Outcome, Technique
-from widthbench.width.ablation import Ablation, Sample
-from widthbench.width.backprop_diagonal import BackpropDiagonal
-from widthbench.width.derivatives import GateDerivatives, kinked
+from widthbench.sensitivity.ablation import Ablation, Sample
+from widthbench.sensitivity.backprop_diagonal import BackpropDiagonal
+from widthbench.sensitivity.derivatives import GateDerivatives, kinked
+from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.budget import Allocation
+from widthbench.technique.task import Task
 from widthbench.width.groups import Groups
 from widthbench.width.resize import Plan, keep
 
@@ -95,8 +95,12 @@ class NeuronRemoval(Technique):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if memory_mib is not None and not memory_mib > 0:
             raise ValueError(f"memory_mib must be above 0, not {memory_mib}")
-        if softplus_beta is not None and not (softplus_beta > 0 and diagonal == "backprop" and ranking == "second_order"):
-            raise ValueError("softplus_beta must be above 0, and needs ranking='second_order' with diagonal='backprop'")
+        if softplus_beta is not None and not (
+            softplus_beta > 0 and diagonal == "backprop" and ranking == "second_order"
+        ):
+            raise ValueError(
+                "softplus_beta must be above 0, and needs ranking='second_order' with diagonal='backprop'"
+            )
 
     def skip(self, task: Task) -> str | None:
         """A layer that the back-propagated diagonal cannot pass, where that is asked for."""
@@ -104,14 +108,22 @@ class NeuronRemoval(Technique):
             return None
         x = task.example_input
         try:
-            BackpropDiagonal(task.model, task.groups, Sample(x, x.new_zeros(len(x))), softplus_beta=self.softplus_beta)
+            BackpropDiagonal(
+                task.model,
+                task.groups,
+                Sample(x, x.new_zeros(len(x))),
+                softplus_beta=self.softplus_beta,
+            )
         except UsageError as error:
             return str(error)
         return None
 
     def prepare(self, task: Task) -> dict[str, Tensor]:
         """The order of removal: ``[N]`` per group, 0 for what goes first and infinity for what stays; and curves, if wanted."""
-        order = {n: torch.full((g.channels,), math.inf, dtype=torch.float64) for n, g in task.groups.items()}
+        order = {
+            n: torch.full((g.channels,), math.inf, dtype=torch.float64)
+            for n, g in task.groups.items()
+        }
         if self.ranking == "random":
             remove(order, drawn_at_random(task), task.groups)
             if not task.curves:
@@ -123,14 +135,22 @@ class NeuronRemoval(Technique):
             else:
                 work.expect(self.rankings(task.groups))
                 while unfinished(order, task.groups):
-                    order = task.checkpoint(f"{removed(order)} removals", partial(self.further, order, work, task.groups))
+                    order = task.checkpoint(
+                        f"{removed(order)} removals",
+                        partial(self.further, order, work, task.groups),
+                    )
             return order | (work.curves(order) if task.curves else {})
 
     def rankings(self, groups: Groups) -> int:
         """How many candidates all rankings of "iterative" have together, about: the bar's length."""
         there = sum(g.channels for g in groups.values())
         gone = sum(g.blocks for g in groups.values()) / len(groups) * self.step
-        return int(sum(there - k * gone for k in range(int(sum(g.channels - g.blocks for g in groups.values()) // gone))))
+        return int(
+            sum(
+                there - k * gone
+                for k in range(int(sum(g.channels - g.blocks for g in groups.values()) // gone))
+            )
+        )
 
     def further(self, order: Scores, work: Ranker, groups: Groups) -> Scores:
         """The order after as many more removals as half a minute takes."""
@@ -155,7 +175,9 @@ class NeuronRemoval(Technique):
         Beside the curves: "joint", the increase of the loss after k removals; "summed", that of the same channels removed each
         alone; "correlation", Spearman's, of the predicted with the true changes.
         """
-        found: dict[str, list[Any]] = {k.strip(): _rounded(v) for k, v in state.items() if k.startswith(" ")}
+        found: dict[str, list[Any]] = {
+            k.strip(): _rounded(v) for k, v in state.items() if k.startswith(" ")
+        }
         loss = state[" loss"]
         alone = torch.zeros(len(loss), dtype=torch.float64)
         for name, position in order.items():
@@ -163,9 +185,14 @@ class NeuronRemoval(Technique):
             alone.index_add_(0, position[gone].long() + 1, state[f" change {name}"][gone])
         found |= {"joint": _rounded(loss - loss[0]), "summed": _rounded(alone.cumsum(0))}
         if self.ranking in ("first_order", "second_order"):
-            pairs = [torch.cat([state[f" {what} {n}"] for n in task.groups]) for what in ("score", "change")]
+            pairs = [
+                torch.cat([state[f" {what} {n}"] for n in task.groups])
+                for what in ("score", "change")
+            ]
             rho = float(spearmanr(*pairs).statistic)
-            found["correlation"] = [rho] if math.isfinite(rho) else []  # there is none where all predictions are equal
+            found["correlation"] = (
+                [rho] if math.isfinite(rho) else []
+            )  # there is none where all predictions are equal
         if self.ranking == "second_order" and self.diagonal == "exact":
             found["almost_everywhere"] = kinked(task.model)
         return found
@@ -181,7 +208,9 @@ class Ranker:
         brute: Brute force on it; None where neither the ranking nor curves need it.
     """
 
-    def __init__(self, method: NeuronRemoval, task: Task, sample: Sample, brute: Ablation | None) -> None:
+    def __init__(
+        self, method: NeuronRemoval, task: Task, sample: Sample, brute: Ablation | None
+    ) -> None:
         self.method, self.task, self.sample = method, task, sample
         if brute is not None:
             self.brute = brute
@@ -191,12 +220,16 @@ class Ranker:
             self.curvature: GateDerivatives | BackpropDiagonal = self.slopes
         if method.ranking == "second_order" and method.diagonal == "backprop":
             beta = method.softplus_beta
-            self.curvature = BackpropDiagonal(task.model, task.groups, sample, softplus_beta=beta, **limit)
+            self.curvature = BackpropDiagonal(
+                task.model, task.groups, sample, softplus_beta=beta, **limit
+            )
         self._bar: Iterator[int] = iter(())
 
     def expect(self, count: int) -> None:
         """Start a bar over that many candidates."""
-        self._bar = iter(self.task.progress(range(count), desc=f"{self.method.id} by {self.method.ranking}"))
+        self._bar = iter(
+            self.task.progress(range(count), desc=f"{self.method.id} by {self.method.ranking}")
+        )
 
     def tick(self, count: int) -> None:
         """That many candidates have been ranked."""
@@ -222,12 +255,17 @@ class Ranker:
                 second = self.second(gates, here)
             found = {n: d + 0.5 * second[n] for n, d in found.items()}
         self.tick(sum(map(len, here.values())))
-        return {n: torch.full_like(d, math.inf).index_copy(0, here[n], d[here[n]]) for n, d in found.items()}
+        return {
+            n: torch.full_like(d, math.inf).index_copy(0, here[n], d[here[n]])
+            for n, d in found.items()
+        }
 
     def second(self, gates: Scores, here: Scores) -> Scores:
         """``∂²E/∂g²`` by the method's diagonal."""
         work = self.curvature
-        return work.second(gates) if isinstance(work, BackpropDiagonal) else work.second(gates, here)
+        return (
+            work.second(gates) if isinstance(work, BackpropDiagonal) else work.second(gates, here)
+        )
 
     def curves(self, order: Scores) -> dict[str, Tensor]:
         """The loss after each removal and, of the whole network, the true and predicted changes and error curves over the gate.
@@ -242,7 +280,10 @@ class Ranker:
         losses = [self.brute.loss(open_gates(after(order, k), self.sample.x)) for k in steps]
         found = {" loss": torch.tensor(losses, dtype=torch.float64)}
         whole = after(order, 0)
-        gates, everything = open_gates(whole, self.sample.x), {n: torch.arange(len(o)) for n, o in order.items()}
+        gates, everything = (
+            open_gates(whole, self.sample.x),
+            {n: torch.arange(len(o)) for n, o in order.items()},
+        )
         closed = self.brute.losses(gates, everything)
         found |= {f" change {n}": e - losses[0] for n, e in closed.items()}
         if self.method.ranking in ("first_order", "second_order"):
@@ -255,14 +296,20 @@ class Ranker:
                 between = [self.brute.losses(gates, everything, value) for value in GATES[1:-1]]
                 for n, e in closed.items():
                     at = [e, *(b[n] for b in between), torch.full_like(e, losses[0])]
-                    found |= {f" error {n}": torch.stack(at, dim=1), f" first {n}": first[n], f" second {n}": second[n]}
+                    found |= {
+                        f" error {n}": torch.stack(at, dim=1),
+                        f" first {n}": first[n],
+                        f" second {n}": second[n],
+                    }
                 found[" gate"] = torch.tensor(GATES, dtype=torch.float64)
         return found
 
     def _brute_force(self, gates: Scores, here: Scores, save: bool) -> Scores:
         found = {}
         now = 0.0
-        if save or any(g.blocks > 1 for g in self.task.groups.values()):  # else a constant that orders nothing
+        if save or any(
+            g.blocks > 1 for g in self.task.groups.values()
+        ):  # else a constant that orders nothing
             with self._billed(self.brute):
                 now = self.brute.loss(gates)
         for name, index in here.items():
@@ -271,8 +318,12 @@ class Ranker:
                 with self._billed(self.brute):
                     return self.brute.losses(gates, {name: index})
 
-            losses = (self.task.checkpoint(f"brute force on {name}", work) if save else work())[name]
-            found[name] = torch.full((len(gates[name]),), math.inf, dtype=torch.float64).index_copy(0, index, losses - now)
+            losses = (self.task.checkpoint(f"brute force on {name}", work) if save else work())[
+                name
+            ]
+            found[name] = torch.full((len(gates[name]),), math.inf, dtype=torch.float64).index_copy(
+                0, index, losses - now
+            )
             self.tick(len(index))
         return found
 
@@ -283,7 +334,10 @@ class Ranker:
         try:
             yield
         finally:
-            self.task.spend(forward_macs=work.forward_macs - before[0], backward_macs=work.backward_macs - before[1])
+            self.task.spend(
+                forward_macs=work.forward_macs - before[0],
+                backward_macs=work.backward_macs - before[1],
+            )
 
 
 @contextmanager
@@ -294,7 +348,9 @@ def ranker(method: NeuronRemoval, task: Task) -> Iterator[Ranker]:
     if method.ranking != "oracle" and not task.curves:
         yield Ranker(method, task, sample, None)
         return
-    with Ablation(task.model, task.groups, sample, memory_mib=method.memory_mib, processes=split) as brute:
+    with Ablation(
+        task.model, task.groups, sample, memory_mib=method.memory_mib, processes=split
+    ) as brute:
         if method.ranking == "oracle":
             task.spend(forward_macs=brute.forward_macs)
         yield Ranker(method, task, sample, brute)
@@ -323,12 +379,19 @@ def unfinished(order: Scores, groups: Groups) -> bool:
 
 def candidates(order: Scores, groups: Groups) -> dict[str, Tensor]:
     """The channels that may go next: long ``[C]`` per group, none where the group bears no more removals."""
-    return {n: o.isinf().nonzero().flatten() if left(o, groups[n].blocks) else torch.zeros(0).long() for n, o in order.items()}
+    return {
+        n: o.isinf().nonzero().flatten() if left(o, groups[n].blocks) else torch.zeros(0).long()
+        for n, o in order.items()
+    }
 
 
 def removed(order: Scores) -> int:
     """The number of removals so far."""
-    return 1 + int(max((float(o[o.isfinite()].max()) for o in order.values() if o.isfinite().any()), default=-1))
+    return 1 + int(
+        max(
+            (float(o[o.isfinite()].max()) for o in order.values() if o.isfinite().any()), default=-1
+        )
+    )
 
 
 def after(order: Scores, count: int) -> Scores:
@@ -360,7 +423,12 @@ def remove(order: Scores, changes: Scores, groups: Groups, count: int | None = N
             raise UsageError(
                 f"channel group '{name}': the loss or its derivatives are not finite, so its channels cannot be ranked"
             )
-        table = changes[name].where(position.isinf(), math.inf).view(blocks, -1).sort(dim=1, stable=True)
+        table = (
+            changes[name]
+            .where(position.isinf(), math.inf)
+            .view(blocks, -1)
+            .sort(dim=1, stable=True)
+        )
         channels = table.indices + torch.arange(blocks)[:, None] * table.indices.shape[1]
         least = left(position, blocks)
         costs = table.values[:, :least].sum(dim=0).tolist()

@@ -14,18 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthbench.budget import asked, top_channels, uniform_widths, used
-from widthbench.measure import accuracy
-from widthbench.models import reinitialise
-from widthbench.task import Task
-from widthbench.technique import Outcome, Technique
+from widthbench.networks.models import reinitialise
+from widthbench.recipe import Recipe
+from widthbench.sensitivity.ablation import replica
+from widthbench.sensitivity.splitting_matrices import (
+    SplittingMatrices,
+    neuron_parameters,
+    splittable,
+)
+from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.budget import asked, top_channels, uniform_widths, used
+from widthbench.technique.task import Task
 from widthbench.training.loop import OptimizerState
-from widthbench.training.recipe import Recipe
-from widthbench.width.ablation import replica
+from widthbench.training.measuring import accuracy
 from widthbench.width.groups import Groups
 from widthbench.width.layers import tensors_on
 from widthbench.width.resize import Resize, keep, resize
-from widthbench.width.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
 
 Select = Literal["eigen", "random", "width"]
 Split = dict[str, tuple[Tensor, Tensor]]
@@ -43,7 +47,7 @@ class Splitting(Technique):
         ``ε² λ_min / 2 + O(ε³)``
 
     where λ_min and v are the least eigenvalue and its unit eigenvector of the neuron's splitting matrix (equation 4 of the
-    paper; ``widthbench.width.splitting_matrices``). The most negative are taken until the round's growth is reached; where none is
+    paper; ``widthbench.sensitivity.splitting_matrices``). The most negative are taken until the round's growth is reached; where none is
     negative, the network is splitting stable and growth ends. Neurons that are split are those of groups with one producer and an
     elementwise activation behind it or its BatchNorm; other groups have from the start the width that the budget gives them when
     it is spread uniformly. The record says which (series ``left_out``). A group may outgrow the network that budgets refer to.
@@ -121,7 +125,11 @@ class Splitting(Technique):
         """Where no group can be split."""
         found, left_out = splittable(task.model, task.groups, task.example_input[:1])
         why = "; ".join(f"{n}: {reason}" for n, reason in list(left_out.items())[:3])
-        return None if found else f"no channel group has neurons to split ({why or 'there are no groups'})"
+        return (
+            None
+            if found
+            else f"no channel group has neurons to split ({why or 'there are no groups'})"
+        )
 
     def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
         """Grow from narrow to the budget."""
@@ -147,13 +155,18 @@ class Growing:
         self.method, self.task = method, task
         self.growable, left_out = splittable(task.model, task.groups, task.example_input[:1])
         full = uniform_widths(task.groups, task.budget, task.cost, task.reference)
-        self.widths = {n: max(1, round(method.narrow * w)) if n in self.growable else w for n, w in full.items()}
+        self.widths = {
+            n: max(1, round(method.narrow * w)) if n in self.growable else w
+            for n, w in full.items()
+        }
         self.model = self._at(self.widths)
         reinitialise(self.model, task.seed)
         self.groups = self._regrouped()
         self.optimizer: OptimizerState = {}
         self.start = self._kept(self.widths)
-        self.series: dict[str, list[Any]] = {"left_out": [f"{n}: {why}" for n, why in left_out.items()]}
+        self.series: dict[str, list[Any]] = {
+            "left_out": [f"{n}: {why}" for n, why in left_out.items()]
+        }
         self.splits, self.stable = 0, False
 
     def _seed(self, number: int) -> int:
@@ -163,7 +176,10 @@ class Growing:
     def _at(self, widths: Mapping[str, int]) -> nn.Module:
         groups = self.task.groups
         rows = {
-            n: top_channels(-torch.arange(groups[n].channels, dtype=torch.float32), w, groups[n].blocks) for n, w in widths.items()
+            n: top_channels(
+                -torch.arange(groups[n].channels, dtype=torch.float32), w, groups[n].blocks
+            )
+            for n, w in widths.items()
         }
         wider = {n: w for n, w in widths.items() if w > groups[n].channels}
         rows |= {n: torch.arange(w) % groups[n].channels for n, w in wider.items()}
@@ -184,20 +200,40 @@ class Growing:
         changed = {"epochs": epochs, "lr": method.lr or recipe.lr, "warmup_epochs": warmup}
         recipe = recipe.model_copy(update=changed)
         desc = f"{method.id} {task.budget} round {number}"
-        task.fit(self.model, task.train, recipe, optimizer_state=self.optimizer, seed=self._seed(number), desc=desc)
+        task.fit(
+            self.model,
+            task.train,
+            recipe,
+            optimizer_state=self.optimizer,
+            seed=self._seed(number),
+            desc=desc,
+        )
         self._point(number)
         if not last:
             most = MOST * method.rounds + math.ceil(-math.log2(method.narrow))
-            target = self.start * (asked(task.budget, task.groups) / self.start) ** min(1.0, (number + 1) / method.rounds)
-            split = self._chosen(number, target if method.growth is None else asked(task.budget, task.groups))
+            target = self.start * (asked(task.budget, task.groups) / self.start) ** min(
+                1.0, (number + 1) / method.rounds
+            )
+            split = self._chosen(
+                number, target if method.growth is None else asked(task.budget, task.groups)
+            )
             self.stable = not split or (method.growth is None and number + 1 >= most)
             if not self.stable:
                 self._split(split)
             elif method.final_epochs is None:
                 last = True  # what a last round would train has been trained
-        told = {"widths": self.widths, "series": self.series, "splits": self.splits, "stable": self.stable, "done": last}
+        told = {
+            "widths": self.widths,
+            "series": self.series,
+            "splits": self.splits,
+            "stable": self.stable,
+            "done": last,
+        }
         optimizer = {
-            f"optimizer {n} {k}": torch.as_tensor(v) for n, kept in self.optimizer.items() for k, v in kept.items() if v is not None
+            f"optimizer {n} {k}": torch.as_tensor(v)
+            for n, kept in self.optimizer.items()
+            for k, v in kept.items()
+            if v is not None
         }
         return {
             "told": torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8),
@@ -208,9 +244,16 @@ class Growing:
     def take(self, state: Mapping[str, Tensor]) -> bool:
         """Take up the network after a round; whether it is the last one."""
         told = json.loads(bytes(state["told"].tolist()))
-        self.widths, self.series, self.splits, self.stable = told["widths"], told["series"], told["splits"], told["stable"]
+        self.widths, self.series, self.splits, self.stable = (
+            told["widths"],
+            told["series"],
+            told["splits"],
+            told["stable"],
+        )
         self.model = self._at(self.widths)
-        self.model.load_state_dict({k.removeprefix("model "): v for k, v in state.items() if k.startswith("model ")})
+        self.model.load_state_dict(
+            {k.removeprefix("model "): v for k, v in state.items() if k.startswith("model ")}
+        )
         self.groups = self._regrouped()
         self.optimizer = {}
         for key, value in state.items():
@@ -230,10 +273,14 @@ class Growing:
             "splits": self.splits,
         }
         if task.curves:
-            found = accuracy(replica(self.model), task.val)  # a look, which nothing depends on, is not on the bill
+            found = accuracy(
+                replica(self.model), task.val
+            )  # a look, which nothing depends on, is not on the bill
             point |= {"val_top1": found.top1, "val_loss": found.loss}
         for name, value in point.items():
-            self.series.setdefault(f"trajectory.{name}", []).append(float(f"{value:.6g}") if isinstance(value, float) else value)
+            self.series.setdefault(f"trajectory.{name}", []).append(
+                float(f"{value:.6g}") if isinstance(value, float) else value
+            )
         for name, width in self.widths.items():
             self.series.setdefault(f"width.{name}", []).append(width)
 
@@ -252,16 +299,32 @@ class Growing:
         if self.method.select == "eigen":
             scores, vectors = self._eigenpairs(number)
         else:
-            shapes = {n: neuron_parameters(self.model.get_submodule(self.growable[n].layer)) for n in self.growable}
-            scores = {n: -torch.rand(len(p), generator=draw, dtype=torch.float64) for n, p in shapes.items()}
-            vectors = {n: F.normalize(torch.randn(p.shape, generator=draw), dim=1).to(p) for n, p in shapes.items()}
+            shapes = {
+                n: neuron_parameters(self.model.get_submodule(self.growable[n].layer))
+                for n in self.growable
+            }
+            scores = {
+                n: -torch.rand(len(p), generator=draw, dtype=torch.float64)
+                for n, p in shapes.items()
+            }
+            vectors = {
+                n: F.normalize(torch.randn(p.shape, generator=draw), dim=1).to(p)
+                for n, p in shapes.items()
+            }
         before, chosen = dict(self.widths), {n: [] for n in self.growable}  # type: dict[str, int], dict[str, list[int]]
         most = asked(self.task.budget, self.task.groups)
         for name, row in self._ranked(scores):
-            grown = self.method.growth is not None and sum(map(len, chosen.values())) >= self.method.growth
-            if grown or (any(chosen.values()) and self._kept(self.widths) >= allowed):  # one at least, else growth would end
+            grown = (
+                self.method.growth is not None
+                and sum(map(len, chosen.values())) >= self.method.growth
+            )
+            if grown or (
+                any(chosen.values()) and self._kept(self.widths) >= allowed
+            ):  # one at least, else growth would end
                 break
-            if self._room(name, most):  # what is left of the budget goes to those that still fit, in the same order
+            if self._room(
+                name, most
+            ):  # what is left of the budget goes to those that still fit, in the same order
                 self.widths[name] += 1
                 chosen[name].append(row)
         self.widths = before
@@ -283,8 +346,16 @@ class Growing:
             return
         price = dict.fromkeys(scores, 1.0)
         if self.method.per == "cost" and self.method.select == "eigen":
-            price = {n: self._kept(self.widths | {n: self.widths[n] + 1}) - self._kept(self.widths) for n in scores}
-        found = [(float(v) / price[n], n, row) for n, s in scores.items() for row, v in enumerate(s) if v < 0]
+            price = {
+                n: self._kept(self.widths | {n: self.widths[n] + 1}) - self._kept(self.widths)
+                for n in scores
+            }
+        found = [
+            (float(v) / price[n], n, row)
+            for n, s in scores.items()
+            for row, v in enumerate(s)
+            if v < 0
+        ]
         for _, name, row in sorted(found):
             yield name, row
 
@@ -297,7 +368,10 @@ class Growing:
         self.series.setdefault("loss", []).append(float(f"{matrices.loss:.6g}"))
         if method.exact:
             pairs = {n: matrices.smallest_exactly(n) for n in matrices.neurons}
-            values, vectors = {n: p[0] for n, p in pairs.items()}, {n: p[1].to(self.task.example_input) for n, p in pairs.items()}
+            values, vectors = (
+                {n: p[0] for n, p in pairs.items()},
+                {n: p[1].to(self.task.example_input) for n, p in pairs.items()},
+            )
         else:
             values, vectors = matrices.smallest(tolerance=method.tolerance, seed=self._seed(number))
         task.spend(forward_macs=matrices.forward_macs, backward_macs=matrices.backward_macs)
@@ -348,12 +422,16 @@ def split_neurons(model: nn.Module, groups: Groups, split: Split, epsilon: float
         tensors = {f"{layer}.weight": new[:, :size].reshape(-1, *module.weight.shape[1:])}
         if module.bias is not None:
             tensors[f"{layer}.bias"] = new[:, size]
-        mix = F.one_hot(sources, groups[name].channels).T.to(theta) * torch.where(double, 0.5, 1.0).to(theta)
+        mix = F.one_hot(sources, groups[name].channels).T.to(theta) * torch.where(
+            double, 0.5, 1.0
+        ).to(theta)
         plan[name] = Resize(sources, mix, tensors)
     return resize(model, groups, plan)
 
 
-def carried(state: OptimizerState, model: nn.Module, groups: Groups, split: Split, after: Groups) -> OptimizerState:
+def carried(
+    state: OptimizerState, model: nn.Module, groups: Groups, split: Split, after: Groups
+) -> OptimizerState:
     """An optimizer's state for the network after a split, in which gradients are what they were before at ε = 0.
 
     Both copies of a neuron have half of its gradient by incoming weights (a quarter where squares are kept), and each all of its
@@ -367,11 +445,15 @@ def carried(state: OptimizerState, model: nn.Module, groups: Groups, split: Spli
         after: Groups of the network after.
     """
     plan = {n: keep(copies(groups[n].channels, rows)[0]) for n, (rows, _) in split.items()}
-    found: OptimizerState = {name: {k: v for k, v in kept.items() if not _shaped(v)} for name, kept in state.items()}
+    found: OptimizerState = {
+        name: {k: v for k, v in kept.items() if not _shaped(v)} for name, kept in state.items()
+    }
     for what in sorted({k for kept in state.values() for k, v in kept.items() if _shaped(v)}):
         twin = copy.deepcopy(model)
         for name, p in twin.named_parameters():
-            p.data = state[name][what].clone() if what in state.get(name, {}) else torch.zeros_like(p)
+            p.data = (
+                state[name][what].clone() if what in state.get(name, {}) else torch.zeros_like(p)
+            )
         twin = resize(twin, groups, plan)
         for name, (rows, _) in split.items():
             double = copies(groups[name].channels, rows)[1]

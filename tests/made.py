@@ -1,8 +1,8 @@
 """Records and suites that were never run."""
 
-from widthbench.records import Cell, Record, Row
-from widthbench.suites import Suite
-from widthbench.training.recipe import Recipe, Spent
+from widthbench.experiment.records import Cell, Record, Row
+from widthbench.experiment.suites import Suite
+from widthbench.recipe import Recipe, Spent
 
 R = Recipe(epochs=10, lr=0.1)
 WHERE = {

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 import timm
 import torch
 
-import widthbench.models  # noqa: F401
-from widthbench import data, parallel
-from widthbench.measure import accuracy
+import widthbench.networks.models  # noqa: F401
+from widthbench import parallel
+from widthbench.data import splits
+from widthbench.recipe import Recipe
 from widthbench.training.loop import fit
-from widthbench.training.recipe import Recipe
+from widthbench.training.measuring import accuracy
 
 
 @dataclass
 class Doubles:
     """Samples in float64, so that nothing but the order of sums differs."""
 
-    samples: data.ImageSamples
+    samples: splits.ImageSamples
     parted = True
 
     def __len__(self):
@@ -31,7 +32,7 @@ class Doubles:
 def main(name: str, size: int, out: str) -> None:
     torch.set_num_threads(1)
     parallel.start(cpu=True)
-    digits = data.load("digits", size)
+    digits = splits.load("digits", size)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, in_chans=1, **({"img_size": size} if "vit" in name else {})).double()
     # 1077 samples: the last batch of an epoch is a partial one, and 35 do not divide by 2

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from widthbench.augment import augment, draw
-from widthbench.training.recipe import Recipe
+from widthbench.data.augmentation import augment, draw
+from widthbench.recipe import Recipe
 
 
 def recipe(**changes):

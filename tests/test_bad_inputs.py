@@ -21,11 +21,15 @@ from hypothesis import strategies as st
 from made import record, suite
 from safetensors.torch import save
 
-from widthbench import claims, cli, registry, suites, weights
+from widthbench import cli
+from widthbench.claims import ledger
 from widthbench.errors import UsageError
-from widthbench.records import read_lines, read_records, record_line
+from widthbench.experiment import suites
+from widthbench.experiment.records import read_lines, read_records, record_line
+from widthbench.networks import weights
 from widthbench.report.build import build, texts
 from widthbench.report.timing import parse_timings
+from widthbench.technique import registry
 
 EXAMPLES = int(os.environ.get("WIDTHBENCH_EXAMPLES", "60"))
 many = settings(
@@ -134,7 +138,7 @@ def test_suites(text):
 @given(of(CLAIMS))
 def test_claims(text):
     try:
-        document = claims.parse(text, "mine.toml")
+        document = ledger.parse(text, "mine.toml")
     except UsageError as error:
         assert str(error).startswith("mine.toml: ")
         return
@@ -171,7 +175,7 @@ def test_records_and_timings(tmp_path_factory, content, timing, sealed):
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.setenv("WIDTHBENCH_CACHE", str(folder / "cache"))
-        from widthbench.records import Store
+        from widthbench.experiment.records import Store
 
         try:
             build(mine, folder, Store(), time_shapes=False)

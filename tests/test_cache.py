@@ -7,9 +7,9 @@ import pytest
 
 from widthbench import cache, cli
 from widthbench.errors import UsageError
-from widthbench.protocol import obtain_base, run_cell
-from widthbench.records import Cell, Store
-from widthbench.training.recipe import Recipe
+from widthbench.experiment.protocol import obtain_base, run_cell
+from widthbench.experiment.records import Cell, Store
+from widthbench.recipe import Recipe
 
 CELL = Cell(
     dataset="digits", model="lenet_300_100", size=8, technique="l1-norm", budget="channels:0.5", device="cpu",

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from made import DONE
 
-from widthbench import claims
-from widthbench.claims import Claim, Evidence, Judged, Pick, Row, judge_row, overall
+from widthbench.claims import ledger
+from widthbench.claims.ledger import Claim, Evidence, Judged, Pick, Row, judge_row, overall
 from widthbench.errors import UsageError
-from widthbench.records import Cell, Record, Spent, read_records, write_records
-from widthbench.records import Row as Scores
+from widthbench.experiment.records import Cell, Record, Spent, read_records, write_records
+from widthbench.experiment.records import Row as Scores
+from widthbench.recipe import Recipe
 from widthbench.report.claims import page, plain
-from widthbench.report.statistics import summarise
-from widthbench.training.recipe import Recipe
+from widthbench.statistics import summarise
 
 ROOT = Path(__file__).parent.parent
 EXPECTED = (
@@ -65,7 +65,7 @@ def evidence(tmp_path, scores, **provenance):
 
 
 def test_every_claim_of_the_documents_is_there():
-    assert [c.id for d in claims.load() for c in d.claims if c.id[0] in "MASR"] == EXPECTED
+    assert [c.id for d in ledger.load() for c in d.claims if c.id[0] in "MASR"] == EXPECTED
 
 
 TABLES = {
@@ -129,7 +129,7 @@ def test_reported_numbers_are_those_of_the_documents():
             expected |= {(name, key): float(number) for key, number in zip(keys, numbers, strict=True)}
     found = {
         (c.id, r.what): r.reported
-        for d in claims.load()
+        for d in ledger.load()
         for c in d.claims
         for r in c.rows
         if c.id[0] in "MASR" and r.reported is not None
@@ -201,7 +201,7 @@ def test_a_claim_holds_in_the_reading_that_holds_and_the_page_says_which():
 
     rows = [judged("reproduced", "one"), judged("not reproduced", "two"), judged("reproduced")]
     assert overall(rows) == "reproduced"
-    assert "Read as one: reproduced; Read as two: not reproduced." in page([(claims.load()[0], claim(value()), rows)])
+    assert "Read as one: reproduced; Read as two: not reproduced." in page([(ledger.load()[0], claim(value()), rows)])
     assert overall([*rows, judged("not reproduced")]) == "not reproduced"
     assert overall([judged("not run", "one"), judged("not reproduced", "two")]) == "not reproduced"
     assert overall([judged("not run", "one"), judged("not run", "two")]) == "not run"
@@ -261,7 +261,7 @@ def test_a_verdict_names_what_is_odd_about_its_records(tmp_path):
 def test_without_records_a_claim_is_not_run_and_shows_no_number(tmp_path):
     judged = judge_row(value(at=Pick(suite="digits", technique="base", model="lenet5")), claim(), Evidence(tmp_path))
     assert (judged.verdict, judged.measured, judged.detail) == ("not run", None, "nothing")
-    last = page([(claims.load()[0], claim(value()), [judged])]).splitlines()[-1].split("|")
+    last = page([(ledger.load()[0], claim(value()), [judged])]).splitlines()[-1].split("|")
     assert [c.strip() for c in last[2:5]] == ["91.73", "–", "**not run**"]
 
 
@@ -277,7 +277,7 @@ def test_checks_measure_ratios_and_properties(tmp_path, monkeypatch):
     from widthbench import _claims
 
     monkeypatch.setattr(_claims, "numbers", lambda: [1.2, 1.9, 9.0], raising=False)
-    monkeypatch.setattr(claims, "_function", lambda name: _claims.numbers)
+    monkeypatch.setattr(ledger, "_function", lambda name: _claims.numbers)
     rule = {"what": "x", "check": "some:numbers", "direction": "<=", "bound": 2.0}
     ratio, held = (judge_row(Row(kind=k, **rule), claim(), Evidence(tmp_path)) for k in ("ratio", "property"))
     assert (ratio.verdict, ratio.measured.mean) == ("reproduced", 1.9)
@@ -293,9 +293,9 @@ def test_a_check_that_takes_the_evidence_reads_records_and_says_what_is_missing(
 
     def check(evidence):
         assert evidence is found
-        return claims.Picked({0: 0.5, 1: 0.7}, found.of("tiny"), missing=2)
+        return ledger.Picked({0: 0.5, 1: 0.7}, found.of("tiny"), missing=2)
 
-    monkeypatch.setattr(claims, "_function", lambda name: check)
+    monkeypatch.setattr(ledger, "_function", lambda name: check)
     judged = judge_row(Row(what="x", kind="property", check="some:check", direction="<=", bound=2.0), claim(), found)
     assert (judged.verdict, judged.measured.n, len(judged.records)) == ("inconclusive", 2, 3)
     assert "incomplete: 2 cell(s) without a result" in judged.detail
@@ -352,7 +352,7 @@ def converging(estimator, seed, accuracy):
     }
     meant = [
         c
-        for c in claims.suites.load("autoprune-lenet").cells()
+        for c in ledger.suites.load("autoprune-lenet").cells()
         if all(getattr(c, k) == v for k, v in shared.items())
         and c.params.get("start") == "fresh"
         and c.params.get("estimator", "softplus") == estimator
@@ -380,7 +380,7 @@ def test_recoverability_is_recoveries_per_chance(tmp_path):
     from widthbench._claims import autoprune
 
     def gated(decay, seed, recoveries, shut):
-        cells = claims.suites.load("autoprune-lenet").cells()
+        cells = ledger.suites.load("autoprune-lenet").cells()
         (meant,) = [
             c
             for c in cells
@@ -492,7 +492,7 @@ def test_rounds_are_held_against_widths_only_where_all_sizes_are_there(tmp_path)
         series = {"trajectory.open": [20 + 12 * rounds], "trajectory.step": [rounds], "trajectory.splits": [12 * rounds]}
         return Record(key=f"{cell.budget}{cell.seed}".ljust(40, "0"), cell=cell, **DONE, series=series)
 
-    cells = [c for c in claims.suites.load("growing").cells() if c.variant == "rounds" and c.seed < 2]
+    cells = [c for c in ledger.suites.load("growing").cells() if c.variant == "rounds" and c.seed < 2]
     assert len(cells) == 10
     records = [grown(c, 3 + i) for i, c in enumerate(cells)]
     write_records(tmp_path / "growing" / "records.jsonl", records[:-1])
@@ -514,7 +514,7 @@ def test_a_pipelines_cost_is_all_that_it_spent(tmp_path):
         bills = {k: Spent(forward_macs=v, backward_macs=2 * v) for k, v in parts.items()}
         return Record(key=cell.id.ljust(40, "0"), cell=cell, **DONE, spent=bills)
 
-    cells = [c for c in claims.suites.load("growing").cells() if c.model == "lenet5" and c.dataset == "mnist" and c.seed == 0]
+    cells = [c for c in ledger.suites.load("growing").cells() if c.model == "lenet5" and c.dataset == "mnist" and c.seed == 0]
     split = [c for c in cells if c.technique == "splitting" and "select" not in c.params]
     prune = [c for c in cells if c.technique == "l1-norm"]
     assert len(split) == len(prune) == 2
@@ -533,17 +533,17 @@ def test_a_pipelines_cost_is_all_that_it_spent(tmp_path):
 )
 def test_malformed_files_are_named(text, message):
     with pytest.raises(UsageError, match=message):
-        claims.parse(text, "x.toml")
+        ledger.parse(text, "x.toml")
 
 
 def test_unknown_ids_suggest_others():
     with pytest.raises(UsageError, match="unknown claim 'M99'"):
-        claims.choose(claims.load(), ["M99"])
+        ledger.choose(ledger.load(), ["M99"])
 
 
 def test_the_committed_page_says_what_the_committed_records_say():
     found = Evidence(ROOT / "results" / "published")
-    judged = [(d, c, claims.judge(c, found)) for d, c in claims.choose(claims.load()) if not any(r.check for r in c.rows)]
+    judged = [(d, c, ledger.judge(c, found)) for d, c in ledger.choose(ledger.load()) if not any(r.check for r in c.rows)]
     committed = (ROOT / "results" / "published" / "claims.md").read_text()
     for document, one, rows in judged:
         section = page([(document, one, rows)]).partition(f"### {one.id}: ")[2]
@@ -566,7 +566,7 @@ def test_a_reported_number_never_fills_a_measured_column():
 def test_whatever_a_document_reports_leaves_every_measured_column_as_it_is(tmp_path):
     """The reported numbers of all claims are put up to nonsense: nothing measured moves, and without records nothing is there."""
     found, nothing = Evidence(ROOT / "results" / "published"), Evidence(tmp_path)
-    for document in claims.load():
+    for document in ledger.load():
         for one in document.claims:
             rows = tuple(r for r in one.rows if not r.check)  # checks take neither the row nor the document
             if not rows:
@@ -574,13 +574,13 @@ def test_whatever_a_document_reports_leaves_every_measured_column_as_it_is(tmp_p
             honest = one.model_copy(update={"rows": rows})
             moved = tuple(r if r.reported is None else r.model_copy(update={"reported": 987654.0}) for r in rows)
             absurd = one.model_copy(update={"rows": moved})
-            columns = [[r["measured"] for r in plain([(document, c, claims.judge(c, found))])[0]["rows"]] for c in (honest, absurd)]
+            columns = [[r["measured"] for r in plain([(document, c, ledger.judge(c, found))])[0]["rows"]] for c in (honest, absurd)]
             assert columns[0] == columns[1], one.id
-            text = page([(document, absurd, claims.judge(absurd, found))])
+            text = page([(document, absurd, ledger.judge(absurd, found))])
             for line in text.splitlines():
                 cells = line.split("|")
                 assert "987654" not in "".join(cells[3:4]), line
-            assert {r["measured"] for r in plain([(document, one, claims.judge(honest, nothing))])[0]["rows"]} == {"–"}
+            assert {r["measured"] for r in plain([(document, one, ledger.judge(honest, nothing))])[0]["rows"]} == {"–"}
 
 
 def test_the_committed_data_are_those_of_the_committed_page():
@@ -596,7 +596,8 @@ def test_parameters_follow_from_structure_as_the_resized_network_has_them():
     from widthbench._claims.structure import parameters
 
     import widthbench
-    from widthbench import models, suites
+    from widthbench.experiment import suites
+    from widthbench.networks import models
 
     (cell, *_) = [c for c in suites.load("merging-cifar10").cells() if c.model == "mobilenetv1_100_cifar" and c.budget]
     net = models.create(cell.model, classes=10, channels=3, size=cell.size)
@@ -608,7 +609,7 @@ def test_parameters_follow_from_structure_as_the_resized_network_has_them():
 
 
 def test_arguments_of_a_check_are_given_to_it_and_need_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "_function", lambda name: lambda number: [number])
+    monkeypatch.setattr(ledger, "_function", lambda name: lambda number: [number])
     row = Row(what="x", kind="value", reported=2.0, tolerance=0.5, check="some:thing", given={"number": 2.25})
     assert judge_row(row, claim(), Evidence(tmp_path)).verdict == "reproduced"
     with pytest.raises(ValueError, match="given needs check"):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from widthbench import registry
 from widthbench.contract import ContractError, check_technique
-from widthbench.technique import Outcome, Technique
+from widthbench.technique import registry
+from widthbench.technique.base import Outcome, Technique
 from widthbench.width import keep
 
 SMALL = {  # the contract asks for no more

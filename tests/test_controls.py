@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from widthbench.controls import FRESH, first_channels, fresh_at
-from widthbench.measure import accuracy
-from widthbench.protocol import obtain_base, run_cell
-from widthbench.records import Cell, Store
-from widthbench.training.recipe import Recipe
+from widthbench.experiment.controls import FRESH, first_channels, fresh_at
+from widthbench.experiment.protocol import obtain_base, run_cell
+from widthbench.experiment.records import Cell, Store
+from widthbench.recipe import Recipe
+from widthbench.training.measuring import accuracy
 
 BASE, TUNE = Recipe(epochs=2, lr=0.05), Recipe(epochs=1, lr=0.01)
 

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
-from asv.measuring import TECHNIQUES
+from speed.measuring import TECHNIQUES
 from torch import nn
 from torch.nn import functional as F
 
-from widthbench import api, data, models, protocol
-from widthbench.measure import latency_ms, peak_memory_mib
-from widthbench.suites import Suite
+from widthbench import api
+from widthbench.data import splits
+from widthbench.experiment import protocol
+from widthbench.experiment.suites import Suite
+from widthbench.networks import models
+from widthbench.recipe import Recipe
 from widthbench.training import graphed, loop
 from widthbench.training.loop import fit
-from widthbench.training.recipe import Recipe
+from widthbench.training.measuring import latency_ms, peak_memory_mib
 from widthbench.training.resume import Resume
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -28,7 +31,7 @@ def float32():
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits", 8, device="cuda")
+    return splits.load("digits", 8, device="cuda")
 
 
 def network():
@@ -108,7 +111,7 @@ SUITE = {
 
 def test_a_killed_technique_goes_on_from_what_it_had_kept(fresh_cache, monkeypatch):
     """Splitting keeps its optimizer's state after a round: it comes back from a file, which is on the CPU."""
-    from widthbench.records import Store
+    from widthbench.experiment.records import Store
 
     cell = next(c for c in Suite(**SUITE).cells() if c.technique == "splitting")
     rounds = []

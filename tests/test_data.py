@@ -3,12 +3,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from widthbench import data
+from widthbench.data import splits
 from widthbench.errors import UsageError
 
 
 def test_digits_splits_are_stratified_disjoint_and_complete():
-    split = data.load("digits", 8)
+    split = splits.load("digits", 8)
     assert (len(split.train), len(split.val), len(split.test)) == (1077, 270, 450)
     assert (split.classes, split.channels) == (10, 1)
     for part in (split.train, split.val, split.test):
@@ -20,7 +20,7 @@ def test_digits_splits_are_stratified_disjoint_and_complete():
 
 
 def test_seeds_redraw_val_and_never_test():
-    a, b, again = data.load("digits", 8, seed=0), data.load("digits", 8, seed=1), data.load("digits", 8, seed=0)
+    a, b, again = splits.load("digits", 8, seed=0), splits.load("digits", 8, seed=1), splits.load("digits", 8, seed=0)
     assert torch.equal(a.test.images, b.test.images)
     assert not torch.equal(a.val.images, b.val.images)
     assert torch.equal(a.val.images, again.val.images)
@@ -28,7 +28,7 @@ def test_seeds_redraw_val_and_never_test():
 
 
 def test_batches_are_normalised_by_the_training_part_and_cover_every_sample_once():
-    split = data.load("digits", 28)
+    split = splits.load("digits", 28)
     x = torch.cat([x for x, _ in split.train.batches(100)])
     assert x.shape == (1077, 1, 28, 28)
     assert abs(float(x.mean())) < 1e-3
@@ -48,4 +48,4 @@ def test_batches_are_normalised_by_the_training_part_and_cover_every_sample_once
 )
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(UsageError, match=message):
-        data.load(arguments[0], arguments[1], val=arguments[2] if len(arguments) > 2 else 0.2)
+        splits.load(arguments[0], arguments[1], val=arguments[2] if len(arguments) > 2 else 0.2)

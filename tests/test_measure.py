@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from widthbench import data, models
 from widthbench.api import Batches
-from widthbench.measure import MIB, Meter, accuracy, fastest_layout, latency_ms, peak_memory_mib, replayed
+from widthbench.data import splits
+from widthbench.networks import models
+from widthbench.training.measuring import MIB, Meter, accuracy, fastest_layout, latency_ms, peak_memory_mib, replayed
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits", 8)
+    return splits.load("digits", 8)
 
 
 def test_accuracy_is_the_same_at_any_batch_size(digits):

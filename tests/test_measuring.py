@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from asv import measuring
-from asv.measuring import Item, Worker
+from speed import measuring
+from speed.measuring import Item, Worker
 
-from widthbench import registry
+from widthbench.technique import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,7 +60,7 @@ def test_larger_batches_take_longer(worker):
 def test_memory_is_that_of_the_work(tmp_path):
     """A block of 64 MiB that a call makes and drops is its peak, with allocation that hands memory back."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nfrom asv import measuring\nimport torch\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom speed import measuring\nimport torch\n"
         "print(measuring.memory(lambda: torch.ones(2**24).sum(), 'cpu')['peak'])"
     )
     done = subprocess.run(

@@ -5,9 +5,10 @@ import zoo
 from torch import nn
 
 import widthbench
-from widthbench import data, models, weights
+from widthbench.data import splits
 from widthbench.errors import UsageError
-from widthbench.measure import accuracy
+from widthbench.networks import models, weights
+from widthbench.training.measuring import accuracy
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import count_macs
 
@@ -153,7 +154,7 @@ PUBLIC = [
 @pytest.mark.parametrize(("name", "file", "dataset", "size", "mean", "std", "published"), PUBLIC, ids=[p[0] for p in PUBLIC])
 def test_public_weights_score_exactly_what_was_published(name, file, dataset, size, mean, std, published):
     path = zoo.public(file, dataset)
-    split = data.load(dataset, size, val=0, mean=mean, std=std)
+    split = splits.load(dataset, size, val=0, mean=mean, std=std)
     model = models.create(name, classes=10, channels=split.channels, size=size)
     weights.load_into(model, path)
     assert round(accuracy(model, split.test).top1, 2) == published

@@ -6,17 +6,21 @@ import torch
 from safetensors.torch import save_file
 from widthbench.baselines.l1_norm import L1Norm
 
-from widthbench import data, models, paths, protocol, registry, weights
+from widthbench import paths
+from widthbench.data import splits
 from widthbench.errors import DivergedError, UsageError
-from widthbench.measure import accuracy
+from widthbench.experiment import protocol
+from widthbench.experiment.protocol import base_key, cell_key, obtain_base, run_cell
+from widthbench.experiment.records import Cell, Store
+from widthbench.networks import models, weights
 from widthbench.paths import cache_dir
-from widthbench.protocol import base_key, cell_key, obtain_base, run_cell
 from widthbench.provenance import meaning, source_digest, versions
-from widthbench.records import Cell, Store
-from widthbench.technique import Outcome, Technique
+from widthbench.recipe import Recipe
+from widthbench.technique import registry
+from widthbench.technique.base import Outcome, Technique
 from widthbench.training import resume
 from widthbench.training.loop import fit
-from widthbench.training.recipe import Recipe
+from widthbench.training.measuring import accuracy
 from widthbench.width import keep
 
 BASE, TUNE = Recipe(epochs=2, lr=0.05), Recipe(epochs=1, lr=0.01)
@@ -231,7 +235,7 @@ def test_a_technique_is_shown_train_and_val_and_nothing_of_test(store, using):
     using(Recording)
     record = run_cell(cell(technique="failing"), store)
     assert record.status == "done", record.trace
-    split = data.load("digits", 8)
+    split = splits.load("digits", 8)
     for name in ("train", "val"):
         assert torch.equal(Recording.seen[name], torch.cat([x for x, _ in getattr(split, name).batches(50)]))
     test = {x.numpy().tobytes() for x in torch.cat([x for x, _ in split.test.batches(50)])}
@@ -338,7 +342,7 @@ def published(tmp_path, monkeypatch):
     """A weights folder with a trained LeNet-300-100 for digits, normalised with 0.5 and 0.5."""
     monkeypatch.setenv("WIDTHBENCH_WEIGHTS", str(tmp_path / "weights"))
     (tmp_path / "weights").mkdir()
-    split = data.load("digits", 8, mean=(0.5,), std=(0.5,))
+    split = splits.load("digits", 8, mean=(0.5,), std=(0.5,))
     model = models.create("lenet_300_100", classes=10, channels=1, size=8)
     fit(model, split.train, BASE, macs=1)
     save_file(model.state_dict(), tmp_path / "weights" / "public.safetensors")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from widthbench import suites
-from widthbench.records import read_records
+from widthbench.experiment import suites
+from widthbench.experiment.records import read_records
 from widthbench.report.claims import summary
 from widthbench.report.tables import lines
 

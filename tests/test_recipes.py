@@ -1,7 +1,9 @@
 import pytest
 
-from widthbench import models, recipes, sources, suites
+from widthbench.data import sources
 from widthbench.errors import UsageError
+from widthbench.experiment import recipes, suites
+from widthbench.networks import models
 
 
 @pytest.mark.parametrize("name", recipes.names())

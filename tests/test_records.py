@@ -7,9 +7,9 @@ from made import DONE
 
 from widthbench import cache
 from widthbench.errors import UsageError
+from widthbench.experiment.records import Cell, Record, Row, Store, digest_of, read_lines, read_records, record_line, write_records
 from widthbench.paths import write_atomic
-from widthbench.records import Cell, Record, Row, Store, digest_of, read_lines, read_records, record_line, write_records
-from widthbench.training.recipe import Recipe, Spent
+from widthbench.recipe import Recipe, Spent
 
 BRIEF = Recipe(epochs=1, lr=0.1)
 
@@ -204,8 +204,8 @@ def test_records_are_plain_json():
 
 
 def test_a_cell_is_the_same_however_its_parameters_are_ordered():
-    from widthbench.records import Cell
-    from widthbench.training.recipe import Recipe
+    from widthbench.experiment.records import Cell
+    from widthbench.recipe import Recipe
 
     recipe = Recipe(epochs=1, lr=0.1)
     shared = {"dataset": "digits", "model": "mlp_sigmoid", "size": 8, "technique": "l1-norm", "base": recipe, "finetune": recipe}

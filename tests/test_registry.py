@@ -3,9 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from widthbench import registry
 from widthbench.errors import UsageError
-from widthbench.technique import Outcome, Technique
+from widthbench.technique import registry
+from widthbench.technique.base import Outcome, Technique
 
 
 class Toy(Technique):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from widthbench import cli, regress
+from widthbench import cli
 from widthbench.errors import UsageError
+from widthbench.report import regress
 
 MEASURING = '''
 import dataclasses, json, pathlib
@@ -232,7 +233,7 @@ def test_bad_input_is_named(tmp_path, copied):
         regress.compare("HEAD", root=tmp_path.parent)
     (tmp_path / regress.MEASURING).unlink()
     committed(tmp_path, EVEN, measuring="")
-    with pytest.raises(UsageError, match=r"no bench/asv/measuring\.py: it is older"):
+    with pytest.raises(UsageError, match=r"no bench/speed/measuring\.py: it is older"):
         regress.compare(one, root=tmp_path)
 
 

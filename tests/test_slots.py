@@ -5,7 +5,7 @@ import json
 import pytest
 
 from widthbench.cli import main
-from widthbench.records import read_records, write_records
+from widthbench.experiment.records import read_records, write_records
 
 SUITE = """
 name = "slot"

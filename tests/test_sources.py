@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from widthbench import data, sources
+from widthbench.data import sources, splits
 from widthbench.errors import UsageError
-from widthbench.training.recipe import Recipe
+from widthbench.recipe import Recipe
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def large(root, workers=None, tars=False):
         place = folder(root, "big", train=10, test=5, **LARGE)
         if tars:
             to_tars(place)
-    split = data.load("big", 48, val=0.2)
+    split = splits.load("big", 48, val=0.2)
     if workers is not None:
         for part in (split.train, split.val, split.test):
             object.__setattr__(part, "workers", workers)
@@ -263,7 +263,7 @@ def test_large_images_are_read_by_workers_whose_number_changes_nothing(root, tar
     passes = []
     for workers in (0, 1, 2):
         train = large(root, workers, tars).train
-        assert isinstance(train, data.FileSamples)
+        assert isinstance(train, splits.FileSamples)
         state = torch.get_rng_state()
         passes.append(list(train.batches(7, generator=torch.Generator().manual_seed(0), augment=recipe)))
         assert torch.equal(state, torch.get_rng_state())
@@ -291,7 +291,7 @@ def test_large_images_are_resized_and_cropped_as_timm_does_it(root):
 
 
 def test_a_random_resized_crop_of_images_in_memory_is_refused(root):
-    samples = data.load("digits", 8).train
+    samples = splits.load("digits", 8).train
     with pytest.raises(UsageError, match="resized_crop is for images that are read from files"):
         next(samples.batches(4, generator=torch.Generator(), augment=Recipe(epochs=1, lr=0.1, resized_crop=0.5)))
     with pytest.raises(UsageError, match="give batches"):
@@ -438,7 +438,7 @@ def test_images_from_files_are_viewed_as_their_network_was_trained(root):
     folder(root, "big", train=10, test=5, **LARGE)
     settings = (("bicubic", 0.9, 0.5), ("bilinear", 0.9, 0.5), ("bicubic", 0.7, 0.5), ("bicubic", 0.9, 0.4))
     views = [{"interpolation": i, "crop_pct": c, "mean": (m,) * 3, "std": (0.5,) * 3} for i, c, m in settings]
-    batches = [next(data.load("big", 48, view=view).test.batches(4))[0] for view in views]
+    batches = [next(splits.load("big", 48, view=view).test.batches(4))[0] for view in views]
     assert len({x.sum().item() for x in batches}) == 4
     assert torch.allclose(batches[0] + 0.2, batches[3], atol=1e-5)
 

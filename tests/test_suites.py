@@ -1,7 +1,7 @@
 import pytest
 
-from widthbench import suites
 from widthbench.errors import UsageError
+from widthbench.experiment import suites
 
 GOOD = """
 name = "tiny"

@@ -7,19 +7,20 @@ import zoo
 from torch import nn
 from torch.nn import functional as F
 
-from widthbench import data, models
+from widthbench.data import splits
 from widthbench.errors import DivergedError, UsageError
-from widthbench.measure import accuracy
+from widthbench.networks import models
+from widthbench.recipe import Recipe
 from widthbench.training.ending import Ending
 from widthbench.training.loop import fit, steps_of
+from widthbench.training.measuring import accuracy
 from widthbench.training.recalibration import batch_norms, recalibrate
-from widthbench.training.recipe import Recipe
 from widthbench.training.resume import Resume
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits", 8)
+    return splits.load("digits", 8)
 
 
 def small(name="lenet_300_100", size=8):
@@ -162,7 +163,7 @@ def test_states_that_are_damaged_or_of_another_run_are_named_and_not_used(digits
 
 def test_augmented_training_learns_and_changes_what_is_seen(digits):
     a, b = small("lenet5", 16), small("lenet5", 16)
-    split = data.load("digits", 16)
+    split = splits.load("digits", 16)
     fit(a, split.train, Recipe(epochs=3, lr=0.05), macs=1)
     fit(b, split.train, Recipe(epochs=3, lr=0.05, crop=1), macs=1)
     assert not torch.equal(a.conv1.weight, b.conv1.weight)
@@ -171,7 +172,7 @@ def test_augmented_training_learns_and_changes_what_is_seen(digits):
 
 @pytest.mark.parametrize("name", ["lenet5", "test_resnet"])
 def test_accuracy_is_the_same_at_any_batch_size(name):
-    split = data.load("digits", 16)
+    split = splits.load("digits", 16)
     model = small(name, 16)
     fit(model, split.train, Recipe(epochs=1, lr=0.05), macs=1)
     scores = [accuracy(model, split.test, batch_size=size) for size in (1, 7, 64, 450, 1000)]

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from widthbench import cli, suites, verify
-from widthbench.records import digest_of, read_records, write_records
+from widthbench import cli
+from widthbench.experiment import suites
+from widthbench.experiment.records import digest_of, read_records, write_records
+from widthbench.report import verify
 from widthbench.report.build import ASIDE
 
 SUITE = """

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from widthbench import models, weights
 from widthbench.errors import UsageError
+from widthbench.networks import models, weights
 
 
 @pytest.fixture

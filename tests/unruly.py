@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from filelock import SoftFileLock
 
-from widthbench import Outcome, Technique, protocol
+from widthbench import Outcome, Technique
+from widthbench.experiment import protocol
 from widthbench.paths import cache_dir
 
 WAYS = {

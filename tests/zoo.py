@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from widthbench import data, sources, weights
+from widthbench.data import sources, splits
 from widthbench.errors import UsageError
+from widthbench.networks import weights
+from widthbench.sensitivity.ablation import Sample
 from widthbench.training.loop import fit
 from widthbench.width import find_groups
-from widthbench.width.ablation import Sample
 from widthbench.width.certify import randomised
 
 
@@ -252,7 +253,7 @@ def public_lenet():
     path = public("lenet_300_100-fashionmnist", "fashionmnist")
     net = PublicLenet().eval()
     net.load_state_dict(load_file(path))
-    return net, data.load("fashionmnist", 28, val=0, mean=(0.5,), std=(0.5,))
+    return net, splits.load("fashionmnist", 28, val=0, mean=(0.5,), std=(0.5,))
 
 
 def first(split):

@@ -6,15 +6,17 @@ threads and GPU before torch is imported.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widthbench.api import apply
-    from widthbench.budget import Budget
-    from widthbench.task import Task
-    from widthbench.technique import Outcome, Technique
+    from widthbench.technique.base import Outcome, Technique
+    from widthbench.technique.budget import Budget
+    from widthbench.technique.task import Task
     from widthbench.width import Group, Groups, Plan, Resize, find_groups, gated, keep, resize
 
 try:
@@ -24,10 +26,10 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 _HOMES = {
     "apply": "widthbench.api",
-    "Budget": "widthbench.budget",
-    "Task": "widthbench.task",
-    "Outcome": "widthbench.technique",
-    "Technique": "widthbench.technique",
+    "Budget": "widthbench.technique.budget",
+    "Task": "widthbench.technique.task",
+    "Outcome": "widthbench.technique.base",
+    "Technique": "widthbench.technique.base",
     "Group": "widthbench.width",
     "Groups": "widthbench.width",
     "Plan": "widthbench.width",
@@ -53,6 +55,32 @@ __all__ = [
     "keep",
     "resize",
 ]
+
+
+_MOVED = {
+    **dict.fromkeys(
+        ("records", "protocol", "controls", "suites", "limits", "recipes"), "experiment"
+    ),
+    **dict.fromkeys(("task", "budget", "registry"), "technique"),
+    **dict.fromkeys(("models", "weights"), "networks"),
+    **dict.fromkeys(("verify", "regress"), "report"),
+    "sources": "data",
+    "measure": "training.measuring",
+    "augment": "data.augmentation",
+}
+
+
+class _Moved(MetaPathFinder):
+    """Says where a module of an earlier version is now."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        package, _, name = fullname.rpartition(".")
+        if package == "widthbench" and (home := _MOVED.get(name)):
+            new = f"widthbench.{home}" if "." in home else f"widthbench.{home}.{name}"
+            raise ModuleNotFoundError(f"{fullname} is now {new}", name=fullname)
+
+
+sys.meta_path.append(_Moved())  # asked last: for what nobody has found
 
 
 def __getattr__(name: str) -> Any:

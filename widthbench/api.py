@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthbench import registry
-from widthbench.augment import augment as augmented
-from widthbench.augment import draw
-from widthbench.budget import Budget
+from widthbench.data.augmentation import augment as augmented
+from widthbench.data.augmentation import draw
+from widthbench.data.samples import Samples
 from widthbench.errors import UsageError
-from widthbench.task import Samples, Task, bar, quiet
-from widthbench.technique import Outcome, Technique, runs
+from widthbench.progress import bar, quiet
+from widthbench.recipe import Recipe
+from widthbench.technique import registry
+from widthbench.technique.base import Outcome, Technique, runs
+from widthbench.technique.budget import Budget
+from widthbench.technique.task import Task
 from widthbench.training.loop import fit
-from widthbench.training.recipe import Recipe
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import CostModel, count_macs
 from widthbench.width.groups import Scope
@@ -33,12 +35,22 @@ class Batches:
 
     def __init__(self, source: Any, device: torch.device) -> None:
         self._source, self._device = source, device
-        pair = isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(t, Tensor) for t in source)
+        pair = (
+            isinstance(source, tuple | list)
+            and len(source) == 2
+            and all(isinstance(t, Tensor) for t in source)
+        )
         self._pair: tuple[Tensor, Tensor] | None = (source[0], source[1]) if pair else None
         if self._pair is not None and len(self._pair[0]) != len(self._pair[1]):
-            raise UsageError(f"data: {len(self._pair[0])} inputs do not match {len(self._pair[1])} labels")
-        if self._pair is None and (isinstance(source, str | bytes) or not isinstance(source, Iterable)):
-            raise UsageError(f"data must be a pair of tensors (x, y) or a DataLoader, not {type(source).__name__}")
+            raise UsageError(
+                f"data: {len(self._pair[0])} inputs do not match {len(self._pair[1])} labels"
+            )
+        if self._pair is None and (
+            isinstance(source, str | bytes) or not isinstance(source, Iterable)
+        ):
+            raise UsageError(
+                f"data must be a pair of tensors (x, y) or a DataLoader, not {type(source).__name__}"
+            )
 
     def __len__(self) -> int:
         if self._pair is not None:
@@ -54,7 +66,11 @@ class Batches:
                 yield x.to(self._device), y.to(self._device)
             return
         x, y = self._pair
-        order = torch.arange(len(y)) if generator is None else torch.randperm(len(y), generator=generator)
+        order = (
+            torch.arange(len(y))
+            if generator is None
+            else torch.randperm(len(y), generator=generator)
+        )
         for index in order.split(size):
             batch = x[index].to(self._device)
             if augment is not None and generator is not None:
@@ -138,7 +154,9 @@ def outcome(
     if not isinstance(technique, str | Technique):
         raise UsageError(f"technique must be a registered name or an instance, not {technique!r}")
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model must be a torch.nn.Module, not {type(model).__name__}; timm.create_model makes one from a name")
+        raise UsageError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}; timm.create_model makes one from a name"
+        )
     if not isinstance(example_input, Tensor) or example_input.dim() < 2 or len(example_input) == 0:
         raise UsageError("example_input must be one tensor [B, ...] with B of at least 1")
     if not torch.isfinite(example_input).all():
@@ -146,11 +164,15 @@ def outcome(
     if not isinstance(seed, int):
         raise UsageError(f"seed must be a whole number, not {seed!r}")
     if isinstance(technique, Technique) and params:
-        raise UsageError(f"parameters {sorted(params)} go into the instance: {type(technique).__name__}(...)")
+        raise UsageError(
+            f"parameters {sorted(params)} go into the instance: {type(technique).__name__}(...)"
+        )
     chosen = technique if isinstance(technique, Technique) else registry.create(technique, params)
     parsed = Budget.parse(budget, grows=chosen.grows)
     if data is None and chosen.access != "none":
-        raise UsageError(f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y) or a DataLoader")
+        raise UsageError(
+            f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y) or a DataLoader"
+        )
     groups = find_groups(model, example_input)
     cost = CostModel(model, groups, example_input)
     device = example_input.device
@@ -158,8 +180,18 @@ def outcome(
 
     shown = bar if progress else quiet
 
-    def training(network: nn.Module, samples: Samples, recipe: Any, *, seed: int = seed, **options: Any) -> Any:
-        return fit(network, samples, recipe, macs=count_macs(network, example_input), seed=seed, progress=shown, **options)
+    def training(
+        network: nn.Module, samples: Samples, recipe: Any, *, seed: int = seed, **options: Any
+    ) -> Any:
+        return fit(
+            network,
+            samples,
+            recipe,
+            macs=count_macs(network, example_input),
+            seed=seed,
+            progress=shown,
+            **options,
+        )
 
     task = Task(
         model=model,
@@ -184,11 +216,14 @@ def outcome(
         assert resized is not None
         if not decided.met:
             warnings.warn(
-                f"technique '{chosen.id}' leaves part of the budget {parsed} unused: it keeps {decided.kept:.3f}", stacklevel=3
+                f"technique '{chosen.id}' leaves part of the budget {parsed} unused: it keeps {decided.kept:.3f}",
+                stacklevel=3,
             )
         resized.eval()
         if not runs(resized, example_input, groups.output_shapes):
-            raise UsageError(f"technique '{chosen.id}' changed the output's shape or made it non-finite")
+            raise UsageError(
+                f"technique '{chosen.id}' changed the output's shape or made it non-finite"
+            )
     finally:
         for m, mode in modes.items():
             m.training = mode

@@ -122,7 +122,8 @@ def push(path: Path) -> None:
             fs.pipe_file(at, path.read_bytes())
     except Exception as error:  # every file system has errors of its own
         warnings.warn(
-            f"{path.name} could not be put into {where} ({type(error).__name__}: {error}): it is in the cache only", stacklevel=3
+            f"{path.name} could not be put into {where} ({type(error).__name__}: {error}): it is in the cache only",
+            stacklevel=3,
         )
 
 
@@ -136,7 +137,10 @@ def pull(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except Exception as error:
-        warnings.warn(f"{path.name} could not be fetched from {where} ({type(error).__name__}: {error})", stacklevel=3)
+        warnings.warn(
+            f"{path.name} could not be fetched from {where} ({type(error).__name__}: {error})",
+            stacklevel=3,
+        )
         return False
     return True
 

@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthbench.budget import Budget, check
-from widthbench.budget import used as used_of
 from widthbench.errors import AccessError
-from widthbench.protocol import obtain_base, task_of
-from widthbench.records import Cell
-from widthbench.technique import Outcome, Technique, build
-from widthbench.training.recipe import Recipe
+from widthbench.experiment.protocol import obtain_base, task_of
+from widthbench.experiment.records import Cell
+from widthbench.recipe import Recipe
+from widthbench.technique.base import Outcome, Technique, build
+from widthbench.technique.budget import Budget, check
+from widthbench.technique.budget import used as used_of
 from widthbench.width.cost import Cost, count_macs
 
-NETWORKS = ({"model": "lenet_300_100", "size": 16}, {"model": "lenet5", "size": 20}, {"model": "test_resnet", "size": 32})
+NETWORKS = (
+    {"model": "lenet_300_100", "size": 16},
+    {"model": "lenet5", "size": 20},
+    {"model": "test_resnet", "size": 32},
+)
 BUDGETS = ("channels:0.5", "macs:0.5", "params:0.5")
 
 
@@ -50,7 +54,9 @@ def check_technique(cls: type[Technique], **params: Any) -> int:
     for network in NETWORKS:
         for budget in BUDGETS:
             checked += _check_decision(build(cls, params), network, budget)
-    _demand(checked > 0, cls, "runs on at least one of " + ", ".join(str(n["model"]) for n in NETWORKS))
+    _demand(
+        checked > 0, cls, "runs on at least one of " + ", ".join(str(n["model"]) for n in NETWORKS)
+    )
     return checked
 
 
@@ -60,13 +66,21 @@ def _demand(holds: bool, technique: type[Technique] | Technique, rule: str) -> N
 
 
 def _check_class(cls: type[Technique]) -> None:
-    _demand(bool(inspect.getdoc(cls)), cls, "the class has a docstring, whose first line says what it does")
+    _demand(
+        bool(inspect.getdoc(cls)),
+        cls,
+        "the class has a docstring, whose first line says what it does",
+    )
     kinds = {p.kind for p in inspect.signature(cls).parameters.values()}
     _demand(kinds <= {inspect.Parameter.KEYWORD_ONLY}, cls, "its parameters are keyword-only")
     made = cls()
     for name, parameter in inspect.signature(cls).parameters.items():
         _demand(hasattr(made, name), cls, f"__init__ stores its parameter '{name}' under that name")
-        _demand(getattr(made, name) == parameter.default, cls, f"__init__ stores '{name}' as it was given")
+        _demand(
+            getattr(made, name) == parameter.default,
+            cls,
+            f"__init__ stores '{name}' as it was given",
+        )
     _demand(cls.apply is Technique.apply, cls, "apply() is the harness's and is not overridden")
 
 
@@ -89,7 +103,9 @@ def _check_decision(technique: Technique, network: dict[str, Any], budget: str) 
     task = task_of(cell, base, technique)
     reason = technique.skip(task)
     if reason is not None:
-        _demand(isinstance(reason, str) and bool(reason), technique, "skip() gives None or a reason")
+        _demand(
+            isinstance(reason, str) and bool(reason), technique, "skip() gives None or a reason"
+        )
         return 0
     before = {k: v.clone() for k, v in task.model.state_dict().items()}
     where = f"on {network['model']} at {budget}"
@@ -99,24 +115,36 @@ def _check_decision(technique: Technique, network: dict[str, Any], budget: str) 
         states = [technique.prepared(t) for t in (task, other)]
     except AccessError as error:
         raise ContractError(f"technique '{technique.id}' breaks the contract: {error}") from error
-    alike = states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    alike = states[0].keys() == states[1].keys() and all(
+        torch.equal(v, states[1][k]) for k, v in states[0].items()
+    )
     _demand(alike, technique, f"prepare() does not depend on the budget {where}")
     first, again = technique.apply(task), build(type(technique), technique.params()).apply(task)
     after = task.model.state_dict()
-    _demand(list(before) == list(after), technique, f"leaves task.model's layers as they were {where}")
-    _demand(all(torch.equal(before[k], after[k]) for k in before), technique, f"leaves task.model's tensors as they were {where}")
+    _demand(
+        list(before) == list(after), technique, f"leaves task.model's layers as they were {where}"
+    )
+    _demand(
+        all(torch.equal(before[k], after[k]) for k in before),
+        technique,
+        f"leaves task.model's tensors as they were {where}",
+    )
     _demand(not task.model.training, technique, f"leaves task.model in eval mode {where}")
     _demand(_same(first, again), technique, f"decides the same with the same seed {where}")
 
     try:
         json.dumps({k: list(v) for k, v in first.series.items()})
     except TypeError as error:
-        raise ContractError(f"technique '{technique.id}' breaks the contract: its series are plain numbers: {error}") from error
+        raise ContractError(
+            f"technique '{technique.id}' breaks the contract: its series are plain numbers: {error}"
+        ) from error
     resized = first.resized
     assert resized is not None  # apply() always fills it in
     x = base.example_input
     with torch.no_grad():
-        _demand(resized(x).shape == task.model(x).shape, technique, f"keeps the output's shape {where}")
+        _demand(
+            resized(x).shape == task.model(x).shape, technique, f"keeps the output's shape {where}"
+        )
     parsed = Budget.parse(budget, grows=technique.grows)
     real = Cost(count_macs(resized, x), sum(p.numel() for p in resized.parameters()))
     kept = used_of(parsed, first.widths, task.groups, real, task.reference)

@@ -28,7 +28,9 @@ def expanded(given: str) -> Path:
     try:
         return Path(given).expanduser()
     except RuntimeError as error:
-        raise UsageError(f"path {given}: there is no home folder of '{Path(given).parts[0]}': write the path in full") from error
+        raise UsageError(
+            f"path {given}: there is no home folder of '{Path(given).parts[0]}': write the path in full"
+        ) from error
 
 
 def settle() -> None:
@@ -60,7 +62,9 @@ class Lock(FileLock):
             Path(self.lock_file).parent.mkdir(parents=True, exist_ok=True)
             taken = super().acquire(*args, **options)
         except OSError as error:
-            raise UsageError(f"cannot lock {self.lock_file}: {error.strerror}; choose another folder") from error
+            raise UsageError(
+                f"cannot lock {self.lock_file}: {error.strerror}; choose another folder"
+            ) from error
         finally:
             if Lock.tell is not None:
                 Lock.tell("work")
@@ -103,9 +107,13 @@ def require_writable(folder: Path) -> None:
         while not above.exists() and above != above.parent:
             above = above.parent
     except OSError as error:  # a name that no file can have
-        raise UsageError(f"cannot write {str(folder)[:80]}: {error.strerror}; choose another folder") from error
+        raise UsageError(
+            f"cannot write {str(folder)[:80]}: {error.strerror}; choose another folder"
+        ) from error
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(f"cannot write {folder}: {above} is not a folder that you may write; set WIDTHBENCH_CACHE or --results")
+        raise UsageError(
+            f"cannot write {folder}: {above} is not a folder that you may write; set WIDTHBENCH_CACHE or --results"
+        )
 
 
 def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
@@ -135,5 +143,7 @@ def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise UsageError(f"cannot write {path}: {error.strerror}; what was there before is kept") from error
+            raise UsageError(
+                f"cannot write {path}: {error.strerror}; what was there before is kept"
+            ) from error
         raise

@@ -57,9 +57,18 @@ def commit() -> dict[str, Any]:
 
     def git(*args: str) -> str | None:
         # a checkout that somebody else owns is read all the same: it is the one whose code runs here
-        command = ["git", "-c", f"safe.directory={ROOT.parent}", "-c", "core.fsmonitor=false", *args]
+        command = [
+            "git",
+            "-c",
+            f"safe.directory={ROOT.parent}",
+            "-c",
+            "core.fsmonitor=false",
+            *args,
+        ]
         try:
-            done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(
+                command, cwd=ROOT.parent, capture_output=True, text=True, timeout=20, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             why = str(error)
         else:
@@ -67,7 +76,10 @@ def commit() -> dict[str, Any]:
                 return done.stdout.strip()
             why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
         if (ROOT.parent / ".git").exists():
-            warnings.warn(f"records will not say which commit they are of: git refuses {ROOT.parent} ({why})", stacklevel=3)
+            warnings.warn(
+                f"records will not say which commit they are of: git refuses {ROOT.parent} ({why})",
+                stacklevel=3,
+            )
         return None
 
     top = git("rev-parse", "--show-toplevel")
@@ -116,7 +128,9 @@ def meaning(source: bytes) -> bytes:
     try:
         tree = ast.parse(source)
         for node in ast.walk(tree):
-            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if not isinstance(
+                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            ):
                 continue
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]

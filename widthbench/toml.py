@@ -11,7 +11,11 @@ from typing import Any
 from widthbench.errors import UsageError
 
 DEPTH = 50  # tables and lists in each other; what is deeper can be neither printed nor written
-WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's other mark begins like UTF-16's
+WIDE = (
+    codecs.BOM_UTF16_LE,
+    codecs.BOM_UTF16_BE,
+    codecs.BOM_UTF32_BE,
+)  # UTF-32's other mark begins like UTF-16's
 
 
 def read(path: Path, what: str) -> dict[str, Any]:
@@ -27,14 +31,20 @@ def read(path: Path, what: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # the latter: a zero byte in its name
-        raise UsageError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(
+            f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if content.startswith(WIDE) or b"\0" in content:
-        raise UsageError(f"cannot read {what} {path}: it is UTF-16 or UTF-32 text, or no text at all: save it as UTF-8")
+        raise UsageError(
+            f"cannot read {what} {path}: it is UTF-16 or UTF-32 text, or no text at all: save it as UTF-8"
+        )
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"cannot read {what} {path}: not UTF-8 text in line {line}: save it as UTF-8") from error
+        raise UsageError(
+            f"cannot read {what} {path}: not UTF-8 text in line {line}: save it as UTF-8"
+        ) from error
     return parse(io.StringIO(text, newline=None).read(), str(path))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from widthbench.claims import Evidence, Pick, Picked
-from widthbench.records import Record
+from widthbench.claims.ledger import Evidence, Pick, Picked
+from widthbench.experiment.records import Record
 
 NEAR = 1.0  # points of val accuracy
 
@@ -31,9 +31,17 @@ class Slower:
     """
 
     def __init__(self, suite: str, model: str, slow: str, fast: str) -> None:
-        shared: dict[str, Any] = {"suite": suite, "model": model, "variant": "fixed mu", "technique": "autoprune"}
+        shared: dict[str, Any] = {
+            "suite": suite,
+            "model": model,
+            "variant": "fixed mu",
+            "technique": "autoprune",
+        }
         self.picks = [
-            Pick(**shared, params={"start": "fresh", "estimator": e}, metric="series:trajectory.step") for e in (slow, fast)
+            Pick(
+                **shared, params={"start": "fresh", "estimator": e}, metric="series:trajectory.step"
+            )
+            for e in (slow, fast)
         ]
 
     def __call__(self, evidence: Evidence) -> Picked:
@@ -43,7 +51,9 @@ class Slower:
 
 def rate(record: Record) -> float | None:
     """Recoveries per 1000 channel-steps in which there could have been one; None if there were none."""
-    returned, shut = (record.series.get(f"trajectory.{name}") or [0] for name in ("recoveries", "shut"))
+    returned, shut = (
+        record.series.get(f"trajectory.{name}") or [0] for name in ("recoveries", "shut")
+    )
     return 1000 * returned[-1] / shut[-1] if shut[-1] else None
 
 
@@ -57,9 +67,18 @@ class Recoverability:
     """
 
     def __init__(self, suite: str, model: str, decay: float = 5e-4) -> None:
-        shared: dict[str, Any] = {"suite": suite, "model": model, "variant": "fixed mu", "technique": "autoprune"}
+        shared: dict[str, Any] = {
+            "suite": suite,
+            "model": model,
+            "variant": "fixed mu",
+            "technique": "autoprune",
+        }
         self.picks = [
-            Pick(**shared, params={"start": "trained", "decoupling": "sgn", "weight_decay": w}, metric="series:trajectory.shut")
+            Pick(
+                **shared,
+                params={"start": "trained", "decoupling": "sgn", "weight_decay": w},
+                metric="series:trajectory.shut",
+            )
             for w in (0, decay)
         ]
 
@@ -68,17 +87,29 @@ class Recoverability:
         return _difference(evidence, self.picks, rate)
 
 
-def _difference(evidence: Evidence, picks: Sequence[Pick], measure: Callable[[Record], float | None]) -> Picked:
+def _difference(
+    evidence: Evidence, picks: Sequence[Pick], measure: Callable[[Record], float | None]
+) -> Picked:
     found = [evidence.pick(pick) for pick in picks]
-    one, other = ({r.cell.seed: value for r in f.records if (value := measure(r)) is not None} for f in found)
-    values: dict[object, float] = {seed: float(value - other[seed]) for seed, value in one.items() if seed in other}
+    one, other = (
+        {r.cell.seed: value for r in f.records if (value := measure(r)) is not None} for f in found
+    )
+    values: dict[object, float] = {
+        seed: float(value - other[seed]) for seed, value in one.items() if seed in other
+    }
     return Picked(values, [r for f in found for r in f.records], sum(f.missing for f in found))
 
 
-softplus_over_leaky_relu_lenet_300_100 = Slower("autoprune-lenet", "lenet_300_100", "softplus", "leaky_relu")
+softplus_over_leaky_relu_lenet_300_100 = Slower(
+    "autoprune-lenet", "lenet_300_100", "softplus", "leaky_relu"
+)
 softplus_over_leaky_relu_lenet5 = Slower("autoprune-lenet", "lenet5", "softplus", "leaky_relu")
-softplus_over_leaky_relu_vgg16_cifar = Slower("autoprune-cifar10", "vgg16_cifar", "softplus", "leaky_relu")
-linear_over_softplus_lenet_300_100 = Slower("autoprune-lenet", "lenet_300_100", "linear", "softplus")
+softplus_over_leaky_relu_vgg16_cifar = Slower(
+    "autoprune-cifar10", "vgg16_cifar", "softplus", "leaky_relu"
+)
+linear_over_softplus_lenet_300_100 = Slower(
+    "autoprune-lenet", "lenet_300_100", "linear", "softplus"
+)
 linear_over_softplus_lenet5 = Slower("autoprune-lenet", "lenet5", "linear", "softplus")
 linear_over_softplus_vgg16_cifar = Slower("autoprune-cifar10", "vgg16_cifar", "linear", "softplus")
 recoverability_lenet_300_100 = Recoverability("autoprune-lenet", "lenet_300_100")

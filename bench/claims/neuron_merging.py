@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from widthbench.baselines.nmf import NMF, non_negative, replaced
 
 import widthbench
-from widthbench.models import create
+from widthbench.networks.models import create
 from widthbench.randomness import seeded
 from widthbench.width.certify import find_groups
 
@@ -25,10 +25,19 @@ def planted(activation: str = "relu") -> list[float]:
     errors = []
     for seed in SEEDS:
         for name, size in (("lenet_300_100", 12), ("lenet5", 20)):
-            net = create(name, classes=5, channels=1, size=size, seed=seed, act_layer=activation).double().eval()
+            net = (
+                create(name, classes=5, channels=1, size=size, seed=seed, act_layer=activation)
+                .double()
+                .eval()
+            )
             for layer in [m for m in net.children() if isinstance(m, nn.Linear | nn.Conv2d)][:-1]:
                 plant(layer, seed)
-            errors.append(moved(net, torch.randn(8, 1, size, size, dtype=torch.float64, generator=generator(seed))))
+            errors.append(
+                moved(
+                    net,
+                    torch.randn(8, 1, size, size, dtype=torch.float64, generator=generator(seed)),
+                )
+            )
     return errors
 
 
@@ -40,8 +49,13 @@ def shared() -> list[float]:
             net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
         with torch.no_grad():
             for row, scale in enumerate((0.01, 0.002, 0.05, 0.03), 4):
-                net[0].weight[row], net[0].bias[row] = scale * net[0].weight[1], scale * net[0].bias[1]
-        errors.append(moved(net, torch.randn(16, 6, dtype=torch.float64, generator=generator(seed))))
+                net[0].weight[row], net[0].bias[row] = (
+                    scale * net[0].weight[1],
+                    scale * net[0].bias[1],
+                )
+        errors.append(
+            moved(net, torch.randn(16, 6, dtype=torch.float64, generator=generator(seed)))
+        )
     return errors
 
 
@@ -51,7 +65,11 @@ def planted_with_batch_norm() -> list[float]:
     for seed in SEEDS:
         with seeded(seed):
             net = nn.Sequential(
-                nn.Conv2d(3, 8, 3, bias=seed % 2 == 0), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)
+                nn.Conv2d(3, 8, 3, bias=seed % 2 == 0),
+                nn.BatchNorm2d(8),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Conv2d(8, 4, 3),
             )
         net = net.double().eval()
         plant_with_batch_norm(net[0], net[1], seed)
@@ -81,7 +99,10 @@ def residuals(net: nn.Module, kept: Sequence[float] = (0.1, 0.2)) -> list[float]
             product = change.mix @ torch.cat(tensors, dim=1).double()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                starts = [decomposition.NMF(width, init="random", random_state=seed).fit(weights) for seed in (1, 2, 3)]
+                starts = [
+                    decomposition.NMF(width, init="random", random_state=seed).fit(weights)
+                    for seed in (1, 2, 3)
+                ]
             own = np.mean([model.reconstruction_err_ for model in starts])
             differences.append(float(abs(np.linalg.norm(weights - product.numpy()) - own) / own))
     return differences
@@ -93,7 +114,9 @@ def generator(seed: int) -> torch.Generator:
 
 def moved(net: nn.Module, x: Tensor, **params: object) -> float:
     """How far the output moves, over its largest value, when half of all channels are merged away."""
-    small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x[:1], threshold=0.99, **params)
+    small = widthbench.apply(
+        "neuron-merging", net, budget="channels:0.5", example_input=x[:1], threshold=0.99, **params
+    )
     with torch.no_grad():
         before, after = net(x), small(x)
     return float((after - before).abs().max() / before.abs().max())
@@ -128,12 +151,19 @@ def plant_with_batch_norm(layer: nn.Module, norm: nn.Module, seed: int) -> None:
     agree(norm, scale, source, layer.bias)
 
 
-def agree(norm: nn.Module, scale: Tensor | float, source: Tensor, bias: Tensor | None = None) -> Tensor:
+def agree(
+    norm: nn.Module, scale: Tensor | float, source: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """Set a BatchNorm's biases so that its second half gives S times its first where its inputs do so by ``scale``; gives S."""
     half = len(source)
     sigma = (norm.running_var + norm.eps).sqrt()
-    mean = norm.running_mean if bias is None else norm.running_mean - bias  # of the layer before without its bias
+    mean = (
+        norm.running_mean if bias is None else norm.running_mean - bias
+    )  # of the layer before without its bias
     with torch.no_grad():
-        shift = scale * (mean[source] - sigma[source] * norm.bias[source] / norm.weight[source]) - mean[half:]
+        shift = (
+            scale * (mean[source] - sigma[source] * norm.bias[source] / norm.weight[source])
+            - mean[half:]
+        )
         norm.bias[half:] = -norm.weight[half:] / sigma[half:] * shift
         return scale * (norm.weight[half:] / norm.weight[source]) * (sigma[source] / sigma[half:])

@@ -5,24 +5,34 @@ from __future__ import annotations
 import json
 import statistics
 
-from widthbench.claims import Evidence, Pick, Picked
+from widthbench.claims.ledger import Evidence, Pick, Picked
 
 WIDTHS = (50, 100, 200, 400)
 NEEDED = [
     Pick(
-        suite="shrinking", technique="neuron-removal", args={"widths": [width]}, exactly=True, metric="series:stop.channels",
+        suite="shrinking",
+        technique="neuron-removal",
+        args={"widths": [width]},
+        exactly=True,
+        metric="series:stop.channels",
         params={"ranking": "oracle", "rerank": "iterative"},
     )
     for width in WIDTHS
-]  # fmt: skip
+]
 
 
 def speed_up(evidence: Evidence) -> Picked:
-    """Seconds of one process over those of two, of each pair of runs that ``bench/asv/neuron_removal.py`` wrote down."""
+    """Seconds of one process over those of two, of each pair of runs that ``bench/speed/neuron_removal.py`` wrote down."""
     path = evidence.results / "neuron-removal-speed.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     pairs = [json.loads(line) for line in lines]
-    return Picked({i: p["one"] / p["two"] for i, p in enumerate(pairs) if p["what"] == "greedy curve, one process over two"})
+    return Picked(
+        {
+            i: p["one"] / p["two"]
+            for i, p in enumerate(pairs)
+            if p["what"] == "greedy curve, one process over two"
+        }
+    )
 
 
 def slope(evidence: Evidence) -> Picked:

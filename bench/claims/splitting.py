@@ -7,8 +7,8 @@ import math
 import statistics
 from typing import Any
 
-from widthbench.claims import Evidence, Pick, Picked
-from widthbench.records import Record
+from widthbench.claims.ledger import Evidence, Pick, Picked
+from widthbench.experiment.records import Record
 
 
 def _lines(evidence: Evidence, name: str) -> list[dict[str, Any]]:
@@ -17,7 +17,7 @@ def _lines(evidence: Evidence, name: str) -> list[dict[str, Any]]:
 
 
 class Cost:
-    """A cost over that of one backward pass, of each pair of runs that ``bench/asv/splitting.py`` wrote down.
+    """A cost over that of one backward pass, of each pair of runs that ``bench/speed/splitting.py`` wrote down.
 
     Args:
         network: Its name.
@@ -29,7 +29,9 @@ class Cost:
 
     def __call__(self, evidence: Evidence) -> Picked:
         """The ratios."""
-        rows = [r for r in _lines(evidence, "splitting-speed.jsonl") if r.get("network") == self.network]
+        rows = [
+            r for r in _lines(evidence, "splitting-speed.jsonl") if r.get("network") == self.network
+        ]
         return Picked({i: r[self.what] / r["backward"] for i, r in enumerate(rows)})
 
 
@@ -50,7 +52,11 @@ def exponent_of_n(evidence: Evidence) -> Picked:
 
 
 def _exponent(evidence: Evidence, name: str, fixed: str, value: int) -> Picked:
-    rows = [r for r in _lines(evidence, "splitting-speed.jsonl") if r["what"] == "exact" and r[fixed] == value]
+    rows = [
+        r
+        for r in _lines(evidence, "splitting-speed.jsonl")
+        if r["what"] == "exact" and r[fixed] == value
+    ]
     if len(rows) < 3:
         return Picked()
     logs = [[math.log(r[k]) for r in rows] for k in (name, "seconds")]
@@ -78,14 +84,27 @@ def gain_over_copies(evidence: Evidence) -> Picked:
 
 
 def _gain(evidence: Evidence, over: str) -> Picked:
-    rows = {r["select"]: r["losses"] for r in _lines(evidence, "splitting-law.jsonl") if r["what"] == "final"}
+    rows = {
+        r["select"]: r["losses"]
+        for r in _lines(evidence, "splitting-law.jsonl")
+        if r["what"] == "final"
+    }
     if over not in rows:
         return Picked()
-    return Picked({i: other - split for i, (other, split) in enumerate(zip(rows[over], rows["eigen"], strict=True))})
+    return Picked(
+        {
+            i: other - split
+            for i, (other, split) in enumerate(zip(rows[over], rows["eigen"], strict=True))
+        }
+    )
 
 
 def _stuck(evidence: Evidence) -> list[dict[str, Any]]:
-    return [r for r in _lines(evidence, "splitting-law.jsonl") if r["what"] == "law" and r["epsilon"] == 0.05]
+    return [
+        r
+        for r in _lines(evidence, "splitting-law.jsonl")
+        if r["what"] == "law" and r["epsilon"] == 0.05
+    ]
 
 
 class Growth:
@@ -95,7 +114,14 @@ class Growth:
         count: "step" for rounds, "splits" for split neurons.
     """
 
-    picks = (Pick(suite="growing", variant="rounds", technique="splitting", metric="series:trajectory.open"),)
+    picks = (
+        Pick(
+            suite="growing",
+            variant="rounds",
+            technique="splitting",
+            metric="series:trajectory.open",
+        ),
+    )
 
     def __init__(self, count: str) -> None:
         self.count = count
@@ -104,12 +130,17 @@ class Growth:
         """The coefficients."""
         (pick,) = self.picks
         meant = [c for c in evidence.cells(pick.suite) if pick.matches(c)]
-        records = [r for r in evidence.of(pick.suite) if r.status == "done" and pick.matches(r.cell)]
+        records = [
+            r for r in evidence.of(pick.suite) if r.status == "done" and pick.matches(r.cell)
+        ]
         found: dict[object, float] = {}
         for seed in {c.seed for c in meant}:
             some = [r for r in records if r.cell.seed == seed]
             if len(some) == len({c.budget for c in meant}):
-                x, y = ([float(r.series[f"trajectory.{n}"][-1]) for r in some] for n in ("open", self.count))
+                x, y = (
+                    [float(r.series[f"trajectory.{n}"][-1]) for r in some]
+                    for n in ("open", self.count)
+                )
                 found[seed] = statistics.correlation(x, y) ** 2
         return Picked(found, records, len(meant) - len(records))
 
@@ -130,15 +161,21 @@ class Pipeline:
 
     def __init__(self, dataset: str, model: str) -> None:
         shared: dict[str, Any] = {"suite": "growing", "dataset": dataset, "model": model}
-        self.picks = [Pick(**shared, technique="splitting", params={"select": "eigen"}), Pick(**shared, technique="l1-norm")]
+        self.picks = [
+            Pick(**shared, technique="splitting", params={"select": "eigen"}),
+            Pick(**shared, technique="l1-norm"),
+        ]
 
     def __call__(self, evidence: Evidence) -> Picked:
         """The ratios, by seed and budget."""
         records = [
-            [r for r in evidence.of(pick.suite) if r.status == "done" and pick.matches(r.cell)] for pick in self.picks
-        ]  # fmt: skip
+            [r for r in evidence.of(pick.suite) if r.status == "done" and pick.matches(r.cell)]
+            for pick in self.picks
+        ]
         split, prune = ({(r.cell.seed, r.cell.budget): total(r) for r in some} for some in records)
-        values: dict[object, float] = {key: cost / prune[key] for key, cost in split.items() if key in prune}
+        values: dict[object, float] = {
+            key: cost / prune[key] for key, cost in split.items() if key in prune
+        }
         meant = sum(pick.matches(c) for pick in self.picks for c in evidence.cells(pick.suite))
         return Picked(values, [r for some in records for r in some], meant - sum(map(len, records)))
 

@@ -6,8 +6,9 @@ import functools
 
 import torch
 
-from widthbench import models, suites
-from widthbench.budget import Budget, written
+from widthbench.experiment import suites
+from widthbench.networks import models
+from widthbench.technique.budget import Budget, written
 from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups, discover
 
@@ -23,7 +24,11 @@ def parameters(suite: str, model: str, budget: str = "") -> list[float]:
         model: Its name.
         budget: Of one of the cells, in channels; "" for the whole network.
     """
-    (cell, *_) = [c for c in suites.load(suite).cells() if c.model == model and c.budget == (written(budget) if budget else None)]
+    (cell, *_) = [
+        c
+        for c in suites.load(suite).cells()
+        if c.model == model and c.budget == (written(budget) if budget else None)
+    ]
     groups, cost = _costed(cell.model, cell.size)
     if not budget:
         return [cost.original.params / 1e6]
@@ -37,6 +42,10 @@ def _costed(name: str, size: int) -> tuple[Groups, CostModel]:
     channels, _, _, classes = models.native(name)
     model = models.create(name, classes=classes, channels=channels, size=size).eval()
     x = torch.randn(1, channels, size, size)
-    found = discover(model, x)  # not certified: nothing is cut here, and in float64 that would take half a minute at 224 px
-    groups = found.with_grades({name: (g.grade if g.grade == "frozen" else "exact", g.reason) for name, g in found.items()})
+    found = discover(
+        model, x
+    )  # not certified: nothing is cut here, and in float64 that would take half a minute at 224 px
+    groups = found.with_grades(
+        {name: (g.grade if g.grade == "frozen" else "exact", g.reason) for name, g in found.items()}
+    )
     return groups, CostModel(model, groups, x)

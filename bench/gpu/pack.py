@@ -17,16 +17,25 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from widthbench.sources import locate
+from widthbench.data.sources import locate
 
 ROOT = Path(__file__).resolve().parents[2]
-NEED = ("torch-pruning", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "platformdirs")
+NEED = (
+    "torch-pruning",
+    "pydantic",
+    "pydantic-core",
+    "annotated-types",
+    "typing-inspection",
+    "platformdirs",
+)
 GLIBC = (17, 27, 28, 31, 34)
 MIB = 2**20
 
 
 def command(*words: str) -> str:
-    return subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        words, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def wheels(folder: Path, python: str, need: list[str]) -> None:
@@ -35,16 +44,32 @@ def wheels(folder: Path, python: str, need: list[str]) -> None:
     command(*pip, "wheel", "--no-deps", "-w", str(folder), str(ROOT))
     wanted = [f"{name}=={version(name)}" for name in need]
     platforms = [word for n in GLIBC for word in ("--platform", f"manylinux_2_{n}_x86_64")]
-    target = ["--python-version", python, "--implementation", "cp", *platforms, "--platform", "manylinux2014_x86_64"]
-    command(*pip, "download", "--no-deps", "--only-binary=:all:", *target, "-d", str(folder), *wanted)
+    target = [
+        "--python-version",
+        python,
+        "--implementation",
+        "cp",
+        *platforms,
+        "--platform",
+        "manylinux2014_x86_64",
+    ]
+    command(
+        *pip, "download", "--no-deps", "--only-binary=:all:", *target, "-d", str(folder), *wanted
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("dest", type=Path, metavar="DEST")
-    parser.add_argument("--part-mib", type=int, default=48, metavar="N", help="size of a part at most (48)")
-    parser.add_argument("--python", default="3.12", metavar="X.Y", help="of the other machine (3.12)")
-    parser.add_argument("--need", nargs="+", default=list(NEED), metavar="NAME", help="packages that it lacks")
+    parser.add_argument(
+        "--part-mib", type=int, default=48, metavar="N", help="size of a part at most (48)"
+    )
+    parser.add_argument(
+        "--python", default="3.12", metavar="X.Y", help="of the other machine (3.12)"
+    )
+    parser.add_argument(
+        "--need", nargs="+", default=list(NEED), metavar="NAME", help="packages that it lacks"
+    )
     options = parser.parse_args()
     if command("git", "status", "--porcelain", "--", ".", ":!results"):
         parser.error("commit first: records will name the commit that is checked out")
@@ -52,8 +77,15 @@ def main() -> None:
     first = options.dest / "1"
     wheels(first / "wheels", options.python, options.need)
     (first / "COMMIT").write_text(command("git", "rev-parse", "HEAD") + "\n")
-    where = Path(locate("cifar10")[0]) if locate("cifar10") else parser.error("no cifar10 where data are looked for")
-    number, room = 1, options.part_mib * MIB - sum(f.stat().st_size for f in first.rglob("*") if f.is_file())
+    where = (
+        Path(locate("cifar10")[0])
+        if locate("cifar10")
+        else parser.error("no cifar10 where data are looked for")
+    )
+    number, room = (
+        1,
+        options.part_mib * MIB - sum(f.stat().st_size for f in first.rglob("*") if f.is_file()),
+    )
     for tar in ("train.tar", "test.tar"):
         with tempfile.TemporaryFile() as packed:
             with (where / tar).open("rb") as file, lzma.open(packed, "wb", preset=1) as out:

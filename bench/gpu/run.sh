@@ -56,10 +56,10 @@ speed)
   ;;
 operations)
   cd "$here" && repo=$OLDPWD
-  $python "$repo/bench/latency.py" --device cuda --write "$out/latency-cuda"
+  $python "$repo/bench/studies/latency.py" --device cuda --write "$out/latency-cuda"
   PYTHONPATH=$PYTHONPATH:$repo/bench $python - <<'PY' >"$out/operations.json"
 import json
-from asv.measuring import items, measured
+from speed.measuring import items, measured
 print(json.dumps(measured(items("cuda")), indent=1))
 PY
   cat "$out/operations.json"

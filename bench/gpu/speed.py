@@ -18,16 +18,18 @@ from unittest import mock
 import torch
 from tabulate import tabulate
 
-from widthbench import models
-from widthbench.data import ImageSamples
+from widthbench.data.splits import ImageSamples
+from widthbench.networks import models
+from widthbench.recipe import Recipe
 from widthbench.training import graphed, loop
-from widthbench.training.recipe import Recipe
 
 MODELS = ("vgg16_cifar", "mobilenetv1_100_cifar", "resnet20_cifar")
 IMAGES = 45_000
 
 
-def epoch_s(name: str, recipe: Recipe, train: ImageSamples, layout: torch.memory_format, graph: bool) -> float:
+def epoch_s(
+    name: str, recipe: Recipe, train: ImageSamples, layout: torch.memory_format, graph: bool
+) -> float:
     def seconds(epochs: int) -> float:
         model = models.create(name, classes=10, channels=3, size=32).to(train.device)
         begin = time.perf_counter()
@@ -51,12 +53,24 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda")
     pixels = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8, device=device)
-    train = ImageSamples(pixels, torch.zeros(IMAGES, dtype=torch.long, device=device), (0.5,) * 3, (0.25,) * 3, device)
+    train = ImageSamples(
+        pixels,
+        torch.zeros(IMAGES, dtype=torch.long, device=device),
+        (0.5,) * 3,
+        (0.25,) * 3,
+        device,
+    )
     layouts = {"channels last": torch.channels_last, "usual": torch.contiguous_format}
     wanted = [
         (name, batch, amp, layout, graph)
-        for name, batch, amp, layout in itertools.product(options.models, (128, 512), (False, True), layouts)
-        for graph in ((True, False) if layout == "channels last" and not (batch == 512 and not amp) else (True,))
+        for name, batch, amp, layout in itertools.product(
+            options.models, (128, 512), (False, True), layouts
+        )
+        for graph in (
+            (True, False)
+            if layout == "channels last" and not (batch == 512 and not amp)
+            else (True,)
+        )
         if amp or (batch == 128 and layout == "channels last")
     ]
     rows = []

@@ -9,16 +9,17 @@ from torch.nn import functional as F
 from widthbench.baselines import autoslim
 from widthbench.baselines.autoslim import AutoSlim, First, Slimmable, at_budget, slimmer
 
-from widthbench import models, protocol
-from widthbench.budget import Budget
 from widthbench.errors import UsageError
-from widthbench.measure import accuracy
-from widthbench.protocol import load_data, obtain_base, run_cell, task_of
-from widthbench.records import Cell, Store
-from widthbench.task import Task
+from widthbench.experiment import protocol
+from widthbench.experiment.protocol import load_data, obtain_base, run_cell, task_of
+from widthbench.experiment.records import Cell, Store
+from widthbench.networks import models
+from widthbench.recipe import Recipe
+from widthbench.technique.budget import Budget
+from widthbench.technique.task import Task
 from widthbench.training.loop import fit
+from widthbench.training.measuring import accuracy
 from widthbench.training.recalibration import recalibrate
-from widthbench.training.recipe import Recipe
 from widthbench.width import CostModel, find_groups, keep, resize
 
 BASE = Recipe(epochs=3, batch_size=32, lr=0.02)

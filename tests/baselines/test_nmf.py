@@ -11,7 +11,7 @@ from widthbench.baselines.nmf import NMF, non_negative, obstacle, replaced
 
 import widthbench
 from widthbench.errors import UsageError
-from widthbench.measure import accuracy
+from widthbench.training.measuring import accuracy
 from widthbench.width import find_groups, resize
 
 

@@ -9,10 +9,11 @@ import zoo
 from torch.nn import functional as F
 from widthbench.baselines.torch_pruning import FPGM, BNScale, Hessian, Taylor, as_group
 
-from widthbench import models, registry
 from widthbench.errors import UsageError
+from widthbench.networks import models
+from widthbench.sensitivity.ablation import Sample
+from widthbench.technique import registry
 from widthbench.width import find_groups
-from widthbench.width.ablation import Sample
 
 IMPORTANCES = [
     tp.importance.GroupMagnitudeImportance,

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from made import record
 
-from widthbench import suites
 from widthbench.cli import main
 from widthbench.engines import local
 from widthbench.engines import ray as engine
 from widthbench.engines.ray import _Plan
 from widthbench.engines.worker import code_of
 from widthbench.errors import UsageError
+from widthbench.experiment import suites
+from widthbench.experiment.records import read_records
 from widthbench.provenance import stamp
-from widthbench.records import read_records
 
 ROOT = Path(__file__).parents[2]
 cluster_needed = pytest.mark.slow
@@ -118,7 +118,7 @@ def test_nodes_whose_caches_are_apart_share_a_store(cluster, expected, fresh_cac
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "another"))
     assert main(command(cluster, tmp_path)) == 0
     assert stable(tmp_path) == expected
-    from widthbench.records import Store
+    from widthbench.experiment.records import Store
 
     whens = [r.provenance["when"] for r in read_records(tmp_path / "smoke" / "records.jsonl") if "lenet" in r.cell.id]
     first = fresh_cache / "cells"

@@ -13,13 +13,14 @@ import torch
 import unruly
 from filelock import FileLock
 
-from widthbench import protocol, registry, suites
 from widthbench.engines import local
 from widthbench.engines.worker import Worker, WorkerError, code_of
-from widthbench.limits import Limits
-from widthbench.records import Store
+from widthbench.experiment import protocol, suites
+from widthbench.experiment.limits import Limits
+from widthbench.experiment.records import Store
 from widthbench.report.tables import shape_of
 from widthbench.report.timing import measured
+from widthbench.technique import registry
 
 SUITE = """
 name = "unruly"
@@ -139,7 +140,7 @@ def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins):
 
 
 def test_a_task_of_ray_starts_without_torch():
-    names = "sys, widthbench.engines.ray, widthbench.records, widthbench.registry as r"
+    names = "sys, widthbench.engines.ray, widthbench.experiment.records, widthbench.technique.registry as r"
     code = f"import {names}; r.built_in('l1-norm'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 

@@ -8,13 +8,13 @@ from torch.nn import functional as F
 from widthbench.methods import autoprune
 from widthbench.methods.autoprune import AutoPrune, Gates, derivative, opened, sensitivities, updated
 
-from widthbench.budget import Budget
 from widthbench.errors import InfeasibleBudgetError, UsageError
-from widthbench.protocol import run_cell
-from widthbench.records import Cell, Store
-from widthbench.task import Task
+from widthbench.experiment.protocol import run_cell
+from widthbench.experiment.records import Cell, Store
+from widthbench.recipe import Recipe
+from widthbench.technique.budget import Budget
+from widthbench.technique.task import Task
 from widthbench.training.loop import fit
-from widthbench.training.recipe import Recipe
 from widthbench.width import CostModel, find_groups, gated, keep, resize
 
 BASE = Recipe(epochs=3, batch_size=32, lr=0.02)

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import zoo
-from asv.neuron_merging import loop
+from speed.neuron_merging import loop
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 from widthbench._claims import neuron_merging as checks
@@ -15,10 +15,11 @@ from widthbench.methods.neuron_merging import NeuronMerging, Pairs, compare, fil
 from zoo import error
 
 import widthbench
-from widthbench import data, models, weights
+from widthbench.data import splits
 from widthbench.errors import UsageError
-from widthbench.measure import accuracy
+from widthbench.networks import models, weights
 from widthbench.randomness import seeded
+from widthbench.training.measuring import accuracy
 from widthbench.width import Resize, find_groups, resize
 from widthbench.width.certify import randomised
 from widthbench.width.norms import filter_rows, norm_of
@@ -539,7 +540,7 @@ def test_public_lenet_gives_the_published_table_to_the_hundredth(kept, pruned, m
 @pytest.mark.parametrize(("params", "at_80"), [({"merge": False}, 89.86), ({}, 91.06), ({"bn_scale": "derived"}, 91.47)])
 def test_public_resnet_56_at_20_percent(params, at_80):
     path = zoo.public("resnet56-cifar10", "cifar10")
-    split = data.load("cifar10", 32, val=0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    split = splits.load("cifar10", 32, val=0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     net = models.create("resnet56_cifar", classes=10, channels=3, size=32)
     weights.load_into(net, path)
     small = widthbench.apply("neuron-merging", net, budget="channels:0.8:floor", example_input=zoo.first(split), **params)

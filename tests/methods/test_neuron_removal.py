@@ -11,13 +11,14 @@ from widthbench.methods import neuron_removal
 from widthbench.methods.neuron_removal import NeuronRemoval, Ranker, kept_after, remove, removed
 
 import widthbench
-from widthbench import claims, models
+from widthbench.claims import ledger
 from widthbench.errors import UsageError
-from widthbench.protocol import obtain_base, run_cell, task_of
-from widthbench.records import Cell, Store
-from widthbench.training.recipe import Recipe
+from widthbench.experiment.protocol import obtain_base, run_cell, task_of
+from widthbench.experiment.records import Cell, Store
+from widthbench.networks import models
+from widthbench.recipe import Recipe
+from widthbench.sensitivity.ablation import Sample
 from widthbench.width import resize
-from widthbench.width.ablation import Sample
 
 TAYLOR = [("first_order", {}), ("second_order", {}), ("second_order", {"diagonal": "exact"})]
 
@@ -100,7 +101,7 @@ def test_taylor_rankings_follow_their_formulas_at_every_step(ranking, more):
     sample = Sample(sample.x.double(), sample.y)
     order = {n: torch.full((g.channels,), math.inf, dtype=torch.float64) for n, g in on.groups.items()}
     order["ip1"][2], order["ip2"][3] = 0, 1
-    with widthbench.width.ablation.Ablation(on.model, on.groups, sample) as brute:
+    with widthbench.sensitivity.ablation.Ablation(on.model, on.groups, sample) as brute:
         found = Ranker(technique, on, sample, brute).changes(order)
         gates = {n: o.isinf().double() for n, o in order.items()}
         for name, gate in gates.items():
@@ -184,7 +185,7 @@ def test_a_killed_run_resumes_half_way_to_the_same_order_and_bill(params, fresh_
     whole = run_cell(given, Store())
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache) + "-2")
     calls, real = [], Ranker.changes
-    brute = widthbench.width.ablation.Ablation
+    brute = widthbench.sensitivity.ablation.Ablation
     names, losses = [], brute.losses
 
     def dying(self, order, **more):
@@ -303,7 +304,7 @@ def test_relu_behind_a_gate_is_skipped_with_the_remedy_and_softplus_is_one(fresh
 )
 def test_bad_parameters_are_named(params, message):
     with pytest.raises(UsageError, match=message):
-        widthbench.registry.create("neuron-removal", params)
+        widthbench.technique.registry.create("neuron-removal", params)
 
 
 def test_no_samples_is_an_error():
@@ -373,13 +374,13 @@ def test_uniform_allocation_keeps_the_same_fraction_of_each_group():
 
 
 def test_checks_read_records_and_measurements(tmp_path):
-    evidence = claims.Evidence(tmp_path)
+    evidence = ledger.Evidence(tmp_path)
     assert checks.speed_up(evidence).values == {}
     rows = [{"what": "greedy curve, one process over two", "one": 4.0, "two": 2.0}, {"what": "other", "one": 1, "two": 1}]
     (tmp_path / "neuron-removal-speed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert list(checks.speed_up(evidence).values.values()) == [2.0]
     evidence._read["shrinking"] = [
-        widthbench.records.Record(key=c.id, cell=c, **DONE, series={"stop.channels": [10 + 0.1 * width + c.seed]})
+        widthbench.experiment.records.Record(key=c.id, cell=c, **DONE, series={"stop.channels": [10 + 0.1 * width + c.seed]})
         for c in evidence.cells("shrinking")
         for width in (c.model_args["widths"][0],)
         if c.params == {"ranking": "oracle", "rerank": "iterative"} and not c.variant and (c.seed, width) != (4, 400)
@@ -388,5 +389,5 @@ def test_checks_read_records_and_measurements(tmp_path):
     assert found.missing == 1
     assert found.values == {seed: pytest.approx(0.1) for seed in range(4)}
     assert len(found.records) == 19
-    needed = claims.cells([c for _, c in claims.choose(claims.load(), ["R8"])])["shrinking"]
+    needed = ledger.cells([c for _, c in ledger.choose(ledger.load(), ["R8"])])["shrinking"]
     assert {(c.model_args["widths"][0], c.seed) for c in needed} == {(w, s) for w in checks.WIDTHS for s in range(5)}

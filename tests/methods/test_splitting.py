@@ -11,16 +11,16 @@ from widthbench.methods import splitting
 from widthbench.methods.splitting import Splitting, carried, copies, split_neurons
 
 import widthbench
-from widthbench.budget import Budget
 from widthbench.errors import UsageError
-from widthbench.protocol import run_cell
-from widthbench.records import Cell, Store
-from widthbench.task import Task
+from widthbench.experiment.protocol import run_cell
+from widthbench.experiment.records import Cell, Store
+from widthbench.recipe import Recipe
+from widthbench.sensitivity.ablation import Sample
+from widthbench.sensitivity.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
+from widthbench.technique.budget import Budget
+from widthbench.technique.task import Task
 from widthbench.training.loop import fit
-from widthbench.training.recipe import Recipe
 from widthbench.width import CostModel, find_groups
-from widthbench.width.ablation import Sample
-from widthbench.width.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
 
 BASE = Recipe(epochs=3, batch_size=32, lr=0.02)
 BRIEF = {"epochs": 0.5, "rounds": 2, "samples": 64}

@@ -3,11 +3,11 @@ import pytest
 from made import DONE
 from PIL import Image
 
-from widthbench import suites
-from widthbench.protocol import run_cell
-from widthbench.records import Cell, Record, Store
+from widthbench.experiment import suites
+from widthbench.experiment.protocol import run_cell
+from widthbench.experiment.records import Cell, Record, Store
+from widthbench.recipe import Recipe
 from widthbench.report import build, curves
-from widthbench.training.recipe import Recipe
 
 SUITE = """
 name = "tiny"

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from made import record, suite
 
-from widthbench import cli, suites
-from widthbench.records import read_records, write_records
+from widthbench import cli
+from widthbench.experiment import suites
+from widthbench.experiment.records import read_records, write_records
 from widthbench.report import exports, tables
 
 ROOT = Path(__file__).resolve().parents[2]

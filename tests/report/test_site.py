@@ -9,7 +9,7 @@ import pytest
 from made import record, suite
 
 from widthbench import cli
-from widthbench.records import write_records
+from widthbench.experiment.records import write_records
 from widthbench.report import site
 
 EVIL = "</script><img src=x onerror=alert(1)>"

@@ -5,7 +5,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from widthbench.report.statistics import deviation, differences, holm, interval, paired_p, ranks, summarise
+from widthbench.statistics import deviation, differences, holm, interval, paired_p, ranks, summarise
 
 
 def test_a_single_base_has_no_spread():

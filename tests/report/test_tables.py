@@ -1,9 +1,9 @@
 import pytest
 from made import DONE, WHERE, record, suite
 
-from widthbench.records import Record, Row
+from widthbench.experiment.records import Record, Row
+from widthbench.recipe import Spent
 from widthbench.report import build, figures, tables, timing
-from widthbench.training.recipe import Spent
 
 
 def board(records, **changes):
@@ -156,7 +156,7 @@ def test_a_held_scratch_budget_is_said():
 
 
 def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, monkeypatch):
-    from widthbench.records import Store, read_records, write_records
+    from widthbench.experiment.records import Store, read_records, write_records
 
     whole = suite(techniques=["l1-norm", "random-channels"], controls=["base"])
     records = [Record(key=f"{i:040d}", cell=c, **DONE, provenance=WHERE) for i, c in enumerate(whole.cells())]

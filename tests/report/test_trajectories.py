@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from widthbench import suites
-from widthbench.protocol import run_cell
-from widthbench.records import Store
+from widthbench.experiment import suites
+from widthbench.experiment.protocol import run_cell
+from widthbench.experiment.records import Store
 from widthbench.report import build, trajectories
 
 SUITE = """

@@ -6,11 +6,12 @@ import pytest
 import torch
 from timm.optim import create_optimizer_v2
 
-from widthbench import data, models
+from widthbench.data import splits
 from widthbench.errors import DivergedError
+from widthbench.networks import models
+from widthbench.recipe import Recipe
 from widthbench.training import graphed, loop
 from widthbench.training.loop import fit
-from widthbench.training.recipe import Recipe
 from widthbench.training.resume import Resume
 
 
@@ -66,7 +67,7 @@ def recorder(monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits", 8)
+    return splits.load("digits", 8)
 
 
 def network():

@@ -8,11 +8,11 @@ import zoo
 from torch import nn
 from torch.nn import functional as F
 
-from widthbench import models
 from widthbench.errors import UsageError
-from widthbench.measure import MIB, Meter, _LiveStorage
+from widthbench.networks import models
+from widthbench.sensitivity.ablation import Ablation, Sample, channel_positions, cross_entropy, replica
+from widthbench.training.measuring import MIB, Meter, _LiveStorage
 from widthbench.width import find_groups, gated
-from widthbench.width.ablation import Ablation, Sample, channel_positions, cross_entropy, replica
 from widthbench.width.cost import count_macs
 
 

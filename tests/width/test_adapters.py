@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from widthbench import models
 from widthbench.errors import PlanError
+from widthbench.networks import models
 from widthbench.width import find_groups, keep, resize
 from widthbench.width.adapters import Integer, declare_integer, watched_integers
 from widthbench.width.certify import errors_of_all, randomised

@@ -7,7 +7,7 @@ import zoo
 from torch import nn
 from torch.nn import functional as F
 
-from widthbench import models
+from widthbench.networks import models
 from widthbench.width import CostModel, Resize, find_groups, gated, keep, resize
 from widthbench.width.certify import randomised
 from widthbench.width.cost import count_macs

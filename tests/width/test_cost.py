@@ -11,8 +11,8 @@ from widthbench.baselines.l1_norm import L1Norm
 
 import widthbench
 from widthbench import Outcome
-from widthbench.budget import Budget
 from widthbench.errors import CostError, UsageError
+from widthbench.technique.budget import Budget
 from widthbench.width import CostModel, find_groups, keep, resize
 from widthbench.width.cost import count_macs
 from widthbench.width.counting import macs_by_module

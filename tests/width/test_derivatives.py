@@ -7,13 +7,13 @@ import zoo
 from torch import nn
 from torch.nn import functional as F
 
-from widthbench import models
 from widthbench.errors import UsageError
+from widthbench.networks import models
+from widthbench.sensitivity.ablation import Ablation, Sample
+from widthbench.sensitivity.backprop_diagonal import BackpropDiagonal
+from widthbench.sensitivity.derivatives import GateDerivatives, kinked
 from widthbench.width import find_groups, gated
-from widthbench.width.ablation import Ablation, Sample
-from widthbench.width.backprop_diagonal import BackpropDiagonal
 from widthbench.width.cost import count_macs
-from widthbench.width.derivatives import GateDerivatives, kinked
 
 
 def energy(model, groups, sample, names):

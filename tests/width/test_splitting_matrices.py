@@ -7,12 +7,12 @@ from torch import nn
 from torch.nn import functional as F
 from widthbench.methods.splitting import split_neurons
 
-from widthbench import models
 from widthbench.errors import UsageError
+from widthbench.networks import models
+from widthbench.sensitivity.ablation import Sample, cross_entropy
+from widthbench.sensitivity.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
 from widthbench.width import find_groups
-from widthbench.width.ablation import Sample, cross_entropy
 from widthbench.width.certify import randomised
-from widthbench.width.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
 
 
 class Smooth(nn.Module):

@@ -8,8 +8,8 @@ import torch
 import torch_pruning as tp
 from widthbench.baselines.l1_norm import L1Norm
 
-from widthbench.budget import Budget
-from widthbench.task import Task
+from widthbench.technique.budget import Budget
+from widthbench.technique.task import Task
 from widthbench.width import CostModel, find_groups, resize
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from widthbench import parallel
 from widthbench.engines.worker import Worker
-from widthbench.limits import Limits
+from widthbench.experiment.limits import Limits
 
 if TYPE_CHECKING:
-    from widthbench.records import Cell, Record
+    from widthbench.experiment.records import Cell, Record
 
 
 def run(
@@ -42,7 +42,9 @@ def run(
         UsageError: If a cell makes no sense, or its record cannot be written; what is finished is kept.
     """
     over = math.inf if within is None else time.monotonic() + within
-    if parallel.launched():  # several processes compute each cell together: they are this one and its sisters
+    if (
+        parallel.launched()
+    ):  # several processes compute each cell together: they are this one and its sisters
         for cell in cells:
             if not parallel.agreed(lambda: time.monotonic() < over):
                 return False
@@ -64,7 +66,9 @@ def run(
             while not stop.is_set():
                 for cell in waiting.get_nowait():
                     if not stop.is_set():
-                        finished.put(worker.run(cell, (limits or {}).get(cell.identity), bar=jobs == 1))
+                        finished.put(
+                            worker.run(cell, (limits or {}).get(cell.identity), bar=jobs == 1)
+                        )
         except queue.Empty:
             pass
         except BaseException as error:  # re-raised below
@@ -79,7 +83,9 @@ def run(
         left = len(hands)
         while left:
             try:
-                answer = finished.get(timeout=None if within is None else max(0, over - time.monotonic()))
+                answer = finished.get(
+                    timeout=None if within is None else max(0, over - time.monotonic())
+                )
             except queue.Empty:
                 return False
             if isinstance(answer, BaseException):
@@ -103,8 +109,8 @@ def _pinned(index: int, threads: int) -> dict[str, str]:
 
 
 def _here(cell: Cell) -> Record:
-    from widthbench.protocol import run_cell
-    from widthbench.records import Store
-    from widthbench.task import bar
+    from widthbench.experiment.protocol import run_cell
+    from widthbench.experiment.records import Store
+    from widthbench.progress import bar
 
     return run_cell(cell, Store(), progress=bar)

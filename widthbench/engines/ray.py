@@ -16,23 +16,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from widthbench import cache, registry
+from widthbench import cache
 from widthbench.engines.worker import Worker, code_of, failure
 from widthbench.errors import UsageError
-from widthbench.limits import Limits
+from widthbench.experiment.limits import Limits
 from widthbench.paths import cache_dir, data_dir, weights_dir
+from widthbench.technique import registry
 
 if TYPE_CHECKING:
-    from widthbench.records import Cell, Record
+    from widthbench.experiment.records import Cell, Record
 
 TRIES = 5  # of a task whose worker or node is lost
 AHEAD = 2  # tasks per core that are handed to Ray at a time
 
 
 def run(
-    cells: Sequence[Cell], *, done: Callable[[Record], None], limits: Mapping[str, Limits] | None = None,
-    address: str | None = None, jobs: int | None = None, gpus: float | None = None,
-) -> None:  # fmt: skip
+    cells: Sequence[Cell],
+    *,
+    done: Callable[[Record], None],
+    limits: Mapping[str, Limits] | None = None,
+    address: str | None = None,
+    jobs: int | None = None,
+    gpus: float | None = None,
+) -> None:
     """Run cells as Ray tasks.
 
     Args:
@@ -50,9 +56,11 @@ def run(
     try:
         import ray
     except ImportError as error:
-        raise UsageError(f"--engine ray needs Ray: pip install 'widthbench[ray]' ({error})") from error
-    from widthbench.protocol import cell_key
-    from widthbench.records import Store
+        raise UsageError(
+            f"--engine ray needs Ray: pip install 'widthbench[ray]' ({error})"
+        ) from error
+    from widthbench.experiment.protocol import cell_key
+    from widthbench.experiment.records import Store
 
     store, limits = Store(), limits or {}
     waiting: list[Cell] = []
@@ -70,7 +78,9 @@ def run(
     if ours:
         _connect(ray, address, jobs)
     try:
-        needs = {c.identity: _needs(ray, c, limits.get(c.identity, Limits()), gpus) for c in waiting}
+        needs = {
+            c.identity: _needs(ray, c, limits.get(c.identity, Limits()), gpus) for c in waiting
+        }
         _require(ray, waiting, needs)
         _schedule(ray, waiting, needs, limits, token, done)
     finally:
@@ -80,11 +90,21 @@ def run(
 
 
 def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
-    names = {"WIDTHBENCH_CACHE": cache_dir(), "WIDTHBENCH_DATA": data_dir(), "WIDTHBENCH_WEIGHTS": weights_dir()}
-    env = {k: str(v.resolve()) for k, v in names.items()} | ({cache.STORE: url} if (url := cache.url()) else {})
-    options: dict[str, Any] = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
+    names = {
+        "WIDTHBENCH_CACHE": cache_dir(),
+        "WIDTHBENCH_DATA": data_dir(),
+        "WIDTHBENCH_WEIGHTS": weights_dir(),
+    }
+    env = {k: str(v.resolve()) for k, v in names.items()} | (
+        {cache.STORE: url} if (url := cache.url()) else {}
+    )
+    options: dict[str, Any] = (
+        {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
+    )
     try:
-        ray.init(address or "local", runtime_env={"env_vars": env}, logging_level="warning", **options)
+        ray.init(
+            address or "local", runtime_env={"env_vars": env}, logging_level="warning", **options
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"no Ray cluster at '{address or 'local'}' ({str(error).splitlines()[0]}): start one (`ray start --head`), or leave "
@@ -106,8 +126,13 @@ def _require(ray: Any, cells: Sequence[Cell], needs: Mapping[str, Mapping[str, f
     for cell in cells:
         need = needs[cell.identity]
         if not any(all(node.get(k, 0.0) >= v for k, v in need.items()) for node in nodes):
-            text = ", ".join(f"{v / 2**30:.1f} GiB of memory" if k == "memory" else f"{v:g} {k}" for k, v in need.items())
-            raise UsageError(f"no node of the cluster has {text}, which {cell.id} needs: see threads, device and memory_limit")
+            text = ", ".join(
+                f"{v / 2**30:.1f} GiB of memory" if k == "memory" else f"{v:g} {k}"
+                for k, v in need.items()
+            )
+            raise UsageError(
+                f"no node of the cluster has {text}, which {cell.id} needs: see threads, device and memory_limit"
+            )
 
 
 def _token(name: str) -> Path:
@@ -115,10 +140,14 @@ def _token(name: str) -> Path:
 
 
 def _schedule(
-    ray: Any, cells: Sequence[Cell], needs: Mapping[str, Mapping[str, float]], limits: Mapping[str, Limits], token: str,
+    ray: Any,
+    cells: Sequence[Cell],
+    needs: Mapping[str, Mapping[str, float]],
+    limits: Mapping[str, Limits],
+    token: str,
     done: Callable[[Record], None],
-) -> None:  # fmt: skip
-    from widthbench.records import Record, Store
+) -> None:
+    from widthbench.experiment.records import Record, Store
 
     store = Store()
     task = ray.remote(_task)
@@ -129,16 +158,31 @@ def _schedule(
         while running or plan:
             for cell in plan.ready(room - len(running)):
                 need, mine = needs[cell.identity], limits.get(cell.identity, Limits())
-                wants = {"num_cpus": need["CPU"], "num_gpus": need.get("GPU", 0), "memory": need.get("memory")}
-                options = {"name": cell.id, "max_retries": TRIES, "scheduling_strategy": "SPREAD", **wants}
-                reference = task.options(**options).remote(cell.model_dump_json(), asdict(mine), token)
+                wants = {
+                    "num_cpus": need["CPU"],
+                    "num_gpus": need.get("GPU", 0),
+                    "memory": need.get("memory"),
+                }
+                options = {
+                    "name": cell.id,
+                    "max_retries": TRIES,
+                    "scheduling_strategy": "SPREAD",
+                    **wants,
+                }
+                reference = task.options(**options).remote(
+                    cell.model_dump_json(), asdict(mine), token
+                )
                 running[reference] = cell
             (reference, *_), _ = ray.wait(list(running), num_returns=1)
             cell = running.pop(reference)
             try:
                 answer = json.loads(ray.get(reference))
             except ray.exceptions.RayError as error:  # lost more often than TRIES, or out of memory
-                answer = {"record": failure(cell, f"its Ray task was lost: {type(error).__name__}").model_dump(mode="json")}
+                answer = {
+                    "record": failure(
+                        cell, f"its Ray task was lost: {type(error).__name__}"
+                    ).model_dump(mode="json")
+                }
             if "error" in answer:
                 raise UsageError(answer["error"])
             record = Record.model_validate(answer["record"])
@@ -165,9 +209,13 @@ def _same_code(record: Record, node: str, code: str) -> None:
     other = [f"{k} {there.get(k)} (here {v})" for k, v in versions().items() if there.get(k) != v]
     if not other and code != code_of(record.cell):
         technique = record.cell.of or record.cell.technique
-        other = [f"code of widthbench{'' if registry.built_in(technique) else f' or of {registry.owner(technique)}'}"]
+        other = [
+            f"code of widthbench{'' if registry.built_in(technique) else f' or of {registry.owner(technique)}'}"
+        ]
     if other:
-        raise UsageError(f"node {node} has another {', '.join(other)}; install the same on all nodes")
+        raise UsageError(
+            f"node {node} has another {', '.join(other)}; install the same on all nodes"
+        )
 
 
 class _Plan:
@@ -177,11 +225,19 @@ class _Plan:
         self._after: dict[str, list[Cell]] = {}  # by the identity of what they wait for
         self._ready: list[Cell] = []
         first: dict[str, Cell] = {}
-        for cell in sorted(cells, key=lambda c: c.of is not None):  # a control that is first would wait for what waits for it
+        for cell in sorted(
+            cells, key=lambda c: c.of is not None
+        ):  # a control that is first would wait for what waits for it
             first.setdefault(cell.group, cell)
-        known = {(c.group, c.technique, json.dumps(c.params, sort_keys=True), c.budget): c for c in cells if not c.of}
+        known = {
+            (c.group, c.technique, json.dumps(c.params, sort_keys=True), c.budget): c
+            for c in cells
+            if not c.of
+        }
         for cell in cells:
-            source = known.get((cell.group, cell.of or "", json.dumps(cell.params, sort_keys=True), cell.budget))
+            source = known.get(
+                (cell.group, cell.of or "", json.dumps(cell.params, sort_keys=True), cell.budget)
+            )
             for before in (source, first[cell.group]):  # a source itself comes after the first
                 if before is not None and before is not cell:
                     self._after.setdefault(before.identity, []).append(cell)
@@ -206,13 +262,15 @@ class _Plan:
 
 
 SIGHT_S = 60.0  # until a file that one node wrote must be seen by others: network file systems remember that there was none
-_worker: tuple[tuple[str | None, int], Worker] | None = None  # of the Ray worker process that this is
+_worker: tuple[tuple[str | None, int], Worker] | None = (
+    None  # of the Ray worker process that this is
+)
 
 
 def _task(text: str, limits: dict[str, Any], token: str) -> str:
     """One cell on some node; JSON in and out."""
     global _worker
-    from widthbench.records import Cell
+    from widthbench.experiment.records import Cell
 
     node = os.uname().nodename
     cell = Cell.model_validate_json(text)
@@ -233,4 +291,6 @@ def _task(text: str, limits: dict[str, Any], token: str) -> str:
         record = _worker[1].run(cell, Limits(**limits))
     except UsageError as error:
         return json.dumps({"error": str(error), "node": node})
-    return json.dumps({"record": record.model_dump(mode="json"), "node": node, "code": _worker[1].code})
+    return json.dumps(
+        {"record": record.model_dump(mode="json"), "node": node, "code": _worker[1].code}
+    )

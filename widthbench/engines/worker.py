@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from widthbench.limits import Limits
+from widthbench.experiment.limits import Limits
 
 if TYPE_CHECKING:
-    from widthbench.records import Cell, Record
+    from widthbench.experiment.records import Cell, Record
 
 POLL_S = 0.2  # between two looks at the clock and at memory
 MARK = "WIDTHBENCH_WORKER"  # set for a worker and inherited by all that it starts
@@ -70,20 +70,24 @@ class Worker:
             UsageError: As ``protocol.run_cell``: the cell itself makes no sense, or its record cannot be written.
             WorkerError: If the worker is closed meanwhile.
         """
-        from widthbench import registry
         from widthbench.errors import UsageError
-        from widthbench.records import Record, Store
+        from widthbench.experiment.records import Record, Store
+        from widthbench.technique import registry
 
         if foreign := not registry.built_in(cell.of or cell.technique):
-            from widthbench import protocol  # and torch: in every task of Ray that would be much
+            from widthbench.experiment import protocol
 
-            if found := Store().get(protocol.cell_key(cell)):  # for which no process is worth starting
+            if found := Store().get(
+                protocol.cell_key(cell)
+            ):  # for which no process is worth starting
                 self.code = code_of(cell)
                 return found
         answer: dict[str, Any] = {}
         for last in (False, True):
             if not self._over:
-                answer = self._ask({"cell": cell.model_dump(mode="json"), "bar": bar}, limits or Limits())
+                answer = self._ask(
+                    {"cell": cell.model_dump(mode="json"), "bar": bar}, limits or Limits()
+                )
             if foreign or "record" not in answer:
                 self._end()
             if "record" in answer:
@@ -93,7 +97,9 @@ class Worker:
                     return record
                 answer = {"died": f"its process answered with a record of {record.cell.id}"}
             if "error" in answer:
-                if foreign:  # it may have spoilt the process, so that not even its record could be written
+                if (
+                    foreign
+                ):  # it may have spoilt the process, so that not even its record could be written
                     self.code = None
                     return failure(cell, answer["error"])
                 raise UsageError(answer["error"])
@@ -128,9 +134,12 @@ class Worker:
         if self._child is None or self._child.poll() is not None:
             self._end()
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "widthbench.engines.worker"], env={**os.environ, **self._env}, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-P", "-m", "widthbench.engines.worker"],
+                env={**os.environ, **self._env},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
         child = self._child
         assert child.stdin is not None
         self._asked += 1
@@ -180,7 +189,10 @@ class Worker:
             return {"died": f"its process ended with exit code {code} without a word"}
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
         if name in ("SIGKILL", "SIGTERM"):
-            return {"died": f"its process was killed twice by {name}, from outside (out of memory?)", "again": True}
+            return {
+                "died": f"its process was killed twice by {name}, from outside (out of memory?)",
+                "again": True,
+            }
         return {"died": f"its process crashed ({name})"}
 
 
@@ -197,10 +209,11 @@ def _kill_marked(mark: str) -> None:
 
 def code_of(cell: Cell) -> str:
     """Digest of the code that decides a cell's record: ours, and the technique's."""
-    from widthbench import protocol, registry
     from widthbench.cache import digest_of
+    from widthbench.experiment import protocol
+    from widthbench.experiment.records import CONTROLS
     from widthbench.provenance import code_digest, source_digest
-    from widthbench.records import CONTROLS
+    from widthbench.technique import registry
 
     technique = cell.of or cell.technique
     theirs = None if technique in CONTROLS else source_digest(registry.load(technique))
@@ -265,13 +278,22 @@ def _too_large(pid: int, limit_mib: float | None) -> str:
 
 def failure(cell: Cell, reason: str) -> Record:
     """The record of a cell whose process has ended, kept in the store as failures are: reported, and tried again by a next run."""
-    from widthbench import protocol, sources
+    from widthbench.data import sources
+    from widthbench.experiment import protocol
+    from widthbench.experiment.records import Record, Store
     from widthbench.provenance import stamp
-    from widthbench.records import Record, Store
 
-    where = {**stamp(), "threads": cell.threads, "dtype": "float32", "device": str(protocol.device_of(cell)), "seed": cell.seed}
+    where = {
+        **stamp(),
+        "threads": cell.threads,
+        "dtype": "float32",
+        "device": str(protocol.device_of(cell)),
+        "seed": cell.seed,
+    }
     where |= {"processes": 1, "dataset_digest": sources.load(cell.dataset).digest}
-    record = Record(key=protocol.cell_key(cell), cell=cell, status="failed", reason=reason, provenance=where)
+    record = Record(
+        key=protocol.cell_key(cell), cell=cell, status="failed", reason=reason, provenance=where
+    )
     Store().put(record)
     return record
 
@@ -284,7 +306,9 @@ def _serve() -> None:
     os.dup2(2, 1)
     faulthandler.enable()  # where a plug-in crashes is seen
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # what is printed is seen, also if the process is then ended
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # what is printed is seen, also if the process is then ended
     inbox: queue.Queue[bytes] = queue.Queue()
     mark = os.environ[MARK]  # before a plug-in may change it
 
@@ -304,13 +328,15 @@ def _serve() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     from widthbench.errors import UsageError
+    from widthbench.experiment.protocol import run_cell
+    from widthbench.experiment.records import Cell, Store
     from widthbench.paths import Lock, settle
-    from widthbench.protocol import run_cell
-    from widthbench.records import Cell, Store
-    from widthbench.task import bar, quiet
+    from widthbench.progress import bar, quiet
 
     settle()
-    Lock.tell = lambda at: say(at=at)  # waiting for one that computes the same cell, trains its base, decodes its images
+    Lock.tell = lambda at: say(
+        at=at
+    )  # waiting for one that computes the same cell, trains its base, decodes its images
 
     while True:
         message = json.loads(inbox.get())

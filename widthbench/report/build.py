@@ -11,13 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from widthbench import protocol
 from widthbench.errors import UsageError
+from widthbench.experiment import protocol
+from widthbench.experiment.records import (
+    Line,
+    Record,
+    Store,
+    read_lines,
+    read_records,
+    write_records,
+)
+from widthbench.experiment.suites import Suite
 from widthbench.paths import Lock, published_dir, write_atomic
-from widthbench.records import Line, Record, Store, read_lines, read_records, write_records
 from widthbench.report import curves, exports, figures, reproduction, tables, trajectories, widths
 from widthbench.report.timing import read_timings, timings_of
-from widthbench.suites import Suite
 
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 ASIDE = "records.aside.jsonl"  # lines that a report could not take over
@@ -60,7 +67,9 @@ class _Before:
     aside: list[str] = field(default_factory=list)
 
 
-def collect(suite: Suite, store: Store, before: Iterable[Record] = (), fresh: Iterable[Record] = ()) -> list[Record]:
+def collect(
+    suite: Suite, store: Store, before: Iterable[Record] = (), fresh: Iterable[Record] = ()
+) -> list[Record]:
     """What was measured of a suite's cells, here and last: finished records, and the failures of those that are not finished.
 
     Of a cell counts what the run gave that has just ended; else what the store has finished under the cell's key; else the later
@@ -83,7 +92,11 @@ def collect(suite: Suite, store: Store, before: Iterable[Record] = (), fresh: It
     for cell in suite.cells():
         earlier, record = old.get(cell.identity), new.get(cell.identity)
         needs = (cell.dataset, cell.model, cell.checkpoint, cell.of or cell.technique)
-        if record is None and (candidates is None or cell.identity in candidates) and needs not in absent:
+        if (
+            record is None
+            and (candidates is None or cell.identity in candidates)
+            and needs not in absent
+        ):
             try:
                 key = protocol.cell_key(cell)
                 record = store.get(key) or _later(store.failure(key), earlier)
@@ -130,7 +143,9 @@ def build(
     nothing = f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)"
     if not folder.is_dir() and not fresh and not collect(suite, store):
         raise UsageError(nothing)
-    with Lock(results / f".{suite.name}.lock"):  # two runs into one folder report one after the other
+    with Lock(
+        results / f".{suite.name}.lock"
+    ):  # two runs into one folder report one after the other
         before = _before(folder / "records.jsonl")
         known = [line.record for line in before.lines if line.record]
         records = collect(suite, store, known, fresh)
@@ -138,13 +153,25 @@ def build(
             raise UsageError(nothing)
         _put_aside(suite, folder, before, records)
         timings = timings_of(records, measure=time_shapes, before=[*read_timings(folder), *timings])
-        published = published_records(suite) if folder.resolve() != published_dir().resolve() / suite.name else []
+        published = (
+            published_records(suite)
+            if folder.resolve() != published_dir().resolve() / suite.name
+            else []
+        )
         files = write(suite, folder, records, timings, published)
     text = tables.terminal(suite, records, len(suite.cells()))
-    return Report(records, folder, files, text, reproduction.summary(suite, published, records) if published else "")
+    return Report(
+        records,
+        folder,
+        files,
+        text,
+        reproduction.summary(suite, published, records) if published else "",
+    )
 
 
-def adding(suite: Suite, results: Path, store: Store, files: Sequence[Path], *, replace: bool = False) -> list[Record]:
+def adding(
+    suite: Suite, results: Path, store: Store, files: Sequence[Path], *, replace: bool = False
+) -> list[Record]:
     """A suite's records in files of other runs, as ``build`` takes them over; a finished record beats a failed one.
 
     Args:
@@ -205,7 +232,9 @@ def publish(suite: Suite, results: Path, *, replace: bool = False) -> list[Path]
     """
     folder = published_dir() / suite.name
     if not (published_dir().parent.parent / "pyproject.toml").is_file():
-        raise UsageError(f"{published_dir()} belongs to an installed package: publish from a checkout of the repository")
+        raise UsageError(
+            f"{published_dir()} belongs to an installed package: publish from a checkout of the repository"
+        )
     cells = {c.identity for c in suite.cells()}
     merged: dict[str, Record] = {}
     timings: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -213,19 +242,29 @@ def publish(suite: Suite, results: Path, *, replace: bool = False) -> list[Path]
         if (place / "records.jsonl").is_file():
             for record in read_records(place / "records.jsonl"):
                 if record.cell.identity in cells:
-                    _require_same_device(merged.get(record.cell.identity), record, place / "records.jsonl", replace)
+                    _require_same_device(
+                        merged.get(record.cell.identity), record, place / "records.jsonl", replace
+                    )
                     merged[record.cell.identity] = record
             timings |= {(t["dataset"], t["model"], t["shape"]): t for t in read_timings(place)}
     if not merged:
-        raise UsageError(f"suite '{suite.name}' has no results in {results}: run it first (`widthbench run {suite.name}`)")
+        raise UsageError(
+            f"suite '{suite.name}' has no results in {results}: run it first (`widthbench run {suite.name}`)"
+        )
     records = in_order(suite, list(merged.values()))
-    shapes = {(r.cell.dataset, r.cell.network, tables.shape_of(r)) for r in records if r.status == "done"}
+    shapes = {
+        (r.cell.dataset, r.cell.network, tables.shape_of(r)) for r in records if r.status == "done"
+    }
     return write(suite, folder, records, [t for key, t in timings.items() if key in shapes], ())
 
 
 def write(
-    suite: Suite, folder: Path, records: Sequence[Record], timings: Sequence[dict[str, Any]], published: Sequence[Record]
-) -> list[Path]:  # fmt: skip
+    suite: Suite,
+    folder: Path,
+    records: Sequence[Record],
+    timings: Sequence[dict[str, Any]],
+    published: Sequence[Record],
+) -> list[Path]:
     """Write all files of a suite's folder; gives their paths, ``SHA256SUMS`` last.
 
     Args:
@@ -248,10 +287,15 @@ def write(
         files += curves.write(records, pictures)
     if trajectories.has_trajectories(records):
         files += trajectories.write(records, pictures)
-    files += figures.write(records, pictures, suite.title or suite.name) + widths.write(records, pictures)
+    files += figures.write(records, pictures, suite.title or suite.name) + widths.write(
+        records, pictures
+    )
     sums = folder / SUMS
     _clear(sums, files)
-    write_atomic(sums, "".join(f"{file_digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in sorted(files)))
+    write_atomic(
+        sums,
+        "".join(f"{file_digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in sorted(files)),
+    )
     return [*files, sums]
 
 
@@ -283,8 +327,12 @@ def read_sums(path: Path) -> list[tuple[str, str]]:
 
 
 def texts(
-    suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], digest: str, published: Sequence[Record] = ()
-) -> dict[str, str]:  # fmt: skip
+    suite: Suite,
+    records: Sequence[Record],
+    timings: Sequence[dict[str, Any]],
+    digest: str,
+    published: Sequence[Record] = (),
+) -> dict[str, str]:
     """All pages of a suite that follow from its records, by file name.
 
     Args:
@@ -306,7 +354,9 @@ def texts(
     return found
 
 
-def leaderboards(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], digest: str) -> dict[str, str]:
+def leaderboards(
+    suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], digest: str
+) -> dict[str, str]:
     """The leaderboard as markdown, CSV and LaTeX, by file name.
 
     Args:
@@ -317,7 +367,9 @@ def leaderboards(suite: Suite, records: Sequence[Record], timings: Sequence[dict
     """
     cite = exports.citation(suite, records, digest)
     return {
-        "leaderboard.md": tables.leaderboard(suite, records, timings, len(suite.cells()), digest=digest, cite=cite),
+        "leaderboard.md": tables.leaderboard(
+            suite, records, timings, len(suite.cells()), digest=digest, cite=cite
+        ),
         "leaderboard.csv": exports.csv_text(records, timings, suite.cells()),
         "leaderboard.tex": exports.latex_text(suite, records, timings),
     }
@@ -361,7 +413,9 @@ def _before(path: Path) -> _Before:
     if bad:
         found.aside = [line.text for line in bad]
         first = f"the first at {path}:{bad[0].number} ({bad[0].problem})"
-        warnings.warn(f"{len(bad)} of {len(lines)} earlier records are not taken over, {first}", stacklevel=2)
+        warnings.warn(
+            f"{len(bad)} of {len(lines)} earlier records are not taken over, {first}", stacklevel=2
+        )
     return found
 
 

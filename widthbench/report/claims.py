@@ -12,12 +12,14 @@ from typing import Any
 
 from tabulate import tabulate
 
-from widthbench.claims import VERDICTS, Claim, Document, Judged, overall, readings
+from widthbench.claims.ledger import VERDICTS, Claim, Document, Judged, overall, readings
 from widthbench.paths import write_atomic
 
 NAMES = ("claims.md", "claims.json")
 ROUNDING = 1e-6  # a bound up to which is one on rounding errors
-STALE = "is not what the records say: `widthbench claims --publish` (or `--results DIR`) writes it anew"
+STALE = (
+    "is not what the records say: `widthbench claims --publish` (or `--results DIR`) writes it anew"
+)
 
 NOTES = """\
 Each row is one number or one statement of a source document, with what was measured here and a verdict by a rule that was
@@ -54,13 +56,32 @@ def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
         if claim.note:
             parts += [claim.note, ""]
         if len(found := readings(rows)) > 1:
-            parts += ["; ".join(f"Read as {name}: {verdict}" for name, verdict in found.items()) + ".", ""]
+            parts += [
+                "; ".join(f"Read as {name}: {verdict}" for name, verdict in found.items()) + ".",
+                "",
+            ]
         if "not run" in (verdicts := {j.verdict for j in rows}):
-            parts += [f"{'Needs' if len(verdicts) == 1 else 'The rows that were not run need'}: {claim.needs}.", ""]
-        body = [[_cell(j.row.what), _reported(j), _measured(j), f"**{j.verdict}**", _cell(_why(j)), _records(j)] for j in rows]
+            parts += [
+                f"{'Needs' if len(verdicts) == 1 else 'The rows that were not run need'}: {claim.needs}.",
+                "",
+            ]
+        body = [
+            [
+                _cell(j.row.what),
+                _reported(j),
+                _measured(j),
+                f"**{j.verdict}**",
+                _cell(_why(j)),
+                _records(j),
+            ]
+            for j in rows
+        ]
         headers = ["what", "reported", "measured", "verdict", "rule", "evidence"]
         align = ("left", "right", "right", "left", "left", "left")
-        parts += [tabulate(body, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True), ""]
+        parts += [
+            tabulate(body, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True),
+            "",
+        ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -68,19 +89,30 @@ def plain(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> list[di
     """All claims as plain data: what ``claims.json`` holds and the static page shows."""
     return [
         {
-            "document": document.document, "title": document.title, "technique": document.technique, "id": claim.id,
-            "text": claim.text, "note": claim.note, "needs": claim.needs, "verdict": overall(rows),
+            "document": document.document,
+            "title": document.title,
+            "technique": document.technique,
+            "id": claim.id,
+            "text": claim.text,
+            "note": claim.note,
+            "needs": claim.needs,
+            "verdict": overall(rows),
             "readings": readings(rows) if len(readings(rows)) > 1 else {},
             "rows": [
                 {
-                    "what": j.row.what, "reported": _reported(j), "measured": _measured(j), "verdict": j.verdict, "rule": _why(j),
-                    "check": j.row.check if j.row.check and j.measured else "", "records": list(j.records),
+                    "what": j.row.what,
+                    "reported": _reported(j),
+                    "measured": _measured(j),
+                    "verdict": j.verdict,
+                    "rule": _why(j),
+                    "check": j.row.check if j.row.check and j.measured else "",
+                    "records": list(j.records),
                 }
                 for j in rows
             ],
         }
         for document, claim, rows in judged
-    ]  # fmt: skip
+    ]
 
 
 def summary(claims: Sequence[Mapping[str, Any]]) -> str:
@@ -90,7 +122,9 @@ def summary(claims: Sequence[Mapping[str, Any]]) -> str:
         claims: As ``plain`` gives them.
     """
     body = [[c["id"], _cell(c["text"]), f"**{c['verdict']}**"] for c in claims]
-    return tabulate(body, headers=["claim", "what", "verdict"], tablefmt="pipe", disable_numparse=True)
+    return tabulate(
+        body, headers=["claim", "what", "verdict"], tablefmt="pipe", disable_numparse=True
+    )
 
 
 def write(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: Path) -> list[Path]:
@@ -125,7 +159,8 @@ def unlike(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: 
         said = text.splitlines()
         free = _free(said, checks)
         if len(lines) != len(said) or any(
-            a != b and not (i in free and close(a, b)) for i, (a, b) in enumerate(zip(lines, said, strict=True))
+            a != b and not (i in free and close(a, b))
+            for i, (a, b) in enumerate(zip(lines, said, strict=True))
         ):
             found.append(name)
     return found
@@ -133,14 +168,22 @@ def unlike(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: 
 
 def _free(lines: Sequence[str], checks: Collection[str]) -> set[int]:
     """The lines of a page that hold what a check measured: its row in markdown; in JSON, lines of its object."""
-    rows = {i for i, line in enumerate(lines) if any(f"check `{c}`" in line or f'"check": "{c}"' in line for c in checks)}
-    return rows | {i - d for i in rows for d in (1, 2, 3) if lines[i].lstrip().startswith('"check"')}
+    rows = {
+        i
+        for i, line in enumerate(lines)
+        if any(f"check `{c}`" in line or f'"check": "{c}"' in line for c in checks)
+    }
+    return rows | {
+        i - d for i in rows for d in (1, 2, 3) if lines[i].lstrip().startswith('"check"')
+    }
 
 
 def close(one: str, other: str) -> bool:
     """Whether two lines are the same but for measured numbers that differ by less than 5 %; in a table, outside *reported*, too."""
     pairs = list(zip(one.split("|"), other.split("|"), strict=False))
-    if one.count("|") != other.count("|") or (one.startswith("|") and pairs[2][0].split() != pairs[2][1].split()):
+    if one.count("|") != other.count("|") or (
+        one.startswith("|") and pairs[2][0].split() != pairs[2][1].split()
+    ):
         return False
     number = r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
     if re.sub(number, "#", one).split() != re.sub(number, "#", other).split():
@@ -158,12 +201,16 @@ def rows_of(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> list[
     """The rows as plain text, for a terminal or JSON."""
     return [
         {
-            "claim": claim.id, "what": j.row.what, "reported": _reported(j), "measured": _measured(j), "verdict": j.verdict,
+            "claim": claim.id,
+            "what": j.row.what,
+            "reported": _reported(j),
+            "measured": _measured(j),
+            "verdict": j.verdict,
             "why": _why(j) if j.verdict != "not run" else f"needs {claim.needs}",
         }
         for _, claim, rows in judged
         for j in rows
-    ]  # fmt: skip
+    ]
 
 
 def _reported(judged: Judged) -> str:
@@ -178,7 +225,12 @@ def _measured(judged: Judged) -> str:
     if found is None:
         return "–"
     row = judged.row
-    if judged.verdict == "reproduced" and row.direction in ("<", "<=") and row.bound is not None and 0 < row.bound <= ROUNDING:
+    if (
+        judged.verdict == "reproduced"
+        and row.direction in ("<", "<=")
+        and row.bound is not None
+        and 0 < row.bound <= ROUNDING
+    ):
         return f"{row.direction} {row.bound:g}{_unit(row.unit)} (n={found.n})"  # rounding errors, which no two machines share
     small = found.mean and abs(found.mean) < 0.01
     value = f"{found.mean:.2e}" if small else f"{found.mean:.2f}"

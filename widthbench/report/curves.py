@@ -17,9 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from widthbench.experiment.protocol import STOP
+from widthbench.experiment.records import Record
 from widthbench.paths import write_atomic
-from widthbench.protocol import STOP
-from widthbench.records import Record
 from widthbench.report.figures import COLOURS
 from widthbench.report.tables import Line, code, escaped, lines, over_bases
 
@@ -38,7 +38,12 @@ def has_curves(records: Sequence[Record]) -> bool:
 
 def _drawable(record: Record) -> bool:
     channels, top1 = (record.series.get(f"path.{name}", []) for name in ("channels", "top1"))
-    return bool(channels) and channels[0] > 0 and len(channels) == len(top1) and all(a >= b for a, b in pairwise(channels))
+    return (
+        bool(channels)
+        and channels[0] > 0
+        and len(channels) == len(top1)
+        and all(a >= b for a, b in pairwise(channels))
+    )
 
 
 def page(records: Sequence[Record], title: str) -> str:
@@ -49,14 +54,39 @@ def page(records: Sequence[Record], title: str) -> str:
         title: Of the suite.
     """
     parts = [f"# {title}: along the paths", "", PREFACE.format(stop=STOP), ""]
-    parts += [f"![{what} against the share of channels removed](figures/curves-{what}.png)\n" for what in KINDS]
+    parts += [
+        f"![{what} against the share of channels removed](figures/curves-{what}.png)\n"
+        for what in KINDS
+    ]
     for (dataset, network), block in _networks(records).items():
         rows = [_row(line) for line in block]
-        headers = ["technique", "removed, % (val)", "top-1 % there", *(f"at {s} %" for s in SHARES), "rank correlation", "n"]
-        base = over_bases({k: r.series["path.top1"][0] for line in block for k, r in line.done.items()})
+        headers = [
+            "technique",
+            "removed, % (val)",
+            "top-1 % there",
+            *(f"at {s} %" for s in SHARES),
+            "rank correlation",
+            "n",
+        ]
+        base = over_bases(
+            {k: r.series["path.top1"][0] for line in block for k, r in line.done.items()}
+        )
         assert base is not None  # a block has records
-        table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=("left", *["right"] * 9), disable_numparse=True)
-        parts += [f"## {code(network)} on {code(dataset)}", "", f"Nothing removed: {base.text()} %.", "", table, ""]
+        table = tabulate(
+            rows,
+            headers=headers,
+            tablefmt="pipe",
+            colalign=("left", *["right"] * 9),
+            disable_numparse=True,
+        )
+        parts += [
+            f"## {code(network)} on {code(dataset)}",
+            "",
+            f"Nothing removed: {base.text()} %.",
+            "",
+            table,
+            "",
+        ]
         if _with_errors(block):
             name = _file(network, dataset)
             parts += [
@@ -92,7 +122,9 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
     drawn = [_curves(networks, folder / f"curves-{what}.png", what) for what in KINDS if networks]
     for (dataset, network), block in networks.items():
         if found := _with_errors(block):
-            drawn.append(_errors(found, folder / _file(network, dataset), f"{network} on {dataset}"))
+            drawn.append(
+                _errors(found, folder / _file(network, dataset), f"{network} on {dataset}")
+            )
     return drawn
 
 
@@ -123,9 +155,13 @@ def _row(line: Line) -> list[str]:
 
     at = [mean(lambda r, s=share: _at(r, s)) for share in SHARES]  # type: ignore[misc]
     return [
-        escaped(short(line)), mean(last("stop.removed"), 1), mean(last("stop.top1")), *at, mean(last("correlation"), 3),
+        escaped(short(line)),
+        mean(last("stop.removed"), 1),
+        mean(last("stop.top1")),
+        *at,
+        mean(last("correlation"), 3),
         str(line.bases),
-    ]  # fmt: skip
+    ]
 
 
 def removed_shares(series: Mapping[str, list[Any]]) -> np.ndarray:
@@ -144,7 +180,10 @@ def short(line: Line) -> str:
     """A technique's label without its own name and those of its parameters: "second_order, exact, single"."""
     cell = line.first().cell
     order = ("ranking", "diagonal", "rerank")
-    names = sorted(cell.params, key=lambda n: (order.index(n) if n in order[:2] else len(order) + (n == "rerank"), n))
+    names = sorted(
+        cell.params,
+        key=lambda n: (order.index(n) if n in order[:2] else len(order) + (n == "rerank"), n),
+    )
     values = [str(cell.params[n]) if n in order else f"{n}={cell.params[n]}" for n in names]
     return ", ".join(values).replace("_", " ") or line.label
 
@@ -153,7 +192,13 @@ def _styles(networks: Mapping[tuple[str, str], Sequence[Line]]) -> dict[str, tup
     """(colour, line style) of each short label: rankings by colour, schemes by style."""
     labels = sorted({short(ln) for block in networks.values() for ln in block})
     families = sorted({_family(label) for label in labels})
-    return {s: (COLOURS[families.index(_family(s)) % len(COLOURS)], "--" if s.endswith("single") else "-") for s in labels}
+    return {
+        s: (
+            COLOURS[families.index(_family(s)) % len(COLOURS)],
+            "--" if s.endswith("single") else "-",
+        )
+        for s in labels
+    }
 
 
 def _family(label: str) -> str:
@@ -185,8 +230,13 @@ def _curves(networks: Mapping[tuple[str, str], Sequence[Line]], path: Path, what
         place.set_visible(False)
     ordered = dict(sorted(handles.items()))
     figure.legend(
-        ordered.values(), ordered.keys(), loc="outside lower center", ncols=3 if columns > 1 else 2, frameon=False, fontsize=9
-    )  # fmt: skip
+        ordered.values(),
+        ordered.keys(),
+        loc="outside lower center",
+        ncols=3 if columns > 1 else 2,
+        frameon=False,
+        fontsize=9,
+    )
     most = max(ln.bases for block in networks.values() for ln in block)
     spread = f"mean ± std over {most} base networks" if most > 1 else "one base network"
     stop = "; dots: the stopping point chosen on val" if what == "accuracy" else ""
@@ -235,8 +285,12 @@ def _errors(found: Mapping[str, Record], path: Path, title: str) -> Path:
     any_record = next(iter(found.values()))
     series = any_record.series
     groups = [name.removeprefix("error ") for name in series if name.startswith("error ")]
-    neurons = sorted((series[f"change {g}"][i], g, i) for g in groups for i in range(len(series[f"change {g}"])))
-    chosen = [neurons[round(i)] for i in np.linspace(0, len(neurons) - 1, min(NEURONS, len(neurons)))]
+    neurons = sorted(
+        (series[f"change {g}"][i], g, i) for g in groups for i in range(len(series[f"change {g}"]))
+    )
+    chosen = [
+        neurons[round(i)] for i in np.linspace(0, len(neurons) - 1, min(NEURONS, len(neurons)))
+    ]
     columns = 4
     height = math.ceil(len(chosen) / columns)
     figure = Figure(figsize=(3.0 * columns, 2.5 * height + 1.2), layout="constrained")
@@ -245,14 +299,27 @@ def _errors(found: Mapping[str, Record], path: Path, title: str) -> Path:
     gate, fine = np.array(series["gate"]), np.linspace(0, 1, 50)
     for place, (change, group, i) in zip(axes.flat, chosen, strict=False):
         errors = np.array(series[f"error {group}"][i])
-        place.plot(gate, errors - errors[-1], color="black", marker="o", markersize=3, label="the loss itself (brute force)")
+        place.plot(
+            gate,
+            errors - errors[-1],
+            color="black",
+            marker="o",
+            markersize=3,
+            label="the loss itself (brute force)",
+        )
         first = series[f"first {group}"][i]
         place.plot(fine, first * (fine - 1), color=COLOURS[1], linestyle=":", label="first order")
         for at, (label, record) in enumerate(sorted(found.items())):
             second = record.series[f"second {group}"][i]
             parabola = first * (fine - 1) + 0.5 * second * (fine - 1) ** 2
             what = _family(label) + ("" if "exact" in label else ", back-propagated")
-            place.plot(fine, parabola, color=COLOURS[(0, 2, 3)[at % 3]], linestyle=("-", "--")[at % 2], label=what)
+            place.plot(
+                fine,
+                parabola,
+                color=COLOURS[(0, 2, 3)[at % 3]],
+                linestyle=("-", "--")[at % 2],
+                label=what,
+            )
         place.set_title(f"{group}, neuron {i}: {change:+.2g}", fontsize=9)
         place.grid(alpha=0.3)
         place.tick_params(labelsize=8)
@@ -266,8 +333,9 @@ def _errors(found: Mapping[str, Record], path: Path, title: str) -> Path:
     seed = any_record.cell.seed
     figure.suptitle(
         f"{title}, seed {seed}: {len(chosen)} neurons from the least to the most wanted\n"
-        "(above each: what its removal does to the loss)", fontsize=11,
-    )  # fmt: skip
+        "(above each: what its removal does to the loss)",
+        fontsize=11,
+    )
     return save(figure, path)
 
 

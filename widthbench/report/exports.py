@@ -10,19 +10,29 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
-from widthbench import registry
 from widthbench.errors import UsageError, visible
-from widthbench.records import CONTROLS, FINAL, Cell, Record
+from widthbench.experiment.records import CONTROLS, FINAL, Cell, Record
+from widthbench.experiment.suites import Suite
 from widthbench.report import tables
-from widthbench.report.statistics import Summary
-from widthbench.suites import Suite
+from widthbench.statistics import Summary
+from widthbench.technique import registry
 
 URL = "https://pypi.org/project/widthbench/"
 SUITE_KEY = "widthbench"
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how one begins, perhaps behind what a spreadsheet passes over
+FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+)  # how one begins, perhaps behind what a spreadsheet passes over
 
 
-def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()) -> list[dict[str, Any]]:
+def rows(
+    records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()
+) -> list[dict[str, Any]]:
     """One plain row for each row of the leaderboard: means, sample standard deviations, n; None where there is no number.
 
     Args:
@@ -35,41 +45,77 @@ def rows(records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: It
     for line in tables.lines(records, cells):
         first = line.first() if line.records else None
         row: dict[str, Any] = {
-            "dataset": line.dataset, "network": line.model, "technique": line.label, "control": line.control,
-            "data": "control" if line.control else line.access, "budget": line.budget or "", "n": line.bases,
-            "cells": len(line.done) + line.left, "cells_done": len(line.done), "cells_failed": line.failed, "status": line.status,
-        }  # fmt: skip
-        for name, stages in (("resized", ("resized",)), ("recalibrated", ("recalibrated",)), ("final", FINAL)):
-            row |= _spread(f"top1_{name}", next((s for stage in stages if (s := line.summary(stage))), None))
+            "dataset": line.dataset,
+            "network": line.model,
+            "technique": line.label,
+            "control": line.control,
+            "data": "control" if line.control else line.access,
+            "budget": line.budget or "",
+            "n": line.bases,
+            "cells": len(line.done) + line.left,
+            "cells_done": len(line.done),
+            "cells_failed": line.failed,
+            "status": line.status,
+        }
+        for name, stages in (
+            ("resized", ("resized",)),
+            ("recalibrated", ("recalibrated",)),
+            ("final", FINAL),
+        ):
+            row |= _spread(
+                f"top1_{name}", next((s for stage in stages if (s := line.summary(stage))), None)
+            )
         row |= _spread("top5", line.top5() if line.done else None)
-        ratios: tuple[tuple[Literal["params", "macs"], str], ...] = (("params", "compression"), ("macs", "speed_up_theory"))
+        ratios: tuple[tuple[Literal["params", "macs"], str], ...] = (
+            ("params", "compression"),
+            ("macs", "speed_up_theory"),
+        )
         for name, ratio in ratios:
-            value, base = line.mean(name) if line.done else None, getattr(first, f"base_{name}", None)
-            row |= {name: value, f"base_{name}": base, ratio: base / value if value and base else None}
-        speed, cost = (tables.speed_up_of(line, speeds), tables.cost_of(line)) if line.done else (None, None)
+            value, base = (
+                line.mean(name) if line.done else None,
+                getattr(first, f"base_{name}", None),
+            )
+            row |= {
+                name: value,
+                f"base_{name}": base,
+                ratio: base / value if value and base else None,
+            }
+        speed, cost = (
+            (tables.speed_up_of(line, speeds), tables.cost_of(line)) if line.done else (None, None)
+        )
         row["speed_up_measured"], row["train_cost"] = speed and speed.mean, cost and cost.mean
         done = list(line.done.values())
         row |= {
-            "budget_unused": any(not r.met for r in done), "coupled": any(r.coupled for r in done),
-            "below_floor": any(r.floor for r in done), "batches_in_halves": any(tables.halved(r) for r in done),
+            "budget_unused": any(not r.met for r in done),
+            "coupled": any(r.coupled for r in done),
+            "below_floor": any(r.floor for r in done),
+            "batches_in_halves": any(tables.halved(r) for r in done),
             "val_seen": any(r.provenance.get("val_seen", False) for r in done),
             "incomplete": bool(done and line.left),
-        }  # fmt: skip
+        }
         found.append(row)
     return found
 
 
 def _spread(name: str, summary: Summary | None) -> dict[str, float | None]:
-    return {f"{name}_mean": summary.mean if summary else None, f"{name}_std": summary.std if summary else None}
+    return {
+        f"{name}_mean": summary.mean if summary else None,
+        f"{name}_std": summary.std if summary else None,
+    }
 
 
-def csv_text(records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()) -> str:
+def csv_text(
+    records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()
+) -> str:
     """The leaderboard as CSV, a header first; every number with all its digits, empty where there is none.
 
     Arguments as for ``rows``. Text that a spreadsheet would take for a formula gets an apostrophe in front; what would break
     a line is written as its escape.
     """
-    found = [{k: _cell(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows(records, timings, cells)]
+    found = [
+        {k: _cell(v) if isinstance(v, str) else v for k, v in row.items()}
+        for row in rows(records, timings, cells)
+    ]
     into = io.StringIO()
     writer = csv.DictWriter(into, list(found[0]) if found else [], lineterminator="\n")
     writer.writeheader()
@@ -83,7 +129,9 @@ def _cell(text: str) -> str:
 
 def latex_text(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> str:
     """The leaderboard as LaTeX, a ``table`` of booktabs for each network and data set."""
-    parts = [f"% widthbench, suite {suite.name}; \\usepackage{{booktabs}}. FLOPs are counted as MACs."]
+    parts = [
+        f"% widthbench, suite {suite.name}; \\usepackage{{booktabs}}. FLOPs are counted as MACs."
+    ]
     if not suite.citable:
         parts.append("% A smoke suite: not for citation.")
     speeds = tables.speeds_of(timings)
@@ -101,15 +149,33 @@ def latex_text(suite: Suite, records: Sequence[Record], timings: Sequence[dict[s
             ]
             for ln in block
             if ln.done
-        ]  # fmt: skip
+        ]
         if not lines:
             continue
-        headers = ["technique", "budget", "resized", "recalibrated", "fine-tuned", "params", "MACs", "speed-up", "$n$"]
+        headers = [
+            "technique",
+            "budget",
+            "resized",
+            "recalibrated",
+            "fine-tuned",
+            "params",
+            "MACs",
+            "speed-up",
+            "$n$",
+        ]
         body = tabulate(
-            lines, headers=headers, tablefmt="latex_raw", disable_numparse=True, colalign=("left",) * 2 + ("right",) * 7
+            lines,
+            headers=headers,
+            tablefmt="latex_raw",
+            disable_numparse=True,
+            colalign=("left",) * 2 + ("right",) * 7,
         )
         most = max(ln.bases for ln in block)
-        spread = f"mean $\\pm$ standard deviation over up to {most} base networks" if most > 1 else "one base network"
+        spread = (
+            f"mean $\\pm$ standard deviation over up to {most} base networks"
+            if most > 1
+            else "one base network"
+        )
         caption = f"{_escaped(model)} on {_escaped(dataset)}: test top-1 in \\%, {spread}; suite {_escaped(suite.name)}."
         label = re.sub(r"[^a-z0-9]+", "-", f"{suite.name} {model} {dataset}".lower()).strip("-")
         parts += [
@@ -151,8 +217,16 @@ def citation(suite: Suite, records: Sequence[Record], digest: str | None) -> str
     Returns:
         Entries, the suite's first, each technique's once; a comment for techniques that name no paper.
     """
-    versions = sorted({str(r.provenance["versions"].get("widthbench")) for r in records if "versions" in r.provenance})
-    commits = sorted({str(r.provenance["commit"])[:12] for r in records if r.provenance.get("commit")})
+    versions = sorted(
+        {
+            str(r.provenance["versions"].get("widthbench"))
+            for r in records
+            if "versions" in r.provenance
+        }
+    )
+    commits = sorted(
+        {str(r.provenance["commit"])[:12] for r in records if r.provenance.get("commit")}
+    )
     dates = sorted(str(r.provenance["when"])[:10] for r in records if r.provenance.get("when"))
     notes = [f"suite {suite.name}"]
     notes += [f"version {', '.join(versions)}"] if versions else []

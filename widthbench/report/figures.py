@@ -14,13 +14,23 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from widthbench.experiment.records import Record
 from widthbench.paths import write_atomic
-from widthbench.records import Record
 from widthbench.report.tables import Line, lines, over_bases
 
 # Okabe and Ito's palette, told apart by colour-blind eyes; markers tell the rows apart in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # one more than colours: both together repeat only after 72
+MARKERS = (
+    "o",
+    "s",
+    "^",
+    "D",
+    "v",
+    "P",
+    "X",
+    "*",
+    "<",
+)  # one more than colours: both together repeat only after 72
 MANY = 12  # points of which quartiles tell those that lie far out
 AXES = {"macs": "FLOPs (as MACs) of one image", "params": "parameters"}
 
@@ -38,26 +48,38 @@ def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
     """
     found = [line for line in lines(records) if line.done]
     panels: dict[tuple[str, str], list[Line]] = {}
-    lost: dict[tuple[str, str], dict[str, list[int]]] = {}  # by row, budgets together: how many runs failed, of how many
+    lost: dict[
+        tuple[str, str], dict[str, list[int]]
+    ] = {}  # by row, budgets together: how many runs failed, of how many
     for line in lines(records):
         if not line.control or line.budget:
             counts = lost.setdefault((line.dataset, line.model), {}).setdefault(line.label, [0, 0])
             counts[0], counts[1] = counts[0] + line.failed, counts[1] + line.failed + len(line.done)
     failures = {
-        network: ", ".join(f"{label} {failed} of {whole}" for label, (failed, whole) in rows.items() if failed)
+        network: ", ".join(
+            f"{label} {failed} of {whole}" for label, (failed, whole) in rows.items() if failed
+        )
         for network, rows in lost.items()
     }
     for line in found:
         panels.setdefault((line.dataset, line.model), []).append(line)
-    panels = {k: block for k, block in panels.items() if any(ln.budget for ln in block)}  # a lone base is no picture
+    panels = {
+        k: block for k, block in panels.items() if any(ln.budget for ln in block)
+    }  # a lone base is no picture
     if not panels:
         return []
-    return [_figure(panels, failures, axis, folder / f"accuracy-{axis}.png", title) for axis in AXES]
+    return [
+        _figure(panels, failures, axis, folder / f"accuracy-{axis}.png", title) for axis in AXES
+    ]
 
 
 def _figure(
-    panels: dict[tuple[str, str], list[Line]], failures: dict[tuple[str, str], str], axis: str, path: Path, title: str
-) -> Path:  # fmt: skip
+    panels: dict[tuple[str, str], list[Line]],
+    failures: dict[tuple[str, str], str],
+    axis: str,
+    path: Path,
+    title: str,
+) -> Path:
     columns = min(2, len(panels))
     height = -(-len(panels) // columns)
     labels = sorted({ln.label for block in panels.values() for ln in block if ln.label != "base"})
@@ -70,16 +92,30 @@ def _figure(
         _panel(place, block, axis, labels)
         place.set_title(f"{model} on {dataset}", fontsize=11)
         failed = failures.get((dataset, model), "")
-        place.set_xlabel(AXES[axis] + (f"\n{textwrap.fill(f'failed runs: {failed}', 75)}" if failed else ""), fontsize=9)
+        place.set_xlabel(
+            AXES[axis] + (f"\n{textwrap.fill(f'failed runs: {failed}', 75)}" if failed else ""),
+            fontsize=9,
+        )
         place.set_ylabel("test top-1, %")
     for place in list(axes.flat)[len(panels) :]:
         place.set_visible(False)
-    handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=abreast, frameon=False, fontsize=9)
+    handles = {
+        name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=abreast,
+        frameon=False,
+        fontsize=9,
+    )
     seeds = {ln.bases for block in panels.values() for ln in block}
     most = f"up to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
     spread = f"mean ± std over {most} base networks" if max(seeds) > 1 else "one base network"
-    heading = textwrap.fill(f"{title}: after adaptation, {spread}", 52 * columns, break_on_hyphens=False)
+    heading = textwrap.fill(
+        f"{title}: after adaptation, {spread}", 52 * columns, break_on_hyphens=False
+    )
     figure.suptitle(f"{heading}\n(points of one size are set side by side)", fontsize=12)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
@@ -112,20 +148,39 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
         colour = COLOURS[index % len(COLOURS)] if label != "base" else "#444444"
         marker = MARKERS[index % len(MARKERS)] if label != "base" else "H"
         # rows of one shape share an abscissa: shift them a little so that error bars do not hide each other
-        shift = 1.0 if label == "base" else 1.0 + 0.012 * (shown.index(label) - (len(shown) - 1) / 2)
+        shift = (
+            1.0 if label == "base" else 1.0 + 0.012 * (shown.index(label) - (len(shown) - 1) / 2)
+        )
         errors = [p[2] for p in rows] if any(p[2] for p in rows) else None
         style = "--" if any(ln.control for ln in block if ln.label == label) else "-"
         place.errorbar(
-            [x * shift for x in xs], ys, yerr=errors, label=label, color=colour, marker=marker, markersize=5.5,
-            linestyle=style, linewidth=1.2, capsize=3,
-        )  # fmt: skip
+            [x * shift for x in xs],
+            ys,
+            yerr=errors,
+            label=label,
+            color=colour,
+            marker=marker,
+            markersize=5.5,
+            linestyle=style,
+            linewidth=1.2,
+            capsize=3,
+        )
         dots += [(x * shift, y, colour) for x, y in zip(xs, ys, strict=True)]
     front = pareto(points)
-    front.append((max(p[0] for p in points), front[-1][1]))  # larger networks without better scores are behind it
+    front.append(
+        (max(p[0] for p in points), front[-1][1])
+    )  # larger networks without better scores are behind it
     place.plot(
-        [p[0] for p in front], [p[1] for p in front], color="#BBBBBB", linewidth=5, alpha=0.6, zorder=0,
-        drawstyle="steps-post", label="Pareto front of the means", solid_capstyle="butt",
-    )  # fmt: skip
+        [p[0] for p in front],
+        [p[1] for p in front],
+        color="#BBBBBB",
+        linewidth=5,
+        alpha=0.6,
+        zorder=0,
+        drawstyle="steps-post",
+        label="Pareto front of the means",
+        solid_capstyle="butt",
+    )
     place.set_xscale("log")
     widest = max(p[0] for p in points)
     narrowest = min(p[0] for p in points)
@@ -142,9 +197,16 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
         for x, y, colour in dots:
             if y < bottom:  # off the scale: an arrow with its value
                 place.annotate(
-                    f"{y:.0f} %", (x, 0.0), xytext=(0, 16), xycoords=place.get_xaxis_transform(), textcoords="offset points",
-                    color=colour, fontsize=8, ha="center", arrowprops={"arrowstyle": "-|>", "color": colour},
-                )  # fmt: skip
+                    f"{y:.0f} %",
+                    (x, 0.0),
+                    xytext=(0, 16),
+                    xycoords=place.get_xaxis_transform(),
+                    textcoords="offset points",
+                    color=colour,
+                    fontsize=8,
+                    ha="center",
+                    arrowprops={"arrowstyle": "-|>", "color": colour},
+                )
 
 
 def floor_of(accuracies: Sequence[float]) -> float | None:

@@ -10,14 +10,28 @@ from typing import Any
 
 from tabulate import tabulate
 
-from widthbench.records import Record
+from widthbench.experiment.records import Record
+from widthbench.experiment.suites import Suite
 from widthbench.report import tables
-from widthbench.report.statistics import Summary
-from widthbench.suites import Suite
+from widthbench.statistics import Summary
 
 NAME = "reproduction.md"
-KEPT = ("base_digest", "checkpoint", "dataset_digest", "dtype", "threads", "val_seen", "processes", "device")  # of the provenance
-OF_CODE = ("key", "source", "schema_version", "trace")  # that change with the code, whatever comes out
+KEPT = (
+    "base_digest",
+    "checkpoint",
+    "dataset_digest",
+    "dtype",
+    "threads",
+    "val_seen",
+    "processes",
+    "device",
+)  # of the provenance
+OF_CODE = (
+    "key",
+    "source",
+    "schema_version",
+    "trace",
+)  # that change with the code, whatever comes out
 
 NOTES = """\
 *Published* and *here* are test top-1 at the last stage in %, mean ± sample standard deviation over base networks. *Difference* is
@@ -85,23 +99,38 @@ class Pair:
     @property
     def spread(self) -> float | None:
         """Standard deviation over base networks, of both together; None where there is one base."""
-        deviations = [s.std for s in (self.old.summary(None), self.new.summary(None)) if s is not None and s.std is not None]
+        deviations = [
+            s.std
+            for s in (self.old.summary(None), self.new.summary(None))
+            if s is not None and s.std is not None
+        ]
         return math.sqrt(statistics.fmean(d**2 for d in deviations)) if deviations else None
 
 
 def pairs(published: Sequence[Record], records: Sequence[Record]) -> list[Pair]:
     """The rows that both have, in leaderboard order."""
-    places = [{(ln.dataset, ln.model, ln.label, ln.budget): ln for ln in tables.lines(some)} for some in (published, records)]
+    places = [
+        {(ln.dataset, ln.model, ln.label, ln.budget): ln for ln in tables.lines(some)}
+        for some in (published, records)
+    ]
     found = []
     for place, new in places[1].items():
         if (old := places[0].get(place)) is None:
             continue
         before = {r.cell.identity: r for r in old.records.values()}
-        both = [(before[r.cell.identity], r) for r in new.records.values() if r.cell.identity in before]
-        both = [(a, b) for a, b in both if "done" in (a.status, b.status)]  # of skipped ones there is nothing to compare
-        gaps = [b.rows[-1].top1 - a.rows[-1].top1 for a, b in both if a.status == b.status == "done"]
+        both = [
+            (before[r.cell.identity], r) for r in new.records.values() if r.cell.identity in before
+        ]
+        both = [
+            (a, b) for a, b in both if "done" in (a.status, b.status)
+        ]  # of skipped ones there is nothing to compare
+        gaps = [
+            b.rows[-1].top1 - a.rows[-1].top1 for a, b in both if a.status == b.status == "done"
+        ]
         largest = max(gaps, key=abs, default=0.0)
-        found.append(Pair(old, new, sum(equal(a, b) for a, b in both), gaps.count(0.0), len(both), largest))
+        found.append(
+            Pair(old, new, sum(equal(a, b) for a, b in both), gaps.count(0.0), len(both), largest)
+        )
     return found
 
 
@@ -119,7 +148,9 @@ def summary(suite: Suite, published: Sequence[Record], records: Sequence[Record]
         middle = statistics.median(abs(p.difference or 0.0) for p in gaps)
         where = " ".join(n for n in (worst.new.label, worst.new.budget, worst.new.model) if n)
         most = f"by {worst.difference:+.2f} at most ({where})"
-        lines.append(f"means of {len(gaps)} rows differ by {middle:.2f} points in the median, {most}")
+        lines.append(
+            f"means of {len(gaps)} rows differ by {middle:.2f} points in the median, {most}"
+        )
     return "; ".join(lines)
 
 
@@ -138,7 +169,9 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
         f"# {suite.name}: reproduction",
         "",
         f"{summary(suite, published, records)}.".replace("against", "Against", 1),
-        f"{within} of {len(judged)} rows lie within one standard deviation over base networks." if judged else "",
+        f"{within} of {len(judged)} rows lie within one standard deviation over base networks."
+        if judged
+        else "",
         "",
         _origins(published, records),
         "",
@@ -151,21 +184,43 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
     for (dataset, model), some in networks.items():
         rows = [
             [
-                tables.escaped(p.new.label), p.new.budget or "–", _text(p.old), _text(p.new), _signed(p.difference),
+                tables.escaped(p.new.label),
+                p.new.budget or "–",
+                _text(p.old),
+                _text(p.new),
+                _signed(p.difference),
                 "–" if p.difference is None or not p.spread else f"{p.difference / p.spread:+.1f}",
-                _signed(p.largest) if p.difference is not None else "", f"{p.same} of {p.both}",
+                _signed(p.largest) if p.difference is not None else "",
+                f"{p.same} of {p.both}",
             ]
             for p in some
-        ]  # fmt: skip
-        headers = ["technique", "budget", "published", "here", "difference", "over spread", "largest", "equal"]
+        ]
+        headers = [
+            "technique",
+            "budget",
+            "published",
+            "here",
+            "difference",
+            "over spread",
+            "largest",
+            "equal",
+        ]
         align = ("left", "left", *("right",) * 6)
-        table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+        table = tabulate(
+            rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True
+        )
         parts += [f"## {tables.escaped(model)} on {tables.escaped(dataset)}", "", table, ""]
     cells = [{r.cell.identity: r.cell.id for r in some} for some in (published, records)]
-    for what, own, other in (("Published only", cells[0], cells[1]), ("Here only", cells[1], cells[0])):
+    for what, own, other in (
+        ("Published only", cells[0], cells[1]),
+        ("Here only", cells[1], cells[0]),
+    ):
         if names := [name for identity, name in own.items() if identity not in other]:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            parts += [f"{what}: {len(names)} cells ({', '.join(map(tables.escaped, names[:5]))}{more}).", ""]
+            parts += [
+                f"{what}: {len(names)} cells ({', '.join(map(tables.escaped, names[:5]))}{more}).",
+                "",
+            ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -187,5 +242,8 @@ def _machine(records: Sequence[Record]) -> str:
 
 def _origins(published: Sequence[Record], records: Sequence[Record]) -> str:
     before, after = tables.origins(published), tables.origins(records)
-    rows = [[name, *(tables.escaped("; ".join(o.get(name, ["–"]))) for o in (before, after))] for name in {**before, **after}]
+    rows = [
+        [name, *(tables.escaped("; ".join(o.get(name, ["–"]))) for o in (before, after))]
+        for name in {**before, **after}
+    ]
     return tabulate(rows, headers=["", "published", "here"], tablefmt="pipe", disable_numparse=True)

@@ -14,25 +14,43 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from widthbench import __version__, claims, suites
+from widthbench import __version__
+from widthbench.claims import ledger
 from widthbench.errors import UsageError
+from widthbench.experiment import suites
+from widthbench.experiment.records import Record, read_records
+from widthbench.experiment.suites import Suite
 from widthbench.paths import write_atomic
-from widthbench.records import Record, read_records
 from widthbench.report import claims as claims_page
 from widthbench.report import exports, tables
 from widthbench.report.build import file_digest, in_order, of_suite, read_timings
 from widthbench.report.figures import COLOURS, floor_of
-from widthbench.suites import Suite
 
 FLAGS = {
     "budget_unused": ("unused", "leaves more than 5 % of its budget unused"),
     "coupled": ("coupled", "resizes channels under a norm across channels"),
     "below_floor": ("at the floor", "the budget lies below the feasible floor and was run at it"),
-    "batches_in_halves": ("halved", "some of its batches were computed in halves, for want of memory"),
-    "val_seen": ("val seen", "its base comes from published weights and may have seen the val split in training"),
+    "batches_in_halves": (
+        "halved",
+        "some of its batches were computed in halves, for want of memory",
+    ),
+    "val_seen": (
+        "val seen",
+        "its base comes from published weights and may have seen the val split in training",
+    ),
     "incomplete": ("incomplete", "some of its cells have no result: n counts the others"),
 }
-SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star", "triangle-left")  # as in figures
+SYMBOLS = (
+    "circle",
+    "square",
+    "triangle-up",
+    "diamond",
+    "triangle-down",
+    "cross",
+    "x",
+    "star",
+    "triangle-left",
+)  # as in figures
 DROPPED = ("series", "trace")  # of records: curves and tracebacks would make up most of the page
 
 
@@ -72,7 +90,9 @@ def write(results: Path, named: Iterable[Suite] = (), into: Path | None = None) 
     known = {s.name: s for s in named}
     shown = [_shown(path.parent, known) for path in sorted(results.glob("*/records.jsonl"))]
     if not shown:
-        raise UsageError(f"no suite has records in {results}: run one first (`widthbench run digits`)")
+        raise UsageError(
+            f"no suite has records in {results}: run one first (`widthbench run digits`)"
+        )
     path = (into or results) / "site.html"
     write_atomic(path, html(shown, _claims(results)))
     return path
@@ -96,7 +116,7 @@ def _claims(results: Path) -> list[dict[str, Any]]:
     """
     if not claims_page.there(results):
         return []
-    judged = claims.judge_all(results)
+    judged = ledger.judge_all(results)
     if other := claims_page.unlike(judged, results):
         raise UsageError(f"{results / other[0]} {claims_page.STALE}")
     return claims_page.plain(judged)
@@ -114,9 +134,12 @@ def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
     """
     where = {r.key: s.name for s in shown for r in s.records}
     environment = Environment(
-        loader=PackageLoader("widthbench.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("widthbench.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters["count"] = tables.count
     described = [_suite(s) for s in shown]
     return environment.get_template("site.html").render(
@@ -125,7 +148,13 @@ def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
         floors={s["name"]: {place: _floor(s, place) for place in s["places"]} for s in described},
         points={s["name"]: s["points"] for s in described},
         claims=[
-            {**c, "rows": [{**r, "records": [(k, where[k]) for k in r["records"] if k in where]} for r in c["rows"]]}
+            {
+                **c,
+                "rows": [
+                    {**r, "records": [(k, where[k]) for k in r["records"] if k in where]}
+                    for r in c["rows"]
+                ],
+            }
             for c in claims
         ],
         verdicts=list(dict.fromkeys(c["verdict"] for c in claims)),
@@ -152,7 +181,10 @@ def _suite(shown: Shown) -> dict[str, Any]:
     }
     for line, row in zip(lines, rows, strict=True):
         row["flags"] = [flag for flag in FLAGS if row[flag]]
-        row["records"] = [(r.cell.seed, r.key) for _, r in sorted(line.records.items(), key=lambda item: item[1].cell.seed)]
+        row["records"] = [
+            (r.cell.seed, r.key)
+            for _, r in sorted(line.records.items(), key=lambda item: item[1].cell.seed)
+        ]
         row["rank"] = places.get((line.dataset, line.model, line.label, line.budget))
         row["reason"] = line.first().reason if line.records and not line.done else ""
         row["place"] = f"{row['network']} on {row['dataset']}"
@@ -170,8 +202,23 @@ def _suite(shown: Shown) -> dict[str, Any]:
         "digest": shown.digest,
         "cite": exports.citation(shown.suite, shown.records, shown.digest) if shown.suite else "",
         "points": [
-            {k: r[k] for k in ("place", "technique", "control", "budget", "n", "macs", "params", "train_cost")}
-            | {s: [r[f"top1_{s}_mean"], r[f"top1_{s}_std"]] for s in ("resized", "recalibrated", "final")}
+            {
+                k: r[k]
+                for k in (
+                    "place",
+                    "technique",
+                    "control",
+                    "budget",
+                    "n",
+                    "macs",
+                    "params",
+                    "train_cost",
+                )
+            }
+            | {
+                s: [r[f"top1_{s}_mean"], r[f"top1_{s}_std"]]
+                for s in ("resized", "recalibrated", "final")
+            }
             | {"records": [k for _, k in r["records"]]}
             for r in rows
             if r["macs"]
@@ -191,8 +238,14 @@ def _plain(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """Records by key, with the line of ``records.jsonl`` that each stands in."""
     found = {}
     for number, record in enumerate(sorted(records, key=lambda r: r.cell.id), 1):
-        data = json.loads(record.model_dump_json())  # which has null for what is not finite, as JSON wants it
-        left = {name: sorted(data[name]) if isinstance(data[name], dict) else len(data[name]) for name in DROPPED if data[name]}
+        data = json.loads(
+            record.model_dump_json()
+        )  # which has null for what is not finite, as JSON wants it
+        left = {
+            name: sorted(data[name]) if isinstance(data[name], dict) else len(data[name])
+            for name in DROPPED
+            if data[name]
+        }
         data = {k: v for k, v in data.items() if k not in DROPPED}
         found[record.key] = {"id": record.cell.id, "line": number, "left out": left, "record": data}
     return found
@@ -207,4 +260,6 @@ def _asset(package: str, path: str) -> str:
     try:
         return (files(package) / path).read_text(encoding="utf-8")
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise UsageError(f"the page needs {package}: pip install 'widthbench[site]' ({error})") from error
+        raise UsageError(
+            f"the page needs {package}: pip install 'widthbench[site]' ({error})"
+        ) from error

@@ -16,10 +16,10 @@ from tabulate import tabulate
 
 from widthbench.cache import digest_of
 from widthbench.errors import visible
-from widthbench.records import CONTROLS, FINAL, Cell, Record, Stage
-from widthbench.report.statistics import LEAST, Summary, differences, ranks, summarise
-from widthbench.suites import Suite
-from widthbench.training.recipe import Spent
+from widthbench.experiment.records import CONTROLS, FINAL, Cell, Record, Stage
+from widthbench.experiment.suites import Suite
+from widthbench.recipe import Spent
+from widthbench.statistics import LEAST, Summary, differences, ranks, summarise
 
 ACCESS_ORDER = ("none", "unlabelled", "labelled", "training", "")
 CONTROL_ACCESS = "control"
@@ -50,7 +50,9 @@ correction over all pairs of this table; n; and which row is higher, "tied" wher
 
 CITING = "## Citing"
 
-Key = tuple[object, int]  # the base network (a checkpoint's digest, else the seed that it was trained with), and the seed
+Key = tuple[
+    object, int
+]  # the base network (a checkpoint's digest, else the seed that it was trained with), and the seed
 
 
 @dataclass
@@ -78,7 +80,9 @@ class Line:
     control: bool
     records: dict[Key, Record] = field(default_factory=dict)
     meant: int = 0
-    _summaries: dict[Stage | None, Summary | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _summaries: dict[Stage | None, Summary | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _means: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -182,7 +186,13 @@ def lines(records: Iterable[Record], cells: Iterable[Cell] = ()) -> list[Line]:
         kept = float(line.budget.partition(":")[2].partition(":")[0]) if line.budget else 10.0
         top = line.summary(None)
         access = len(ACCESS_ORDER) if line.control else ACCESS_ORDER.index(line.access)
-        return (order[line.dataset, line.model], -kept, access, -(top.mean if top else -1.0), line.label)
+        return (
+            order[line.dataset, line.model],
+            -kept,
+            access,
+            -(top.mean if top else -1.0),
+            line.label,
+        )
 
     return sorted(found, key=rank)
 
@@ -214,11 +224,15 @@ def _grouped(records: list[Record]) -> dict[_Place, Line]:
         # a base is what seeds make distinct; one public checkpoint under many seeds is still one base
         line.records[r.provenance.get("checkpoint") or r.cell.seed, r.cell.seed] = r
         line.access = line.access or r.access
-    _LAST.append((same, records, found))  # which keeps them alive, so that nothing else gets their ids
+    _LAST.append(
+        (same, records, found)
+    )  # which keeps them alive, so that nothing else gets their ids
     return found
 
 
-def blocks(records: Iterable[Record], cells: Iterable[Cell] = ()) -> dict[tuple[str, str], list[Line]]:
+def blocks(
+    records: Iterable[Record], cells: Iterable[Cell] = ()
+) -> dict[tuple[str, str], list[Line]]:
     """Rows by (data set, network), in leaderboard order; arguments as for ``lines``."""
     grouped: dict[tuple[str, str], list[Line]] = {}
     for line in lines(records, cells):
@@ -232,7 +246,13 @@ def speeds_of(timings: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], d
 
 
 def leaderboard(
-    suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]], expected: int, *, digest: str = "", cite: str = ""
+    suite: Suite,
+    records: Sequence[Record],
+    timings: Sequence[dict[str, Any]],
+    expected: int,
+    *,
+    digest: str = "",
+    cite: str = "",
 ) -> str:
     """The markdown page of a suite.
 
@@ -246,16 +266,36 @@ def leaderboard(
     """
     parts = [f"# {suite.name}: {escaped(suite.title)}" if suite.title else f"# {suite.name}", ""]
     if not suite.citable:
-        parts += ["**A smoke suite: not for citation.** Few seeds, small data; no ranks are given.", ""]
+        parts += [
+            "**A smoke suite: not for citation.** Few seeds, small data; no ranks are given.",
+            "",
+        ]
     if comparable(suite):
         parts += ["Paired differences of all rows: [paired.md](paired.md).", ""]
     state = _state(records, expected)
     images = {row.samples for r in records for row in r.rows}
-    grain = f" Test sets of {', '.join(map(str, sorted(images)))} images: one is {100 / min(images):.2g} points." if images else ""
-    bases = {(r.cell.dataset, r.cell.network, r.provenance.get("checkpoint") or r.cell.seed) for r in records}
-    most = max((len([b for b in bases if b[:2] == net]) for net in {b[:2] for b in bases}), default=0)
-    longest = f", but for at most {suite.longest:g} times X's epochs (*train cost* says how far that went)" if suite.longest else ""
-    bases_each = f"{most} base networks each at most" if most > 1 else "one base network each: no ± and no ranks"
+    grain = (
+        f" Test sets of {', '.join(map(str, sorted(images)))} images: one is {100 / min(images):.2g} points."
+        if images
+        else ""
+    )
+    bases = {
+        (r.cell.dataset, r.cell.network, r.provenance.get("checkpoint") or r.cell.seed)
+        for r in records
+    }
+    most = max(
+        (len([b for b in bases if b[:2] == net]) for net in {b[:2] for b in bases}), default=0
+    )
+    longest = (
+        f", but for at most {suite.longest:g} times X's epochs (*train cost* says how far that went)"
+        if suite.longest
+        else ""
+    )
+    bases_each = (
+        f"{most} base networks each at most"
+        if most > 1
+        else "one base network each: no ± and no ranks"
+    )
     parts += [f"{state}; {bases_each}.{grain}", "", NOTES.format(longest=longest), ""]
     speeds = speeds_of(timings)
     for (dataset, model), block in blocks(records, suite.cells()).items():
@@ -266,7 +306,9 @@ def leaderboard(
             parts += [f"*Not run*: {_names(left)}.", ""]
     parts += _problems(suite, records) + _footer(records, timings)
     if digest:
-        parts.append(f"- SHA-256 of `records.jsonl`: `{digest}`; `widthbench verify {suite.name}` checks it and reruns cells")
+        parts.append(
+            f"- SHA-256 of `records.jsonl`: `{digest}`; `widthbench verify {suite.name}` checks it and reruns cells"
+        )
     if cite:
         parts += ["", CITING, "", *fenced(cite, "bibtex")]
     return "\n".join(parts).rstrip() + "\n"
@@ -281,19 +323,31 @@ def _state(records: Sequence[Record], expected: int) -> str:
     return text
 
 
-def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, Any]], *, ranked: bool) -> str:
+def table(
+    block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, Any]], *, ranked: bool
+) -> str:
     """The rows of one network as a markdown table."""
     places = ranked_rows(block) if ranked else {}
     five = any(line.top5() for line in block)
     rows: list[list[Any]] = []
     for line in block:
         if not line.done:
-            rows.append([escaped(line.label), _access(line), line.budget or "–", status_of(line), *[""] * (9 + five)])
+            rows.append(
+                [
+                    escaped(line.label),
+                    _access(line),
+                    line.budget or "–",
+                    status_of(line),
+                    *[""] * (9 + five),
+                ]
+            )
             continue
         r = line.first()
         macs, params = line.mean("macs"), line.mean("params")
         final = line.final()
-        place = f" ({places[line.label, line.budget]})" if (line.label, line.budget) in places else ""
+        place = (
+            f" ({places[line.label, line.budget]})" if (line.label, line.budget) in places else ""
+        )
         rows.append(
             [
                 escaped(line.label) + _flags(line),
@@ -313,10 +367,21 @@ def table(block: Sequence[Line], speeds: dict[tuple[str, str, str], dict[str, An
             ]
         )
     headers = [
-        "technique", "data", "budget", "top-1 % resized", "recalibrated", "fine-tuned / trained" + (" (rank)" if places else ""),
-        *(["top-5 %, last"] if five else []), "params", "FLOPs (as MACs)", "compression", "speed-up, theory", "measured",
-        "train cost", "n",
-    ]  # fmt: skip
+        "technique",
+        "data",
+        "budget",
+        "top-1 % resized",
+        "recalibrated",
+        "fine-tuned / trained" + (" (rank)" if places else ""),
+        *(["top-5 %, last"] if five else []),
+        "params",
+        "FLOPs (as MACs)",
+        "compression",
+        "speed-up, theory",
+        "measured",
+        "train cost",
+        "n",
+    ]
     text = ("left",) * 3 + ("right",) * (10 + five)
     return tabulate(rows, headers=headers, tablefmt="pipe", colalign=text, disable_numparse=True)
 
@@ -329,7 +394,10 @@ def _names(block: Sequence[Line]) -> str:
     together: dict[tuple[str, ...], list[str]] = {}
     for label, some in budgets.items():
         together.setdefault(tuple(some), []).append(escaped(label))
-    return "; ".join(", ".join(labels) + (f" at {', '.join(some)}" if any(some) else "") for some, labels in together.items())
+    return "; ".join(
+        ", ".join(labels) + (f" at {', '.join(some)}" if any(some) else "")
+        for some, labels in together.items()
+    )
 
 
 def comparable(suite: Suite) -> bool:
@@ -362,10 +430,20 @@ def paired(suite: Suite, records: Sequence[Record]) -> str:
                 escaped(d.verdict()),
             ]
             for d in compared
-        ]  # fmt: skip
-        headers = ["difference of test top-1", "mean", "95 % interval", "p, Holm", "n", "which is higher"]
+        ]
+        headers = [
+            "difference of test top-1",
+            "mean",
+            "95 % interval",
+            "p, Holm",
+            "n",
+            "which is higher",
+        ]
         align = ("left", "right", "right", "right", "right", "left")
-        parts += [tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True), ""]
+        parts += [
+            tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True),
+            "",
+        ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -380,12 +458,34 @@ def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
             continue
         cost = f"{count(line.mean('params'))} / {count(line.mean('macs'))}"
         after, final = _text(line.summary("resized")), _text(line.final())
-        rows.append([line.model, line.label + _flags(line), line.budget or "–", after, final, cost, bases_of(line)])
-    headers = ["model", "technique", "budget", "top-1 % resized", "fine-tuned / trained", "params / MACs", "n"]
+        rows.append(
+            [
+                line.model,
+                line.label + _flags(line),
+                line.budget or "–",
+                after,
+                final,
+                cost,
+                bases_of(line),
+            ]
+        )
+    headers = [
+        "model",
+        "technique",
+        "budget",
+        "top-1 % resized",
+        "fine-tuned / trained",
+        "params / MACs",
+        "n",
+    ]
     state, machines = _state(records, expected), "; ".join(origins(records).get("hardware", []))
-    head = f"suite {suite.name}: {state}; test accuracy, mean ± std over n base networks; {machines}"
+    head = (
+        f"suite {suite.name}: {state}; test accuracy, mean ± std over n base networks; {machines}"
+    )
     align = ("left", "left", "left", "right", "right", "right", "right")
-    return f"{head}\n\n" + tabulate(rows, headers=headers, tablefmt="simple", colalign=align, disable_numparse=True)
+    return f"{head}\n\n" + tabulate(
+        rows, headers=headers, tablefmt="simple", colalign=align, disable_numparse=True
+    )
 
 
 def ranked_rows(block: Sequence[Line]) -> dict[tuple[str, str | None], str]:
@@ -410,7 +510,14 @@ def _flags(line: Line) -> str:
     halves = " ¶" if any(halved(r) for r in records) else ""
     seen = " ◊" if any(r.provenance.get("val_seen") for r in records) else ""
     partly = " ✕" if line.left else ""
-    return missed + (" ‡" if any(r.coupled for r in records) else "") + at_floor + halves + seen + partly
+    return (
+        missed
+        + (" ‡" if any(r.coupled for r in records) else "")
+        + at_floor
+        + halves
+        + seen
+        + partly
+    )
 
 
 def bases_of(line: Line) -> str:
@@ -420,13 +527,21 @@ def bases_of(line: Line) -> str:
     whole = len(line.done) + line.left
     failed = f", {line.failed} of {whole} failed" if line.failed else ""
     if line.bases == len(line.done):
-        return f"{line.bases}{failed}" if line.failed == line.left else f"{line.bases} of {whole}{failed}"
+        return (
+            f"{line.bases}{failed}"
+            if line.failed == line.left
+            else f"{line.bases} of {whole}{failed}"
+        )
     return f"{line.bases} ({len(line.done)} of {whole} cells{failed})"
 
 
 def status_of(line: Line) -> str:
     """Why a row has no result: ``"5 of 5 failed"``, "skipped", "not run"."""
-    return f"{line.failed} of {max(line.meant, len(line.records))} failed" if line.failed else line.status
+    return (
+        f"{line.failed} of {max(line.meant, len(line.records))} failed"
+        if line.failed
+        else line.status
+    )
 
 
 def escaped(text: str) -> str:
@@ -482,9 +597,21 @@ def cost_of(line: Line) -> Summary | None:
         epochs = r.cell.base.epochs
         base = r.spent.get("base", Spent())
         whole = base.forward_macs + base.backward_macs
-        if not whole and r.base_macs and r.macs:  # a control has no base: scale its own training to the base's shape
+        if (
+            not whole and r.base_macs and r.macs
+        ):  # a control has no base: scale its own training to the base's shape
             own = r.spent.get("adaptation", Spent())
-            whole = round((own.forward_macs + own.backward_macs) / own.epochs * epochs * r.base_macs / r.macs) if own.epochs else 0
+            whole = (
+                round(
+                    (own.forward_macs + own.backward_macs)
+                    / own.epochs
+                    * epochs
+                    * r.base_macs
+                    / r.macs
+                )
+                if own.epochs
+                else 0
+            )
         if whole:
             shares[k] = total / whole
     return over_bases(shares)
@@ -495,7 +622,9 @@ def _speed_up(line: Line, speeds: dict[tuple[str, str, str], dict[str, Any]]) ->
     return f"{summary.mean:.2f}x" if summary else "–"
 
 
-def speed_up_of(line: Line, speeds: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> Summary | None:
+def speed_up_of(
+    line: Line, speeds: Mapping[tuple[str, str, str], Mapping[str, Any]]
+) -> Summary | None:
     """Median latency of the base over that of the row's shapes; None where it was not measured."""
     if line.label == "base":
         return Summary(1.0, None, line.bases)
@@ -522,27 +651,46 @@ def _shape(args: str, size: int, widths: tuple[tuple[str, int], ...]) -> str:
 
 def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
     parts = []
-    flagged = [r for r in records if r.status == "done" and (not r.met or r.coupled or r.floor or halved(r))]
+    flagged = [
+        r
+        for r in records
+        if r.status == "done" and (not r.met or r.coupled or r.floor or halved(r))
+    ]
     if any(not r.met for r in flagged):
         parts.append("† leaves more than 5 % of its budget unused.")
     if any(r.coupled for r in flagged):
         parts.append("‡ resizes channels under a norm across channels (grade *coupled*).")
     if any(r.floor for r in flagged):
-        parts.append("§ the budget lies below the feasible floor (one channel per block of each group) and was run at the floor.")
+        parts.append(
+            "§ the budget lies below the feasible floor (one channel per block of each group) and was run at the floor."
+        )
     if any(halved(r) for r in flagged):
         parts.append("¶ some of its batches were computed in halves, for want of memory.")
     if any(r.provenance.get("val_seen") for r in records if r.status == "done"):
-        parts.append("◊ its base comes from published weights and may have seen this suite's val split in training (`val_seen`).")
+        parts.append(
+            "◊ its base comes from published weights and may have seen this suite's val split in training (`val_seen`)."
+        )
     bad = [r for r in records if r.status != "done"]
     rows = lines(records, suite.cells())
     if any(line.done and line.left for line in rows):
-        parts.append("✕ some of its cells have no result: n counts the others; failed ones stand beside it, never averaged in.")
+        parts.append(
+            "✕ some of its cells have no result: n counts the others; failed ones stand beside it, never averaged in."
+        )
     if unrun := sum(max(0, line.meant - len(line.records)) for line in rows):
-        parts.append(f"*not run*: {unrun} cells of the suite (`widthbench run {suite.name}` runs them).")
+        parts.append(
+            f"*not run*: {unrun} cells of the suite (`widthbench run {suite.name}` runs them)."
+        )
     if bad:
         parts += ["", "## Cells without a result", ""]
         reasons = [[escaped(r.cell.id), r.status, escaped(r.reason[:300])] for r in bad]
-        parts.append(tabulate(reasons, headers=["cell", "status", "reason"], tablefmt="pipe", disable_numparse=True))
+        parts.append(
+            tabulate(
+                reasons,
+                headers=["cell", "status", "reason"],
+                tablefmt="pipe",
+                disable_numparse=True,
+            )
+        )
     return [*parts, ""] if parts else []
 
 
@@ -555,7 +703,9 @@ def _distinct(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
     return found.values()
 
 
-def origins(records: Sequence[Record], timings: Sequence[dict[str, Any]] = ()) -> dict[str, list[str]]:
+def origins(
+    records: Sequence[Record], timings: Sequence[dict[str, Any]] = ()
+) -> dict[str, list[str]]:
     """Where records come from: versions, hardware, device and threads, commit, date; each with all that occur.
 
     With timings, also which machine latencies were measured on, and how.
@@ -571,12 +721,16 @@ def origins(records: Sequence[Record], timings: Sequence[dict[str, Any]] = ()) -
             + (f", {p['processes']} processes" if p.get("processes", 1) > 1 else "")
         )
         state = " with uncommitted changes" if p.get("dirty") else ""
-        facts.setdefault("commit", set()).add(f"{p['commit'][:12]}{state}" if p.get("commit") else "not a checkout")
+        facts.setdefault("commit", set()).add(
+            f"{p['commit'][:12]}{state}" if p.get("commit") else "not a checkout"
+        )
         facts.setdefault("date", set()).add(str(p.get("when"))[:10])
     for t in timings:
         machine = t.get("hardware") or {}
         where = f"{machine.get('gpu') or machine.get('cpu')}, median latency of a batch of {t.get('batch', 64)}"
-        facts.setdefault("measured speed-up", set()).add(f"{where}, taken one shape at a time after all cells had ended")
+        facts.setdefault("measured speed-up", set()).add(
+            f"{where}, taken one shape at a time after all cells had ended"
+        )
     return {name: sorted(map(visible, values)) for name, values in facts.items()}
 
 
@@ -584,5 +738,8 @@ def _footer(records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> lis
     """Where the numbers come from."""
     if not records:
         return []
-    rows = [f"- {name}: {escaped('; '.join(values))}" for name, values in origins(records, timings).items()]
+    rows = [
+        f"- {name}: {escaped('; '.join(values))}"
+        for name, values in origins(records, timings).items()
+    ]
     return ["---", "", *rows]

@@ -13,14 +13,15 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from widthbench import cache, protocol
-from widthbench.controls import fresh_at
+from widthbench import cache
 from widthbench.errors import UsageError
-from widthbench.measure import latency_ms, peak_memory_mib
+from widthbench.experiment import protocol
+from widthbench.experiment.controls import fresh_at
+from widthbench.experiment.records import Record, digest_of
 from widthbench.paths import cache_dir
 from widthbench.provenance import code_digest, hardware, versions
-from widthbench.records import Record, digest_of
 from widthbench.report import tables
+from widthbench.training.measuring import latency_ms, peak_memory_mib
 
 BATCH = 64
 BATCH_GPU = 1024  # of small images: what fills a card
@@ -46,14 +47,18 @@ def parse_timings(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+        raise UsageError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+        ) from error
     found = []
     for number, line in enumerate(text, 1):
         try:
             found.append(json.loads(line))
             _Timing.model_validate(found[-1])
         except (ValueError, RecursionError) as error:  # pydantic's are ValueErrors
-            raise UsageError(f"{path}:{number} is no timing: {str(error).splitlines()[0]}") from error
+            raise UsageError(
+                f"{path}:{number} is no timing: {str(error).splitlines()[0]}"
+            ) from error
     return found
 
 
@@ -65,7 +70,9 @@ def read_timings(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def timings_of(records: Sequence[Record], *, measure: bool, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+def timings_of(
+    records: Sequence[Record], *, measure: bool, before: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """Latency and peak memory per distinct shape: from the cache, from an earlier report, or measured now.
 
     A resized network's speed-up is the median over rounds that time base and resized network in turn.
@@ -112,15 +119,23 @@ def measured(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     if not records:
         return
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "widthbench.report.timing"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-m", "widthbench.report.timing"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         for count, record in enumerate(records):
-            child.stdin.write(record.model_copy(update={"series": {}, "trace": ""}).model_dump_json() + "\n")
+            child.stdin.write(
+                record.model_copy(update={"series": {}, "trace": ""}).model_dump_json() + "\n"
+            )
             child.stdin.flush()
             if not (line := child.stdout.readline()):
-                warnings.warn(f"latencies of {len(records) - count} shapes were not measured: the process ended", stacklevel=2)
+                warnings.warn(
+                    f"latencies of {len(records) - count} shapes were not measured: the process ended",
+                    stacklevel=2,
+                )
                 return
             yield json.loads(line)
         child.stdin.close()
@@ -142,11 +157,18 @@ def _timing_key(record: Record) -> str:
     cell = record.cell
     return digest_of(
         {
-            "shape": [cell.dataset, cell.model, cell.model_args, cell.size, record.widths, cell.threads],
+            "shape": [
+                cell.dataset,
+                cell.model,
+                cell.model_args,
+                cell.size,
+                record.widths,
+                cell.threads,
+            ],
             "device": str(protocol.device_of(cell)),
             "hardware": hardware(),
             "versions": versions(),
-            "code": code_digest("measure.py", "models.py", "width", "report/timing.py"),
+            "code": code_digest("training/measuring.py", "networks", "width", "report/timing.py"),
         }
     )[:40]
 
@@ -158,13 +180,19 @@ def _measure(record: Record) -> dict[str, Any]:
         resized, _, _ = fresh_at(cell, record.widths, 0)
         resized.eval()
         one = protocol.example_input(cell)
-        heavy = one.device.type == "cpu" and cell.size > 64  # a batch of 64 would take a CPU most of an hour
+        heavy = (
+            one.device.type == "cpu" and cell.size > 64
+        )  # a batch of 64 would take a CPU most of an hour
         size, rounds, warm_up = (1, 2, 1) if heavy else (BATCH, ROUNDS, 5)
         if one.device.type == "cuda" and cell.size <= 64:
             size = BATCH_GPU
         batch = one.expand(size, -1, -1, -1).contiguous()
         pairs = [
-            tuple(latency_ms(m, batch, rounds=15, limit_s=0.4, warm_up=warm_up) for m in (full, resized)) for _ in range(rounds)
+            tuple(
+                latency_ms(m, batch, rounds=15, limit_s=0.4, warm_up=warm_up)
+                for m in (full, resized)
+            )
+            for _ in range(rounds)
         ]
         return {
             "dataset": cell.dataset,

@@ -16,11 +16,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tabulate import tabulate
 
-from widthbench.budget import Budget
-from widthbench.records import Record
+from widthbench.experiment.records import Record
 from widthbench.report.curves import save
 from widthbench.report.figures import COLOURS
 from widthbench.report.tables import Line, code, escaped, lines, over_bases
+from widthbench.technique.budget import Budget
 
 STEP = "trajectory.step"
 WIDTH = "width."  # series of a layer's channels, for techniques that grow
@@ -74,7 +74,9 @@ def page(records: Sequence[Record], title: str) -> str:
     """
     parts = [f"# {title}: trajectories", "", PREFACE, ""]
     found = _blocks(records)
-    parts += [f"![{technique} along its steps](figures/{_file(technique)})\n" for technique in found]
+    parts += [
+        f"![{technique} along its steps](figures/{_file(technique)})\n" for technique in found
+    ]
     for technique, networks in found.items():
         everything = [(key, line) for key, block in networks.items() for line in block]
         columns = {
@@ -101,8 +103,16 @@ def page(records: Sequence[Record], title: str) -> str:
         ]
         headers = ["network", "technique", "budget", *columns, "n"]
         align = ("left",) * 3 + ("right",) * (len(headers) - 3)
-        table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
-        parts += [f"## {technique}", "", *([NOTES[technique], ""] if technique in NOTES else []), table, ""]
+        table = tabulate(
+            rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True
+        )
+        parts += [
+            f"## {technique}",
+            "",
+            *([NOTES[technique], ""] if technique in NOTES else []),
+            table,
+            "",
+        ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -116,7 +126,10 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    return [_figure(networks, folder / _file(technique), technique) for technique, networks in _blocks(records).items()]
+    return [
+        _figure(networks, folder / _file(technique), technique)
+        for technique, networks in _blocks(records).items()
+    ]
 
 
 def last(values: list[Any]) -> Any:
@@ -129,7 +142,9 @@ def _values(record: Record, name: str) -> list[Any]:
 
 
 def _mean(line: Line, name: str, pick: Any, digits: int) -> str:
-    found = over_bases({k: float(pick(values)) for k, r in line.done.items() if (values := _values(r, name))})
+    found = over_bases(
+        {k: float(pick(values)) for k, r in line.done.items() if (values := _values(r, name))}
+    )
     return found.text(digits) if found else "–"
 
 
@@ -139,10 +154,15 @@ def _blocks(records: Sequence[Record]) -> dict[str, dict[tuple[str, str], list[L
     for row in lines(records):
         line = replace(row, records={k: r for k, r in row.done.items() if _drawable(r)})
         if line.records:
-            block = found.setdefault(line.first().cell.technique, {}).setdefault((line.dataset, line.model), {})
+            block = found.setdefault(line.first().cell.technique, {}).setdefault(
+                (line.dataset, line.model), {}
+            )
             if line.label not in block or _fraction(line) < _fraction(block[line.label]):
                 block[line.label] = line
-    return {t: {network: sorted(block.values(), key=_rank) for network, block in n.items()} for t, n in found.items()}
+    return {
+        t: {network: sorted(block.values(), key=_rank) for network, block in n.items()}
+        for t, n in found.items()
+    }
 
 
 def _rank(line: Line) -> tuple[int, str]:
@@ -160,20 +180,28 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
     widths = any(k.startswith(WIDTH) for r in everything for k in r.series)
     several = any(len(block) > 1 for block in networks.values())
     columns = len(names) + widths
-    figure = Figure(figsize=(3.1 * columns + 2 * several, 2.5 * len(networks) + 0.8), layout="constrained")
+    figure = Figure(
+        figsize=(3.1 * columns + 2 * several, 2.5 * len(networks) + 0.8), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(networks), columns, squeeze=False)
     for row, ((dataset, network), block) in zip(axes, networks.items(), strict=True):
         if widths:
-            at = min(range(len(block)), key=lambda i: len(block[i].first().cell.params))  # the technique, not a control of it
-            _layers(row[0], block[at], _short(block)[at].replace("\n", " ") if len(block) > 1 else "")
+            at = min(
+                range(len(block)), key=lambda i: len(block[i].first().cell.params)
+            )  # the technique, not a control of it
+            _layers(
+                row[0], block[at], _short(block)[at].replace("\n", " ") if len(block) > 1 else ""
+            )
             row[0].set_title(f"{network} on {dataset}", fontsize=9)
         for place, name in zip(row[widths:], names, strict=True):
             for line, colour in zip(block, cycle(COLOURS), strict=False):
                 _band(place, line, name, colour)
                 if name == "val_loss":
                     _band(place, line, "loss", colour, dashed=True)
-            place.set_title(NAMES[name] if widths or name != names[0] else f"{network} on {dataset}", fontsize=9)
+            place.set_title(
+                NAMES[name] if widths or name != names[0] else f"{network} on {dataset}", fontsize=9
+            )
             place.set_ylabel(NAMES[name], fontsize=8)
             place.tick_params(labelsize=7)
             place.grid(alpha=0.3)
@@ -185,14 +213,27 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
                 place.set_yscale("log")
                 place.yaxis.set_minor_formatter(NullFormatter())
         if len(block) > 1:  # a row's lines are its own: settings differ between networks
-            handles = [Line2D([], [], color=colour) for colour, _ in zip(cycle(COLOURS), block, strict=False)]
-            row[-1].legend(handles, _short(block), loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=7)
+            handles = [
+                Line2D([], [], color=colour)
+                for colour, _ in zip(cycle(COLOURS), block, strict=False)
+            ]
+            row[-1].legend(
+                handles,
+                _short(block),
+                loc="center left",
+                bbox_to_anchor=(1.02, 0.5),
+                frameon=False,
+                fontsize=7,
+            )
     for place in axes[-1]:
         place.set_xlabel("% of the steps", fontsize=8)
     most = max(line.bases for block in networks.values() for line in block)
     spread = f"mean ± std over {most} base networks" if most > 1 else "one base network"
     wide = columns > 2
-    figure.suptitle(f"{technique} along its steps, smallest budget{'; ' if wide else chr(10)}{spread}", fontsize=11 if wide else 9)
+    figure.suptitle(
+        f"{technique} along its steps, smallest budget{'; ' if wide else chr(10)}{spread}",
+        fontsize=11 if wide else 9,
+    )
     return save(figure, path)
 
 
@@ -204,17 +245,30 @@ def _layers(place: Any, line: Line, label: str) -> None:
         _band(place, line, group, colour)
     place.set_yscale("log")
     low, high = place.get_ylim()
-    place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
+    place.yaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
+    )
     place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     place.yaxis.set_minor_formatter(NullFormatter())
-    ends = sorted((_mean_end(records, g), g, c) for g, c in zip(groups, cycle(COLOURS), strict=False))
+    ends = sorted(
+        (_mean_end(records, g), g, c) for g, c in zip(groups, cycle(COLOURS), strict=False)
+    )
     if len(ends) <= NAMED:
         least = low
         for end, group, colour in ends:
             at = max(end, least)  # names keep a line's height between them
             least = at * (high / low) ** 0.04
             name = group.removeprefix(WIDTH)
-            place.annotate(name, (100, at), (3, 0), "data", "offset points", fontsize=6, color=colour, va="center")
+            place.annotate(
+                name,
+                (100, at),
+                (3, 0),
+                "data",
+                "offset points",
+                fontsize=6,
+                color=colour,
+                va="center",
+            )
     place.set_xlim(0, 100)
     place.set_ylabel(f"channels per layer{f'{chr(10)}{label}' if label else ''}", fontsize=8)
     place.tick_params(labelsize=7)
@@ -230,7 +284,11 @@ def _short(block: Sequence[Line]) -> list[str]:
     params = [line.first().cell.params for line in block]
     shared = {k for k, v in params[0].items() if all(k in p and p[k] == v for p in params)}
     return [
-        fill(", ".join(f"{k}={v}" for k, v in sorted(p.items()) if k not in shared) or line.first().cell.technique, 26)
+        fill(
+            ", ".join(f"{k}={v}" for k, v in sorted(p.items()) if k not in shared)
+            or line.first().cell.technique,
+            26,
+        )
         for p, line in zip(params, block, strict=True)
     ]
 
@@ -245,21 +303,41 @@ def _band(place: Any, line: Line, name: str, colour: str, *, dashed: bool = Fals
     """Mean and spread over bases, as far as the quantity can go; nothing where no record has the series."""
     grid, curves = np.linspace(0, 100, 101), []
     for record in line.records.values():
-        steps, values = record.series[STEP], record.series.get(name if name.startswith(WIDTH) else f"trajectory.{name}", [])
-        pairs = [(100 * s / max(1, steps[-1]), float(v)) for s, v in zip(steps, values, strict=False) if v is not None]
+        steps, values = (
+            record.series[STEP],
+            record.series.get(name if name.startswith(WIDTH) else f"trajectory.{name}", []),
+        )
+        pairs = [
+            (100 * s / max(1, steps[-1]), float(v))
+            for s, v in zip(steps, values, strict=False)
+            if v is not None
+        ]
         if len(pairs) > 1:
             x, y = zip(*pairs, strict=True)
             curves.append(np.interp(grid, x, y, left=np.nan, right=np.nan))
     if not curves:
         return
     mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=1) if len(curves) > 1 else 0
-    place.plot(grid, mean, color=colour, linewidth=1.0 if dashed else 1.4, linestyle="--" if dashed else "-")
+    place.plot(
+        grid,
+        mean,
+        color=colour,
+        linewidth=1.0 if dashed else 1.4,
+        linestyle="--" if dashed else "-",
+    )
     if dashed:  # no room for its spread
         return
     logarithmic = name == "val_loss" or name.startswith(WIDTH)
     low = np.maximum(mean - spread, mean / 3) if logarithmic else mean - spread
     least, most = LIMITS.get(name, (-np.inf, np.inf))
-    place.fill_between(grid, np.maximum(low, least), np.minimum(mean + spread, most), color=colour, alpha=0.15, linewidth=0)
+    place.fill_between(
+        grid,
+        np.maximum(low, least),
+        np.minimum(mean + spread, most),
+        color=colour,
+        alpha=0.15,
+        linewidth=0,
+    )
 
 
 def _file(technique: str) -> str:

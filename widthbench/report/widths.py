@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from widthbench.records import SOURCED, Record
+from widthbench.experiment.records import SOURCED, Record
 from widthbench.report.curves import save
 from widthbench.report.tables import Line, lines, over_bases
 
@@ -37,45 +37,75 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
     panels: dict[tuple[str, str], list[Line]] = {}
     for line in lines(records):
         first = line.first()
-        if line.done and line.budget and first.cell.technique not in SOURCED and first.widths and first.base_widths:
+        if (
+            line.done
+            and line.budget
+            and first.cell.technique not in SOURCED
+            and first.widths
+            and first.base_widths
+        ):
             panels.setdefault((line.dataset, line.model), []).append(line)
     if not panels:
         return []
     chosen = {key: _at_middle(block) for key, block in panels.items()}
     groups = {key: _groups(block) for key, block in chosen.items()}
     most = max(map(len, groups.values()))
-    heights = [len(block) + 1 + (6 if len(groups[key]) <= NAMED else 2) for key, block in chosen.items()]
-    figure = Figure(figsize=(min(18, max(7.5, 3.4 + 0.42 * most)), 0.27 * sum(heights) + 1.2), layout="constrained")
+    heights = [
+        len(block) + 1 + (6 if len(groups[key]) <= NAMED else 2) for key, block in chosen.items()
+    ]
+    figure = Figure(
+        figsize=(min(18, max(7.5, 3.4 + 0.42 * most)), 0.27 * sum(heights) + 1.2),
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(chosen), 1, squeeze=False, height_ratios=heights)[:, 0]
     for place, (key, block) in zip(axes, chosen.items(), strict=True):
         picture = _panel(place, block, groups[key])
         place.set_title(f"{key[1]} on {key[0]}, {block[0].budget}", fontsize=10)
-    figure.colorbar(picture, ax=list(axes), label="share of the base's channels", shrink=min(1.0, 4 / (0.27 * sum(heights))))
-    figure.suptitle("Widths before and after: channels per group, means over base networks", fontsize=11)
+    figure.colorbar(
+        picture,
+        ax=list(axes),
+        label="share of the base's channels",
+        shrink=min(1.0, 4 / (0.27 * sum(heights))),
+    )
+    figure.suptitle(
+        "Widths before and after: channels per group, means over base networks", fontsize=11
+    )
     return [save(figure, folder / "widths.png")]
 
 
 def _at_middle(block: Sequence[Line]) -> list[Line]:
     """The lines at the middle one of a network's budgets."""
-    budgets = list(dict.fromkeys(line.budget for line in block))  # from large to small, as lines are
+    budgets = list(
+        dict.fromkeys(line.budget for line in block)
+    )  # from large to small, as lines are
     return [line for line in block if line.budget == budgets[len(budgets) // 2]]
 
 
 def _groups(block: Sequence[Line]) -> list[str]:
     """The names of the groups, numbers in them by value: layer2 before layer10."""
     names = {name for line in block for name in line.first().base_widths}
-    return sorted(names, key=lambda name: [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", name)])
+    return sorted(
+        names,
+        key=lambda name: [
+            (p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", name)
+        ],
+    )
 
 
 def _panel(place: Axes, block: Sequence[Line], groups: Sequence[str]):  # type: ignore[no-untyped-def]  # an image, of a private type
     base = {name: width for line in block for name, width in line.first().base_widths.items()}
-    counts = np.array([[base[g] for g in groups], *([_mean(line, g) for g in groups] for line in block)], dtype=float)
+    counts = np.array(
+        [[base[g] for g in groups], *([_mean(line, g) for g in groups] for line in block)],
+        dtype=float,
+    )
     shares = counts / counts[0]
     picture = place.imshow(shares, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
     place.set_yticks(range(len(block) + 1), ["base", *(line.label for line in block)], fontsize=8)
     if len(groups) <= NAMED:
-        slant: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(groups) > FEW else {}
+        slant: dict[str, Any] = (
+            {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(groups) > FEW else {}
+        )
         place.set_xticks(range(len(groups)), list(groups), fontsize=7, **slant)
     else:
         place.set_xticks([])
@@ -89,5 +119,7 @@ def _panel(place: Axes, block: Sequence[Line], groups: Sequence[str]):  # type: 
 
 
 def _mean(line: Line, group: str) -> float:
-    found = over_bases({key: float(r.widths[group]) for key, r in line.done.items() if group in r.widths})
+    found = over_bases(
+        {key: float(r.widths[group]) for key, r in line.done.items() if group in r.widths}
+    )
     return found.mean if found else float("nan")

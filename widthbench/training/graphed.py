@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from widthbench import parallel
-from widthbench.augment import Draws
-from widthbench.data import ImageSamples
+from widthbench.data.augmentation import Draws
+from widthbench.data.splits import ImageSamples
 
 if TYPE_CHECKING:
     from widthbench.training.loop import Run
@@ -40,7 +40,13 @@ def epochs(run: Run) -> Callable[[], None] | None:
     recipe, train = run.recipe, run.train
     if not (isinstance(train, ImageSamples) and train.device.type in RECORDABLE):
         return None
-    one_by_one = not run.plain or run.average is not None or recipe.compile or run.parts > 1 or parallel.world() > 1
+    one_by_one = (
+        not run.plain
+        or run.average is not None
+        or recipe.compile
+        or run.parts > 1
+        or parallel.world() > 1
+    )
     short = run.total < LEAST_STEPS or len(train) < recipe.batch_size
     return None if one_by_one or short or _hooked(run.model) else _Steps(run, train).one_epoch
 
@@ -85,7 +91,9 @@ class _Steps:
             return
         options: dict[str, Any] = {"augment": run.recipe} if run.recipe.augments else {}
         choices = list(self.train.choices(run.recipe.batch_size, generator=run.order, **options))
-        steps = min(len(choices), run.per_epoch, run.total - run.step)  # a last sample alone is left out
+        steps = min(
+            len(choices), run.per_epoch, run.total - run.step
+        )  # a last sample alone is left out
         full = min(steps, len(self.train) // run.recipe.batch_size)
         self._copy(choices[:full])
         self.step.fill_(run.step)
@@ -109,7 +117,9 @@ class _Steps:
         """An epoch's samples and draws to the device, to the places where a recording reads them."""
         index = torch.stack([i for i, _ in choices])
         drawn = zip(*((d or Draws()).tensors() for _, d in choices), strict=True)
-        stacked = [None if all_of_one[0] is None else torch.stack(all_of_one) for all_of_one in drawn]
+        stacked = [
+            None if all_of_one[0] is None else torch.stack(all_of_one) for all_of_one in drawn
+        ]
         if self.index is None:
             self.index = index.to(self.train.device)
             self.draws = Draws(*(None if t is None else t.to(self.train.device) for t in stacked))
@@ -152,7 +162,9 @@ class _Steps:
     def _from_tables(self) -> None:
         """A step whose samples and draws lie in the tables, at the places that the device counts."""
         assert self.index is not None
-        draws = Draws(*(None if t is None else t.index_select(0, self.place)[0] for t in self.draws.tensors()))
+        draws = Draws(
+            *(None if t is None else t.index_select(0, self.place)[0] for t in self.draws.tensors())
+        )
         self._take(self.index.index_select(0, self.place)[0], draws)
 
     def _take(self, index: Tensor, draws: Draws | None) -> None:
@@ -164,7 +176,9 @@ class _Steps:
         self.lr.copy_(self.rates.index_select(0, self.step)[0])
         for p in run.model.parameters():
             p.grad = None
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=run.recipe.amp, cache_enabled=False):
+        with torch.autocast(
+            x.device.type, torch.bfloat16, enabled=run.recipe.amp, cache_enabled=False
+        ):
             loss = next(run.objective(run.network, x, y))
         loss.backward()
         run.optimizer.step()

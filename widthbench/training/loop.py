@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthbench import parallel
+from widthbench.data.samples import Samples
 from widthbench.errors import DivergedError, UsageError
-from widthbench.measure import fastest_layout
+from widthbench.progress import Progress, quiet
 from widthbench.randomness import seeded
-from widthbench.task import Progress, Samples, quiet
+from widthbench.recipe import Recipe, Spent
 from widthbench.training import graphed
 from widthbench.training.ending import Ending
-from widthbench.training.recipe import Recipe, Spent
+from widthbench.training.measuring import fastest_layout
 from widthbench.training.resume import Resume
 
 Losses = Callable[[nn.Module, Tensor, Tensor], Iterator[Tensor]]
@@ -167,7 +168,11 @@ class Run:
         self.model, self.train, self.recipe, self.desc = model, train, recipe, desc
         self.optimizer = create_optimizer_v2(
             model,
-            opt="adamw" if recipe.optimizer == "adamw" else "nesterov" if recipe.momentum else "momentum",
+            opt="adamw"
+            if recipe.optimizer == "adamw"
+            else "nesterov"
+            if recipe.momentum
+            else "momentum",
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             momentum=recipe.momentum,
@@ -184,7 +189,9 @@ class Run:
         )
         named = dict(model.named_parameters())
         for name, kept in (optimizer_state or {}).items():
-            self.optimizer.state[named[name]] = {k: _beside(v, named[name]) for k, v in kept.items()}
+            self.optimizer.state[named[name]] = {
+                k: _beside(v, named[name]) for k, v in kept.items()
+            }
         self.plain = losses is None
         self.objective = losses or partial(_cross_entropy, recipe.label_smoothing)
         self.layout = fastest_layout(model)
@@ -294,7 +301,9 @@ class Run:
                 return self._gradients(x, y, whole)
             except torch.OutOfMemoryError as error:
                 if self.halved or not can_be_halved or whole < 4 * self.parts:
-                    remedy = f"lower batch_size = {self.recipe.batch_size}" + (", or raise accumulate" if self.plain else "")
+                    remedy = f"lower batch_size = {self.recipe.batch_size}" + (
+                        ", or raise accumulate" if self.plain else ""
+                    )
                     what = f"out of memory in a training step of {whole} samples in {self.parts} part(s)"
                     raise UsageError(f"{what}: {remedy}") from error
             # here the error is gone, and with it the activations that its traceback holds
@@ -310,7 +319,9 @@ class Run:
             p.grad = None
         seen = 0.0
         with parallel.sharing(whole, len(y)):
-            for some_x, some_y in zip(x.tensor_split(self.parts), y.tensor_split(self.parts), strict=True):
+            for some_x, some_y in zip(
+                x.tensor_split(self.parts), y.tensor_split(self.parts), strict=True
+            ):
                 share = len(some_y) / whole
                 found = self.objective(self.network, some_x, some_y)
                 with amp():
@@ -326,7 +337,9 @@ class Run:
                 seen += share * value
         if parallel.world() > 1:
             total = torch.tensor([seen], dtype=torch.float32, device=x.device)
-            parallel.add_up([total, *(p.grad for p in self.model.parameters() if p.grad is not None)])
+            parallel.add_up(
+                [total, *(p.grad for p in self.model.parameters() if p.grad is not None)]
+            )
             return float(total)
         return seen
 
@@ -353,9 +366,13 @@ def _beside(value: Any, parameter: Tensor) -> Any:
 
 def _require_possible(recipe: Recipe, losses: Losses | None) -> None:
     if losses is not None and recipe.accumulate > 1:
-        raise UsageError(f"recipe: accumulate = {recipe.accumulate} is for plain steps; this technique's own take whole batches")
+        raise UsageError(
+            f"recipe: accumulate = {recipe.accumulate} is for plain steps; this technique's own take whole batches"
+        )
     if recipe.compile and parallel.world() > 1:
-        raise UsageError("recipe: compile = true is for one process: BatchNorm's statistics are shared outside compiled code")
+        raise UsageError(
+            "recipe: compile = true is for one process: BatchNorm's statistics are shared outside compiled code"
+        )
 
 
 def _cross_entropy(smoothing: float, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:

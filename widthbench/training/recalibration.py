@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from widthbench.task import Samples
-from widthbench.training.recipe import Spent
+from widthbench.data.samples import Samples
+from widthbench.recipe import Spent
 
 
 def batch_norms(model: nn.Module) -> list[Any]:

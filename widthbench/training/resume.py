@@ -13,7 +13,7 @@ import torch
 
 from widthbench import cache
 from widthbench.errors import UsageError
-from widthbench.training.recipe import Recipe
+from widthbench.recipe import Recipe
 
 STATE_EVERY_S = 10.0  # writing a state costs far less than what is lost without it
 

@@ -58,7 +58,9 @@ def watched_integers(model: nn.Module) -> Iterator[None]:
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, module in model.named_modules():
-            if type(module).__module__.startswith("torch.") or isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            if type(module).__module__.startswith("torch.") or isinstance(
+                module, nn.modules.conv._ConvNd | nn.Linear
+            ):
                 continue
             for key, value in list(vars(module).items()):
                 if key.startswith("_"):
@@ -66,7 +68,9 @@ def watched_integers(model: nn.Module) -> Iterator[None]:
                 if type(value) is int and value > 1:
                     new: Any = Integer(value, (name, key, None))
                 elif type(value) in (list, tuple) and value and all(type(v) is int for v in value):
-                    new = type(value)(Integer(v, (name, key, i)) if v > 1 else v for i, v in enumerate(value))
+                    new = type(value)(
+                        Integer(v, (name, key, i)) if v > 1 else v for i, v in enumerate(value)
+                    )
                 else:
                     continue
                 kept.append((module.__dict__, key, value))
@@ -80,7 +84,9 @@ def watched_integers(model: nn.Module) -> Iterator[None]:
                 if isinstance(value, Integer):
                     module.__dict__[key] = int(value)
                 elif type(value) in (list, tuple) and any(isinstance(v, Integer) for v in value):
-                    module.__dict__[key] = type(value)(int(v) if isinstance(v, Integer) else v for v in value)
+                    module.__dict__[key] = type(value)(
+                        int(v) if isinstance(v, Integer) else v for v in value
+                    )
 
 
 def declare_integer(model: nn.Module, origin: Origin, value: int) -> None:

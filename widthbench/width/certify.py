@@ -54,7 +54,9 @@ class _Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
-        last = isinstance(self.norm, nn.LayerNorm) and "2d" not in type(self.norm).__name__.lower()  # timm's LayerNorm2d, ...Act2d
+        last = (
+            isinstance(self.norm, nn.LayerNorm) and "2d" not in type(self.norm).__name__.lower()
+        )  # timm's LayerNorm2d, ...Act2d
         shape[-1 if last else 1] = -1
         if self.norm.weight is not None:
             x = x * self.norm.weight.view(shape)
@@ -77,7 +79,9 @@ def find_groups(model: nn.Module, example_input: Tensor, *, cache: bool = True) 
     return certify(model, discover(model, example_input), example_input, cache=cache)
 
 
-def certify(model: nn.Module, groups: Groups, example_input: Tensor, *, cache: bool = True) -> Groups:
+def certify(
+    model: nn.Module, groups: Groups, example_input: Tensor, *, cache: bool = True
+) -> Groups:
     """Grade the groups of a network.
 
     Args:
@@ -95,7 +99,9 @@ def certify(model: nn.Module, groups: Groups, example_input: Tensor, *, cache: b
         UsageError: Under ``torch.inference_mode()``.
     """
     if torch.is_inference_mode_enabled():
-        raise UsageError("channel groups are certified by gradients: leave torch.inference_mode() for it")
+        raise UsageError(
+            "channel groups are certified by gradients: leave torch.inference_mode() for it"
+        )
     key = fingerprint(model, groups, example_input) if cache else None
     path = cache_dir() / "grades" / f"{key}.json"
     if key and (kept := read_json(path, "grades")) is not None:
@@ -129,38 +135,57 @@ def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str 
     for package in ("torch", "timm"):
         digest.update(f"{package}={version(package)};".encode())
     digest.update(code_digest("width").encode())
-    digest.update(f"{list(example_input.shape)};{groups.members!r};{sorted(groups.axes.items())!r};".encode())
-    digest.update(f"{sorted(groups.tensors.items())!r};{groups.stated!r};{groups.scales!r};{groups.program};".encode())
+    digest.update(
+        f"{list(example_input.shape)};{groups.members!r};{sorted(groups.axes.items())!r};".encode()
+    )
+    digest.update(
+        f"{sorted(groups.tensors.items())!r};{groups.stated!r};{groups.scales!r};{groups.program};".encode()
+    )
     try:
         for name, module in model.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:
                 raise _OpaqueError
             digest.update(f"{name}:{type(module).__qualname__}({module.extra_repr()});".encode())
-            digest.update(f"{[(n, list(t.shape)) for n, t in module.named_parameters(recurse=False)]};".encode())
+            digest.update(
+                f"{[(n, list(t.shape)) for n, t in module.named_parameters(recurse=False)]};".encode()
+            )
             for key, value in sorted(vars(module).items()):
                 if key not in _PLUMBING:
                     digest.update(f"{key}={_described(value)};".encode())
             for key, buffer in module.named_buffers(recurse=False):
                 if not key.startswith(("running_", "num_batches_tracked")):
                     digest.update(f"{key}={_described(buffer)};".encode())
-        for cls in sorted({type(m) for m in model.modules()}, key=lambda c: f"{c.__module__}.{c.__qualname__}"):
+        for cls in sorted(
+            {type(m) for m in model.modules()}, key=lambda c: f"{c.__module__}.{c.__qualname__}"
+        ):
             digest.update(_source(cast(Any, cls)).encode())
     except _OpaqueError:
         return None
     return digest.hexdigest()[:32]
 
 
-_PLUMBING = {*vars(nn.Module()), "default_cfg", "pretrained_cfg", "feature_info"}  # what every module has, and timm's cards
+_PLUMBING = {
+    *vars(nn.Module()),
+    "default_cfg",
+    "pretrained_cfg",
+    "feature_info",
+}  # what every module has, and timm's cards
 
 
 def _described(value: Any, depth: int = 0) -> str:
     """A text that differs where two attributes differ."""
     if depth > 6:
         raise _OpaqueError
-    if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.device | torch.Size):
+    if value is None or isinstance(
+        value, bool | int | float | str | bytes | torch.dtype | torch.device | torch.Size
+    ):
         return repr(value)
     if isinstance(value, Tensor):
-        content = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        content = (
+            value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+            if value.numel()
+            else b""
+        )
         return f"{value.dtype}{list(value.shape)}{hashlib.sha256(content).hexdigest()}"
     if isinstance(value, list | tuple):
         return f"{type(value).__name__}[{','.join(_described(v, depth + 1) for v in value)}]"
@@ -174,13 +199,19 @@ def _described(value: Any, depth: int = 0) -> str:
         return "module"  # named_modules comes to it
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}{hashlib.sha256(_source(cast(Any, value)).encode()).hexdigest()}"
-    if inspect.isbuiltin(value) or type(value).__name__ in ("OpOverload", "OpOverloadPacket", "method_descriptor"):
+    if inspect.isbuiltin(value) or type(value).__name__ in (
+        "OpOverload",
+        "OpOverloadPacket",
+        "method_descriptor",
+    ):
         return f"{getattr(value, '__module__', '')}.{value}"
     if inspect.ismethod(value):
         return f"method {_described(value.__func__, depth + 1)}"
     if inspect.isfunction(value):
         cells = [c.cell_contents for c in value.__closure__ or ()]
-        outer = [v for n in value.__code__.co_names if inspect.isfunction(v := value.__globals__.get(n))]
+        outer = [
+            v for n in value.__code__.co_names if inspect.isfunction(v := value.__globals__.get(n))
+        ]
         parts = (_code(value.__code__), value.__defaults__, value.__kwdefaults__, cells, outer)
         return f"function({_described(parts, depth + 1)})"
     raise _OpaqueError
@@ -188,7 +219,11 @@ def _described(value: Any, depth: int = 0) -> str:
 
 def _code(code: Any) -> tuple[Any, ...]:
     """A function's code as plain data: bytes, names, and constants with nested code in turn."""
-    return (code.co_code, code.co_names, tuple(_code(c) if inspect.iscode(c) else repr(c) for c in code.co_consts))
+    return (
+        code.co_code,
+        code.co_names,
+        tuple(_code(c) if inspect.iscode(c) else repr(c) for c in code.co_consts),
+    )
 
 
 @functools.cache
@@ -196,14 +231,19 @@ def _source(cls: Any) -> str:
     """Digests of the files that a class and its bases are defined in, outside torch and timm, whose versions are known."""
     parts = []
     for base in cls.__mro__:
-        if base.__module__.split(".")[0] in ("torch", "timm") or vars(builtins).get(base.__name__) is base:
+        if (
+            base.__module__.split(".")[0] in ("torch", "timm")
+            or vars(builtins).get(base.__name__) is base
+        ):
             continue
         try:
             path = inspect.getsourcefile(base)
             content = Path(path).read_bytes() if path else None
         except (OSError, TypeError):
             content = None
-        if content is None or base.__module__ == "__main__":  # a notebook's or a prompt's classes may change under one name
+        if (
+            content is None or base.__module__ == "__main__"
+        ):  # a notebook's or a prompt's classes may change under one name
             raise _OpaqueError
         parts.append(f"{base.__qualname__}:{hashlib.sha256(meaning(content)).hexdigest()}")
     return ";".join(parts)
@@ -216,7 +256,9 @@ def randomised(model: nn.Module, *, seed: int = 0, redraw: bool = False) -> nn.M
     heads) are drawn at random; other weights are kept, or drawn too if ``redraw``.
     """
     generator = torch.Generator().manual_seed(seed)
-    net = copy.deepcopy(model, detached(model)).cpu().double().train().eval()  # which clears what attention keeps in evaluation
+    net = (
+        copy.deepcopy(model, detached(model)).cpu().double().train().eval()
+    )  # which clears what attention keeps in evaluation
 
     def uniform(t: Tensor) -> Tensor:
         return torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
@@ -271,7 +313,10 @@ def _random_input(example_input: Tensor) -> Tensor:
 
 def _gates(chosen: Iterable[Group], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """1 for kept channels, 0 for the others."""
-    return {g.name: torch.zeros(g.channels, dtype=torch.float64).index_fill(0, kept[g.name], 1.0) for g in chosen}
+    return {
+        g.name: torch.zeros(g.channels, dtype=torch.float64).index_fill(0, kept[g.name], 1.0)
+        for g in chosen
+    }
 
 
 def _error(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -284,8 +329,12 @@ def _error(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         sizes = old.abs()
         some = sizes[(sizes > 0) & sizes.isfinite()]
         scale = sizes.clamp_min(float(some.median()) if some.numel() else 1.0)
-        moved = torch.where(new == old, 0.0, (new - old).abs() / scale)  # infinities that stay are no difference
-        worst = max(worst, float(torch.nan_to_num(moved, nan=math.inf).max()) if moved.numel() else 0.0)
+        moved = torch.where(
+            new == old, 0.0, (new - old).abs() / scale
+        )  # infinities that stay are no difference
+        worst = max(
+            worst, float(torch.nan_to_num(moved, nan=math.inf).max()) if moved.numel() else 0.0
+        )
     return worst
 
 
@@ -300,7 +349,9 @@ def _grade(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades:
             net = randomised(model, seed=attempt, redraw=attempt > 0)
         except Exception as error:  # a network that cannot be copied cannot be resized
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return grades | dict.fromkeys(candidates, ("frozen", f"the network cannot be copied: {first[:120]}"))
+            return grades | dict.fromkeys(
+                candidates, ("frozen", f"the network cannot be copied: {first[:120]}")
+            )
         try:
             _output(net, x)
         except Exception as error:
@@ -339,7 +390,9 @@ def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Mo
     return net
 
 
-def _passing(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> tuple[list[str], dict[str, str]]:
+def _passing(
+    net: nn.Module, groups: Groups, names: list[str], x: Tensor
+) -> tuple[list[str], dict[str, str]]:
     """The groups that pass, first all at once, else each alone and then together; and the reasons of the others."""
     if not names:
         return [], {}
@@ -379,7 +432,12 @@ def _mismatched(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> 
     def problem(some: Sequence[str]) -> str:
         try:
             for i in range(max(len(plans[n]) for n in some)):
-                _output(_resized(shapes, groups, {n: plans[n][min(i, len(plans[n]) - 1)] for n in some}), y)
+                _output(
+                    _resized(
+                        shapes, groups, {n: plans[n][min(i, len(plans[n]) - 1)] for n in some}
+                    ),
+                    y,
+                )
         except Exception as error:
             return _does_not_run(error)
         return ""
@@ -403,7 +461,11 @@ def _shapes_alone(group: Group) -> list[Resize]:
 def _separating(names: Sequence[str]) -> list[list[str]]:
     """Few sets of names such that for any two one set holds the first and not the second: by the binary digits of their places."""
     digits = max(1, (len(names) - 1).bit_length())
-    rounds = [[n for i, n in enumerate(names) if i >> d & 1 == side] for d in range(digits) for side in (0, 1)]
+    rounds = [
+        [n for i, n in enumerate(names) if i >> d & 1 == side]
+        for d in range(digits)
+        for side in (0, 1)
+    ]
     return [r for r in rounds if r]
 
 
@@ -413,7 +475,12 @@ def _does_not_run(error: Exception) -> str:
 
 
 def _found_out(
-    net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: list[Tensor], failed: dict[str, str]
+    net: nn.Module,
+    groups: Groups,
+    names: list[str],
+    x: Tensor,
+    reference: list[Tensor],
+    failed: dict[str, str],
 ) -> list[str]:
     """The groups that pass, by halves; the reasons of the others go into ``failed``."""
     if not names:
@@ -424,10 +491,16 @@ def _found_out(
     if not why or len(names) == 1:
         return [] if why else names
     half = len(names) // 2
-    return [n for part in (names[:half], names[half:]) for n in _found_out(net, groups, part, x, reference, failed)]
+    return [
+        n
+        for part in (names[:half], names[half:])
+        for n in _found_out(net, groups, part, x, reference, failed)
+    ]
 
 
-def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: list[Tensor]) -> str:
+def _probe(
+    net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: list[Tensor]
+) -> str:
     """Why these groups cannot be resized together; "" if they can. ``reference`` is what the network gives."""
     chosen = [groups[n] for n in names]
     try:
@@ -445,12 +518,16 @@ def _probe(net: nn.Module, groups: Groups, names: list[str], x: Tensor, referenc
             if problem := _difference(removed, _output(net, x)):
                 return f"gating weights instead of inputs {problem}"
         return _insensitive(net, groups, chosen, x) or _untrainable(net, wide, small, x)
-    except Exception as error:  # whatever a foreign forward raises: the group stays frozen, with the cause
+    except (
+        Exception
+    ) as error:  # whatever a foreign forward raises: the group stays frozen, with the cause
         return _does_not_run(error)
 
 
 def _resized(net: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
-    new = resize_uncertified(net, groups, plan)  # a deep copy, which binds an instance's own forward to the copy
+    new = resize_uncertified(
+        net, groups, plan
+    )  # a deep copy, which binds an instance's own forward to the copy
     if bad := disagreements(new):
         raise RuntimeError(f"declared and real shapes differ at {bad[0]}")
     return new
@@ -483,7 +560,9 @@ def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> str:
 def _picks(group: Group, generator: torch.Generator, count: int) -> Tensor:
     """``count`` random channels of each block, ``[blocks, count]``."""
     size = group.channels // group.blocks
-    return torch.stack([b * size + torch.randperm(size, generator=generator)[:count] for b in range(group.blocks)])
+    return torch.stack(
+        [b * size + torch.randperm(size, generator=generator)[:count] for b in range(group.blocks)]
+    )
 
 
 def _placed(chosen: Iterable[Group]) -> Iterator[tuple[Group, int]]:
@@ -505,7 +584,9 @@ def _split_plan(group: Group, place: int = 0) -> Resize:
         rows.append(both[torch.randperm(len(both), generator=generator)])
     all_rows = torch.cat(rows)
     mix = torch.zeros(group.channels, len(all_rows), dtype=torch.float64)
-    mix[all_rows, torch.arange(len(all_rows))] = 1.0 / torch.bincount(all_rows, minlength=group.channels)[all_rows].double()
+    mix[all_rows, torch.arange(len(all_rows))] = (
+        1.0 / torch.bincount(all_rows, minlength=group.channels)[all_rows].double()
+    )
     return Resize(all_rows, mix)
 
 
@@ -562,7 +643,9 @@ def _training(net: nn.Module) -> Iterator[None]:
 
 def _insensitive(net: nn.Module, groups: Groups, chosen: list[Group], x: Tensor) -> str:
     """A proof on a group that the output does not depend on would be empty: ask for a gradient at every group's gates."""
-    values = {g.name: torch.ones(g.channels, dtype=torch.float64, requires_grad=True) for g in chosen}
+    values = {
+        g.name: torch.ones(g.channels, dtype=torch.float64, requires_grad=True) for g in chosen
+    }
     with torch.enable_grad(), gated(net, groups, values):
         total = torch.stack([t.square().sum() for t in _tensors(net(x))]).sum()
         gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)

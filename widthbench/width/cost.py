@@ -77,7 +77,9 @@ class CostModel:
         """
         original, before, _ = self._profile
         after = self._touched(widths)
-        return Cost(original.macs - before.macs + after.macs, original.params - before.params + after.params)
+        return Cost(
+            original.macs - before.macs + after.macs, original.params - before.params + after.params
+        )
 
     def counted(self, model: nn.Module, widths: Mapping[str, int]) -> Cost:
         """The cost of a resized network as torch counts it, which must be what was predicted from its widths.
@@ -89,7 +91,9 @@ class CostModel:
         Raises:
             CostError: If they differ; it names the modules in which they do.
         """
-        found = Cost(count_macs(model, self._example_input), sum(p.numel() for p in model.parameters()))
+        found = Cost(
+            count_macs(model, self._example_input), sum(p.numel() for p in model.parameters())
+        )
         said = self(widths)
         if found != said:
             raise CostError(
@@ -100,7 +104,10 @@ class CostModel:
 
     def _differences(self, model: nn.Module, widths: Mapping[str, int]) -> str:
         """The modules, innermost ones only, whose MACs or parameters are not those that were predicted."""
-        predicted, counted = macs_by_module(self._model, self._example_input), macs_by_module(model, self._example_input)
+        predicted, counted = (
+            macs_by_module(self._model, self._example_input),
+            macs_by_module(model, self._example_input),
+        )
         for whole, axes, where in self._found.products:
             change = self._scaled(whole, axes, widths) - whole
             parts = where.split(".") if where else []
@@ -108,14 +115,20 @@ class CostModel:
                 predicted[name] = predicted.get(name, 0) + change
         names = [n for n in {**predicted, **counted} if predicted.get(n, 0) != counted.get(n, 0)]
         inner = [n for n in names if n and not any(m.startswith(f"{n}.") for m in names)]
-        shown = [f"{n} ({predicted.get(n, 0):,} predicted, {counted.get(n, 0):,} counted)" for n in inner or names]
+        shown = [
+            f"{n} ({predicted.get(n, 0):,} predicted, {counted.get(n, 0):,} counted)"
+            for n in inner or names
+        ]
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
         return f"MACs of {', '.join(shown[:3])}{more}" if shown else "parameters that no group has"
 
     @cached_property
     def _profile(self) -> tuple[Cost, Cost, Groups]:
         """The original cost, the part of it that lies where groups are, and the groups as found at this input's size."""
-        cost = Cost(count_macs(self._model, self._example_input), sum(p.numel() for p in self._model.parameters()))
+        cost = Cost(
+            count_macs(self._model, self._example_input),
+            sum(p.numel() for p in self._model.parameters()),
+        )
         return cost, self._touched({}), self._found
 
     @cached_property
@@ -142,11 +155,26 @@ class CostModel:
             if kind in ("conv", "depthwise", "linear"):
                 inputs = 1
                 if kind != "depthwise":
-                    inputs = self._size(sides["in"], widths) if "in" in sides else axis_length(module, "in")
+                    inputs = (
+                        self._size(sides["in"], widths)
+                        if "in" in sides
+                        else axis_length(module, "in")
+                    )
                     inputs //= getattr(module, "groups", 1)
-                params += out * inputs * module.weight[0, 0].numel() + (out if module.bias is not None else 0)
+                params += out * inputs * module.weight[0, 0].numel() + (
+                    out if module.bias is not None else 0
+                )
             else:
-                params += out * sum(isinstance(getattr(module, t), nn.Parameter) for t, _ in tensors_on(module, "out"))
+                params += out * sum(
+                    isinstance(getattr(module, t), nn.Parameter)
+                    for t, _ in tensors_on(module, "out")
+                )
         for name, axes in self._bare.items():
-            params += math.prod(self._size(axes[d], widths) if d in axes else n for d, n in enumerate(self._shapes[name]))
-        return Cost(sum(self._scaled(whole, axes, widths) for whole, axes, _ in self._found.products), params)
+            params += math.prod(
+                self._size(axes[d], widths) if d in axes else n
+                for d, n in enumerate(self._shapes[name])
+            )
+        return Cost(
+            sum(self._scaled(whole, axes, widths) for whole, axes, _ in self._found.products),
+            params,
+        )

@@ -16,7 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from widthbench.errors import UsageError
 
-OURS = {"aten", "prim", "prims"}  # namespaces whose operations torch's counter knows, or has nothing to count in
+OURS = {
+    "aten",
+    "prim",
+    "prims",
+}  # namespaces whose operations torch's counter knows, or has nothing to count in
 
 
 def _attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -36,7 +40,9 @@ def _of_output(place: int, terms: slice) -> Any:
     return count
 
 
-def _trilinear(a: Any, weight: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _trilinear(
+    a: Any, weight: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     """``nn.Bilinear``: ``[B, 1, I, 1]``, ``[1, O, I, J]``, ``[B, 1, 1, J]``."""
     return int(2 * a[0] * prod(weight))
 
@@ -45,7 +51,9 @@ _OPERATIONS = torch.ops.aten
 FORMULAS: dict[Any, Any] = {
     _OPERATIONS._scaled_dot_product_flash_attention_for_cpu: _attention,
     _OPERATIONS._scaled_dot_product_attention_math: _attention,
-    _OPERATIONS.mkldnn_rnn_layer: lambda x, w, u, *a, out_shape=None, **k: 2 * prod(x[:-1]) * (prod(w) + prod(u)),
+    _OPERATIONS.mkldnn_rnn_layer: lambda x, w, u, *a, out_shape=None, **k: (
+        2 * prod(x[:-1]) * (prod(w) + prod(u))
+    ),
     _OPERATIONS._cudnn_rnn: _packed,
     _OPERATIONS.miopen_rnn: _packed,
     _OPERATIONS.mv: _of_output(0, slice(1, 2)),
@@ -94,7 +102,9 @@ class _Foreign(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = func.namespace in OURS or func.overloadpacket in FORMULAS
-        if not known and any(isinstance(a, nn.Parameter) and a.dim() > 1 for a in tree_leaves((args, kwargs))):
+        if not known and any(
+            isinstance(a, nn.Parameter) and a.dim() > 1 for a in tree_leaves((args, kwargs))
+        ):
             self.names.add(func.name())
         return func(*args, **(kwargs or {}))
 
@@ -124,8 +134,14 @@ def macs_by_module(model: nn.Module, x: Tensor) -> dict[str, int]:
             m.training = mode
     if foreign.names:
         names = ", ".join(sorted(foreign.names))
-        raise UsageError(f"MACs of {type(model).__name__} cannot be counted: {names} takes weights, and has no formula")
-    found = {name.partition(".")[2]: sum(c.values()) // 2 for name, c in counter.get_flop_counts().items() if name != "Global"}
+        raise UsageError(
+            f"MACs of {type(model).__name__} cannot be counted: {names} takes weights, and has no formula"
+        )
+    found = {
+        name.partition(".")[2]: sum(c.values()) // 2
+        for name, c in counter.get_flop_counts().items()
+        if name != "Global"
+    }
     return found | {"": int(counter.get_total_flops()) // 2}
 
 

@@ -14,7 +14,9 @@ from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups
 
 
-def diagnose(model: nn.Module, groups: Groups, example_input: Tensor, *, verify: bool = False) -> dict[str, Any]:
+def diagnose(
+    model: nn.Module, groups: Groups, example_input: Tensor, *, verify: bool = False
+) -> dict[str, Any]:
     """One row of ``widthbench doctor``.
 
     Args:

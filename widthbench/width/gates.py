@@ -49,19 +49,33 @@ def gated(
         raise PlanError(f"gates sit on 'input' or 'weight', not {on!r}")
     for name, value in values.items():
         if name not in groups:
-            raise PlanError(f"gates name no channel group of this network: '{name}'{did_you_mean(name, groups)}")
+            raise PlanError(
+                f"gates name no channel group of this network: '{name}'{did_you_mean(name, groups)}"
+            )
         if tuple(value.shape[-1:]) != (groups[name].channels,) or value.dim() != 1:
-            raise PlanError(f"channel group '{name}' takes {groups[name].channels} gates, not {list(value.shape)}")
+            raise PlanError(
+                f"channel group '{name}' takes {groups[name].channels} gates, not {list(value.shape)}"
+            )
     with ExitStack() as stack:
         for (layer, side), axis in groups.axes.items():
             if side == "in" and any(s.group in values or s.outer in values for s in axis):
                 module = model.get_submodule(layer)
                 found = None if products is None else products.setdefault(layer, [])
-                for handle in _on_input(module, axis, values) if on == "input" else _on_weight(module, axis, values, found):
+                for handle in (
+                    _on_input(module, axis, values)
+                    if on == "input"
+                    else _on_weight(module, axis, values, found)
+                ):
                     stack.callback(handle.remove)
-            elif side == "out" and any(s.reads and s.group in values for s in axis):  # keys, which read what queries are
+            elif side == "out" and any(
+                s.reads and s.group in values for s in axis
+            ):  # keys, which read what queries are
                 module = model.get_submodule(layer)
-                for handle in _on_output(module, axis, values) if on == "input" else _on_rows(module, axis, values):
+                for handle in (
+                    _on_output(module, axis, values)
+                    if on == "input"
+                    else _on_rows(module, axis, values)
+                ):
                     stack.callback(handle.remove)
         yield model
 
@@ -70,7 +84,11 @@ def along_axis(axis: Axis, values: Mapping[str, Tensor], like: Tensor) -> Tensor
     """The gates along a whole axis, ``[I]``: each segment's values repeated, ones where nothing is gated."""
     parts = []
     for s in axis:
-        gates = [values[n].to(device=like.device, dtype=like.dtype) for n in (s.group, s.outer) if n is not None and n in values]
+        gates = [
+            values[n].to(device=like.device, dtype=like.dtype)
+            for n in (s.group, s.outer)
+            if n is not None and n in values
+        ]
         spread = [g if len(g) == s.size else g.repeat_interleave(s.size // len(g)) for g in gates]
         parts.append(math.prod(spread[1:], start=spread[0]) if spread else like.new_ones(s.size))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -87,9 +105,13 @@ def _on_input(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> li
     return [module.register_forward_pre_hook(multiply)]
 
 
-def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor], products: list[Tensor] | None) -> list[Any]:
+def _on_weight(
+    module: nn.Module, axis: Axis, values: Mapping[str, Tensor], products: list[Tensor] | None
+) -> list[Any]:
     def swap_in(module: Any, args: Any) -> None:
-        weight = module.__dict__.get("weight", module._parameters["weight"])  # its rows may be gated already
+        weight = module.__dict__.get(
+            "weight", module._parameters["weight"]
+        )  # its rows may be gated already
         gate = along_axis(axis, values, weight)
         count = getattr(module, "groups", 1)
         if count > 1:  # [I] -> [O, I/G]: each block of outputs reads its own block of inputs
@@ -113,7 +135,9 @@ def _on_weight(module: nn.Module, axis: Axis, values: Mapping[str, Tensor], prod
 
 def _keys(axis: Axis, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
     """Gates along an output axis, ones but for keys."""
-    return along_axis(tuple(s if s.reads else replace(s, group=None) for s in _without_heads(axis)), values, like)
+    return along_axis(
+        tuple(s if s.reads else replace(s, group=None) for s in _without_heads(axis)), values, like
+    )
 
 
 def _without_heads(axis: Axis) -> Axis:
@@ -123,7 +147,9 @@ def _without_heads(axis: Axis) -> Axis:
 def _on_output(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> list[Any]:
     def multiply(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         gate = _keys(axis, values, output)
-        return output * (gate if kind_of(module) == "linear" else gate.reshape(-1, *[1] * (output.dim() - 2)))
+        return output * (
+            gate if kind_of(module) == "linear" else gate.reshape(-1, *[1] * (output.dim() - 2))
+        )
 
     return [module.register_forward_hook(multiply)]
 
@@ -141,10 +167,15 @@ def _on_rows(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> lis
         for name in names:
             module.__dict__.pop(name, None)
 
-    return [module.register_forward_pre_hook(swap_in), module.register_forward_hook(swap_out, always_call=True)]
+    return [
+        module.register_forward_pre_hook(swap_in),
+        module.register_forward_hook(swap_out, always_call=True),
+    ]
 
 
-def sums_by_channel(module: nn.Module, axis: Axis, values: Tensor, heads: Mapping[str, int]) -> dict[str, Tensor]:
+def sums_by_channel(
+    module: nn.Module, axis: Axis, values: Tensor, heads: Mapping[str, int]
+) -> dict[str, Tensor]:
     """Sum what belongs to a consumer's weights over each channel's part of them: the adjoint of gating weights.
 
     Args:
@@ -157,10 +188,17 @@ def sums_by_channel(module: nn.Module, axis: Axis, values: Tensor, heads: Mappin
         ``[N]`` per group on the axis.
     """
     count = getattr(module, "groups", 1)
-    along = values.reshape(count, values.shape[0] // count, values.shape[1], -1).sum(dim=(1, 3)).flatten()  # [I]
+    along = (
+        values.reshape(count, values.shape[0] // count, values.shape[1], -1)
+        .sum(dim=(1, 3))
+        .flatten()
+    )  # [I]
     found: dict[str, Tensor] = {}
     for segment, part in zip(axis, along.split([s.size for s in axis]), strict=True):
-        for name, channels in ((segment.group, segment.channels), (segment.outer, heads.get(str(segment.outer), 1))):
+        for name, channels in (
+            (segment.group, segment.channels),
+            (segment.outer, heads.get(str(segment.outer), 1)),
+        ):
             if name is not None:
                 total = part.view(channels, -1).sum(dim=1)
                 found[name] = found[name] + total if name in found else total

@@ -242,7 +242,11 @@ class Groups(Mapping[str, Group]):
             further = [r for r in following.get(path[-1], ()) if r not in path]
             return [way for rider in further for way in onward((*path, rider))] or [path]
 
-        return tuple(way for first in (group.producers if start is None else start) for way in onward((first,)))
+        return tuple(
+            way
+            for first in (group.producers if start is None else start)
+            for way in onward((first,))
+        )
 
     def select(self, scope: Scope = "inner", include: str | Sequence[str] | None = None) -> Groups:
         """The certified groups that may be resized.
@@ -260,10 +264,14 @@ class Groups(Mapping[str, Group]):
             raise UsageError(f"scope must be 'inner' or 'all', not {scope!r}")
         patterns = [include] if isinstance(include, str) else include or []
         if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
-            raise UsageError(f"include must be a pattern on group names or a list of them, not {include!r}")
+            raise UsageError(
+                f"include must be a pattern on group names or a list of them, not {include!r}"
+            )
         for pattern in patterns:
             if not fnmatch.filter(self.members, pattern):
-                raise UsageError(f"include pattern '{pattern}' matches no channel group{did_you_mean(pattern, self.members)}")
+                raise UsageError(
+                    f"include pattern '{pattern}' matches no channel group{did_you_mean(pattern, self.members)}"
+                )
         grades = {"exact"} if scope == "inner" else {"exact", "coupled"}
         chosen = {
             name: g
@@ -276,13 +284,23 @@ class Groups(Mapping[str, Group]):
             reasons = sorted({g.reason for g in self.members.values() if g.reason})
             hint = "; ".join(reasons[:3]) or "its groups are outside the scope: try scope='all'"
             if not self.members:
-                hint = self.problem or "it has no channels between two layers, so there is nothing to resize"
-            raise NoGroupsError(f"no certified channel group in scope '{scope}': {hint} (see `widthbench doctor`)")
+                hint = (
+                    self.problem
+                    or "it has no channels between two layers, so there is nothing to resize"
+                )
+            raise NoGroupsError(
+                f"no certified channel group in scope '{scope}': {hint} (see `widthbench doctor`)"
+            )
         return replace(self, members=chosen)
 
     def with_grades(self, grades: Mapping[str, tuple[Grade, str]]) -> Groups:
         """A copy whose groups carry the given (grade, reason)."""
-        return replace(self, members={n: replace(g, grade=grades[n][0], reason=grades[n][1]) for n, g in self.items()})
+        return replace(
+            self,
+            members={
+                n: replace(g, grade=grades[n][0], reason=grades[n][1]) for n, g in self.items()
+            },
+        )
 
 
 def channel_rows(groups: Groups, name: str, layer: str, tensor: Tensor) -> Tensor:
@@ -302,14 +320,24 @@ def channel_rows(groups: Groups, name: str, layer: str, tensor: Tensor) -> Tenso
     tensor = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
     if len(copies) < len(axis):
         ends = itertools.accumulate(s.size for s in axis)
-        tensor = torch.cat([tensor[end - s.size : end] for s, end in zip(axis, ends, strict=True) if any(s is c for c in copies)])
+        tensor = torch.cat(
+            [
+                tensor[end - s.size : end]
+                for s, end in zip(axis, ends, strict=True)
+                if any(s is c for c in copies)
+            ]
+        )
     if len(tensor) > groups[name].channels:  # [copies, N, repeat, D] -> [N, copies * repeat * D]
-        cube = tensor.reshape(len(copies), groups[name].channels, copies[0].size // groups[name].channels, -1)
+        cube = tensor.reshape(
+            len(copies), groups[name].channels, copies[0].size // groups[name].channels, -1
+        )
         tensor = cube.transpose(0, 1).flatten(1)
     return tensor
 
 
-def producer_rows(model: nn.Module, groups: Groups, name: str, *, bias: bool = False) -> list[Tensor]:
+def producer_rows(
+    model: nn.Module, groups: Groups, name: str, *, bias: bool = False
+) -> list[Tensor]:
     """The producer weights of each channel, flattened, one part per producer.
 
     Args:
@@ -372,11 +400,23 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
             except Exception as own:
                 first = (str(own).strip().splitlines() or [type(own).__name__])[0]
                 shape = list(example_input.shape)
-                raise UsageError(f"{type(model).__name__} does not take an input of shape {shape}: {first}") from own
-            return Groups({}, {}, shapes_of(output), f"its channels cannot be followed: {type(error).__name__}: {first[:120]}")
+                raise UsageError(
+                    f"{type(model).__name__} does not take an input of shape {shape}: {first}"
+                ) from own
+            return Groups(
+                {},
+                {},
+                shapes_of(output),
+                f"its channels cannot be followed: {type(error).__name__}: {first[:120]}",
+            )
     found = _Assembly(model, labels).groups()
     shapes = tuple((len(example_input), *s[1:]) if s else s for s in shapes_of(labels.output))
-    return replace(found, output_shapes=shapes, input_shape=tuple(example_input.shape[1:]), program=labels.program)
+    return replace(
+        found,
+        output_shapes=shapes,
+        input_shape=tuple(example_input.shape[1:]),
+        program=labels.program,
+    )
 
 
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
@@ -414,8 +454,13 @@ class _Assembly:
         self.modules = dict(model.named_modules())
         self.order = {name: i for i, name in enumerate(self.modules)}
         self.kinds = {name: kind_of(m) for name, m in self.modules.items()}
-        self.arrays = {key: labels.channel[start : start + length] for key, (start, length) in labels.axes.items()}
-        self.head = np.full(labels.count, -1, dtype=np.int64)  # of each channel: the head that it is a part of, a channel too
+        self.arrays = {
+            key: labels.channel[start : start + length]
+            for key, (start, length) in labels.axes.items()
+        }
+        self.head = np.full(
+            labels.count, -1, dtype=np.int64
+        )  # of each channel: the head that it is a part of, a channel too
         self.is_head = np.zeros(labels.count, dtype=bool)
         self.clashes: set[int] = set()
         for block, row in labels.blocks.items():
@@ -446,15 +491,23 @@ class _Assembly:
         self._halve()
         self._whole_again()
         layouts = {key: self._layout(key, array) for key, array in self.arrays.items()}
-        products = [(p, [self._grid_layout(grid, p.where) for grid in p.grids]) for p in self.labels.products]
+        products = [
+            (p, [self._grid_layout(grid, p.where) for grid in p.grids])
+            for p in self.labels.products
+        ]
         for part in self.parts:
             self._describe(part, layouts)
-        kept = sorted((p for p in self.parts if p.group), key=lambda p: (self.order[p.group.producers[0]], p.heads))  # type: ignore[union-attr]
+        kept = sorted(
+            (p for p in self.parts if p.group),
+            key=lambda p: (self.order[p.group.producers[0]], p.heads),
+        )  # type: ignore[union-attr]
         self._named(kept)
         members = {p.group.name: p.group for p in kept if p.group}
         axes = {key: self._axis(layout) for key, layout in layouts.items()}
         touched = {k: a for k, a in axes.items() if any(s.group or s.outer for s in a)}
-        layers = sorted((k for k in touched if isinstance(k[1], str)), key=lambda k: (self.order[k[0]], k[1]))
+        layers = sorted(
+            (k for k in touched if isinstance(k[1], str)), key=lambda k: (self.order[k[0]], k[1])
+        )
         return Groups(
             members,
             {k: touched[k] for k in layers},  # type: ignore[misc]
@@ -475,7 +528,9 @@ class _Assembly:
             self.grids[key] = self._layout(None, channels, where)
         return self.grids[key]
 
-    def _touched(self, products: Sequence[tuple[Product, list[list[_Run]]]]) -> Iterator[tuple[int, tuple[Axis, ...], str]]:
+    def _touched(
+        self, products: Sequence[tuple[Product, list[list[_Run]]]]
+    ) -> Iterator[tuple[int, tuple[Axis, ...], str]]:
         """The products that some group touches."""
         for product, layouts in products:
             axes = map(self._axis, layouts)
@@ -493,12 +548,22 @@ class _Assembly:
         """Which side of each product of activations reads the other: the keys, unless a norm lies behind them."""
         for meeting in self.labels.meetings:
             left, right = self._layer(meeting.left), self._layer(meeting.right)
-            if right is not None and meeting.right_near == {right} and self.kinds[right] in ("conv", "linear"):
+            if (
+                right is not None
+                and meeting.right_near == {right}
+                and self.kinds[right] in ("conv", "linear")
+            ):
                 ids, layer = meeting.right, right
-            elif left is not None and meeting.left_near == {left} and self.kinds[left] in ("conv", "linear"):
+            elif (
+                left is not None
+                and meeting.left_near == {left}
+                and self.kinds[left] in ("conv", "linear")
+            ):
                 ids, layer = meeting.left, left
             else:
-                self._freeze(meeting.left, "what it is multiplied with in attention has passed a norm")
+                self._freeze(
+                    meeting.left, "what it is multiplied with in attention has passed a norm"
+                )
                 continue
             if np.intersect1d(meeting.left, meeting.right).size:
                 self._freeze(ids, "its channels are multiplied with themselves")
@@ -507,7 +572,9 @@ class _Assembly:
             owner = layer.rpartition(".")[0]
             scale = getattr(self.modules[owner], "scale", None)
             kept = isinstance(scale, float) and math.isclose(scale, meeting.depth**-0.5)
-            if meeting.scaled or kept:  # in either case as if it had been built with as many head dimensions as are left
+            if (
+                meeting.scaled or kept
+            ):  # in either case as if it had been built with as many head dimensions as are left
                 self.scaled[ids] = True
             if kept:
                 self.scale_of[owner] = ids
@@ -530,18 +597,27 @@ class _Assembly:
             heads = np.where(self.is_head[array], array, self.head[array])
             np.add.at(head_marks, heads[heads >= 0], random[2])
         for reason in sorted(set(self.reasons.values())):
-            why, code = [c for c, r in self.reasons.items() if r == reason], draw.integers(1, 2**63, dtype=np.uint64)
+            why, code = (
+                [c for c, r in self.reasons.items() if r == reason],
+                draw.integers(1, 2**63, dtype=np.uint64),
+            )
             np.add.at(marks, why, code)
             np.add.at(head_marks, why, code)
         seen = np.zeros(labels.count, dtype=bool)
-        producers = [n for n in self.order if self.kinds[n] in ("conv", "linear") and n in labels.behind]
+        producers = [
+            n for n in self.order if self.kinds[n] in ("conv", "linear") and n in labels.behind
+        ]
         for layer in producers:
             array = self.arrays[layer, "out"]
             heads = _firsts(self.head[array][self.head[array] >= 0])
             heads = heads[~seen[heads]]
             for several in _by_mark(heads, head_marks):
                 seen[several] = True
-                reason = "its channels belong to two kinds of heads" if set(several.tolist()) & self.clashes else ""
+                reason = (
+                    "its channels belong to two kinds of heads"
+                    if set(several.tolist()) & self.clashes
+                    else ""
+                )
                 yield _Raw(several, reason or self.reasons.get(int(several[0]), ""), heads=True)
             own = _firsts(array)
             own = own[~seen[own] & ~self.is_head[own]]
@@ -557,59 +633,90 @@ class _Assembly:
         for key, array in self.arrays.items():
             at = place[array]
             if raw.heads:
-                at = np.where(at < 0, np.where(self.head[array] >= 0, place[self.head[array]], -1), at)
+                at = np.where(
+                    at < 0, np.where(self.head[array] >= 0, place[self.head[array]], -1), at
+                )
             positions = np.flatnonzero(at >= 0)
             if len(positions):
                 keys.append(key)
                 if n > 1 and not raw.reason:
                     cuts |= _cuts(positions, at[positions])
-        read = any(key[1] == "in" for key in keys) or bool(self.reads[np.isin(self.labels.channel, raw.channels)].any())
+        read = any(key[1] == "in" for key in keys) or bool(
+            self.reads[np.isin(self.labels.channel, raw.channels)].any()
+        )
         if not read and (raw.reason in ("", OUTPUT) or raw.heads):
             return  # nobody reads it: the network's output
-        reason = next((f"layer {k[0]} {self.spoiled[str(k[0])]}" for k in keys if k[0] in self.spoiled), raw.reason)
+        reason = next(
+            (f"layer {k[0]} {self.spoiled[str(k[0])]}" for k in keys if k[0] in self.spoiled),
+            raw.reason,
+        )
         borders = sorted(cuts)
         if len(borders) - 1 > min(MAX_PARTS, max(3, n // 2)) or (raw.heads and len(borders) > 2):
             reason = reason or "its channels are permuted on the way to a consumer"
             borders = [0, n]
         self.raws += 1
         for start, stop in itertools.pairwise(borders):
-            self.parts.append(_Part(raw.channels[start:stop], raw.heads, reason, keys=keys, raw=self.raws))
+            self.parts.append(
+                _Part(raw.channels[start:stop], raw.heads, reason, keys=keys, raw=self.raws)
+            )
 
     def _index(self) -> None:
         for i, part in enumerate(self.parts):
-            owner, place = (self.head_part, self.head_place) if part.heads else (self.part_of, self.place_in)
+            owner, place = (
+                (self.head_part, self.head_place) if part.heads else (self.part_of, self.place_in)
+            )
             owner[part.channels], place[part.channels] = i, np.arange(len(part.channels))
 
     def _halve(self) -> None:
         """Blocks that must keep equal counts: of grouped convolutions and norms, and of heads."""
-        wanted = [(self.labels.channel[ids], count, where) for ids, count, where in self.labels.halves]
+        wanted = [
+            (self.labels.channel[ids], count, where) for ids, count, where in self.labels.halves
+        ]
         for grid, heads, free in self.labels.lattices:
             if heads:
                 rest = [i for i in range(grid.ndim) if i not in heads and i != free]
                 ids = grid.transpose([*heads, *rest, free])
                 for _ in rest:
                     ids = ids.take(0, axis=len(heads))
-                wanted.append((self.labels.channel[ids.ravel()], math.prod(grid.shape[i] for i in heads), "attention"))
+                wanted.append(
+                    (
+                        self.labels.channel[ids.ravel()],
+                        math.prod(grid.shape[i] for i in heads),
+                        "attention",
+                    )
+                )
         for channels, count, where in wanted:
             parts = set(self.part_of[channels].tolist()) - {-1}
             for i in parts:
                 part = self.parts[i]
                 if len(parts) > 1 and where != "attention":
-                    part.reason = part.reason or f"{where} splits a concatenation into {count} blocks"
+                    part.reason = (
+                        part.reason or f"{where} splits a concatenation into {count} blocks"
+                    )
                     continue
                 rows = [row[self.part_of[row] == i] for row in channels.reshape(count, -1)]
                 n = len(part.channels)
                 even = n % count == 0 and all(
-                    np.array_equal(np.unique(self.place_in[row]), np.arange(b * n // count, (b + 1) * n // count))
+                    np.array_equal(
+                        np.unique(self.place_in[row]),
+                        np.arange(b * n // count, (b + 1) * n // count),
+                    )
                     for b, row in enumerate(rows)
                 )
                 if even:
                     part.blocks = math.lcm(part.blocks, count)
-                elif len({tuple(row.tolist()) for row in rows}) > 1:  # else the same channels in every block
-                    part.reason = part.reason or f"{n} channels do not divide into {count} blocks in order"
+                elif (
+                    len({tuple(row.tolist()) for row in rows}) > 1
+                ):  # else the same channels in every block
+                    part.reason = (
+                        part.reason or f"{n} channels do not divide into {count} blocks in order"
+                    )
         for part in self.parts:
             if not part.heads and len(part.channels) % part.blocks:
-                part.reason = part.reason or f"{len(part.channels)} channels do not divide into {part.blocks} blocks"
+                part.reason = (
+                    part.reason
+                    or f"{len(part.channels)} channels do not divide into {part.blocks} blocks"
+                )
                 part.blocks = 1
 
     def _whole_again(self) -> None:
@@ -631,12 +738,18 @@ class _Assembly:
             if (counted := self._counted(size)) is None:
                 continue
             channels = counted[0]
-            parts = set(np.where(self.is_head[channels], self.head_part[channels], self.part_of[channels]).tolist()) - {-1}
+            parts = set(
+                np.where(
+                    self.is_head[channels], self.head_part[channels], self.part_of[channels]
+                ).tolist()
+            ) - {-1}
             several = known.setdefault(size.of, parts)
             if parts != several and parts and several:
                 for i in parts ^ several:
                     part, number = self.parts[i], ".".join(p for p in size.of[:2] if p)
-                    part.reason = part.reason or f"the number '{number}' states its width and another one"
+                    part.reason = (
+                        part.reason or f"the number '{number}' states its width and another one"
+                    )
 
     def _layout(self, key: Key | None, array: Ids, where: str = "") -> list[_Run]:
         """One axis as runs of positions; a part that is not there as whole copies is frozen."""
@@ -651,11 +764,17 @@ class _Assembly:
         runs = _runs(self.part_of[array], self.place_in[array], parts)
         heads = np.where(self.is_head[array], array, self.head[array])
         owner = np.where(heads >= 0, self.head_part[heads], -1)
-        outer = [r for r in _runs(owner, self.head_place[np.maximum(heads, 0)], parts) if r.part >= 0 or r.broken >= 0]
+        outer = [
+            r
+            for r in _runs(owner, self.head_place[np.maximum(heads, 0)], parts)
+            if r.part >= 0 or r.broken >= 0
+        ]
         for run in (*runs, *outer):
             if run.broken >= 0:
                 part = self.parts[run.broken]
-                part.reason = part.reason or f"its channels do not lie in whole copies along {where}"
+                part.reason = (
+                    part.reason or f"its channels do not lie in whole copies along {where}"
+                )
         outer = [r for r in outer if r.part >= 0]
         runs = _split_fixed(runs, outer)
         for run in runs:
@@ -668,16 +787,23 @@ class _Assembly:
         for head in outer:
             inside = [r for r in runs if r.start < head.stop and r.stop > head.start]
             part = self.parts[head.part]
-            if all(r.part < 0 or self.parts[r.part].reason for r in inside):  # nothing within a head can change
+            if all(
+                r.part < 0 or self.parts[r.part].reason for r in inside
+            ):  # nothing within a head can change
                 if inside[0].start < head.start or inside[-1].stop > head.stop:
                     part.reason = part.reason or f"heads do not align with channels along {where}"
                     continue
                 at = runs.index(inside[0])
-                runs[at : at + len(inside)] = [_Run(-1, head.stop - head.start, 1, head.start, head.stop, outer=head.part)]
+                runs[at : at + len(inside)] = [
+                    _Run(-1, head.stop - head.start, 1, head.start, head.stop, outer=head.part)
+                ]
             elif (
                 len(inside) == 1
                 and (inside[0].start, inside[0].stop) == (head.start, head.stop)
-                and not (inside[0].channels % head.channels or self.parts[inside[0].part].blocks % head.channels)
+                and not (
+                    inside[0].channels % head.channels
+                    or self.parts[inside[0].part].blocks % head.channels
+                )
             ):
                 inside[0].outer = head.part
             else:
@@ -690,12 +816,16 @@ class _Assembly:
             group = self.parts[run.part].group if run.part >= 0 else None
             outer = self.parts[run.outer].group if run.outer >= 0 else None
             if group is None and outer is not None:  # the heads' own positions: a table's columns
-                segments.append(Segment(outer.name, outer.channels, (run.stop - run.start) // outer.channels))
+                segments.append(
+                    Segment(outer.name, outer.channels, (run.stop - run.start) // outer.channels)
+                )
             elif group is None:
                 segments.append(Segment(None, run.stop - run.start))
             else:
                 name = outer.name if outer is not None else None
-                segments.append(Segment(group.name, run.channels, run.repeat, name, run.reads, run.scaled))
+                segments.append(
+                    Segment(group.name, run.channels, run.repeat, name, run.reads, run.scaled)
+                )
         return tuple(segments)
 
     def _describe(self, part: _Part, layouts: Mapping[Key, list[_Run]]) -> None:
@@ -705,7 +835,11 @@ class _Assembly:
         keys = [k for k, runs in on.items() if runs] if not part.reason else part.keys
         layers = sorted((k for k in keys if isinstance(k[1], str)), key=lambda k: self.order[k[0]])
         out = [str(layer) for layer, side in layers if side == "out"]
-        reading = {str(k[0]) for k, runs in on.items() if any(r.reads for r in runs)} if not part.heads else set()
+        reading = (
+            {str(k[0]) for k, runs in on.items() if any(r.reads for r in runs)}
+            if not part.heads
+            else set()
+        )
         only = {n for n in reading if all(r.reads for r in on[n, "out"])}
         producers = [n for n in out if self.kinds[n] in ("conv", "linear") and n not in only]
         consumers = [str(layer) for layer, side in layers if side == "in"]
@@ -755,7 +889,12 @@ class _Assembly:
         grid, at = self.labels.channel[size.ids], size.axis
         rows = np.moveaxis(grid, at, -1).reshape(-1, grid.shape[at])
         heads, over = self.head[rows], float(size.factor)
-        if grid.ndim > 1 and (heads >= 0).all() and (heads == heads[:1]).all() and len(set(heads[0].tolist())) == heads.shape[1]:
+        if (
+            grid.ndim > 1
+            and (heads >= 0).all()
+            and (heads == heads[:1]).all()
+            and len(set(heads[0].tolist())) == heads.shape[1]
+        ):
             return heads[0], over, False  # an index for each head
         if (rows == rows[:, :1]).all() and rows.shape[1] > 1:
             return None
@@ -855,7 +994,11 @@ def _split_fixed(runs: list[_Run], heads: Sequence[_Run]) -> list[_Run]:
     borders = sorted({b for h in heads for b in (h.start, h.stop)})
     found: list[_Run] = []
     for run in runs:
-        cuts = [run.start, *[b for b in borders if run.start < b < run.stop], run.stop] if run.part < 0 else [run.start, run.stop]
+        cuts = (
+            [run.start, *[b for b in borders if run.start < b < run.stop], run.stop]
+            if run.part < 0
+            else [run.start, run.stop]
+        )
         if len(cuts) == 2:
             found.append(run)
         else:

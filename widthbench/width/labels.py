@@ -141,11 +141,19 @@ class View:
     def seen(self, name: str, args: Any, view: Tensor) -> View:
         """A view of this one, by a view operation of torch's with its arguments; the first is this one."""
         dims, places, t = self.dims, list(self.places), args[0]
-        if dims is None or name in ("alias", "detach") or view.shape == t.shape == torch.Size([1] * t.dim()):
+        if (
+            dims is None
+            or name in ("alias", "detach")
+            or view.shape == t.shape == torch.Size([1] * t.dim())
+        ):
             return self
         if name in ("slice", "select"):
             at = (args[1] if len(args) > 1 else 0) % t.dim()
-            chosen: Any = args[2] if name == "select" else slice(*(args[i] if len(args) > i else None for i in (2, 3, 4)))
+            chosen: Any = (
+                args[2]
+                if name == "select"
+                else slice(*(args[i] if len(args) > i else None for i in (2, 3, 4)))
+            )
             if dims[at] is not None:
                 own = int(dims[at])
                 places[own] = np.atleast_1d(places[own][chosen])
@@ -156,8 +164,14 @@ class View:
                 at = args[1] % view.dim()
                 return View(self.root, (*dims[:at], None, *dims[at:]), self.places)
             if name == "squeeze":
-                kept = [d for d in range(t.dim()) if t.shape[d] != 1] if view.dim() == sum(n != 1 for n in t.shape) else None
-                return View(self.root, None if kept is None else tuple(dims[d] for d in kept), self.places)
+                kept = (
+                    [d for d in range(t.dim()) if t.shape[d] != 1]
+                    if view.dim() == sum(n != 1 for n in t.shape)
+                    else None
+                )
+                return View(
+                    self.root, None if kept is None else tuple(dims[d] for d in kept), self.places
+                )
             order = [d % t.dim() for d in args[1]] if name == "permute" else list(range(t.dim()))
             if name == "transpose":
                 a, b = (d % t.dim() for d in args[1:3])
@@ -250,7 +264,9 @@ class Call:
         """Its name and arguments, tensors by shape: two networks that compute something else differ in some call."""
         leaves = tree_leaves([self.args, dict(self.kwargs)])
         parts = [
-            f"{list(a.shape)}" if isinstance(a, Tensor) else type(a).__name__ + (f" {a!r}" if isinstance(a, PLAIN) else "")
+            f"{list(a.shape)}"
+            if isinstance(a, Tensor)
+            else type(a).__name__ + (f" {a!r}" if isinstance(a, PLAIN) else "")
             for a in leaves
         ]
         return f"{self.name}({','.join(parts)});"
@@ -319,7 +335,12 @@ class Tracer(TorchDispatchMode):
                 inside = self._axis((name, "in"), axis_length(module, "in"))
             for leaf in ("weight", "bias", "running_mean", "running_var"):
                 t = getattr(module, leaf, None)
-                if not isinstance(t, Tensor) or t in self.values or t.dim() == 0 or t.shape[0] != len(out):
+                if (
+                    not isinstance(t, Tensor)
+                    or t in self.values
+                    or t.dim() == 0
+                    or t.shape[0] != len(out)
+                ):
                     continue
                 factors: list[Factor] = [((0,), out)]
                 if leaf == "weight" and inside is not None and t.shape[1] == len(inside):
@@ -331,7 +352,9 @@ class Tracer(TorchDispatchMode):
             if not t.is_floating_point():
                 self.values[t] = Value(constant=True)
                 continue
-            self.values[t] = Value(tuple(((d,), self._axis((name, d), n)) for d, n in enumerate(t.shape) if n > 1))
+            self.values[t] = Value(
+                tuple(((d,), self._axis((name, d), n)) for d, n in enumerate(t.shape) if n > 1)
+            )
 
     def _axis(self, key: Key, length: int) -> Ids:
         self.axes[key] = (self.count, length)
@@ -411,7 +434,9 @@ class Tracer(TorchDispatchMode):
                 self.freeze(ids, "its channels lie across others")
             return None
         axes = [a[0].index(d) for d in b[0]]
-        if a[1].ndim - 1 in axes:  # along the last axis of a grid: one entry for all rows, such as a norm's weights in each head
+        if (
+            a[1].ndim - 1 in axes
+        ):  # along the last axis of a grid: one entry for all rows, such as a norm's weights in each head
             shape = [a[1].shape[i] if i in axes else 1 for i in range(a[1].ndim)]
             self.tie(a[1], b[1].reshape(shape))
         else:
@@ -456,7 +481,9 @@ class Tracer(TorchDispatchMode):
     def _see(self, name: str, args: Any, view: Tensor) -> None:
         """Note which positions of which tensor a view shows."""
         base = args[0]
-        above = self.views.get(base) or View(base, tuple(range(base.dim())), tuple(np.arange(n) for n in base.shape))
+        above = self.views.get(base) or View(
+            base, tuple(range(base.dim())), tuple(np.arange(n) for n in base.shape)
+        )
         self.views[view] = above.seen(name, args, view)
         self.families.setdefault(above.root, []).append(weakref.ref(view))
 
@@ -464,13 +491,19 @@ class Tracer(TorchDispatchMode):
         """What was written into a tensor lies in all that share its memory, too: in what it is a view of, and in views of it."""
         value, view = self.values[t], self.views.get(t)
         root = t if view is None else view.root
-        for member in (root, *(m for ref in self.families.get(root, ()) if (m := ref()) is not None)):
+        for member in (
+            root,
+            *(m for ref in self.families.get(root, ()) if (m := ref()) is not None),
+        ):
             if member is not t:
                 known = self.of(member)
                 self.values[member] = replace(
-                    known, constant=known.constant and value.constant, data=known.data or value.data,
-                    near=known.near | value.near, direct=False,
-                )  # fmt: skip
+                    known,
+                    constant=known.constant and value.constant,
+                    data=known.data or value.data,
+                    near=known.near | value.near,
+                    direct=False,
+                )
         if view is not None:
             self._lift(value, view)
 
@@ -481,7 +514,9 @@ class Tracer(TorchDispatchMode):
         for dims, ids in value.factors:
             up = None if view.dims is None else tuple(view.dims[d] for d in dims)
             if up is None or None in up:
-                self.freeze(ids, "its channels are written into a part of a tensor that cannot be followed")
+                self.freeze(
+                    ids, "its channels are written into a part of a tensor that cannot be followed"
+                )
                 continue
             own = tuple(sorted(int(d) for d in up if d is not None))
             ids = ids.transpose(sorted(range(len(up)), key=lambda i: up[i]))  # type: ignore[arg-type, return-value]
@@ -540,7 +575,12 @@ class Tracer(TorchDispatchMode):
         if fa is not None and fb is not None and ga is not None and gb is not None:
             alone = {d for d in ga if d != along} ^ {d for d in gb if d != along}
             if alone - both:  # one of them has more axes to its grid than those that both share
-                self.tie(*(self.blocks(f[1], [g.index(along)]) if len(g) > 1 else f[1] for f, g in ((fa, ga), (fb, gb))))
+                self.tie(
+                    *(
+                        self.blocks(f[1], [g.index(along)]) if len(g) > 1 else f[1]
+                        for f, g in ((fa, ga), (fb, gb))
+                    )
+                )
                 grid = fa[1]
             else:
                 order = [*sorted({d for d in (*ga, *gb) if isinstance(d, int)}), along]
@@ -549,7 +589,11 @@ class Tracer(TorchDispatchMode):
                 left, right = np.broadcast_arrays(left, right)
                 grid = left
                 if va.data and vb.data:
-                    self.meetings.append(Meeting(left.ravel(), va.near, right.ravel(), vb.near, scaled, left.shape[-1]))
+                    self.meetings.append(
+                        Meeting(
+                            left.ravel(), va.near, right.ravel(), vb.near, scaled, left.shape[-1]
+                        )
+                    )
         else:
             for f, v, other in ((fa, va, vb), (fb, vb, va)):
                 if f is not None and not other.constant:
@@ -561,14 +605,22 @@ class Tracer(TorchDispatchMode):
                     left_over.append(moved_factor(f, mapping))
                 elif len(f[0]) > 1:
                     kept = [i for i, d in enumerate(f[0]) if d in mapping]
-                    left_over.append(moved_factor((tuple(f[0][i] for i in kept), self.blocks(f[1], kept)), mapping))
+                    left_over.append(
+                        moved_factor(
+                            (tuple(f[0][i] for i in kept), self.blocks(f[1], kept)), mapping
+                        )
+                    )
         factors = self.merged(left_over)
         grids = [] if grid is None else [grid]
         seen = np.concatenate([g.ravel() for g in grids]) if grids else np.zeros(0, dtype=np.int64)
         rows = [r for _, ids in factors for r in ids.ravel().tolist() if r in self.members]
-        inner = np.concatenate([self.members[r] for r in rows]) if rows else np.zeros(0, dtype=np.int64)
+        inner = (
+            np.concatenate([self.members[r] for r in rows]) if rows else np.zeros(0, dtype=np.int64)
+        )
         for _, ids in factors:
-            if not (grids and np.isin(ids, self._all_blocks()).all() and np.isin(inner, seen).any()):
+            if not (
+                grids and np.isin(ids, self._all_blocks()).all() and np.isin(inner, seen).any()
+            ):
                 grids.append(ids)
         self.counts(macs, grids)
         return Value(tuple(factors), data=va.data or vb.data, near=va.near | vb.near, direct=False)
@@ -576,7 +628,9 @@ class Tracer(TorchDispatchMode):
     def counts(self, macs: int, grids: Iterable[Ids | None]) -> None:
         """Note multiply-accumulates, and the labels that they are proportional to the numbers of."""
         known = [n for n in self.modules.parents if n != "Global"]
-        where = max(known, key=len, default="").partition(".")[2]  # the tracker's names begin with the network's class
+        where = max(known, key=len, default="").partition(".")[
+            2
+        ]  # the tracker's names begin with the network's class
         self.products.append(Product(macs, tuple(g for g in grids if g is not None), where))
 
     def _all_blocks(self) -> Ids:
@@ -594,7 +648,9 @@ class Tracer(TorchDispatchMode):
             along = [i for i in range(grid.ndim) if _varies(rows, i)] if (rows >= 0).all() else []
             if len(along) == grid.ndim:
                 along = []
-            free = max((i for i in range(grid.ndim) if i not in along), key=lambda i: (grid.shape[i], i))
+            free = max(
+                (i for i in range(grid.ndim) if i not in along), key=lambda i: (grid.shape[i], i)
+            )
             for i in range(grid.ndim):
                 if i != free and i not in along:
                     self.tie(grid, grid.take([0], axis=i))
@@ -630,7 +686,9 @@ class Tracer(TorchDispatchMode):
         for size in self.sizes:
             rows = heads[size.ids]
             if size.ids.ndim > 1 and (rows >= 0).all() and not _varies(rows, size.axis):
-                other = first.setdefault((size.of, size.factor, size.axis, size.ids.shape), size.ids)
+                other = first.setdefault(
+                    (size.of, size.factor, size.axis, size.ids.shape), size.ids
+                )
                 self.tie(other, size.ids)
 
     def _components(self) -> Ids:
@@ -650,13 +708,20 @@ def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
     if not func._schema.is_mutable:
         return []
     named = zip(func._schema.arguments, args, strict=False)
-    given = [*((a, v) for a, v in named), *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs)]
+    given = [
+        *((a, v) for a, v in named),
+        *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs),
+    ]
     mutable = [v for a, v in given if a.alias_info is not None and a.alias_info.is_write]
     return [t for t in tree_leaves(mutable) if isinstance(t, Tensor)]
 
 
 def _unique(channel: Ids, parts: list[Ids]) -> Ids:
-    return np.unique(channel[np.concatenate([p.ravel() for p in parts])]) if parts else np.zeros(0, dtype=np.int64)
+    return (
+        np.unique(channel[np.concatenate([p.ravel() for p in parts])])
+        if parts
+        else np.zeros(0, dtype=np.int64)
+    )
 
 
 def _varies(ids: Ids, axis: int) -> bool:
@@ -708,7 +773,12 @@ def plain_value(values: Iterable[Value]) -> Value:
     """What is known of an operation's output without labels."""
     values = list(values)
     near = frozenset().union(*(v.near for v in values)) if values else frozenset()
-    return Value(constant=all(v.constant for v in values), data=any(v.data for v in values), near=near, direct=False)
+    return Value(
+        constant=all(v.constant for v in values),
+        data=any(v.data for v in values),
+        near=near,
+        direct=False,
+    )
 
 
 def with_factors(value: Value, factors: Iterable[Factor], **changes: Any) -> Value:
@@ -724,7 +794,12 @@ def note_whole(tracer: Tracer, call: Call) -> None:
             if not isinstance(part, int):
                 return
             continue
-        if isinstance(part.stop, Integer) and not part.start and dim < t.dim() and part.stop == t.shape[dim]:
+        if (
+            isinstance(part.stop, Integer)
+            and not part.start
+            and dim < t.dim()
+            and part.stop == t.shape[dim]
+        ):
             note_size(tracer, part.stop, tracer.of(t).factors, dim)
 
 

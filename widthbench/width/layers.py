@@ -20,7 +20,9 @@ def kind_of(module: nn.Module) -> str | None:
         return "linear"
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return "batchnorm"
-    if (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1) or isinstance(module, nn.GroupNorm):
+    if (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1) or isinstance(
+        module, nn.GroupNorm
+    ):
         return "channelnorm"
     if isinstance(module, nn.PReLU) and module.num_parameters > 1:
         return "prelu"

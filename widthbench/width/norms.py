@@ -55,7 +55,9 @@ def norm_of(model: nn.Module, groups: Groups, name: str, layer: str) -> Norm:
     module: Any = model.get_submodule(layer)
     if module.running_var is None:
         kind = type(module).__name__
-        raise UsageError(f"layer {layer} ({kind}) keeps no running statistics: what it does is not in its weights")
+        raise UsageError(
+            f"layer {layer} ({kind}) keeps no running statistics: what it does is not in its weights"
+        )
     mean = _entries(groups, name, layer, module.running_mean)
     gamma, beta = weight_and_bias(model, groups, name, layer)
     before = next(iter(groups.behind.get(layer, ())), None)
@@ -70,7 +72,15 @@ def norm_behind(groups: Groups, layer: str) -> str | None:
     return readers[0] if len(readers) == 1 and readers[0] in groups.adjacent else None
 
 
-def filter_rows(model: nn.Module, groups: Groups, name: str, layer: str, *, fold: bool = False, bias: bool = True) -> Tensor:
+def filter_rows(
+    model: nn.Module,
+    groups: Groups,
+    name: str,
+    layer: str,
+    *,
+    fold: bool = False,
+    bias: bool = True,
+) -> Tensor:
     """A layer's weights by channel, with its bias as one more weight where no BatchNorm comes right behind it.
 
     Args:
@@ -101,7 +111,9 @@ def filter_rows(model: nn.Module, groups: Groups, name: str, layer: str, *, fold
 PLACES = (11, 13)  # of a probing input; a few numbers that are no likely width
 
 
-def affine_of(model: nn.Module, groups: Groups, name: str, tensor: str) -> tuple[Tensor, Tensor] | str:
+def affine_of(
+    model: nn.Module, groups: Groups, name: str, tensor: str
+) -> tuple[Tensor, Tensor] | str:
     """What a bare tensor that rides along a group does to its channels: a frozen norm, a layer-scale, any module that is an affine.
 
     The module that holds the tensor is run by itself on probes, so that it does not matter how it computes what it does.
@@ -121,7 +133,12 @@ def affine_of(model: nn.Module, groups: Groups, name: str, tensor: str) -> tuple
         return f"tensor '{tensor}' rides along, and no module of its own says what it does"
     own = next(t for n, t in (*model.named_parameters(), *model.named_buffers()) if n == tensor)
     places = [n if n != channels else n + 4 for n in PLACES]
-    for shape, dim in (((1, channels, *places), 1), ((1, *places, channels), 3), ((1, places[0], channels), 2), ((1, channels), 1)):
+    for shape, dim in (
+        ((1, channels, *places), 1),
+        ((1, *places, channels), 3),
+        ((1, places[0], channels), 2),
+        ((1, channels), 1),
+    ):
         probe = torch.zeros(shape, dtype=own.dtype, device=own.device)
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(probe)
         try:
@@ -133,7 +150,10 @@ def affine_of(model: nn.Module, groups: Groups, name: str, tensor: str) -> tuple
             continue
         low, high, some = (_flat(t, dim) for t in (low, high, some))
         b, a = low[:, :1], (high - low)[:, :1]
-        if all(torch.allclose(t, a * x + b, rtol=1e-4, atol=1e-5) for t, x in ((low, 0.0), (high, 1.0), (some, _flat(drawn, dim)))):
+        if all(
+            torch.allclose(t, a * x + b, rtol=1e-4, atol=1e-5)
+            for t, x in ((low, 0.0), (high, 1.0), (some, _flat(drawn, dim)))
+        ):
             return a[:, 0], b[:, 0]
     return f"tensor '{tensor}' rides along, and {type(module).__name__} {owner} is no affine of its channels"
 
@@ -142,7 +162,9 @@ def _flat(t: Tensor, dim: int) -> Tensor:
     return t.double().movedim(dim, 0).flatten(1)
 
 
-def affines_of(model: nn.Module, groups: Groups, name: str) -> dict[str, tuple[Tensor, Tensor]] | str:
+def affines_of(
+    model: nn.Module, groups: Groups, name: str
+) -> dict[str, tuple[Tensor, Tensor]] | str:
     """The affines of all bare tensors that ride along a group, by the module that holds them; or why there is none for one."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     group = groups[name]
@@ -188,8 +210,19 @@ def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor
         seen.append(inputs)
     if len(runs) != 1:
         return f"module {owner}, which scales it, runs {len(runs)} times"
-    around = next((layer for layer in places if layer in seen[0] and torch.equal(seen[0][layer], seen[1][layer])), None)
-    return None if around is None else f"layer {around} reads it around module {owner}, which scales it for others"
+    around = next(
+        (
+            layer
+            for layer in places
+            if layer in seen[0] and torch.equal(seen[0][layer], seen[1][layer])
+        ),
+        None,
+    )
+    return (
+        None
+        if around is None
+        else f"layer {around} reads it around module {owner}, which scales it for others"
+    )
 
 
 def _changed(runs: list[None], module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -197,15 +230,29 @@ def _changed(runs: list[None], module: nn.Module, args: Any, output: Tensor) -> 
     return output.flip(0) + 1
 
 
-def _noted(into: dict[str, Tensor], layer: str, dim: int, positions: list[int], module: nn.Module, args: Any) -> None:
+def _noted(
+    into: dict[str, Tensor],
+    layer: str,
+    dim: int,
+    positions: list[int],
+    module: nn.Module,
+    args: Any,
+) -> None:
     into[layer] = args[0].detach().index_select(dim, torch.tensor(positions, device=args[0].device))
 
 
-def weight_and_bias(model: nn.Module, groups: Groups, name: str, layer: str) -> tuple[Tensor, Tensor]:
+def weight_and_bias(
+    model: nn.Module, groups: Groups, name: str, layer: str
+) -> tuple[Tensor, Tensor]:
     """A norm's weight and bias by channel, ``[N]`` each in float64; ones and zeros where it has none."""
     module: Any = model.get_submodule(layer)
-    ones = torch.ones(groups[name].channels, dtype=torch.float64, device=next(model.parameters()).device)
-    weight, bias = (None if t is None else _entries(groups, name, layer, t) for t in (module.weight, module.bias))
+    ones = torch.ones(
+        groups[name].channels, dtype=torch.float64, device=next(model.parameters()).device
+    )
+    weight, bias = (
+        None if t is None else _entries(groups, name, layer, t)
+        for t in (module.weight, module.bias)
+    )
     return ones if weight is None else weight, torch.zeros_like(ones) if bias is None else bias
 
 

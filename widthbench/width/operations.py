@@ -71,19 +71,29 @@ def _pointwise(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
             if value.data:
                 branches.setdefault(moved, []).append(ids)
         if not value.constant:
-            one = 1 if value.data else 0  # a single position that is no channel may meet a single channel
-            plain |= {d + shift for d, n in enumerate(t.shape) if d not in covered and (n > 1 or n == one == out.shape[d + shift])}
+            one = (
+                1 if value.data else 0
+            )  # a single position that is no channel may meet a single channel
+            plain |= {
+                d + shift
+                for d, n in enumerate(t.shape)
+                if d not in covered and (n > 1 or n == one == out.shape[d + shift])
+            }
     for dims, ids in factors:
         if plain & set(dims):
             tracer.freeze(ids, MEETS)
     found = [f for f in tracer.merged(factors) if not plain & set(f[0])]
     if name in JOINING:
         for parts in branches.values():
-            if len(parts) > 1 and any(p is not parts[0] and not np.array_equal(p, parts[0]) for p in parts):
+            if len(parts) > 1 and any(
+                p is not parts[0] and not np.array_equal(p, parts[0]) for p in parts
+            ):
                 tracer.joined.append(parts[0])
     values = [tracer.of(t) for t in inputs]
     value = plain_value(values)
-    return with_factors(value, found, direct=name in ("clone", "_to_copy", "alias", "detach") and values[0].direct)
+    return with_factors(
+        value, found, direct=name in ("clone", "_to_copy", "alias", "detach") and values[0].direct
+    )
 
 
 def _like(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
@@ -109,7 +119,9 @@ def _remapped(tracer: Tracer, t: Tensor, mapping: Mapping[int, int]) -> Value:
     for dims, ids in value.factors:
         if not all(d in mapping for d in dims):
             tracer.freeze(ids, "its only channel is squeezed away")
-    return with_factors(value, [moved_factor(f, mapping) for f in value.factors if all(d in mapping for d in f[0])])
+    return with_factors(
+        value, [moved_factor(f, mapping) for f in value.factors if all(d in mapping for d in f[0])]
+    )
 
 
 def _permute(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
@@ -180,7 +192,9 @@ def _view(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     factors: list[Factor] = []
     for dims, ids in value.factors:
         touched = [(a, b) for a, b in chunks if set(a) & set(dims)]
-        if ids.size == 1:  # a single channel: it goes where its dimension goes, repeated where others are merged with it
+        if (
+            ids.size == 1
+        ):  # a single channel: it goes where its dimension goes, repeated where others are merged with it
             (a, b), at = touched[0], int(dims[0])
             many = [d for d in b if output.shape[d] > 1]
             if len(b) == 1 or (len(many) <= 1 and len(a) > 1 and max(t.shape[d] for d in a) > 1):
@@ -194,9 +208,9 @@ def _view(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         olds = [d for a, _ in touched for d in a]
         news = [d for _, b in touched for d in b]
         full = ids.reshape([t.shape[d] if d in dims else 1 for d in olds])
-        if any(len([d for d in a if t.shape[d] > 1]) > 1 for a, _ in touched) or math.prod(full.shape) != math.prod(
-            output.shape[d] for d in news
-        ):
+        if any(len([d for d in a if t.shape[d] > 1]) > 1 for a, _ in touched) or math.prod(
+            full.shape
+        ) != math.prod(output.shape[d] for d in news):
             full = np.broadcast_to(full, [t.shape[d] for d in olds])
         found = simple_factors(news, full.reshape([output.shape[d] for d in news]))
         for f in found:
@@ -211,12 +225,18 @@ def _view(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         np.array_equal(new[1], old[1]) for new, old in zip(factors, value.factors, strict=True)
     )
     for i, size in enumerate(tracer.call.shape()):
-        if isinstance(size, Integer) and len(tracer.call.shape()) == output.dim() and size == output.shape[i]:
+        if (
+            isinstance(size, Integer)
+            and len(tracer.call.shape()) == output.dim()
+            and size == output.shape[i]
+        ):
             note_size(tracer, size, factors, i)
     return with_factors(value, factors, direct=value.direct and alike)
 
 
-def _picked(tracer: Tracer, t: Tensor, dim: int, picks: Callable[[Ids, int], Ids], keepdim: bool) -> Value:
+def _picked(
+    tracer: Tracer, t: Tensor, dim: int, picks: Callable[[Ids, int], Ids], keepdim: bool
+) -> Value:
     """What is left of one dimension after a selection along it."""
     value, dim = tracer.of(t), dim % t.dim()
     factors: list[Factor] = []
@@ -227,7 +247,11 @@ def _picked(tracer: Tracer, t: Tensor, dim: int, picks: Callable[[Ids, int], Ids
             left = [d for d in dims if keepdim or d != dim]
             if not keepdim and not left:
                 tracer.freeze(ids, "single channels of it are picked out")
-            factors += simple_factors([d - (not keepdim and d > dim) for d in left], chosen) if chosen.ndim else []
+            factors += (
+                simple_factors([d - (not keepdim and d > dim) for d in left], chosen)
+                if chosen.ndim
+                else []
+            )
         else:
             factors.append((tuple(d - (not keepdim and d > dim) for d in dims), ids))
     return with_factors(value, factors)
@@ -241,7 +265,10 @@ def _slice(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     t = args[0]
     dim = (args[1] if len(args) > 1 else 0) % t.dim()
     length = t.shape[dim]
-    start, stop, step = (args[i] if len(args) > i and args[i] is not None else d for i, d in ((2, 0), (3, length), (4, 1)))
+    start, stop, step = (
+        args[i] if len(args) > i and args[i] is not None else d
+        for i, d in ((2, 0), (3, length), (4, 1))
+    )
     start, stop, _ = slice(start, stop).indices(length)
     factor = tracer.of(t).at(dim)
     if factor is not None:
@@ -283,7 +310,10 @@ def _split(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
                 tracer.sizes.append(Size(integer.origin, integer.factor, part, axis))
         if len(set(sizes)) == 1 and name == "split_with_sizes" and not tracer.call.integers():
             _even(tracer, factor, axis, 0, sizes[0])
-    return [_picked(tracer, t, dim, partial(_taken, part=range(a, b)), True) for a, b in itertools.pairwise(starts)]
+    return [
+        _picked(tracer, t, dim, partial(_taken, part=range(a, b)), True)
+        for a, b in itertools.pairwise(starts)
+    ]
 
 
 def _taken(ids: Ids, axis: int, part: Any) -> Ids:
@@ -293,7 +323,9 @@ def _taken(ids: Ids, axis: int, part: Any) -> Ids:
 
 def _unbind(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
     dim = args[1] if len(args) > 1 else 0
-    return [_picked(tracer, args[0], dim, partial(_taken, part=i), False) for i in range(len(output))]
+    return [
+        _picked(tracer, args[0], dim, partial(_taken, part=i), False) for i in range(len(output))
+    ]
 
 
 def _cat(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
@@ -322,7 +354,9 @@ def _cat(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         if f is not None and f[0] == dims:
             parts.append(f[1])
         elif f is not None and set(f[0]) < set(dims):
-            parts.append(np.broadcast_to(f[1].reshape([t.shape[d] if d in f[0] else 1 for d in dims]), shape))
+            parts.append(
+                np.broadcast_to(f[1].reshape([t.shape[d] if d in f[0] else 1 for d in dims]), shape)
+            )
         elif f is None:  # fixed positions between channels: tokens in front of others, or constants
             new = tracer._new(math.prod(shape)).reshape(shape)
             tracer.freeze(new, "fixed positions lie beside its channels")
@@ -331,7 +365,9 @@ def _cat(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
             tracer.freeze_all(values, "a concatenation lays its channels across others")
             return with_factors(base, [], direct=False)
     whole: Factor = (dims, np.concatenate(parts, axis=dims.index(dim)))
-    return with_factors(base, [*[f for f in others if not set(f[0]) & set(dims)], whole], direct=False)
+    return with_factors(
+        base, [*[f for f in others if not set(f[0]) & set(dims)], whole], direct=False
+    )
 
 
 def _stack(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
@@ -369,7 +405,9 @@ def _pad(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
                 continue
             if before < 0 or after < 0:
                 tracer.freeze(ids, "a negative padding cuts its channels")
-                return with_factors(value, [f for f in value.factors if f[1] is not ids], direct=False)
+                return with_factors(
+                    value, [f for f in value.factors if f[1] is not ids], direct=False
+                )
             axis, parts = dims.index(dim), [ids]
             stated = next((i for i in tracer.call.integers() if i in (before, after)), None)
             known = stated is not None and {before, after} <= {0, int(stated)}
@@ -419,7 +457,10 @@ def _index_select(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value
 
 def _flip(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     t, value = args[0], tracer.of(args[0])
-    turned = {d % t.dim() for d in (args[1] if name == "flip" else args[2] if len(args) > 2 else range(t.dim()))}
+    turned = {
+        d % t.dim()
+        for d in (args[1] if name == "flip" else args[2] if len(args) > 2 else range(t.dim()))
+    }
     factors: list[Factor] = []
     for dims, ids in value.factors:
         if turned & set(dims):
@@ -437,7 +478,14 @@ def _repeat(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     factors = []
     for dims, ids in value.factors:
         moved = tuple(d + shift for d in dims)
-        factors.append((moved, np.tile(ids, [output.shape[m] // t.shape[d] for m, d in zip(moved, dims, strict=True)])))
+        factors.append(
+            (
+                moved,
+                np.tile(
+                    ids, [output.shape[m] // t.shape[d] for m, d in zip(moved, dims, strict=True)]
+                ),
+            )
+        )
     return with_factors(value, factors, direct=False)
 
 
@@ -464,7 +512,9 @@ def _reduce(tracer: Tracer, name: str, args: Any, output: Any) -> Value | list[V
         for axis in sorted(over, reverse=True):
             tracer.tie(left, left.take([0], axis=axis))
             left = left.take(0, axis=axis)
-        factors.append(moved_factor((tuple(d for i, d in enumerate(own) if i not in over), left), mapping))
+        factors.append(
+            moved_factor((tuple(d for i, d in enumerate(own) if i not in over), left), mapping)
+        )
     return with_factors(value, factors, direct=False)
 
 
@@ -506,13 +556,19 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     fi = next((ids for dims, ids in vw.factors if dims == (1,)), None)
     layer = tracer.layer_of(fo)
     if transposed or vw.data or any(dims not in ((0,), (1,)) for dims, _ in vw.factors):
-        what = "a transposed convolution" if transposed else "a convolution whose weights are made from activations"
+        what = (
+            "a transposed convolution"
+            if transposed
+            else "a convolution whose weights are made from activations"
+        )
         tracer.freeze_all([vx, vw], f"{what} has no rule")
         return with_factors(plain_value([vx, vw]), [])
     macs = output.numel() // output.shape[0] * math.prod(w.shape[1:])
     if vw.constant and groups == x.shape[1] == output.shape[1]:
         tracer.counts(macs, [fx])
-        return with_factors(vx, [] if fx is None else [((1,), fx)], direct=False)  # a fixed filter for each channel, of any number
+        return with_factors(
+            vx, [] if fx is None else [((1,), fx)], direct=False
+        )  # a fixed filter for each channel, of any number
     made = fo
     if groups == 1:
         if fx is not None and fi is not None:
@@ -542,12 +598,16 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         else:
             tracer.freeze(inside, MEETS)
             if fo is not None:
-                tracer.freeze(fo, f"{layer} reads positions that are not channels in {groups} blocks")
+                tracer.freeze(
+                    fo, f"{layer} reads positions that are not channels in {groups} blocks"
+                )
     else:
         tracer.freeze_all([vx, vw], "a grouped convolution with weights of its own making")
     if b is not None and made is not None and (fb := tracer.of(b).at(0)) is not None:
         tracer.tie(made, fb[1])
-    tracer.counts(macs, [made] if groups == x.shape[1] == output.shape[1] and groups > 1 else [fo, fi])
+    tracer.counts(
+        macs, [made] if groups == x.shape[1] == output.shape[1] and groups > 1 else [fo, fi]
+    )
     near, direct = tracer.passes(layer, vx)
     return Value(() if made is None else (((1,), made),), data=vx.data, near=near, direct=direct)
 
@@ -567,7 +627,10 @@ def _matmul(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         maps = ({**batch, n: n}, {**batch, n + 1: n + 1})
         contracted = ((a, n + 1), (b, n))
     va, vb = tracer.of(a), tracer.of(b)
-    scaled = tracer.call.name == "scaled_dot_product_attention" and tracer.call.kwargs.get("scale") is None
+    scaled = (
+        tracer.call.name == "scaled_dot_product_attention"
+        and tracer.call.kwargs.get("scale") is None
+    )
     value = tracer.contract(*contracted, maps, macs, scaled)
     layer = None
     if not vb.data:
@@ -586,23 +649,34 @@ def _matmul(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
 def _attention(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
     q, k, v = args[:3]
     if any(own not in (1, other) for own, other in zip(k.shape[:-2], q.shape[:-2], strict=True)):
-        tracer.freeze_all([tracer.of(t) for t in (q, k, v)], "an attention whose heads share keys has no rule")
+        tracer.freeze_all(
+            [tracer.of(t) for t in (q, k, v)], "an attention whose heads share keys has no rule"
+        )
         plain = plain_value([tracer.of(t) for t in (q, k, v)])
         return [plain] * len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
     batch = {d: d for d in range(q.dim() - 2)}
     n = len(batch)
-    scaled = tracer.call.kwargs.get("scale") is None and tracer.call.name == "scaled_dot_product_attention"
+    scaled = (
+        tracer.call.kwargs.get("scale") is None
+        and tracer.call.name == "scaled_dot_product_attention"
+    )
     heads = q.shape[1] if q.dim() == 4 else 1
     logits = q.shape[0] * heads * q.shape[-2] * k.shape[-2]
-    first = tracer.contract((q, n + 1), (k, n + 1), ({**batch, n: n}, {**batch, n: n + 1}), logits * q.shape[-1], scaled)
-    mask = tracer.call.kwargs.get("attn_mask", tracer.call.args[3] if len(tracer.call.args) > 3 else None)
+    first = tracer.contract(
+        (q, n + 1), (k, n + 1), ({**batch, n: n}, {**batch, n: n + 1}), logits * q.shape[-1], scaled
+    )
+    mask = tracer.call.kwargs.get(
+        "attn_mask", tracer.call.args[3] if len(tracer.call.args) > 3 else None
+    )
     if isinstance(mask, Tensor):
         shift = q.dim() - mask.dim()
         moved = [(tuple(d + shift for d in dims), ids) for dims, ids in tracer.of(mask).factors]
         first = with_factors(first, tracer.merged([*first.factors, *moved]))
     weights = q.new_empty(0)
     tracer.values[weights] = first
-    second = tracer.contract((weights, n + 1), (v, n), ({**batch, n: n}, {**batch, n + 1: n + 1}), logits * v.shape[-1])
+    second = tracer.contract(
+        (weights, n + 1), (v, n), ({**batch, n: n}, {**batch, n + 1: n + 1}), logits * v.shape[-1]
+    )
     count = len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
     return [second, *[with_factors(second, [])] * (count - 1)]
 
@@ -611,7 +685,9 @@ def _batch_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
     x = args[0]
     vx = tracer.of(x)
     tensors = [a for a in args[1:5] if isinstance(a, Tensor)]
-    training = next((a for a in args[1:] if isinstance(a, bool)), False) and "no_training" not in name
+    training = (
+        next((a for a in args[1:] if isinstance(a, bool)), False) and "no_training" not in name
+    )
     owners = [f for t in tensors if (f := tracer.of(t).at(0)) is not None]
     layer = next((found for _, ids in owners if (found := tracer.layer_of(ids))), None)
     at = vx.at(1)
@@ -630,13 +706,18 @@ def _batch_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
                 tracer.freeze(ids, "weights are standardised over it")
     near, direct = tracer.passes(layer, vx)
     count = len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
-    return [with_factors(vx, factors, near=near, direct=direct), *[with_factors(vx, [])] * (count - 1)]
+    return [
+        with_factors(vx, factors, near=near, direct=direct),
+        *[with_factors(vx, [])] * (count - 1),
+    ]
 
 
 def _layer_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
     x, shape = args[0], args[1]
     vx = tracer.of(x)
-    affine = [f[1] for t in args[2:4] if isinstance(t, Tensor) and (f := tracer.of(t).at(0)) is not None]
+    affine = [
+        f[1] for t in args[2:4] if isinstance(t, Tensor) and (f := tracer.of(t).at(0)) is not None
+    ]
     layer = next((found for ids in affine if (found := tracer.layer_of(ids))), None)
     last = x.dim() - 1
     normed = {x.dim() - 1 - i for i in range(len(shape))}
@@ -656,13 +737,18 @@ def _layer_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
             tracer.freeze(own, MEETS)
     near, direct = tracer.passes(layer, vx)
     count = len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
-    return [with_factors(vx, factors, near=near, direct=direct), *[with_factors(vx, [])] * (count - 1)]
+    return [
+        with_factors(vx, factors, near=near, direct=direct),
+        *[with_factors(vx, [])] * (count - 1),
+    ]
 
 
 def _group_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
     x, groups = args[0], args[6]
     vx = tracer.of(x)
-    affine = [f[1] for t in args[1:3] if isinstance(t, Tensor) and (f := tracer.of(t).at(0)) is not None]
+    affine = [
+        f[1] for t in args[1:3] if isinstance(t, Tensor) and (f := tracer.of(t).at(0)) is not None
+    ]
     layer = next((found for ids in affine if (found := tracer.layer_of(ids))), None)
     factors = []
     for dims, ids in vx.factors:
@@ -680,7 +766,10 @@ def _group_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
             tracer.freeze(own, MEETS)
     near, direct = tracer.passes(layer, vx)
     count = len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
-    return [with_factors(vx, factors, near=near, direct=direct), *[with_factors(vx, [])] * (count - 1)]
+    return [
+        with_factors(vx, factors, near=near, direct=direct),
+        *[with_factors(vx, [])] * (count - 1),
+    ]
 
 
 JOINING = ("add", "add_", "sub", "sub_", "rsub", "_foreach_add", "maximum", "minimum")
@@ -693,11 +782,33 @@ ACTIVATIONS = (
 POINTWISE = {
     *ACTIVATIONS,
     *(f"{name}_" for name in ACTIVATIONS),
-    *("_conj", "_prelu_kernel", "_to_copy", "contiguous", "copy_", "lift_fresh", "log_sigmoid_forward", "logical_not_"),
+    *(
+        "_conj",
+        "_prelu_kernel",
+        "_to_copy",
+        "contiguous",
+        "copy_",
+        "lift_fresh",
+        "log_sigmoid_forward",
+        "logical_not_",
+    ),
     *("masked_fill_", "native_dropout", "prelu", "rsub", "where"),
 }
 RULES: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("detach", "alias", "lift_fresh", "_conj", "detach_", "fill_", "zero_", "as_strided_", "as_strided"), _same),
+    **dict.fromkeys(
+        (
+            "detach",
+            "alias",
+            "lift_fresh",
+            "_conj",
+            "detach_",
+            "fill_",
+            "zero_",
+            "as_strided_",
+            "as_strided",
+        ),
+        _same,
+    ),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), _like),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _fixed),
     **dict.fromkeys(("permute", "transpose", "transpose_", "t"), _permute),
@@ -717,31 +828,85 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("flip", "roll"), _flip),
     "repeat": _repeat,
     **dict.fromkeys(
-        ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "logsumexp",
-         "linalg_vector_norm", "norm", "argmax", "argmin"), _reduce,
+        (
+            "mean",
+            "sum",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "var",
+            "std",
+            "var_mean",
+            "std_mean",
+            "prod",
+            "any",
+            "all",
+            "logsumexp",
+            "linalg_vector_norm",
+            "norm",
+            "argmax",
+            "argmin",
+        ),
+        _reduce,
     ),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax", "softmax"), _softmax),
     **dict.fromkeys(
-        ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices",
-         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",
-         "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
-         "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
-         "replication_pad2d", "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d"), _spatial,
+        (
+            "avg_pool1d",
+            "avg_pool2d",
+            "avg_pool3d",
+            "max_pool2d",
+            "max_pool2d_with_indices",
+            "max_pool3d_with_indices",
+            "adaptive_avg_pool1d",
+            "adaptive_avg_pool2d",
+            "_adaptive_avg_pool2d",
+            "_adaptive_avg_pool3d",
+            "adaptive_max_pool2d",
+            "upsample_nearest1d",
+            "upsample_nearest2d",
+            "upsample_bilinear2d",
+            "upsample_bicubic2d",
+            "_upsample_bilinear2d_aa",
+            "_upsample_bicubic2d_aa",
+            "_upsample_nearest_exact2d",
+            "reflection_pad1d",
+            "reflection_pad2d",
+            "replication_pad1d",
+            "replication_pad2d",
+            "mkldnn_max_pool2d",
+            "mkldnn_adaptive_avg_pool2d",
+        ),
+        _spatial,
     ),
     **dict.fromkeys(("convolution", "_convolution"), _convolution),
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "linear"), _matmul),
     **dict.fromkeys(
-        ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-         "_scaled_dot_product_attention_math", "_scaled_dot_product_fused_attention_overrideable"), _attention,
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_attention_math",
+            "_scaled_dot_product_fused_attention_overrideable",
+        ),
+        _attention,
     ),
     **dict.fromkeys(
-        ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-         "_batch_norm_with_update", "miopen_batch_norm"), _batch_norm,
+        (
+            "native_batch_norm",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_no_training",
+            "cudnn_batch_norm",
+            "_batch_norm_with_update",
+            "miopen_batch_norm",
+        ),
+        _batch_norm,
     ),
     "native_layer_norm": _layer_norm,
     "native_group_norm": _group_norm,
-}  # fmt: skip
+}
 
 
 def rule_of(operation: Any) -> Callable[..., Any] | None:

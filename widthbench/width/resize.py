@@ -71,10 +71,16 @@ def resize(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     """
     for name in plan:
         if name not in groups:
-            raise PlanError(f"the plan names no channel group of this network: '{name}'{did_you_mean(name, groups)}")
+            raise PlanError(
+                f"the plan names no channel group of this network: '{name}'{did_you_mean(name, groups)}"
+            )
         group = groups[name]
         if group.grade not in ("exact", "coupled"):
-            why = f"is frozen: {group.reason}" if group.grade == "frozen" else "is not certified: call certify() first"
+            why = (
+                f"is frozen: {group.reason}"
+                if group.grade == "frozen"
+                else "is not certified: call certify() first"
+            )
             raise PlanError(f"channel group '{name}' {why}")
     return resize_uncertified(model, groups, plan)
 
@@ -95,7 +101,9 @@ def resize_uncertified(model: nn.Module, groups: Groups, plan: Plan) -> nn.Modul
     with torch.no_grad():
         for layer, sides in layers.items():
             module = model.get_submodule(layer)
-            widths[layer] = {side: axis_width(axis, channels, groups.everything) for side, axis in sides.items()}
+            widths[layer] = {
+                side: axis_width(axis, channels, groups.everything) for side, axis in sides.items()
+            }
             for name, new in _tensors(layer, module, sides, plan, groups).items():
                 _replace(getattr(module, name), new, memo)
         for name, tensor in _bare(model, groups, plan).items():
@@ -159,9 +167,13 @@ def _numbers(groups: Groups, plan: Plan) -> dict[Origin, int]:
         number = axis_width(stated.axis, widths, groups.everything) / stated.over
         name = ".".join(p for p in stated.origin[:2] if p)
         if number != round(number):
-            raise PlanError(f"'{name}' would have to be {number:g}, which is no whole number: its parts must keep equal counts")
+            raise PlanError(
+                f"'{name}' would have to be {number:g}, which is no whole number: its parts must keep equal counts"
+            )
         if found.setdefault(stated.origin, round(number)) != round(number):
-            raise PlanError(f"'{name}' would have to be both {found[stated.origin]} and {round(number)}")
+            raise PlanError(
+                f"'{name}' would have to be both {found[stated.origin]} and {round(number)}"
+            )
     return found
 
 
@@ -182,7 +194,11 @@ def axis_width(axis: Axis, widths: Mapping[str, int], groups: Mapping[str, Group
     """Positions along an axis with the given channels per group; groups that are not named keep theirs."""
     total = 0
     for s in axis:
-        size = widths.get(s.group, s.channels) * s.repeat if s.group is not None else s.channels * s.repeat
+        size = (
+            widths.get(s.group, s.channels) * s.repeat
+            if s.group is not None
+            else s.channels * s.repeat
+        )
         if s.outer is not None and s.outer in widths:
             size = size * widths[s.outer] // groups[s.outer].channels
         total += size
@@ -219,7 +235,10 @@ def _declare_features(model: Any, resized: Any) -> None:
     old, new = model.get_classifier(), resized.get_classifier()
     if not isinstance(old, nn.Linear) or old.in_features == new.in_features:
         return
-    for part in (resized, getattr(resized, "head", None)):  # a head may be a module that holds pooling, norm and classifier
+    for part in (
+        resized,
+        getattr(resized, "head", None),
+    ):  # a head may be a module that holds pooling, norm and classifier
         for name in FEATURES if isinstance(part, nn.Module) else ():
             if getattr(part, name, None) == old.in_features:
                 setattr(part, name, new.in_features)
@@ -228,20 +247,28 @@ def _declare_features(model: Any, resized: Any) -> None:
 def _check(model: nn.Module, groups: Groups, group: Group, change: Resize) -> None:
     rows, name = change.rows, f"channel group '{group.name}'"
     if rows.dim() != 1 or rows.dtype != torch.long:
-        raise PlanError(f"{name}: rows must be a long vector [P], not {rows.dtype} of shape {list(rows.shape)}")
+        raise PlanError(
+            f"{name}: rows must be a long vector [P], not {rows.dtype} of shape {list(rows.shape)}"
+        )
     if rows.numel() == 0:
         raise PlanError(f"{name}: a plan must leave at least {group.blocks} channel(s)")
     if int(rows.min()) < 0 or int(rows.max()) >= group.channels:
-        raise PlanError(f"{name}: rows must lie in 0..{group.channels - 1}, not {int(rows.min())}..{int(rows.max())}")
+        raise PlanError(
+            f"{name}: rows must lie in 0..{group.channels - 1}, not {int(rows.min())}..{int(rows.max())}"
+        )
     new = rows.numel()
     if group.blocks > 1:
         old_block = rows.cpu() * group.blocks // group.channels
         new_block = torch.arange(new) * group.blocks // max(new, 1)
         if new % group.blocks or not torch.equal(old_block, new_block):
-            raise PlanError(f"{name}: its {group.blocks} blocks must keep equal counts, in order, but P = {new}")
+            raise PlanError(
+                f"{name}: its {group.blocks} blocks must keep equal counts, in order, but P = {new}"
+            )
     if change.mix is not None:
         if tuple(change.mix.shape) != (group.channels, new):
-            raise PlanError(f"{name}: mix must be [N, P] = {[group.channels, new]}, not {list(change.mix.shape)}")
+            raise PlanError(
+                f"{name}: mix must be [N, P] = {[group.channels, new]}, not {list(change.mix.shape)}"
+            )
         if not torch.isfinite(change.mix).all():
             raise PlanError(f"{name}: mix has values that are not finite")
         if group.blocks > 1:
@@ -257,9 +284,13 @@ def _check(model: nn.Module, groups: Groups, group: Group, change: Resize) -> No
             known[f"{layer}.{tensor}"] = (size, *getattr(module, tensor).shape[1:])
     for tensor, value in change.tensors.items():
         if tensor not in known:
-            raise PlanError(f"{name}: '{tensor}' is not a tensor of its producers or riders{did_you_mean(tensor, known)}")
+            raise PlanError(
+                f"{name}: '{tensor}' is not a tensor of its producers or riders{did_you_mean(tensor, known)}"
+            )
         if tuple(value.shape) != known[tensor]:
-            raise PlanError(f"{name}: '{tensor}' must have shape {list(known[tensor])}, not {list(value.shape)}")
+            raise PlanError(
+                f"{name}: '{tensor}' must have shape {list(known[tensor])}, not {list(value.shape)}"
+            )
         if not torch.isfinite(value).all():
             raise PlanError(f"{name}: '{tensor}' has values that are not finite")
 
@@ -282,7 +313,9 @@ def _index(axis: Axis, plan: Plan) -> Tensor:
     return torch.cat(parts)
 
 
-def _tensors(layer: str, module: nn.Module, sides: Mapping[Side, Axis], plan: Plan, groups: Groups) -> dict[str, Tensor]:
+def _tensors(
+    layer: str, module: nn.Module, sides: Mapping[Side, Axis], plan: Plan, groups: Groups
+) -> dict[str, Tensor]:
     """The new tensors of one layer."""
     new: dict[str, Tensor] = {}
     if "out" in sides:
@@ -341,7 +374,10 @@ def _consume(weight: Tensor, axis: Axis, plan: Plan, count: int) -> Tensor:
         block_change = plan[str(segment.group)]
         blocks = weight.unflatten(0, (count, -1))  # [G, O/G, I/G, ...]
         size = segment.channels // count
-        rows = block_change.rows.view(count, -1).to(weight.device) - torch.arange(count, device=weight.device)[:, None] * size
+        rows = (
+            block_change.rows.view(count, -1).to(weight.device)
+            - torch.arange(count, device=weight.device)[:, None] * size
+        )
         if block_change.mix is None:
             picked = [block.index_select(1, r) for block, r in zip(blocks, rows, strict=True)]
         else:
@@ -401,9 +437,15 @@ def disagreements(model: nn.Module) -> list[str]:
         if kind in ("conv", "depthwise", "linear"):
             count = getattr(m, "groups", 1)
             declared = (axis_length(m, "out"), axis_length(m, "in") // count)
-            ok = tuple(m.weight.shape[:2]) == declared and (m.bias is None or len(m.bias) == declared[0])
+            ok = tuple(m.weight.shape[:2]) == declared and (
+                m.bias is None or len(m.bias) == declared[0]
+            )
         else:
-            ok = all(getattr(m, t).shape[0] == axis_length(m, "out") for t, _ in tensors_on(m, "out"))
+            ok = all(
+                getattr(m, t).shape[0] == axis_length(m, "out") for t, _ in tensors_on(m, "out")
+            )
         if not ok:
-            bad.append(f"{name}: declares {m.extra_repr()}, holds {[list(p.shape) for p in m.parameters(recurse=False)]}")
+            bad.append(
+                f"{name}: declares {m.extra_repr()}, holds {[list(p.shape) for p in m.parameters(recurse=False)]}"
+            )
     return bad

@@ -1,0 +1,1 @@
+"""What the source documents report, and whether it was reproduced."""

@@ -1,0 +1,1 @@
+"""One cell to one record: suites, the protocol, controls, keys, the store."""
