@@ -1,4 +1,6 @@
-"""AutoSlim: one slimmable network is trained at many widths, then the group that accuracy misses least is slimmed, step by step."""
+"""AutoSlim: one slimmable network is trained at many widths, then the group that accuracy misses
+least is slimmed, step by step.
+"""
 
 from __future__ import annotations
 
@@ -31,24 +33,29 @@ RANDOM = 2  # widths drawn for each step, beside the largest and the smallest (t
 class AutoSlim(Technique):
     """Greedy slimming of a slimmable network (after Yu and Huang, "AutoSlim", arXiv:1903.11728).
 
-    1. The network is trained at many widths: each step adds the gradients of the largest network (cross-entropy), the smallest, and
-       two with a random width for each group, which learn the largest one's outputs (sandwich rule and in-place distillation, Yu
-       and Huang, ICCV 2019). Gates open the first channels of each group.
-    2. Step by step, the network's MACs shrink by the same factor, each time in the one group whose slimming leaves the best val
-       accuracy, BatchNorm recalibrated. A group gives up at most half of its channels in a step; where that does not take the MACs
-       down far enough (many groups, few steps), all others give up the rest alike. One path serves all budgets.
+    1. The network is trained at many widths: each step adds the gradients of the largest network
+       (cross-entropy), the smallest, and two with a random width for each group, which learn the
+       largest one's outputs (sandwich rule and in-place distillation, Yu and Huang, ICCV 2019).
+       Gates open the first channels of each group.
+    2. Step by step, the network's MACs shrink by the same factor, each time in the one group whose
+       slimming leaves the best val accuracy, BatchNorm recalibrated. A group gives up at most half
+       of its channels in a step; where that does not take the MACs down far enough (many groups,
+       few steps), all others give up the rest alike. One path serves all budgets.
     3. The shape found is trained.
 
     Args:
         epochs: Of slimmable training; other settings are those of the task's recipe.
         narrowest: Share of each group's channels in the smallest network.
-        steps: Greedy steps from the whole network to ``least``; about seven for each group let half of the candidates
-            be one group's doing.
+        steps: Greedy steps from the whole network to ``least``; about seven for each group let half
+            of the candidates be one group's doing.
         least: Share of the MACs at the path's end; a budget below it is met from the floor upwards.
-        samples: Val samples at most that a greedy choice looks at, in the order in which val gives them.
+        samples: Val samples at most that a greedy choice looks at, in the order in which val gives
+            them.
         calibration: Training samples for each BatchNorm recalibration.
-        order: Which channels come first: "l1" those with the largest L1 norm when training begins, "index" as they are.
-        final: What the shape found starts from: "slimmable" weights, or "fresh" ones, as in the paper.
+        order: Which channels come first: "l1" those with the largest L1 norm when training begins,
+            "index" as they are.
+        final: What the shape found starts from: "slimmable" weights, or "fresh" ones, as in the
+            paper.
         final_epochs: Of its training; 0 for none.
     """
 
@@ -93,11 +100,14 @@ class AutoSlim(Technique):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not epochs > 0 or not final_epochs >= 0:
             raise ValueError(
-                f"epochs must be above 0 and final_epochs at least 0, not {epochs} and {final_epochs}"
+                f"epochs must be above 0 and final_epochs at least 0, not {epochs} and"
+                f" {final_epochs}"
             )
 
     def prepare(self, task: Task) -> dict[str, Tensor]:
-        """The slimmable network's tensors, ``first GROUP`` (``[N]``, higher comes first), and the path with its val accuracy."""
+        """The slimmable network's tensors, ``first GROUP`` (``[N]``, higher comes first), and the
+        path with its val accuracy.
+        """
         assert task.fit is not None  # the declared access includes it
         model = copy.deepcopy(task.model)
         first = {n: self._first(task, n) for n in task.groups}
@@ -150,7 +160,9 @@ class AutoSlim(Technique):
         return Outcome({}, model=small, series=series)
 
     def _trained(self, task: Task, model: nn.Module, slimmable: Slimmable) -> dict[str, Tensor]:
-        """The slimmable network's tensors, as they are before any recalibration of the greedy steps."""
+        """The slimmable network's tensors, as they are before any recalibration of the greedy
+        steps.
+        """
         assert task.fit is not None
         recipe = self._recipe(task, self.epochs)
         task.fit(model, task.train, recipe, losses=slimmable.losses, state=slimmable, desc=self.id)
@@ -158,7 +170,8 @@ class AutoSlim(Technique):
             torch.isfinite(v).all() for v in model.state_dict().values()
         ):  # in the last step, whose loss was fine
             raise UsageError(
-                f"autoslim diverged: slimmable training left weights that are not finite; lower lr = {recipe.lr:g}"
+                "autoslim diverged: slimmable training left weights that are not finite; lower lr"
+                f" = {recipe.lr:g}"
             )
         return {k: v.clone() for k, v in model.state_dict().items()}
 
@@ -171,16 +184,15 @@ class AutoSlim(Technique):
         """Scores ``[N]`` that say in which order a group's channels open."""
         if self.order == "index":
             return -torch.arange(task.groups[name].channels, dtype=torch.float32)
-        return (
-            sum(part.abs().sum(dim=1) for part in producer_rows(task.model, task.groups, name))
-            .detach()
-            .cpu()
-        )  # type: ignore
+        rows = producer_rows(task.model, task.groups, name)
+        return torch.stack([part.abs().sum(dim=1) for part in rows]).sum(0).detach().cpu()
 
     def _further(
         self, task: Task, model: nn.Module, slimmable: Slimmable, last: list[int], step: int
     ) -> dict[str, Tensor]:
-        """The next point: the best of the shapes at the next level of MACs, one for each group that is slimmed."""
+        """The next point: the best of the shapes at the next level of MACs, one for each group that
+        is slimmed.
+        """
         widths = dict(zip(task.groups, last, strict=True))
         shapes = [widths] if step == 0 else slimmer(widths, task, self.least ** (step / self.steps))
         scores = [self._score(task, model, slimmable, shape) for shape in shapes]
@@ -228,7 +240,9 @@ class Slimmable:
         self._draw.set_state(state["draw"])
 
     def widths(self, *shares: float) -> dict[str, int]:
-        """Channels per group at a share of each, one for all or one each; at least one per block."""
+        """Channels per group at a share of each, one for all or one each; at least one per
+        block.
+        """
         each = shares * len(self.groups) if len(shares) == 1 else shares
         found = zip(self.groups.items(), each, strict=True)
         return {
@@ -284,10 +298,12 @@ class Most(NamedTuple):
 
 
 def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[str, int]]:
-    """Shapes of at most ``level`` of the reference's MACs, one for each group that can still shrink.
+    """Shapes of at most ``level`` of the reference's MACs, one for each group that can still
+    shrink.
 
-    That group gives up what the level asks for, but at most half of its channels; where this is not enough, all others give up the
-    rest alike. Where nothing can shrink any further, the shape itself.
+    That group gives up what the level asks for, but at most half of its channels; where this is not
+    enough, all others give up the rest alike. Where nothing can shrink any further, the shape
+    itself.
     """
     if _fits(widths, task, level):
         return [dict(widths)]
@@ -313,7 +329,9 @@ def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[st
 
 
 def _alike(widths: Mapping[str, int], name: str, task: Task, level: float) -> dict[str, int]:
-    """Widths at which all groups but one shrink alike until the network is down to a level; the floor where that is not enough."""
+    """Widths at which all groups but one shrink alike until the network is down to a level; the
+    floor where that is not enough.
+    """
     others = {n: Most(widths[n], g.blocks) for n, g in task.groups.items() if n != name}
     floor = {n: g.blocks for n, g in task.groups.items()}
     if not others:
@@ -335,7 +353,9 @@ def _fits(widths: Mapping[str, int], task: Task, level: float) -> bool:
 
 
 def at_budget(path: list[dict[str, int]], task: Task) -> dict[str, int]:
-    """The first shape within the budget on a path of shapes, filled up; the floor, filled up, where the path ends before."""
+    """The first shape within the budget on a path of shapes, filled up; the floor, filled up, where
+    the path ends before.
+    """
     floor = {n: g.blocks for n, g in task.groups.items()}
 
     def fits(widths: Mapping[str, int]) -> bool:

@@ -13,13 +13,15 @@ from widthbench.width.groups import producer_rows
 
 
 class L1Norm(Technique):
-    """Magnitude pruning of channels (Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017).
+    """Magnitude pruning of channels (Li et al., "Pruning Filters for Efficient ConvNets", ICLR
+    2017).
 
-    The score of channel n is ``s_n = Σ |w|`` over its producer weights, biases left out, as in section 3.1 of the paper.
+    The score of channel n is ``s_n = Σ |w|`` over its producer weights, biases left out, as in
+    section 3.1 of the paper.
 
     Args:
-        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of all groups together,
-            each group's scores divided by their mean.
+        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of
+            all groups together, each group's scores divided by their mean.
     """
 
     id = "l1-norm"

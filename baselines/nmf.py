@@ -1,4 +1,6 @@
-"""NMF: each layer's non-negative weights as a product of fewer new filters and a mixing matrix for the next layer."""
+"""NMF: each layer's non-negative weights as a product of fewer new filters and a mixing matrix for
+the next layer.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,17 @@ from widthbench.width.resize import Resize
 class NMF(Technique):
     """Factorise each layer's weights by non-negative matrix factorisation (Lee and Seung 1999).
 
-    The alternative to MostSim that Kim et al. tried (author response to neuron merging, reviewer 4): "we tried to decompose the
-    weight using NMF algorithm by zeroizing negative weights". BatchNorm is folded in, the bias appended, negative entries become
-    zero, and ``W₊ ≈ Y Z``, columns being channels: Y ``[D, P]`` are the new filters (a folded BatchNorm stays as the identity), the
-    consumers absorb Z ``[P, N]``. Z is dense, so that nothing makes ``relu(Zᵀ Yᵀ x)`` equal ``Zᵀ relu(Yᵀ x)``. Convolutions are
-    flattened to one row per channel.
+    The alternative to MostSim that Kim et al. tried (author response to neuron merging, reviewer
+    4): "we tried to decompose the weight using NMF algorithm by zeroizing negative weights".
+    BatchNorm is folded in, the bias appended, negative entries become zero, and ``W₊ ≈ Y Z``,
+    columns being channels: Y ``[D, P]`` are the new filters (a folded BatchNorm stays as the
+    identity), the consumers absorb Z ``[P, N]``. Z is dense, so that nothing makes ``relu(Zᵀ Yᵀ
+    x)`` equal ``Zᵀ relu(Yᵀ x)``. Convolutions are flattened to one row per channel.
 
     Args:
         iterations: The most that scikit-learn's coordinate descent may take; its own default.
-        tolerance: Where it stops before: the violation of the optimality conditions over that at the start; its own default.
+        tolerance: Where it stops before: the violation of the optimality conditions over that at
+            the start; its own default.
     """
 
     id = "nmf"
@@ -86,7 +90,9 @@ class NMF(Technique):
 
 
 def obstacle(model: nn.Module, groups: Groups, name: str) -> str | None:
-    """Why a group's weights are not one matrix whose factor can take their place; None if they are."""
+    """Why a group's weights are not one matrix whose factor can take their place; None if they
+    are.
+    """
     group = groups[name]
     if len(group.producers) > 1:
         return f"{len(group.producers)} layers make its channels"
@@ -97,14 +103,19 @@ def obstacle(model: nn.Module, groups: Groups, name: str) -> str | None:
     if norm is not None and model.get_submodule(norm).running_var is None:
         return f"layer {norm} keeps no running statistics that could be folded"
     if others := [rider for rider in group.riders if rider != norm]:
-        return f"layer {others[0]} ({kind_of(model.get_submodule(others[0]))}) rides along, which has no part in the factorisation"
+        return (
+            f"layer {others[0]} ({kind_of(model.get_submodule(others[0]))}) rides along, which has"
+            " no part in the factorisation"
+        )
     if group.tensors:
         return f"tensor '{group.tensors[0]}' rides along, which has no part in the factorisation"
     return None
 
 
 def non_negative(model: nn.Module, groups: Groups, name: str) -> np.ndarray:
-    """``W₊ᵀ [N, D]``: one row per channel, BatchNorm folded, bias last, negative entries set to zero."""
+    """``W₊ᵀ [N, D]``: one row per channel, BatchNorm folded, bias last, negative entries set to
+    zero.
+    """
     return (
         filter_rows(model, groups, name, groups[name].producers[0], fold=True)
         .clamp_min(0)
@@ -116,7 +127,9 @@ def non_negative(model: nn.Module, groups: Groups, name: str) -> np.ndarray:
 def replaced(
     model: nn.Module, groups: Groups, name: str, mix: np.ndarray, filters: np.ndarray
 ) -> Resize:
-    """The resize that gives a group's producer the filters ``[P, D]`` and its consumers ``mix [N, P]``."""
+    """The resize that gives a group's producer the filters ``[P, D]`` and its consumers ``mix [N,
+    P]``.
+    """
     (producer,) = groups[name].producers
     layer: Any = model.get_submodule(producer)
     rows = torch.from_numpy(filters).to(layer.weight)

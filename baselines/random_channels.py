@@ -14,7 +14,8 @@ class RandomChannels(Technique):
     """Keep channels at random, with the task's seed.
 
     Args:
-        allocation: "uniform" keeps the same fraction of every group; "global" draws from all channels together.
+        allocation: "uniform" keeps the same fraction of every group; "global" draws from all
+            channels together.
     """
 
     id = "random-channels"

@@ -30,7 +30,9 @@ PRUNING: dict[tuple[str, Side], Callable[..., Any]] = {
 
 
 class _Item(tuple[Any, list[int]]):
-    """One layer of a group as importances read it: (dependency, positions), and the channel that each position belongs to."""
+    """One layer of a group as importances read it: (dependency, positions), and the channel that
+    each position belongs to.
+    """
 
     root_idxs: list[int]
 
@@ -54,8 +56,9 @@ def as_group(model: nn.Module, groups: Groups, name: str) -> list[Any]:
         name: The group.
 
     Returns:
-        One item per layer and side, the first producer first. A first producer that holds each channel more than once (heads)
-        comes in as many items, since importances take the first item's length for the number of channels.
+        One item per layer and side, the first producer first. A first producer that holds each
+        channel more than once (heads) comes in as many items, since importances take the first
+        item's length for the number of channels.
     """
     count = groups[name].channels
     items = []
@@ -93,7 +96,9 @@ def as_group(model: nn.Module, groups: Groups, name: str) -> list[Any]:
 
 
 def _channels(groups: Groups, name: str, layer: str, side: Side) -> list[int]:
-    """The channel at each of a group's positions along an axis, in the order of ``Groups.places``."""
+    """The channel at each of a group's positions along an axis, in the order of
+    ``Groups.places``.
+    """
     found: list[int] = []
     for s in groups.axes[layer, side]:
         if s.made_by(name) if side == "out" else name in (s.group, s.outer):
@@ -110,12 +115,13 @@ def _nth(channels: list[int], at: int) -> int:
 class TorchPruning(Technique):
     """Channels scored by one of Torch-Pruning's importances (Fang et al., "DepGraph", CVPR 2023).
 
-    The importance sees every layer of a group, producers, norms and consumers, as in Torch-Pruning itself; groups are ours, so
-    that it also scores what Torch-Pruning does not reach, and plans are cut by our resize.
+    The importance sees every layer of a group, producers, norms and consumers, as in Torch-Pruning
+    itself; groups are ours, so that it also scores what Torch-Pruning does not reach, and plans are
+    cut by our resize.
 
     Args:
-        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of all groups together, by
-            scores that the importance normalises by group.
+        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of
+            all groups together, by scores that the importance normalises by group.
     """
 
     access: ClassVar[Access] = "none"
@@ -137,7 +143,10 @@ class TorchPruning(Technique):
             if not any(
                 isinstance(item[0].layer, types) for item in as_group(task.model, task.groups, name)
             ):
-                return f"channel group '{name}' has none of the layers that {type(self).importance.__name__} reads"
+                return (
+                    f"channel group '{name}' has none of the layers that"
+                    f" {type(self).importance.__name__} reads"
+                )
         return None
 
     def scored(self, task: Task) -> nn.Module:
@@ -159,28 +168,36 @@ class TorchPruning(Technique):
 
 
 class Magnitude(TorchPruning):
-    """Torch-Pruning's group magnitude: L2 norms of everything that a channel has in its group, averaged over layers."""
+    """Torch-Pruning's group magnitude: L2 norms of everything that a channel has in its group,
+    averaged over layers.
+    """
 
     id = "torch-pruning:magnitude"
     importance = tp.importance.GroupMagnitudeImportance
 
 
 class BNScale(TorchPruning):
-    """Torch-Pruning's BN scale: ``|γ|`` of a channel's batch norms (Liu et al., "Network Slimming", ICCV 2017)."""
+    """Torch-Pruning's BN scale: ``|γ|`` of a channel's batch norms (Liu et al., "Network Slimming",
+    ICCV 2017).
+    """
 
     id = "torch-pruning:bn-scale"
     importance = tp.importance.BNScaleImportance
 
 
 class LAMP(TorchPruning):
-    """Torch-Pruning's LAMP: magnitudes over the sum of all larger ones in the group (Lee et al., ICLR 2021)."""
+    """Torch-Pruning's LAMP: magnitudes over the sum of all larger ones in the group (Lee et al.,
+    ICLR 2021).
+    """
 
     id = "torch-pruning:lamp"
     importance = tp.importance.LAMPImportance
 
 
 class FPGM(TorchPruning):
-    """Torch-Pruning's FPGM: distances to all other filters (He et al., "Geometric Median", CVPR 2019)."""
+    """Torch-Pruning's FPGM: distances to all other filters (He et al., "Geometric Median", CVPR
+    2019).
+    """
 
     id = "torch-pruning:fpgm"
     importance = tp.importance.FPGMImportance
@@ -193,7 +210,10 @@ class FPGM(TorchPruning):
                     kind_of(module := task.model.get_submodule(layer)) == "conv"
                     and getattr(module, "groups", 1) > 1
                 ):
-                    return f"FPGM fails on grouped convolutions, such as '{layer}', which reads channel group '{name}'"
+                    return (
+                        f"FPGM fails on grouped convolutions, such as '{layer}', which reads"
+                        f" channel group '{name}'"
+                    )
         return super().skip(task)
 
 
@@ -231,16 +251,20 @@ class _WithGradients(TorchPruning):
 
 
 class Taylor(_WithGradients):
-    """Torch-Pruning's Taylor: ``|w ∂L/∂w|`` summed over everything that a channel has (Molchanov et al., CVPR 2019)."""
+    """Torch-Pruning's Taylor: ``|w ∂L/∂w|`` summed over everything that a channel has (Molchanov et
+    al., CVPR 2019).
+    """
 
     id = "torch-pruning:taylor"
     importance = tp.importance.GroupTaylorImportance
 
 
 class Hessian(_WithGradients):
-    """Torch-Pruning's Hessian: w² E[(∂L/∂w)²], the Fisher diagonal in place of the Hessian's (LeCun et al., OBD, 1989).
+    """Torch-Pruning's Hessian: w² E[(∂L/∂w)²], the Fisher diagonal in place of the Hessian's (LeCun
+    et al., OBD, 1989).
 
-    Squares are averaged over single samples here; Torch-Pruning 1.6's own accumulation keeps the last sample's alone.
+    Squares are averaged over single samples here; Torch-Pruning 1.6's own accumulation keeps the
+    last sample's alone.
     """
 
     id = "torch-pruning:hessian"

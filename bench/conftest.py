@@ -1,10 +1,13 @@
-"""`pytest bench`: suites and claims as test items, cells of one base network on one worker, a report at the end."""
+"""`pytest bench`: suites and claims as test items, cells of one base network on one worker, a
+report at the end.
+"""
 
 from __future__ import annotations
 
 import os
 
-# before torch is imported: two busy workers with one thread each beat two that fight over all of them
+# before torch is imported: two busy workers with one thread each beat two that fight over all of
+# them
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if WORKER and (visible := [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]):
@@ -57,7 +60,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadGroupScheduling
 
     class Groups(LoadGroupScheduling):
-        """Gives no work to a worker that has replaced a lost one and has not yet said which tests it has."""
+        """Gives no work to a worker that has replaced a lost one and has not yet said which tests
+        it has.
+        """
 
         def _reschedule(self, node: Any) -> None:
             if node in self.registered_collections:  # else it is asked for once it has
@@ -161,7 +166,9 @@ def pytest_terminal_summary(
 
 
 def _measured(terminalreporter: pytest.TerminalReporter, store: Store) -> Iterator[Record]:
-    """The records of the cells that were run or looked up in this session, by their keys, which workers report."""
+    """The records of the cells that were run or looked up in this session, by their keys, which
+    workers report.
+    """
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, value in getattr(report, "user_properties", ()):

@@ -1,4 +1,6 @@
-"""One test item per claim: it passes when the claim has a verdict, whatever that is; those that calibrate the suite must hold."""
+"""One test item per claim: it passes when the claim has a verdict, whatever that is; those that
+calibrate the suite must hold.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""One test item per cell: it passes when the cell has a record, and the record is what the report is made of."""
+"""One test item per cell: it passes when the cell has a record, and the record is what the report
+is made of.
+"""
 
 from collections.abc import Callable, Mapping
 

@@ -1,6 +1,8 @@
-"""How the documentation is built: `sphinx-build -W docs docs/_build`, with the extra `docs` installed.
+"""How the documentation is built: `sphinx-build -W docs docs/_build`, with the extra `docs`
+installed.
 
-Pages of techniques and the API are written from docstrings, the registry and the committed claims, into docs/_made.
+Pages of techniques and the API are written from docstrings, the registry and the committed claims,
+into docs/_made.
 """
 
 from __future__ import annotations
@@ -128,16 +130,26 @@ def technique_page(name: str, claims: list[dict[str, object]]) -> str:
     shutil.copy(figure, MADE / "techniques" / picture)
     parts = [
         f"# {name}",
-        f"Looks at: **{cls.access}** data. Starts from a **{cls.start}** network{'; grows it' if cls.grows else ''}.",
-        f"```{{eval-rst}}\n.. autoclass:: {cls.__module__}.{cls.__qualname__}\n   :no-members:\n```",
-        f"## What it looks like\n\n```{{figure}} {picture}\n:alt: {caption}\n\n{caption} (suite `{suite}`)\n```",
+        (
+            f"Looks at: **{cls.access}** data. Starts from a **{cls.start}**"
+            f" network{'; grows it' if cls.grows else ''}."
+        ),
+        (
+            f"```{{eval-rst}}\n.. autoclass:: {cls.__module__}.{cls.__qualname__}\n  "
+            " :no-members:\n```"
+        ),
+        (
+            f"## What it looks like\n\n```{{figure}} {picture}\n:alt: {caption}\n\n{caption} (suite"
+            f" `{suite}`)\n```"
+        ),
     ]
     if own:
         parts.append("## What its document claims")
         rows = [[f"**{c['id']}**", str(c["text"]).replace("|", "\\|"), c["verdict"]] for c in own]
         parts.append(tabulate(rows, headers=["claim", "what", "verdict"], tablefmt="pipe"))
         parts.append(
-            "Row by row, with the records: the [page of results](../results.md), and `results/published/claims.md`."
+            "Row by row, with the records: the [page of results](../results.md), and"
+            " `results/published/claims.md`."
         )
     if cls.bibtex:
         parts.append(f"## Paper\n\n```bibtex\n{cls.bibtex.strip()}\n```")
@@ -183,7 +195,9 @@ def make() -> None:
 
 
 def links(app: object, docname: str, source: list[str]) -> None:
-    """Links to files of the repository that are no pages here become plain text, or links to the repository."""
+    """Links to files of the repository that are no pages here become plain text, or links to the
+    repository.
+    """
     target = r"\[([^\]]*)\]\(\.\./([^)]+)\)"
     if not docname.startswith("_made"):
         source[0] = re.sub(

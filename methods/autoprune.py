@@ -1,4 +1,6 @@
-"""AutoPrune: learn which channels to keep, by an auxiliary parameter on each of them that descends the validation loss."""
+"""AutoPrune: learn which channels to keep, by an auxiliary parameter on each of them that descends
+the validation loss.
+"""
 
 from __future__ import annotations
 
@@ -42,29 +44,35 @@ SINCE = ("loss", "steps", "val_loss", "val_steps", "cosine")  # told since the l
 class AutoPrune(Technique):
     """Channels with trainable gates (Xiao, Wang and Rajasekaran, "AutoPrune", NeurIPS 2019).
 
-    Channel c has an auxiliary parameter m. The network uses ``t = w · h(m)`` for its consumers' incoming weights w, with h(m) = 1
-    where m > 0, else 0. Steps alternate: the weights descend the training loss with weight decay, the auxiliary parameters take
+    Channel c has an auxiliary parameter m. The network uses ``t = w · h(m)`` for its consumers'
+    incoming weights w, with h(m) = 1 where m > 0, else 0. Steps alternate: the weights descend the
+    training loss with weight decay, the auxiliary parameters take
 
-        ``m ← m - η (s / ρ + μ p) ĥ'(m)``,   ``s = Σ ∂L_val/∂t · sgn(w)``  over the channel's weights
+        ``m ← m - η (s / ρ + μ p) ĥ'(m)``,  ``s = Σ ∂L_val/∂t · sgn(w)``  over a channel's weights
 
-    on a batch of val (BatchNorm's running statistics stay those of training). ĥ' is a straight-through estimator of h', p the
-    channel's price (``penalty``). A closed channel recovers when m rises above 0 again. ρ, the running root mean square of s over
-    all channels and steps, makes η and μ numbers without a unit. Every ten steps μ is set as high as the open channels need to keep
-    on a straight line from everything to the budget; then m orders all channels, the best that fit the budget are frozen open, and
-    the weights are trained on as they will be cut.
+    on a batch of val (BatchNorm's running statistics stay those of training). ĥ' is a
+    straight-through estimator of h', p the channel's price (``penalty``). A closed channel recovers
+    when m rises above 0 again. ρ, the running root mean square of s over all channels and steps,
+    makes η and μ numbers without a unit. Every ten steps μ is set as high as the open channels need
+    to keep on a straight line from everything to the budget; then m orders all channels, the best
+    that fit the budget are frozen open, and the weights are trained on as they will be cut.
 
     Args:
         estimator: ĥ'(m): "softplus" ``σ(m)``, "leaky_relu" 1 where m > 0, else 0.1, "linear" 1.
-        decoupling: "sgn" as above (the paper's sensitivity decoupling); "none" ``Σ ∂L/∂t · w``, the gradient; "unit" the gradient
-            over ‖w‖. Summed over a channel, the angle between "sgn" and the gradient need not be acute.
+        decoupling: "sgn" as above (the paper's sensitivity decoupling); "none" ``Σ ∂L/∂t · w``, the
+            gradient; "unit" the gradient over ‖w‖. Summed over a channel, the angle between "sgn"
+            and the gradient need not be acute.
         start: "trained", or "fresh" to prune while training from scratch.
-        epochs: Of alternating steps, the frozen ones included; other settings are those of the task's recipe.
+        epochs: Of alternating steps, the frozen ones included; other settings are those of the
+            task's recipe.
         weight_decay: In place of the recipe's.
         lr: Of the weights, in place of the recipe's.
         eta: η.
-        mu: A fixed μ, for which the channels that end open are kept, if the budget allows; None: as above.
-        penalty: What μ is the price of: "cost", what a channel adds to what the budget counts (MACs, parameters; channels alike);
-            "channels", all channels alike, as in the paper. By the latter, small channels close before dear ones.
+        mu: A fixed μ, for which the channels that end open are kept, if the budget allows; None: as
+            above.
+        penalty: What μ is the price of: "cost", what a channel adds to what the budget counts
+            (MACs, parameters; channels alike); "channels", all channels alike, as in the paper. By
+            the latter, small channels close before dear ones.
         ramp: Share of the steps in which the budget is reached.
         freeze: Share of the steps after which gates are frozen.
     """
@@ -106,12 +114,14 @@ class AutoPrune(Technique):
         self.freeze = freeze
         if not 0 < ramp <= freeze <= 1:
             raise ValueError(
-                f"ramp and freeze must be shares with 0 < ramp <= freeze <= 1, not {ramp} and {freeze}"
+                f"ramp and freeze must be shares with 0 < ramp <= freeze <= 1, not {ramp} and"
+                f" {freeze}"
             )
         for name, kinds in (("estimator", Estimator), ("decoupling", Decoupling)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(kinds))}, not {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(get_args(kinds))}, not"
+                    f" {getattr(self, name)!r}"
                 )
         for name in ("epochs", "eta", "lr"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
@@ -150,7 +160,9 @@ def derivative(m: Tensor, estimator: Estimator) -> Tensor:
 
 
 def updated(m: Tensor, s: Tensor, mu: float, eta: float, estimator: Estimator) -> Tensor:
-    """One step of auxiliary parameters ``m [N]`` with sensitivities ``s [N]``: ``m - η (s + μ) ĥ'(m)``."""
+    """One step of auxiliary parameters ``m [N]`` with sensitivities ``s [N]``: ``m - η (s + μ)
+    ĥ'(m)``.
+    """
     return m - eta * (s + mu) * derivative(m, estimator)
 
 
@@ -163,8 +175,8 @@ def sensitivities(
         model: The network.
         groups: The gated groups.
         slopes: ``∂L/∂t`` by consumer, of the shape of its weight; ``t = w · h``.
-        decoupling: "sgn" ``Σ ∂L/∂t · sgn(w)``; "none" ``Σ ∂L/∂t · w``; "unit" that over ``‖w‖``; sums are over the channel's
-            weights in all consumers.
+        decoupling: "sgn" ``Σ ∂L/∂t · sgn(w)``; "none" ``Σ ∂L/∂t · w``; "unit" that over ``‖w‖``;
+            sums are over the channel's weights in all consumers.
 
     Returns:
         ``[N]`` per group.
@@ -195,7 +207,9 @@ def sensitivities(
 
 
 def opened(m: Tensor, blocks: int) -> Tensor:
-    """Gates h(m) as 0 and 1, ``[N]``: 1 where m > 0, and for the largest m of a block in which none is."""
+    """Gates h(m) as 0 and 1, ``[N]``: 1 where m > 0, and for the largest m of a block in which none
+    is.
+    """
     table = m.view(blocks, -1)
     best = torch.zeros_like(table).scatter(1, table.argmax(dim=1, keepdim=True), 1.0)
     above = (table > 0).to(m)
@@ -209,10 +223,11 @@ class Gates:
         m: Auxiliary parameters, ``[N]`` per group.
         open: The gates h(m), 0 or 1, ``[N]`` per group; changed in place.
         products: The gated weights that the last pass used, by consumer.
-        series: The trajectory: at each point the step, open channels, shares of MACs and parameters, μ, mean losses since the last
-            point, recoveries so far (channels that opened after at least 25 steps closed), channel-steps so far in which that could
-            have happened ("shut"), channels open now that had once been closed so long ("returned"), and the least cosine since the
-            last point. "freeze": the step from which on gates are frozen.
+        series: The trajectory: at each point the step, open channels, shares of MACs and
+            parameters, μ, mean losses since the last point, recoveries so far (channels that opened
+            after at least 25 steps closed), channel-steps so far in which that could have happened
+            ("shut"), channels open now that had once been closed so long ("returned"), and the
+            least cosine since the last point. "freeze": the step from which on gates are frozen.
     """
 
     def __init__(self, method: AutoPrune, task: Task, recipe: Recipe) -> None:
@@ -333,7 +348,10 @@ class Gates:
         self.told["val_steps"] += 1
         square = torch.cat(list(s.values())).square().mean()
         if not torch.isfinite(loss + square):
-            what = f"the val loss is {float(loss.detach())}, the mean square of its slopes {float(square)}"
+            what = (
+                f"the val loss is {float(loss.detach())}, the mean square of its slopes"
+                f" {float(square)}"
+            )
             raise UsageError(
                 f"autoprune diverged: {what} at step {self.step + 1}; lower lr = {self.recipe.lr:g}"
             )
@@ -377,7 +395,9 @@ class Gates:
         return batch
 
     def _needed(self) -> float:
-        """The least μ that keeps the open channels on the line to the budget for the steps to come."""
+        """The least μ that keeps the open channels on the line to the budget for the steps to
+        come.
+        """
         budget = self.task.budget
         share = min(1.0, (self.step + EVERY) / self.ramp)
         line = Budget(budget.kind, 1 - (1 - budget.fraction) * share, budget.rounding)
@@ -386,11 +406,13 @@ class Gates:
         reach = {
             n: (
                 (
-                    m / (steps * derivative(m, self.method.estimator))
-                    - self.drift[n] / max(1e-9, 1 - RECENT**self.drawn)
-                )
-                / self.price[n]
-            ).cpu()
+                    (
+                        m / (steps * derivative(m, self.method.estimator))
+                        - self.drift[n] / max(1e-9, 1 - RECENT**self.drawn)
+                    )
+                    / self.price[n]
+                ).cpu()
+            )
             for n, m in self.m.items()
         }
         widths = global_widths(reach, self.task.groups, line, self.task.cost, self.task.reference)
@@ -402,19 +424,23 @@ class Gates:
         return max([0.0, *map(float, closing)])
 
     def _prices(self) -> dict[str, float]:
-        """What a channel of each group adds to what the budget counts, over the mean of all open channels."""
+        """What a channel of each group adds to what the budget counts, over the mean of all open
+        channels.
+        """
         if self.method.penalty == "channels":
             return dict.fromkeys(self.m, 1.0)
         widths, groups = self.widths(), self.task.groups
         there = self._kept(widths)
         each = {
-            n: abs(
-                there
-                - self._kept(
-                    widths | {n: w + groups[n].blocks * (1 if w == groups[n].blocks else -1)}
+            n: (
+                abs(
+                    there
+                    - self._kept(
+                        widths | {n: w + groups[n].blocks * (1 if w == groups[n].blocks else -1)}
+                    )
                 )
+                / groups[n].blocks
             )
-            / groups[n].blocks
             for n, w in widths.items()
         }
         mean = sum(each[n] * w for n, w in widths.items()) / sum(widths.values())
@@ -429,7 +455,9 @@ class Gates:
         return found
 
     def frozen(self) -> PerGroup:
-        """The gates to end with: those with the largest m that the budget allows, or, with a fixed μ, that are open."""
+        """The gates to end with: those with the largest m that the budget allows, or, with a fixed
+        μ, that are open.
+        """
         scores = {n: m.cpu() for n, m in self.m.items()}
         widths = self.widths()
         if self.method.mu is None or self._kept(widths) > asked(self.task.budget, self.task.groups):
@@ -441,7 +469,9 @@ class Gates:
         return found
 
     def _filled(self, widths: dict[str, int], scores: Mapping[str, Tensor]) -> dict[str, int]:
-        """Widths that also take what still fits of the ranking behind the first channel that did not."""
+        """Widths that also take what still fits of the ranking behind the first channel that did
+        not.
+        """
         groups, most = self.task.groups, asked(self.task.budget, self.task.groups) * (1 + 1e-12)
         order = {n: score.sort(descending=True).values.tolist() for n, score in scores.items()}
         while rest := [n for n, w in widths.items() if w < groups[n].channels]:
@@ -490,7 +520,9 @@ class Gates:
 
 @contextmanager
 def norms_left_alone(model: nn.Module) -> Iterator[None]:
-    """Batch norms that normalise by the batch, as in training, but do not take it into their running statistics."""
+    """Batch norms that normalise by the batch, as in training, but do not take it into their
+    running statistics.
+    """
     tracking = [norm for norm in batch_norms(model) if norm.track_running_stats]
     for norm in tracking:
         norm.track_running_stats = False

@@ -33,36 +33,44 @@ BnScale = Literal["released", "derived"]
 
 
 class NeuronMerging(Technique):
-    """Remove channels by a criterion, then merge each into its most similar kept one (Kim et al., NeurIPS 2020).
+    """Remove channels by a criterion, then merge each into its most similar kept one (Kim et al.,
+    NeurIPS 2020).
 
-    With W ≈ Y Z, Y the kept filters and Z ``[P, N]`` = mixᵀ, the consumers absorb Z: exact under ReLU if Z is non-negative with at
-    most one positive entry per column (Theorem 1, Corollary 1.1). MostSim (algorithm 2) gives removed filter ``w_n`` to
-    ``p = argmax cos(w_n, w_p)`` with the scale ``s = ‖w_n‖ / ‖w_p‖`` if that cosine is at least t, else to none. Where a layer
-    has a bias and no norm, the bias is one more weight.
+    With W ≈ Y Z, Y the kept filters and Z ``[P, N]`` = mixᵀ, the consumers absorb Z: exact under
+    ReLU if Z is non-negative with at most one positive entry per column (Theorem 1, Corollary 1.1).
+    MostSim (algorithm 2) gives removed filter ``w_n`` to ``p = argmax cos(w_n, w_p)`` with the
+    scale ``s = ‖w_n‖ / ‖w_p‖`` if that cosine is at least t, else to none. Where a layer has a bias
+    and no norm, the bias is one more weight.
 
-    A per-channel affine ``y = a x + b`` that is no BatchNorm (frozen norms, layer-scales) takes s to ``s a_n / a_p``; a tensor that
-    rides along and is none is refused.
+    A per-channel affine ``y = a x + b`` that is no BatchNorm (frozen norms, layer-scales) takes s
+    to ``s a_n / a_p``; a tensor that rides along and is none is refused.
 
-    With BatchNorm, ``p = argmin λ(1 - cos) + (1 - λ) B̂``, B̂ the mismatch of biases scaled to [0, 1] over the candidates.
-    With σ = √(var + eps), ``w_n = s w_p`` gives ``y_n = S y_p + B`` (section 3.3):
+    With BatchNorm, ``p = argmin λ(1 - cos) + (1 - λ) B̂``, B̂ the mismatch of biases scaled to [0,
+    1] over the candidates. With σ = √(var + eps), ``w_n = s w_p`` gives ``y_n = S y_p + B``
+    (section 3.3):
 
     - derived: ``S = s (γ_n/γ_p)(σ_p/σ_n)``, ``B = (γ_n/σ_n)(s(μ_p - σ_p β_p/γ_p) - μ_n) + β_n``;
-    - released: what the published code computes, variances v in the place of σ and the two channels' roles exchanged,
-      ``S = s (γ_p/γ_n)(v_n/v_p)``, ``B = ((γ_p/v_p)(s(μ_n - v_n β_n/γ_n) - μ_p) + β_p) / S``.
+    - released: what the published code computes, variances v in the place of σ and the two
+      channels' roles exchanged, ``S = s (γ_p/γ_n)(v_n/v_p)``, ``B = ((γ_p/v_p)(s(μ_n - v_n β_n/γ_n)
+      - μ_p) + β_p) / S``.
 
-    A depthwise convolution behind the producer makes one filter with it, their outer product (author response, reviewer 3):
-    cosines and norms multiply; "released" looks at the last norm alone, "derived" at each in turn. In "derived" a pair needs
-    S > 0; the published code asks for no sign, so that channels whose γ differ in sign get negative scales, which Theorem 1 does
-    not cover.
+    A depthwise convolution behind the producer makes one filter with it, their outer product
+    (author response, reviewer 3): cosines and norms multiply; "released" looks at the last norm
+    alone, "derived" at each in turn. In "derived" a pair needs S > 0; the published code asks for
+    no sign, so that channels whose γ differ in sign get negative scales, which Theorem 1 does not
+    cover.
 
     Args:
-        criterion: What is kept: the largest L1 or L2 norms, or the largest sums of distances to all others (geometric median).
-        bn_scale: "released" reproduces the paper's tables; "derived" is exact for filters that are multiples of each other.
+        criterion: What is kept: the largest L1 or L2 norms, or the largest sums of distances to all
+            others (geometric median).
+        bn_scale: "released" reproduces the paper's tables; "derived" is exact for filters that are
+            multiples of each other.
         threshold: t; None takes the published settings, 0.45 without BatchNorm and 0.1 with it.
         lam: λ in [0, 1], the weight of the cosine against that of the biases.
-        merge: False prunes by the same criterion and merges nothing: the control of the paper's tables.
-        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of all groups together,
-            each group's scores divided by their mean.
+        merge: False prunes by the same criterion and merges nothing: the control of the paper's
+            tables.
+        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of
+            all groups together, each group's scores divided by their mean.
     """
 
     id = "neuron-merging"
@@ -96,7 +104,9 @@ class NeuronMerging(Technique):
             raise ValueError(f"threshold is a cosine and must lie in [-1, 1], not {threshold}")
 
     def skip(self, task: Task) -> str | None:
-        """What the algebra does not cover, if channels are to be merged: statistics outside the weights, other bare tensors."""
+        """What the algebra does not cover, if channels are to be merged: statistics outside the
+        weights, other bare tensors.
+        """
         if not self.merge:
             return None
         for rider in {rider for group in task.groups.values() for rider in group.riders}:
@@ -105,7 +115,10 @@ class NeuronMerging(Technique):
                 return f"layer {rider} ({type(module).__name__}) keeps no running statistics"
         for name in task.groups:
             if isinstance(affines := affines_of(task.model, task.groups, name), str):
-                return f"channel group '{name}': {affines}, so that nothing can be merged there (leave it out by include)"
+                return (
+                    f"channel group '{name}': {affines}, so that nothing can be merged there (leave"
+                    " it out by include)"
+                )
             for owner in affines:
                 if why := passed_by(task.model, task.groups, name, owner, task.example_input):
                     return f"channel group '{name}': {why}"
@@ -133,7 +146,9 @@ class NeuronMerging(Technique):
         )
 
     def merged(self, model: nn.Module, groups: Groups, name: str, kept: Tensor) -> Resize:
-        """The resize of one group that keeps the channels ``kept [P]`` and merges the others into them."""
+        """The resize of one group that keeps the channels ``kept [P]`` and merges the others into
+        them.
+        """
         group = groups[name]
         removed = (
             torch.ones(group.channels, dtype=torch.bool)
@@ -169,8 +184,9 @@ class NeuronMerging(Technique):
 def filters(model: nn.Module, groups: Groups, name: str) -> list[Tensor]:
     """The filter of each channel of a group as the factors of an outer product, ``[N, D]`` each.
 
-    The producer, and the depthwise convolutions that its channels pass. Where an addition joins several producers, they are
-    one factor, side by side; where they multiply, a factor each, but for the gates of squeeze-excite, which are left out.
+    The producer, and the depthwise convolutions that its channels pass. Where an addition joins
+    several producers, they are one factor, side by side; where they multiply, a factor each, but
+    for the gates of squeeze-excite, which are left out.
     """
     if not groups[name].inner:
         return [
@@ -188,8 +204,10 @@ def score(factors: list[Tensor], criterion: Criterion) -> Tensor:
     """What the criterion gives each channel, ``[N]``; higher is kept.
 
     Args:
-        factors: ``[N, D]`` each, of an outer product: its norms are the products of theirs, its inner products likewise.
-        criterion: "l1", "l2" or "geometric-median" (He et al., CVPR 2019): the sum of distances to all channels.
+        factors: ``[N, D]`` each, of an outer product: its norms are the products of theirs, its
+            inner products likewise.
+        criterion: "l1", "l2" or "geometric-median" (He et al., CVPR 2019): the sum of distances to
+            all channels.
     """
     if criterion != "geometric-median":
         return torch.stack([f.norm(p=1 if criterion == "l1" else 2, dim=1) for f in factors]).prod(
@@ -202,7 +220,8 @@ def score(factors: list[Tensor], criterion: Criterion) -> Tensor:
 
 @dataclass
 class Pairs:
-    """What merging each removed channel n into each kept channel p would do, ``[R, P]`` in float64 each.
+    """What merging each removed channel n into each kept channel p would do, ``[R, P]`` in float64
+    each.
 
     Attributes:
         removed: ``[R]``.
@@ -230,7 +249,9 @@ class Pairs:
         return cls(removed, kept, cosine, ratio, ratio, torch.zeros_like(ratio))
 
     def through_depthwise(self, rows: Tensor, bias: Tensor, bn_scale: BnScale) -> Pairs:
-        """After a depthwise convolution: filters ``[N, D]``, and what its bias ``[N]`` adds where no norm takes it."""
+        """After a depthwise convolution: filters ``[N, D]``, and what its bias ``[N]`` adds where
+        no norm takes it.
+        """
         c, s = _compared(rows, self.removed, self.kept)
         scale = self.scale * s
         if (
@@ -248,7 +269,9 @@ class Pairs:
         )
 
     def through_affine(self, scale: Tensor, shift: Tensor) -> Pairs:
-        """After ``y = a x + b``, ``[N]`` each: frozen norms, layer-scales, the affine of a norm across channels."""
+        """After ``y = a x + b``, ``[N]`` each: frozen norms, layer-scales, the affine of a norm
+        across channels.
+        """
         (an, ap), (bn, bp) = (_pair(v, self.removed, self.kept) for v in (scale, shift))
         new = self.scale * an / ap
         return replace(
@@ -279,8 +302,9 @@ def compare(
 ) -> Pairs:
     """What merging each of the channels ``removed [R]`` into each of ``kept [P]`` would do.
 
-    Where several norms read the channels side by side (DenseNet; a residual stream before each block), the means over them. Where
-    an addition joins several producers, the norms right behind those are folded and all are compared at once.
+    Where several norms read the channels side by side (DenseNet; a residual stream before each
+    block), the means over them. Where an addition joins several producers, the norms right behind
+    those are folded and all are compared at once.
     """
     group = groups[name]
     if group.inner:
@@ -336,7 +360,9 @@ def _normed(model: nn.Module, layers: Iterable[str]) -> bool:
 
 
 def _compared(rows: Tensor, removed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines, and ratios of norms ``‖w_n‖ / ‖w_p‖``, ``[R, P]``; the cosine with a zero filter is 0."""
+    """Cosines, and ratios of norms ``‖w_n‖ / ‖w_p‖``, ``[R, P]``; the cosine with a zero filter is
+    0.
+    """
     norms = rows.norm(dim=1)
     n, p = _pair(norms, removed, kept)
     return (rows[removed] @ rows[kept].T / (n * p)).nan_to_num(0.0), n / p

@@ -1,4 +1,6 @@
-"""Neuron removal: take whole neurons out of a trained network, one after another, by what each removal does to the loss."""
+"""Neuron removal: take whole neurons out of a trained network, one after another, by what each
+removal does to the loss.
+"""
 
 from __future__ import annotations
 
@@ -32,37 +34,44 @@ Scores = dict[str, Tensor]  # [N] per group
 
 
 class NeuronRemoval(Technique):
-    """Remove the neurons that the loss misses least, without retraining (Sharma, Wolfe and Raj, 2017).
+    """Remove the neurons that the loss misses least, without retraining (Sharma, Wolfe and Raj,
+    2017).
 
-    With a gate g on each channel, where its consumers read it, removal changes the loss by ``ΔE = E(g=0) - E(g=1)``. Rankings:
+    With a gate g on each channel, where its consumers read it, removal changes the loss by ``ΔE =
+    E(g=0) - E(g=1)``. Rankings:
 
     - oracle: ΔE itself, by brute force;
     - first_order: ``-∂E/∂g`` (Mozer and Smolensky, NeurIPS 1988);
     - second_order: ``-∂E/∂g + ½ ∂²E/∂g²`` (the parabola through g = 1, evaluated at 0);
     - random: any order, the control.
 
-    E is the mean cross-entropy over training samples. Channels of all groups are ranked together, and each group keeps at least one
-    (of each block, where blocks must keep equal counts: then one of each goes at a time, for the sum of their ΔE).
+    E is the mean cross-entropy over training samples. Channels of all groups are ranked together,
+    and each group keeps at least one (of each block, where blocks must keep equal counts: then one
+    of each goes at a time, for the sum of their ΔE).
 
     Args:
         ranking: As above.
-        rerank: "single": one ranking of the whole network. "iterative": a new one after each removal.
-        diagonal: Of the second order: "backprop" drops off-diagonal terms (the document's; LeCun et al. 1989), "exact" does
-            not; with piecewise linear activations exact holds almost everywhere, and the series says so.
-        softplus_beta: For "backprop": ReLU takes the second derivative of softplus with this β; without it, ReLU behind a gate is
-            refused.
+        rerank: "single": one ranking of the whole network. "iterative": a new one after each
+            removal.
+        diagonal: Of the second order: "backprop" drops off-diagonal terms (the document's; LeCun et
+            al. 1989), "exact" does not; with piecewise linear activations exact holds almost
+            everywhere, and the series says so.
+        softplus_beta: For "backprop": ReLU takes the second derivative of softplus with this β;
+            without it, ReLU behind a gate is refused.
         samples: Training samples that E is the mean of, drawn by the task's seed.
         step: Removals between two rankings of "iterative".
-        allocation: "global" cuts where the ranking says; "uniform" keeps the same fraction of every group.
-        memory_mib: Limit on the activations of a batch, in MiB; None: 64 on a CPU and a quarter of what is free on a GPU for the
-            oracle, 256 for derivatives.
+        allocation: "global" cuts where the ranking says; "uniform" keeps the same fraction of every
+            group.
+        memory_mib: Limit on the activations of a batch, in MiB; None: 64 on a CPU and a quarter of
+            what is free on a GPU for the oracle, 256 for derivatives.
         processes: Worker processes (or GPUs) that share the oracle's samples.
     """
 
     id = "neuron-removal"
     access = "labelled"
     bibtex = """@inproceedings{sharma2017incredible,
-  title = {The Incredible Shrinking Neural Network: New Perspectives on Learning Representations Through the Lens of Pruning},
+  title = {The Incredible Shrinking Neural Network: New Perspectives on Learning Representations
+    Through the Lens of Pruning},
   author = {Sharma, Aditya and Wolfe, Nikolas and Raj, Bhiksha},
   booktitle = {arXiv preprint arXiv:1701.04465},
   year = {2017}
@@ -99,7 +108,8 @@ class NeuronRemoval(Technique):
             softplus_beta > 0 and diagonal == "backprop" and ranking == "second_order"
         ):
             raise ValueError(
-                "softplus_beta must be above 0, and needs ranking='second_order' with diagonal='backprop'"
+                "softplus_beta must be above 0, and needs ranking='second_order' with"
+                " diagonal='backprop'"
             )
 
     def skip(self, task: Task) -> str | None:
@@ -119,7 +129,9 @@ class NeuronRemoval(Technique):
         return None
 
     def prepare(self, task: Task) -> dict[str, Tensor]:
-        """The order of removal: ``[N]`` per group, 0 for what goes first and infinity for what stays; and curves, if wanted."""
+        """The order of removal: ``[N]`` per group, 0 for what goes first and infinity for what
+        stays; and curves, if wanted.
+        """
         order = {
             n: torch.full((g.channels,), math.inf, dtype=torch.float64)
             for n, g in task.groups.items()
@@ -142,7 +154,9 @@ class NeuronRemoval(Technique):
             return order | (work.curves(order) if task.curves else {})
 
     def rankings(self, groups: Groups) -> int:
-        """How many candidates all rankings of "iterative" have together, about: the bar's length."""
+        """How many candidates all rankings of "iterative" have together, about: the bar's
+        length.
+        """
         there = sum(g.channels for g in groups.values())
         gone = sum(g.blocks for g in groups.values()) / len(groups) * self.step
         return int(
@@ -170,10 +184,12 @@ class NeuronRemoval(Technique):
         return Outcome(plan, path=path, series=self.series(task, order, state))
 
     def series(self, task: Task, order: Scores, state: dict[str, Tensor]) -> dict[str, list[Any]]:
-        """What makes pictures, as plain numbers (see ``Ranker.curves``), and what follows from them.
+        """What makes pictures, as plain numbers (see ``Ranker.curves``), and what follows from
+        them.
 
-        Beside the curves: "joint", the increase of the loss after k removals; "summed", that of the same channels removed each
-        alone; "correlation", Spearman's, of the predicted with the true changes.
+        Beside the curves: "joint", the increase of the loss after k removals; "summed", that of the
+        same channels removed each alone; "correlation", Spearman's, of the predicted with the true
+        changes.
         """
         found: dict[str, list[Any]] = {
             k.strip(): _rounded(v) for k, v in state.items() if k.startswith(" ")
@@ -237,7 +253,8 @@ class Ranker:
             next(self._bar, None)
 
     def changes(self, order: Scores, *, save: bool = False) -> Scores:
-        """What removing each channel that is still there would do to the loss, up to a constant: ``[N]``, infinity for the others.
+        """What removing each channel that is still there would do to the loss, up to a constant:
+        ``[N]``, infinity for the others.
 
         Args:
             order: When each channel was removed; infinity for those that are there.
@@ -268,13 +285,15 @@ class Ranker:
         )
 
     def curves(self, order: Scores) -> dict[str, Tensor]:
-        """The loss after each removal and, of the whole network, the true and predicted changes and error curves over the gate.
+        """The loss after each removal and, of the whole network, the true and predicted changes and
+        error curves over the gate.
 
         Returns:
-            " loss" ``[U+1]``; for each group " change NAME" ``[N]`` by brute force and, for Taylor rankings, " score NAME"
-            ``[N]`` as predicted; for the single second order also " gate" ``[9]``, " error NAME" ``[N, 9]``, the loss at those
-            values of a channel's gate, " first NAME" and " second NAME" ``[N]``, the derivatives. Nothing here decides
-            anything, nor is it billed.
+            " loss" ``[U+1]``; for each group " change NAME" ``[N]`` by brute force and, for Taylor
+            rankings, " score NAME" ``[N]`` as predicted; for the single second order also " gate"
+            ``[9]``, " error NAME" ``[N, 9]``, the loss at those values of a channel's gate, " first
+            NAME" and " second NAME" ``[N]``, the derivatives. Nothing here decides anything, nor is
+            it billed.
         """
         steps = range(removed(order) + 1)
         losses = [self.brute.loss(open_gates(after(order, k), self.sample.x)) for k in steps]
@@ -363,12 +382,16 @@ def drawn_at_random(task: Task) -> Scores:
 
 
 def open_gates(order: Scores, like: Tensor) -> Scores:
-    """1 for channels that are there, 0 for those that were removed: ``[N]`` per group, of the type and device of a tensor."""
+    """1 for channels that are there, 0 for those that were removed: ``[N]`` per group, of the type
+    and device of a tensor.
+    """
     return {n: o.isinf().to(like) for n, o in order.items()}
 
 
 def left(order: Tensor, blocks: int) -> int:
-    """How many more removals a group bears: each takes a channel of every block, and each block keeps one."""
+    """How many more removals a group bears: each takes a channel of every block, and each block
+    keeps one.
+    """
     return int(order.isinf().sum()) // blocks - 1
 
 
@@ -378,7 +401,9 @@ def unfinished(order: Scores, groups: Groups) -> bool:
 
 
 def candidates(order: Scores, groups: Groups) -> dict[str, Tensor]:
-    """The channels that may go next: long ``[C]`` per group, none where the group bears no more removals."""
+    """The channels that may go next: long ``[C]`` per group, none where the group bears no more
+    removals.
+    """
     return {
         n: o.isinf().nonzero().flatten() if left(o, groups[n].blocks) else torch.zeros(0).long()
         for n, o in order.items()
@@ -405,7 +430,8 @@ def kept_after(order: Scores, count: int) -> Plan:
 
 
 def remove(order: Scores, changes: Scores, groups: Groups, count: int | None = None) -> None:
-    """Enter the next removals into the order, in place: those that change the loss least, of all groups together.
+    """Enter the next removals into the order, in place: those that change the loss least, of all
+    groups together.
 
     Args:
         order: ``[N]`` per group.
@@ -421,7 +447,8 @@ def remove(order: Scores, changes: Scores, groups: Groups, count: int | None = N
         blocks = groups[name].blocks
         if bool(changes[name].isnan().any()):
             raise UsageError(
-                f"channel group '{name}': the loss or its derivatives are not finite, so its channels cannot be ranked"
+                f"channel group '{name}': the loss or its derivatives are not finite, so its"
+                " channels cannot be ranked"
             )
         table = (
             changes[name]

@@ -1,4 +1,6 @@
-"""Splitting steepest descent: start narrow, train, split the neurons whose splitting lowers the loss most, and go on."""
+"""Splitting steepest descent: start narrow, train, split the neurons whose splitting lowers the
+loss most, and go on.
+"""
 
 from __future__ import annotations
 
@@ -35,42 +37,52 @@ Select = Literal["eigen", "random", "width"]
 Split = dict[str, tuple[Tensor, Tensor]]
 """By group: which of its neurons are split, ``[K]``, and along which unit vectors, ``[K, d]``."""
 
-MOST = 2  # times the rounds asked for that growth may go on where doubling, or neurons without a way down, held it up
+# times the rounds asked for that growth may go on where doubling, or neurons without a way down,
+# held it up
+MOST = 2
 
 
 class Splitting(Technique):
-    """Splitting neurons where it lowers the loss most (Liu, Wu and Wang, "Splitting Steepest Descent", NeurIPS 2019).
+    """Splitting neurons where it lowers the loss most (Liu, Wu and Wang, "Splitting Steepest
+    Descent", NeurIPS 2019).
 
-    The network starts narrow. Each round trains it, then splits neurons: θ becomes θ + ε v and θ - ε v, each copy with half of the
-    outgoing weights, which changes the loss by
+    The network starts narrow. Each round trains it, then splits neurons: θ becomes θ + ε v and θ -
+    ε v, each copy with half of the outgoing weights, which changes the loss by
 
         ``ε² λ_min / 2 + O(ε³)``
 
-    where λ_min and v are the least eigenvalue and its unit eigenvector of the neuron's splitting matrix (equation 4 of the
-    paper; ``widthbench.sensitivity.splitting_matrices``). The most negative are taken until the round's growth is reached; where none is
-    negative, the network is splitting stable and growth ends. Neurons that are split are those of groups with one producer and an
-    elementwise activation behind it or its BatchNorm; other groups have from the start the width that the budget gives them when
-    it is spread uniformly. The record says which (series ``left_out``). A group may outgrow the network that budgets refer to.
+    where λ_min and v are the least eigenvalue and its unit eigenvector of the neuron's splitting
+    matrix (equation 4 of the paper; ``widthbench.sensitivity.splitting_matrices``). The most
+    negative are taken until the round's growth is reached; where none is negative, the network is
+    splitting stable and growth ends. Neurons that are split are those of groups with one producer
+    and an elementwise activation behind it or its BatchNorm; other groups have from the start the
+    width that the budget gives them when it is spread uniformly. The record says which (series
+    ``left_out``). A group may outgrow the network that budgets refer to.
 
-    The second derivative of ReLU and its kin is 0 wherever it is defined, and the law has nothing to say there: softplus's stands
-    in for it (``splitting_matrices``), so that λ_min ranks neurons but no longer says what a split gains.
+    The second derivative of ReLU and its kin is 0 wherever it is defined, and the law has nothing
+    to say there: softplus's stands in for it (``splitting_matrices``), so that λ_min ranks neurons
+    but no longer says what a split gains.
 
     Args:
-        select: "eigen" as above; controls: "random", neurons at random, each along a random direction; "width", all groups
-            widened alike, along random directions.
-        per: What λ_min is divided by: "neuron" nothing, "cost" what the split adds to what the budget counts.
-        narrow: Share of the channels of the uniform network at the budget that the network starts with.
-        rounds: Of growth, each by the same factor, and by one neuron at least. A round can at most double a layer: where it
-            falls short, rounds are added, up to as many again, and one for each halving by ``narrow``.
+        select: "eigen" as above; controls: "random", neurons at random, each along a random
+            direction; "width", all groups widened alike, along random directions.
+        per: What λ_min is divided by: "neuron" nothing, "cost" what the split adds to what the
+            budget counts.
+        narrow: Share of the channels of the uniform network at the budget that the network starts
+            with.
+        rounds: Of growth, each by the same factor, and by one neuron at least. A round can at most
+            double a layer: where it falls short, rounds are added, up to as many again, and one for
+            each halving by ``narrow``.
         growth: Channels that a round adds at most; rounds then go on until the budget is reached.
-        epochs: Of training in each round; other settings are those of the task's recipe, its warm-up in the first round only.
+        epochs: Of training in each round; other settings are those of the task's recipe, its
+            warm-up in the first round only.
         final_epochs: Of training after the last split, in place of ``epochs``.
         lr: In place of the recipe's.
         epsilon: ε.
         samples: Training samples that splitting matrices are averaged over.
         tolerance: Of λ_min, relative to the matrix's norm.
-        exact: Form the matrices and decompose them in float64; for small layers. The bill has the passes that form them, not
-            the decomposition.
+        exact: Form the matrices and decompose them in float64; for small layers. The bill has the
+            passes that form them, not the decomposition.
     """
 
     id = "splitting"
@@ -332,7 +344,9 @@ class Growing:
         return {n: (r, vectors[n][r.to(vectors[n].device)]) for n, r in rows.items()}
 
     def _ranked(self, scores: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
-        """Neurons as (group, row) in the order in which they are split: by score, or so that the groups' shares stay alike."""
+        """Neurons as (group, row) in the order in which they are split: by score, or so that the
+        groups' shares stay alike.
+        """
         order = {n: iter(s.sort().indices.tolist()) for n, s in scores.items()}
         if self.method.select == "width":
             left = {n: len(s) for n, s in scores.items()}
@@ -393,7 +407,8 @@ class Growing:
 
 
 def copies(channels: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(source of each new channel ``[P]``, whether it is one of two copies ``[P]``) when some of N channels are split.
+    """(source of each new channel ``[P]``, whether it is one of two copies ``[P]``) when some of N
+    channels are split.
 
     Copies θ + ε v stay where their originals were, copies θ - ε v follow behind all.
     """
@@ -402,7 +417,8 @@ def copies(channels: int, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_neurons(model: nn.Module, groups: Groups, split: Split, epsilon: float) -> nn.Module:
-    """The network with some neurons split into θ + ε v and θ - ε v, each with half of the outgoing weights.
+    """The network with some neurons split into θ + ε v and θ - ε v, each with half of the outgoing
+    weights.
 
     Args:
         model: The network.
@@ -432,10 +448,11 @@ def split_neurons(model: nn.Module, groups: Groups, split: Split, epsilon: float
 def carried(
     state: OptimizerState, model: nn.Module, groups: Groups, split: Split, after: Groups
 ) -> OptimizerState:
-    """An optimizer's state for the network after a split, in which gradients are what they were before at ε = 0.
+    """An optimizer's state for the network after a split, in which gradients are what they were
+    before at ε = 0.
 
-    Both copies of a neuron have half of its gradient by incoming weights (a quarter where squares are kept), and each all of its
-    gradient by outgoing weights.
+    Both copies of a neuron have half of its gradient by incoming weights (a quarter where squares
+    are kept), and each all of its gradient by outgoing weights.
 
     Args:
         state: By parameter of the network before.

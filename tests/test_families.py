@@ -103,17 +103,26 @@ def test_the_page_counts_what_passes_and_names_the_rest():
     assert "in 1 of 2 families the network" in page
 
 
-def test_the_command_writes_the_page_and_fails_below_nine_tenths(tmp_path, monkeypatch, capsys):
-    from widthbench.cli import main
+def test_the_script_writes_the_page_and_fails_below_nine_tenths(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["families.py", *arguments])
+        return families.main()
 
     rows = [{"family": "vgg", "members": 1, "model": "vgg11", "problem": "no exact group"}]
     monkeypatch.setattr(families, "survey_all", lambda *a, **k: iter(rows))
     monkeypatch.setattr(families, "members", lambda families: {"vgg": ("vgg11", 1)})
-    assert main(["doctor", "--all-families", "--results", str(tmp_path)]) == 1
+    assert run("--results", str(tmp_path)) == 1
     assert "no exact group" in (tmp_path / "coverage.md").read_text()
     assert (tmp_path / "coverage.jsonl").read_text().count("\n") == 1
     assert "coverage.md" in capsys.readouterr().out
     rows[0]["problem"] = ""
-    assert main(["doctor", "--all-families", "vgg", "--results", str(tmp_path / "other")]) == 0
+    assert run("vgg", "--results", str(tmp_path / "other")) == 0
     assert "vgg11" in capsys.readouterr().out
     assert not (tmp_path / "other").exists()  # a part of the families is no page
+
+
+def test_the_command_of_an_earlier_version_says_where_it_is(capsys):
+    from widthbench.cli import main
+
+    assert main(["doctor", "--all-families"]) == 2
+    assert "python bench/studies/families.py" in capsys.readouterr().err

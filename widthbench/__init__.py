@@ -1,7 +1,8 @@
-"""widthbench: a benchmark of techniques that decide how wide each layer of a neural network should be.
+"""widthbench: a benchmark of techniques that decide how wide each layer of a neural network should
+be.
 
-The public names are loaded on first use, so that importing the package costs nothing and workers can be pinned to their
-threads and GPU before torch is imported.
+The public names are loaded on first use, so that importing the package costs nothing and workers
+can be pinned to their threads and GPU before torch is imported.
 """
 
 from __future__ import annotations

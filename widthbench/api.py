@@ -26,7 +26,8 @@ from widthbench.width.groups import Scope
 
 
 class Batches:
-    """Samples from what users have: a pair of tensors ``(x [N, ...], y [N])``, or a DataLoader of such pairs.
+    """Samples from what users have: a pair of tensors ``(x [N, ...], y [N])``, or a DataLoader of
+    such pairs.
 
     Args:
         source: The tensors or the loader.
@@ -49,7 +50,8 @@ class Batches:
             isinstance(source, str | bytes) or not isinstance(source, Iterable)
         ):
             raise UsageError(
-                f"data must be a pair of tensors (x, y) or a DataLoader, not {type(source).__name__}"
+                "data must be a pair of tensors (x, y) or a DataLoader, not"
+                f" {type(source).__name__}"
             )
 
     def __len__(self) -> int:
@@ -97,12 +99,15 @@ def apply(
     Args:
         technique: Its id, or an instance.
         model: The network; it is left as it was.
-        budget: What is kept: ``"channels:0.5"``, ``"macs:0.5"``, ``"params:0.25"``, or a ``Budget``.
+        budget: What is kept: ``"channels:0.5"``, ``"macs:0.5"``, ``"params:0.25"``, or a
+            ``Budget``.
         example_input: ``[B, C, H, W]``, on the network's device.
-        data: For techniques that look at data: ``(x, y)`` tensors or a DataLoader (used for training and choices alike), or
-            anything with ``train`` and ``val``, each of which is either.
+        data: For techniques that look at data: ``(x, y)`` tensors or a DataLoader (used for
+            training and choices alike), or anything with ``train`` and ``val``, each of which is
+            either.
         scope: "inner" leaves residual streams alone; "all" resizes every certified group.
-        include: Pattern(s) on group names (``widthbench doctor`` shows them); None means all in the scope.
+        include: Pattern(s) on group names (``widthbench doctor`` shows them); None means all in the
+            scope.
         seed: Seeds everything random in the decision.
         progress: Show bars with the time left, where a technique has them.
         **params: The technique's parameters.
@@ -150,12 +155,15 @@ def outcome(
     progress: bool = False,
     **params: Any,
 ) -> Outcome:
-    """``apply`` with everything that was decided: the plan, the widths, what is kept, and the resized network."""
+    """``apply`` with everything that was decided: the plan, the widths, what is kept, and the
+    resized network.
+    """
     if not isinstance(technique, str | Technique):
         raise UsageError(f"technique must be a registered name or an instance, not {technique!r}")
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"model must be a torch.nn.Module, not {type(model).__name__}; timm.create_model makes one from a name"
+            f"model must be a torch.nn.Module, not {type(model).__name__}; timm.create_model makes"
+            " one from a name"
         )
     if not isinstance(example_input, Tensor) or example_input.dim() < 2 or len(example_input) == 0:
         raise UsageError("example_input must be one tensor [B, ...] with B of at least 1")
@@ -171,7 +179,8 @@ def outcome(
     parsed = Budget.parse(budget, grows=chosen.grows)
     if data is None and chosen.access != "none":
         raise UsageError(
-            f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y) or a DataLoader"
+            f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y)"
+            " or a DataLoader"
         )
     groups = find_groups(model, example_input)
     cost = CostModel(model, groups, example_input)
@@ -216,7 +225,8 @@ def outcome(
         assert resized is not None
         if not decided.met:
             warnings.warn(
-                f"technique '{chosen.id}' leaves part of the budget {parsed} unused: it keeps {decided.kept:.3f}",
+                f"technique '{chosen.id}' leaves part of the budget {parsed} unused: it keeps"
+                f" {decided.kept:.3f}",
                 stacklevel=3,
             )
         resized.eval()

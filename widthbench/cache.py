@@ -1,4 +1,6 @@
-"""Files of the cache: each with a digest of what it holds, and a twin at a URL where several machines share one store."""
+"""Files of the cache: each with a digest of what it holds, and a twin at a URL where several
+machines share one store.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def read(path: Path, what: str) -> bytes | None:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write plain data as JSON, with the field "digest" over all others, atomically; and put it into the store.
+    """Write plain data as JSON, with the field "digest" over all others, atomically; and put it
+    into the store.
 
     Raises:
         UsageError: If it cannot be written.
@@ -57,7 +60,9 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any] | None:
-    """Data that ``write_json`` wrote; None if there are none, or (named in a warning) they are damaged. Arguments as ``read``."""
+    """Data that ``write_json`` wrote; None if there are none, or (named in a warning) they are
+    damaged. Arguments as ``read``.
+    """
 
     def content(blob: bytes) -> dict[str, Any] | None:
         try:
@@ -100,7 +105,9 @@ def _read(path: Path, what: str, content: Any) -> Any:
 
 
 def url() -> str | None:
-    """Where the store besides the cache is, if there is one; a folder by its absolute path, for processes that run elsewhere."""
+    """Where the store besides the cache is, if there is one; a folder by its absolute path, for
+    processes that run elsewhere.
+    """
     given = os.environ.get(STORE)
     return str(expanded(given).resolve()) if given and ":" not in given else given or None
 
@@ -111,7 +118,9 @@ def shared() -> bool:
 
 
 def push(path: Path) -> None:
-    """Put a file of the cache into the store, if there is one; what cannot be put there is said, and stays in the cache."""
+    """Put a file of the cache into the store, if there is one; what cannot be put there is said,
+    and stays in the cache.
+    """
     if not (where := url()):
         return
     try:
@@ -122,7 +131,8 @@ def push(path: Path) -> None:
             fs.pipe_file(at, path.read_bytes())
     except Exception as error:  # every file system has errors of its own
         warnings.warn(
-            f"{path.name} could not be put into {where} ({type(error).__name__}: {error}): it is in the cache only",
+            f"{path.name} could not be put into {where} ({type(error).__name__}: {error}): it is in"
+            " the cache only",
             stacklevel=3,
         )
 
@@ -174,8 +184,9 @@ def check_store() -> None:
         fs.rm_file(at)
     except Exception as error:
         raise UsageError(
-            f"the store {where} cannot be used ({type(error).__name__}: {error}): set {STORE} to a folder or a URL that fsspec "
-            "knows, and install what it needs for that (s3fs, gcsfs, …)"
+            f"the store {where} cannot be used ({type(error).__name__}: {error}): set {STORE} to a"
+            " folder or a URL that fsspec knows, and install what it needs for that (s3fs,"
+            " gcsfs, …)"
         ) from error
 
 

@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="widthbench",
-        description="Compare techniques that decide how wide each layer of a neural network should be.",
+        description=(
+            "Compare techniques that decide how wide each layer of a neural network should be."
+        ),
         epilog="exit codes: 0 done, 1 a check fell short, 2 bad input",
     )
     parser.add_argument("--version", action="version", version=f"widthbench {__version__}")
@@ -86,9 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "run",
         help="run the cells of a suite that have no result yet, then write its report",
-        description="Run the cells of a suite that have no result yet, then write its report. Finished cells, trained base "
-        "networks and half-done training are kept in the cache (WIDTHBENCH_CACHE, by default the user's cache folder): a run that "
-        "was stopped goes on from there.",
+        description=(
+            "Run the cells of a suite that have no result yet, then write its report. Finished"
+            " cells, trained base networks and half-done training are kept in the cache"
+            " (WIDTHBENCH_CACHE, by default the user's cache folder): a run that was stopped goes"
+            " on from there."
+        ),
     )
     _suites(verb)
     verb.add_argument(
@@ -96,7 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=None,
         metavar="N",
-        help="worker processes (default: 1); with --engine ray and no --address, cores of the Ray that is started (default: all)",
+        help=(
+            "worker processes (default: 1); with --engine ray and no --address, cores of the Ray"
+            " that is started (default: all)"
+        ),
     )
     verb.add_argument(
         "--only",
@@ -114,32 +122,45 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--address",
         metavar="ADDRESS",
-        help="of a running Ray cluster ('auto': the one that this machine belongs to; default: start one here)",
+        help=(
+            "of a running Ray cluster ('auto': the one that this machine belongs to; default: start"
+            " one here)"
+        ),
     )
     verb.add_argument(
         "--gpus",
         type=_share,
         metavar="N",
-        help="GPUs of each Ray task, fractions allowed (default: one where there are any and the suite's device is not cpu)",
+        help=(
+            "GPUs of each Ray task, fractions allowed (default: one where there are any and the"
+            " suite's device is not cpu)"
+        ),
     )
     verb.add_argument(
         "--store",
         metavar="URL",
-        help="where machines share finished cells and base networks if their caches are apart: a folder, or any fsspec URL "
-        "(s3://…, gs://…; default: WIDTHBENCH_STORE, or none)",
+        help=(
+            "where machines share finished cells and base networks if their caches are apart: a"
+            " folder, or any fsspec URL (s3://…, gs://…; default: WIDTHBENCH_STORE, or none)"
+        ),
     )
     verb.add_argument(
         "--within",
         type=_seconds,
         metavar="SECONDS",
-        help="stop after so many seconds, a slot on a cluster, say: what is finished is kept and reported, and the next run "
-        "goes on from there",
+        help=(
+            "stop after so many seconds, a slot on a cluster, say: what is finished is kept and"
+            " reported, and the next run goes on from there"
+        ),
     )
     verb.add_argument(
         "--order",
         choices=["network", "seed"],
         default="network",
-        help="what is finished first: all seeds of a network, or one seed of all networks (default: network)",
+        help=(
+            "what is finished first: all seeds of a network, or one seed of all networks (default:"
+            " network)"
+        ),
     )
     verb.add_argument(
         "--no-timing",
@@ -153,8 +174,11 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "claims",
         help="what the source documents report against what was measured, with verdicts",
-        description="Judge the claims of the source documents by the published records; with --run or --results by those in a "
-        "folder of yours, where claims.md is then written. A claim that is not reproduced is a result: the exit code is 0.",
+        description=(
+            "Judge the claims of the source documents by the published records; with --run or"
+            " --results by those in a folder of yours, where claims.md is then written. A claim"
+            " that is not reproduced is a result: the exit code is 0."
+        ),
     )
     verb.add_argument("--id", nargs="+", default=[], metavar="ID", help="only these (default: all)")
     verb.add_argument(
@@ -182,8 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "data",
         help="data sets: which are there, where, how many images, and their digests",
-        description="List the data sets that are known or lie where data are looked for (WIDTHBENCH_DATA or --data). With names, "
-        "read them whole: a damaged file is named, and the exit code is 1.",
+        description=(
+            "List the data sets that are known or lie where data are looked for (WIDTHBENCH_DATA or"
+            " --data). With names, read them whole: a damaged file is named, and the exit code"
+            " is 1."
+        ),
     )
     verb.add_argument(
         "datasets",
@@ -196,9 +223,14 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser(
         "report",
-        help="write a suite's leaderboard and figures from finished cells, or a page of all results",
-        description="Write the leaderboards and figures of suites from what was measured here, and reproduction.md, which compares "
-        "it with what was published. With --site, also one static page, site.html, of every suite there and of the claims.",
+        help=(
+            "write a suite's leaderboard and figures from finished cells, or a page of all results"
+        ),
+        description=(
+            "Write the leaderboards and figures of suites from what was measured here, and"
+            " reproduction.md, which compares it with what was published. With --site, also one"
+            " static page, site.html, of every suite there and of the claims."
+        ),
     )
     _suites(verb, "*")
     verb.add_argument(
@@ -214,7 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--publish",
         action="store_true",
-        help="instead put what was measured in the place of what is published, cell by cell (in a checkout: results/published)",
+        help=(
+            "instead put what was measured in the place of what is published, cell by cell (in a"
+            " checkout: results/published)"
+        ),
     )
     verb.add_argument(
         "--add",
@@ -222,8 +257,10 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="FILE",
-        help="first take over the records in these records.jsonl, of another machine, say, and the timings.jsonl beside them; "
-        "a finished record beats a failed one",
+        help=(
+            "first take over the records in these records.jsonl, of another machine, say, and the"
+            " timings.jsonl beside them; a finished record beats a failed one"
+        ),
     )
     verb.add_argument(
         "--replace",
@@ -239,8 +276,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "cite",
         help="BibTeX of a suite's results and of the techniques in them",
-        description="Print BibTeX: an entry for each suite, with the version, commit and digest of its results, and one for each "
-        "technique that it compares.",
+        description=(
+            "Print BibTeX: an entry for each suite, with the version, commit and digest of its"
+            " results, and one for each technique that it compares."
+        ),
     )
     _suites(verb)
     _read(verb)
@@ -249,11 +288,14 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "verify",
         help="whether a suite's results are what they say: digests, and cells run again",
-        description="Hold the files of a suite's results and each record to their digests, then run recorded cells again from "
-        "nothing, in a cache of their own. On the machine, with the code and the versions that a record names the rerun must be "
-        "equal bit by bit (but for times); elsewhere its test top-1 at the last stage must lie within one point or three "
-        "standard errors of the difference, and its MACs within 5 %; sizes and costs must fit (docs/citing.md). Exit code 1 if "
-        "anything differs.",
+        description=(
+            "Hold the files of a suite's results and each record to their digests, then run"
+            " recorded cells again from nothing, in a cache of their own. On the machine, with the"
+            " code and the versions that a record names the rerun must be equal bit by bit (but for"
+            " times); elsewhere its test top-1 at the last stage must lie within one point or three"
+            " standard errors of the difference, and its MACs within 5 %; sizes and costs must fit"
+            " (docs/citing.md). Exit code 1 if anything differs."
+        ),
     )
     _suites(verb)
     verb.add_argument(
@@ -280,9 +322,12 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "doctor",
         help="channel groups of networks and their grades",
-        description="Discover and certify the channel groups of networks: exact groups may be resized, coupled ones only with "
-        "scope='all', frozen ones never. 'inner' counts the exact groups outside residual streams, 'down to' is the share of "
-        "the MACs that one channel per group would leave. Exit code 1 if a network has no exact group.",
+        description=(
+            "Discover and certify the channel groups of networks: exact groups may be resized,"
+            " coupled ones only with scope='all', frozen ones never. 'inner' counts the exact"
+            " groups outside residual streams, 'down to' is the share of the MACs that one channel"
+            " per group would leave. Exit code 1 if a network has no exact group."
+        ),
     )
     verb.add_argument(
         "models",
@@ -311,10 +356,13 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "regress",
         help="whether a commit made anything slower than another one",
-        description="Install two commits of the repository at hand side by side, in folders of their own, and measure both in "
-        "the environment at hand, sample by sample in turn; what is beyond the factor is measured again, by fresh processes and "
-        "twice as often, before it is called slower. Prints a markdown table for a pull request. Exit codes: 0 nothing got worse, "
-        "1 something is slower or takes more memory, 2 a benchmark broke, or bad input.",
+        description=(
+            "Install two commits of the repository at hand side by side, in folders of their own,"
+            " and measure both in the environment at hand, sample by sample in turn; what is beyond"
+            " the factor is measured again, by fresh processes and twice as often, before it is"
+            " called slower. Prints a markdown table for a pull request. Exit codes: 0 nothing got"
+            " worse, 1 something is slower or takes more memory, 2 a benchmark broke, or bad input."
+        ),
     )
     verb.add_argument("base", metavar="BASE", help="the commit that was: a hash, a branch, a tag")
     verb.add_argument(
@@ -452,7 +500,7 @@ def _list(args: argparse.Namespace) -> int:
                 "technique": n,
                 "data access": c.access,
                 "from": registry.owner(n),
-                "what it does": (c.__doc__ or "").strip().split("\n")[0],
+                "what it does": " ".join((c.__doc__ or "").partition("\n\n")[0].split()),
             }
             for n, c in good.items()
         ]
@@ -500,7 +548,8 @@ def _run(args: argparse.Namespace) -> int:
 
     if parallel.launched() and ((args.jobs or 1) > 1 or args.engine != "local"):
         raise UsageError(
-            "a launcher started several processes for each cell, so --jobs must be 1 and --engine local"
+            "a launcher started several processes for each cell, so --jobs must be 1 and --engine"
+            " local"
         )
     if args.engine != "ray" and (args.address is not None or args.gpus is not None):
         raise UsageError("--address and --gpus are for --engine ray")
@@ -520,7 +569,8 @@ def _run(args: argparse.Namespace) -> int:
     for suite, cells in chosen:
         if not cells:
             raise UsageError(
-                f"suite {suite.name} has no cell whose name holds {' or '.join(map(repr, args.only))}"
+                f"suite {suite.name} has no cell whose name holds"
+                f" {' or '.join(map(repr, args.only))}"
             )
         suites.check(suite, cells)
     cells = list({c.identity: c for _, some in chosen for c in some}.values())
@@ -646,7 +696,9 @@ def _report(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
 
 
 def _folder(args: argparse.Namespace, suite: str) -> Path:
-    """Where a suite's records are read: in the folder that was named, else the published ones, else those of a run here."""
+    """Where a suite's records are read: in the folder that was named, else the published ones, else
+    those of a run here.
+    """
     from widthbench.paths import published_dir
 
     if args.results is not None:
@@ -690,13 +742,15 @@ def _verify(args: argparse.Namespace) -> int:
         wanted = [r for r in records if _wanted(r.cell.id, args.only)]
         if records and not wanted:
             raise UsageError(
-                f"suite {suite.name} has no record whose name holds {' or '.join(map(repr, args.only))}"
+                f"suite {suite.name} has no record whose name holds"
+                f" {' or '.join(map(repr, args.only))}"
             )
         drawn = [] if args.sample == 0 else verify.sample(wanted, args.sample, args.seed)
         if drawn:
             spent = sum(s.seconds for r in drawn for s in r.spent.values())
             print(
-                f"{suite.name}: {len(drawn)} of {len(records)} cells again; they took {spent:.0f} s",
+                f"{suite.name}: {len(drawn)} of {len(records)} cells again; they took"
+                f" {spent:.0f} s",
                 file=sys.stderr,
             )
             found += verify.rerun(
@@ -720,7 +774,8 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"{bad} of {len(checks)} checks differ" if bad else f"all {len(checks)} checks hold")
         if equal or near:
             print(
-                f"reruns: {equal} checks bit by bit, {near} within tolerance (records of other code, versions or hardware)"
+                f"reruns: {equal} checks bit by bit, {near} within tolerance (records of other"
+                " code, versions or hardware)"
             )
     return 1 if bad else 0
 
@@ -736,7 +791,8 @@ def _claims(args: argparse.Namespace) -> int:
     wanted = not args.id and (args.publish or where != published_dir())
     if args.publish and where != published_dir():
         raise UsageError(
-            "--publish is for claims that are judged by the published records: leave out --run and --results"
+            "--publish is for claims that are judged by the published records: leave out --run and"
+            " --results"
         )
     if wanted:
         require_writable(where)
@@ -751,7 +807,9 @@ def _claims(args: argparse.Namespace) -> int:
 
 
 def _run_claims(chosen: Sequence[Any], results: Path, jobs: int) -> int:
-    """Run what the claims rest on, and write the suites' results; gives the number of failed cells."""
+    """Run what the claims rest on, and write the suites' results; gives the number of failed
+    cells.
+    """
     from widthbench.claims import ledger
     from widthbench.engines import local
     from widthbench.experiment import suites
@@ -837,7 +895,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
     if args.all_families:
         raise UsageError(
-            "doctor --all-families is a script of its own now: in a checkout, python bench/studies/families.py"
+            "doctor --all-families is a script of its own now: in a checkout, python"
+            " bench/studies/families.py"
         )
     if not args.models:
         raise UsageError("name one model or more")

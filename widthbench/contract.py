@@ -1,4 +1,6 @@
-"""What every technique must do, as one call: for the tests of this project and of anybody's plug-in."""
+"""What every technique must do, as one call: for the tests of this project and of anybody's
+plug-in.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +30,27 @@ BUDGETS = ("channels:0.5", "macs:0.5", "params:0.5")
 
 
 class ContractError(AssertionError):
-    """A technique that breaks a rule that all techniques keep; it names the technique and the rule."""
+    """A technique that breaks a rule that all techniques keep; it names the technique and the
+    rule.
+    """
 
 
 def check_technique(cls: type[Technique], **params: Any) -> int:
     """Hold a technique to the contract.
 
-    The class: an id, a data access, a docstring, keyword-only parameters stored under their own names. On an MLP, a LeNet
-    and a ResNet, briefly trained, at budgets of channels, MACs and parameters: the budget is met, the network that came in is
-    left as it was, the network that comes out runs forward and backward with the same output shape, the same seed gives the
-    same decision, and ``prepare`` does not depend on the budget.
+    The class: an id, a data access, a docstring, keyword-only parameters stored under their own
+    names. On an MLP, a LeNet and a ResNet, briefly trained, at budgets of channels, MACs and
+    parameters: the budget is met, the network that came in is left as it was, the network that
+    comes out runs forward and backward with the same output shape, the same seed gives the same
+    decision, and ``prepare`` does not depend on the budget.
 
     Args:
         cls: The technique.
         **params: Its parameters, where the defaults are not meant.
 
     Returns:
-        The number of decisions that were checked; networks that the technique skips are not among them.
+        The number of decisions that were checked; networks that the technique skips are not among
+        them.
 
     Raises:
         ContractError: At the first rule that is broken.

@@ -1,4 +1,6 @@
-"""Errors that name the thing, what was wrong with it, and the remedy; the command line exits with 2 on each."""
+"""Errors that name the thing, what was wrong with it, and the remedy; the command line exits with 2
+on each.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,15 @@ class PlanError(UsageError):
 
 
 class CostError(UsageError):
-    """A resized network whose MACs or parameters are not those that were predicted from its widths."""
+    """A resized network whose MACs or parameters are not those that were predicted from its
+    widths.
+    """
 
 
 class DivergedError(UsageError):
-    """A training run that came to nothing: a loss that is not finite, or that ends where it would be without looking at inputs."""
+    """A training run that came to nothing: a loss that is not finite, or that ends where it would
+    be without looking at inputs.
+    """
 
 
 class NoGroupsError(UsageError):
@@ -39,7 +45,8 @@ class AccessError(UsageError):
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""Text with whatever would act on a terminal, or that no file can hold, written as its escape: ``\x1b``, ``\ud800``.
+    r"""Text with whatever would act on a terminal, or that no file can hold, written as its escape:
+    ``\x1b``, ``\ud800``.
 
     Args:
         text: Anyone's.
@@ -54,7 +61,9 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest known name, else the list of known names (at most 20)."""
+    """Return ``"; did you mean 'x'?"`` for the closest known name, else the list of known names (at
+    most 20).
+    """
     names = sorted(known)
     folded = {_folded(n): n for n in reversed(names)}
     close = difflib.get_close_matches(_folded(name), list(folded), n=1)

@@ -1,7 +1,9 @@
-"""One run in several processes, a GPU each: all do the same, training shares each batch, the first one writes.
+"""One run in several processes, a GPU each: all do the same, training shares each batch, the first
+one writes.
 
-Started by ``torchrun`` or ``accelerate launch``; accelerate sets the processes up (nccl between GPUs, gloo between CPUs). In a
-plain process everything here is a no-op. Nothing heavy is imported before it is needed.
+Started by ``torchrun`` or ``accelerate launch``; accelerate sets the processes up (nccl between
+GPUs, gloo between CPUs). In a plain process everything here is a no-op. Nothing heavy is imported
+before it is needed.
 """
 
 from __future__ import annotations
@@ -160,7 +162,8 @@ def billed(samples: int) -> int:
 
 
 def batch_statistics() -> AbstractContextManager[Any]:
-    """Within it, BatchNorm in training mode normalises by the statistics of all processes' parts of a batch.
+    """Within it, BatchNorm in training mode normalises by the statistics of all processes' parts of
+    a batch.
 
     ``SyncBatchNorm`` does this on GPUs only, and would replace layers that techniques hold on to.
     """

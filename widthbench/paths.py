@@ -29,12 +29,15 @@ def expanded(given: str) -> Path:
         return Path(given).expanduser()
     except RuntimeError as error:
         raise UsageError(
-            f"path {given}: there is no home folder of '{Path(given).parts[0]}': write the path in full"
+            f"path {given}: there is no home folder of '{Path(given).parts[0]}': write the path in"
+            " full"
         ) from error
 
 
 def settle() -> None:
-    """Let relative paths in the environment mean the folder at hand for good, wherever a plug-in changes to."""
+    """Let relative paths in the environment mean the folder at hand for good, wherever a plug-in
+    changes to.
+    """
     for name in ("WIDTHBENCH_CACHE", "WIDTHBENCH_DATA", "WIDTHBENCH_WEIGHTS", "WIDTHBENCH_STORE"):
         given = os.environ.get(name)
         if given and (name != "WIDTHBENCH_STORE" or ":" not in given):
@@ -45,7 +48,8 @@ class Lock(FileLock):
     """A lock of ours, in the cache or beside results, that other accounts may take too.
 
     Attributes:
-        tell: Called with "wait" and "work" by a process whose time is counted: waiting for others is not its work.
+        tell: Called with "wait" and "work" by a process whose time is counted: waiting for others
+            is not its work.
     """
 
     tell: ClassVar[Callable[[str], None] | None] = None
@@ -74,7 +78,9 @@ class Lock(FileLock):
 
 
 def cache_dir() -> Path:
-    """The cache: ``WIDTHBENCH_CACHE``, else the user's cache folder. Holds grades, base networks and finished cells."""
+    """The cache: ``WIDTHBENCH_CACHE``, else the user's cache folder. Holds grades, base networks
+    and finished cells.
+    """
     given = os.environ.get("WIDTHBENCH_CACHE")
     return expanded(given) if given else Path(platformdirs.user_cache_dir("widthbench"))
 
@@ -92,7 +98,9 @@ def weights_dir() -> Path:
 
 
 def published_dir() -> Path:
-    """Where published results lie: ``results/published`` of a checkout, or the package's own copy of it."""
+    """Where published results lie: ``results/published`` of a checkout, or the package's own copy
+    of it.
+    """
     return Path(str(files("widthbench._published")))
 
 
@@ -112,7 +120,8 @@ def require_writable(folder: Path) -> None:
         ) from error
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UsageError(
-            f"cannot write {folder}: {above} is not a folder that you may write; set WIDTHBENCH_CACHE or --results"
+            f"cannot write {folder}: {above} is not a folder that you may write; set"
+            " WIDTHBENCH_CACHE or --results"
         )
 
 
@@ -124,7 +133,8 @@ def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
         content: Text (UTF-8), bytes, or text in pieces.
 
     Raises:
-        UsageError: If it cannot be written (no such right, no space left); what was there before stays.
+        UsageError: If it cannot be written (no such right, no space left); what was there before
+            stays.
     """
     pieces = [content] if isinstance(content, str | bytes) else content
     try:

@@ -1,4 +1,6 @@
-"""What stands beside each number: code, versions, hardware; and the digests that cache keys are made of."""
+"""What stands beside each number: code, versions, hardware; and the digests that cache keys are
+made of.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +52,15 @@ def versions() -> dict[str, str]:
 def commit() -> dict[str, Any]:
     """The checkout's git commit and whether it has uncommitted changes.
 
-    Outside a checkout what ``WIDTHBENCH_COMMIT`` says, for a copy that was packed from a clean one; else both None.
+    Outside a checkout what ``WIDTHBENCH_COMMIT`` says, for a copy that was packed from a clean one;
+    else both None.
     """
     if said := os.environ.get("WIDTHBENCH_COMMIT"):
         return {"commit": said, "dirty": False}
 
     def git(*args: str) -> str | None:
-        # a checkout that somebody else owns is read all the same: it is the one whose code runs here
+        # a checkout that somebody else owns is read all the same: it is the one whose code runs
+        # here
         command = [
             "git",
             "-c",
@@ -110,7 +114,9 @@ def hardware() -> dict[str, Any]:
 
 @functools.cache
 def code_digest(*modules: str) -> str:
-    """SHA-256 over what the package's modules do, given as paths relative to it (folders with all they hold)."""
+    """SHA-256 over what the package's modules do, given as paths relative to it (folders with all
+    they hold).
+    """
     digest = hashlib.sha256()
     for module in modules:
         path = ROOT / module
@@ -120,7 +126,8 @@ def code_digest(*modules: str) -> str:
 
 
 def meaning(source: bytes) -> bytes:
-    """What a Python file does: its syntax tree, without comments, layout and docstrings, so that a mended sentence changes no key.
+    """What a Python file does: its syntax tree, without comments, layout and docstrings, so that a
+    mended sentence changes no key.
 
     Args:
         source: The file; one that is not valid Python counts as it stands.
@@ -142,8 +149,8 @@ def meaning(source: bytes) -> bytes:
 def source_digest(cls: type) -> str:
     """SHA-256 over what the sources do that a technique consists of (``meaning``).
 
-    For one of ours that is its own file (the rest of the package is digested apart); for a plug-in, every Python file of the
-    top-level package, or the single module, that it is defined in.
+    For one of ours that is its own file (the rest of the package is digested apart); for a plug-in,
+    every Python file of the top-level package, or the single module, that it is defined in.
 
     Raises:
         UsageError: If they cannot be found.
@@ -152,7 +159,8 @@ def source_digest(cls: type) -> str:
         own = Path(inspect.getfile(cls))
     except (TypeError, OSError) as error:
         raise UsageError(
-            f"{cls.__module__}.{cls.__qualname__}: its source cannot be found ({error}): define it in a file"
+            f"{cls.__module__}.{cls.__qualname__}: its source cannot be found ({error}): define it"
+            " in a file"
         ) from error
     top = cls.__module__.partition(".")[0]
     files = [own]

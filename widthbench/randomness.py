@@ -14,7 +14,8 @@ def seeded(seed: int, *, gpu: bool = True) -> Iterator[None]:
 
     Args:
         seed: The seed.
-        gpu: Also on every GPU. Worker processes must leave GPUs alone: CUDA cannot be initialised anew in a forked process.
+        gpu: Also on every GPU. Worker processes must leave GPUs alone: CUDA cannot be initialised
+            anew in a forked process.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if gpu else []):
         if gpu:

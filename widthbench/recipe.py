@@ -11,24 +11,30 @@ class Recipe(BaseModel):
     """How a network is trained.
 
     Attributes:
-        epochs: Passes over the training samples; 0 for no training, where a suite fine-tunes nothing.
-        batch_size: Samples per step, at least 2; a last batch of one sample is skipped (BatchNorm cannot normalise it).
+        epochs: Passes over the training samples; 0 for no training, where a suite fine-tunes
+            nothing.
+        batch_size: Samples per step, at least 2; a last batch of one sample is skipped (BatchNorm
+            cannot normalise it).
         optimizer: "sgd" (Nesterov momentum) or "adamw".
         lr: Peak learning rate; needed where there are epochs.
         momentum: Of SGD.
         weight_decay: Not applied to vectors (biases, norm affines).
-        warmup_epochs: Linear warm-up from a hundredth of ``lr``, then a cosine to ``min_lr``, both by step.
+        warmup_epochs: Linear warm-up from a hundredth of ``lr``, then a cosine to ``min_lr``, both
+            by step.
         min_lr: Where the cosine ends.
         label_smoothing: Of the cross-entropy.
         crop: Pixels of black padding on each side before a random crop of the old size.
         flip: Mirror every other image, left to right.
         cutout: Side in pixels of a black square at a random place.
-        resized_crop: Least share of the area in a random resized crop (0.08 is usual on ImageNet; 0: none), for sets of images
-            that are read from files. Those in memory are small already.
-        amp: Compute forward passes in bfloat16 where torch finds that safe (autocast); weights stay in float32.
-        accumulate: Parts that a batch is computed in, one after another, gradients added up: less memory, the same step.
-            BatchNorm sees the parts.
-        ema: Decay of an average of the weights over steps, which the training ends with (timm's ``ModelEmaV3``); 0 for none.
+        resized_crop: Least share of the area in a random resized crop (0.08 is usual on ImageNet;
+            0: none), for sets of images that are read from files. Those in memory are small
+            already.
+        amp: Compute forward passes in bfloat16 where torch finds that safe (autocast); weights stay
+            in float32.
+        accumulate: Parts that a batch is computed in, one after another, gradients added up: less
+            memory, the same step. BatchNorm sees the parts.
+        ema: Decay of an average of the weights over steps, which the training ends with (timm's
+            ``ModelEmaV3``); 0 for none.
         compile: Train the network through ``torch.compile``, where a step is a plain cross-entropy.
     """
 
@@ -69,7 +75,8 @@ class Spent(BaseModel):
 
     Attributes:
         forward_macs: Multiply-accumulates in forward passes, over all samples.
-        backward_macs: In backward passes, counted as twice the forward pass (gradients of weights and of inputs).
+        backward_macs: In backward passes, counted as twice the forward pass (gradients of weights
+            and of inputs).
         epochs: Passes over the training samples, where it trained.
         seconds: Wall-clock time.
         halved: Training runs whose batches were computed in halves for want of memory.

@@ -1,4 +1,6 @@
-"""What a few seeds can and cannot say: means with spreads, and ranks only where paired differences carry them."""
+"""What a few seeds can and cannot say: means with spreads, and ranks only where paired differences
+carry them.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +47,17 @@ def summarise(values: Mapping[object, float]) -> Summary:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation (n - 1) of at least two values; ``statistics.stdev`` takes 26 times as long, over fractions."""
+    """Sample standard deviation (n - 1) of at least two values; ``statistics.stdev`` takes 26 times
+    as long, over fractions.
+    """
     mean = statistics.fmean(values)
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (Holm 1979): ``p̃_(i) = max_{j<=i} min(1, (m - j + 1) p_(j))``, in the given order."""
+    """Holm's step-down adjustment (Holm 1979): ``p̃_(i) = max_{j<=i} min(1, (m - j + 1) p_(j))``,
+    in the given order.
+    """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, running = [0.0] * len(p_values), 0.0
     for step, i in enumerate(order):
@@ -64,7 +70,8 @@ def paired_p(a: Mapping[object, float], b: Mapping[object, float]) -> float | No
     """Two-sided p-value of the paired t-test over the bases that both have.
 
     Returns:
-        None below ``LEAST`` shared bases; 0 or 1 where all differences are equal and there is nothing to test.
+        None below ``LEAST`` shared bases; 0 or 1 where all differences are equal and there is
+        nothing to test.
     """
     shared = [k for k in a if k in b]
     if len(shared) < LEAST:
@@ -72,7 +79,8 @@ def paired_p(a: Mapping[object, float], b: Mapping[object, float]) -> float | No
     differences = [a[k] - b[k] for k in shared]
     if math.isclose(max(differences), min(differences), abs_tol=1e-12):
         return 1.0 if math.isclose(differences[0], 0.0, abs_tol=1e-12) else 0.0
-    # Student's t, as scipy.stats.ttest_1samp has it, without the quarter of a millisecond that this takes around it
+    # Student's t, as scipy.stats.ttest_1samp has it, without the quarter of a millisecond that this
+    # takes around it
     t = statistics.fmean(differences) / (deviation(differences) / math.sqrt(len(differences)))
     return float(2 * special.stdtr(len(differences) - 1, -abs(t)))
 
@@ -142,8 +150,8 @@ def ranks(
 ) -> dict[str, int] | None:
     """Ranks of rows by their mean, higher first, tied unless a paired difference says otherwise.
 
-    A row's rank is one more than the number of rows that beat it: whose paired difference over shared bases has a
-    Holm-corrected 95 % t-interval above 0.
+    A row's rank is one more than the number of rows that beat it: whose paired difference over
+    shared bases has a Holm-corrected 95 % t-interval above 0.
 
     Args:
         scores: For each row one score per base.

@@ -1,4 +1,6 @@
-"""TOML as people write it: with a byte order mark or without, and with every way to spoil it named in one line."""
+"""TOML as people write it: with a byte order mark or without, and with every way to spoil it named
+in one line.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def read(path: Path, what: str) -> dict[str, Any]:
         ) from error
     if content.startswith(WIDE) or b"\0" in content:
         raise UsageError(
-            f"cannot read {what} {path}: it is UTF-16 or UTF-32 text, or no text at all: save it as UTF-8"
+            f"cannot read {what} {path}: it is UTF-16 or UTF-32 text, or no text at all: save it as"
+            " UTF-8"
         )
     try:
         text = content.decode()
@@ -56,7 +59,8 @@ def parse(text: str, where: str) -> dict[str, Any]:
         where: The file's name, for errors.
 
     Raises:
-        UsageError: If it is malformed, or holds integers of more than 64 bits or tables in each other beyond all use.
+        UsageError: If it is malformed, or holds integers of more than 64 bits or tables in each
+            other beyond all use.
     """
     too_deep = f"{where}: tables or lists lie in each other more than {DEPTH} deep: flatten them"
     try:

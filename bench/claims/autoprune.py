@@ -12,7 +12,9 @@ NEAR = 1.0  # points of val accuracy
 
 
 def steps(record: Record) -> int | None:
-    """Steps to the first point of a run's trajectory from which on val accuracy is within a point of the final one, or above."""
+    """Steps to the first point of a run's trajectory from which on val accuracy is within a point
+    of the final one, or above.
+    """
     accuracy = record.series.get("trajectory.val_top1") or []
     if not accuracy:
         return None
@@ -50,7 +52,9 @@ class Slower:
 
 
 def rate(record: Record) -> float | None:
-    """Recoveries per 1000 channel-steps in which there could have been one; None if there were none."""
+    """Recoveries per 1000 channel-steps in which there could have been one; None if there were
+    none.
+    """
     returned, shut = (
         record.series.get(f"trajectory.{name}") or [0] for name in ("recoveries", "shut")
     )
@@ -58,7 +62,8 @@ def rate(record: Record) -> float | None:
 
 
 class Recoverability:
-    """How much higher the rate of recoveries is without weight decay than with it, by seed, at a fixed μ.
+    """How much higher the rate of recoveries is without weight decay than with it, by seed, at a
+    fixed μ.
 
     Args:
         suite: Whose records are read.

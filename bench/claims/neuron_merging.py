@@ -1,4 +1,6 @@
-"""What must hold of neuron merging and of NMF by construction: checks of the claims M4 to M6, on small networks in float64."""
+"""What must hold of neuron merging and of NMF by construction: checks of the claims M4 to M6, on
+small networks in float64.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SEEDS = range(5)
 
 
 def planted(activation: str = "relu") -> list[float]:
-    """Relative error of an MLP and of a LeNet-5 whose small channels are positive multiples of others, bias included."""
+    """Relative error of an MLP and of a LeNet-5 whose small channels are positive multiples of
+    others, bias included.
+    """
     errors = []
     for seed in SEEDS:
         for name, size in (("lenet_300_100", 12), ("lenet5", 20)):
@@ -42,7 +46,9 @@ def planted(activation: str = "relu") -> list[float]:
 
 
 def shared() -> list[float]:
-    """Relative error where all removed neurons are multiples of one kept neuron, each by a scale of its own."""
+    """Relative error where all removed neurons are multiples of one kept neuron, each by a scale of
+    its own.
+    """
     errors = []
     for seed in SEEDS:
         with seeded(seed):
@@ -60,7 +66,9 @@ def shared() -> list[float]:
 
 
 def planted_with_batch_norm() -> list[float]:
-    """Relative error of a convolutional network with BatchNorm, planted so that B = 0 and γ of a pair have one sign."""
+    """Relative error of a convolutional network with BatchNorm, planted so that B = 0 and γ of a
+    pair have one sign.
+    """
     errors = []
     for seed in SEEDS:
         with seeded(seed):
@@ -84,7 +92,8 @@ def residual() -> list[float]:
 
 
 def residuals(net: nn.Module, kept: Sequence[float] = (0.1, 0.2)) -> list[float]:
-    """Relative difference of ``‖W₊ - Y Z‖`` between what nmf puts into a LeNet-300-100 and scikit-learn's own, by layer and width.
+    """Relative difference of ``‖W₊ - Y Z‖`` between what nmf puts into a LeNet-300-100 and
+    scikit-learn's own, by layer and width.
 
     scikit-learn's own is its defaults from random starts: the mean of three.
     """
@@ -113,7 +122,9 @@ def generator(seed: int) -> torch.Generator:
 
 
 def moved(net: nn.Module, x: Tensor, **params: object) -> float:
-    """How far the output moves, over its largest value, when half of all channels are merged away."""
+    """How far the output moves, over its largest value, when half of all channels are merged
+    away.
+    """
     small = widthbench.apply(
         "neuron-merging", net, budget="channels:0.5", example_input=x[:1], threshold=0.99, **params
     )
@@ -123,7 +134,9 @@ def moved(net: nn.Module, x: Tensor, **params: object) -> float:
 
 
 def plant(layer: nn.Module, seed: int) -> Tensor:
-    """Make the second half of a layer's channels small positive multiples of the first, in random order; gives the scales."""
+    """Make the second half of a layer's channels small positive multiples of the first, in random
+    order; gives the scales.
+    """
     half = len(layer.weight) // 2
     source = torch.randperm(half, generator=generator(seed))
     scale = 0.001 + 0.01 * torch.rand(half, generator=generator(seed), dtype=torch.float64)
@@ -135,7 +148,9 @@ def plant(layer: nn.Module, seed: int) -> Tensor:
 
 
 def plant_with_batch_norm(layer: nn.Module, norm: nn.Module, seed: int) -> None:
-    """Plant a layer's second half, and draw a BatchNorm behind it whose biases then agree: B = 0."""
+    """Plant a layer's second half, and draw a BatchNorm behind it whose biases then agree: B =
+    0.
+    """
     scale = plant(layer, seed)
     half = len(scale)
     source = torch.randperm(half, generator=generator(seed))
@@ -154,7 +169,9 @@ def plant_with_batch_norm(layer: nn.Module, norm: nn.Module, seed: int) -> None:
 def agree(
     norm: nn.Module, scale: Tensor | float, source: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Set a BatchNorm's biases so that its second half gives S times its first where its inputs do so by ``scale``; gives S."""
+    """Set a BatchNorm's biases so that its second half gives S times its first where its inputs do
+    so by ``scale``; gives S.
+    """
     half = len(source)
     sigma = (norm.running_var + norm.eps).sqrt()
     mean = (

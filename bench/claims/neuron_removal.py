@@ -22,7 +22,9 @@ NEEDED = [
 
 
 def speed_up(evidence: Evidence) -> Picked:
-    """Seconds of one process over those of two, of each pair of runs that ``bench/speed/neuron_removal.py`` wrote down."""
+    """Seconds of one process over those of two, of each pair of runs that
+    ``bench/speed/neuron_removal.py`` wrote down.
+    """
     path = evidence.results / "neuron-removal-speed.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     pairs = [json.loads(line) for line in lines]
@@ -36,7 +38,9 @@ def speed_up(evidence: Evidence) -> Picked:
 
 
 def slope(evidence: Evidence) -> Picked:
-    """Least-squares slope of the neurons left at the stopping point against the initial width, by seed."""
+    """Least-squares slope of the neurons left at the stopping point against the initial width, by
+    seed.
+    """
     found = [evidence.pick(pick) for pick in NEEDED]
     values = {
         seed: statistics.linear_regression(WIDTHS, [f.values[seed] for f in found]).slope

@@ -17,7 +17,8 @@ def _lines(evidence: Evidence, name: str) -> list[dict[str, Any]]:
 
 
 class Cost:
-    """A cost over that of one backward pass, of each pair of runs that ``bench/speed/splitting.py`` wrote down.
+    """A cost over that of one backward pass, of each pair of runs that ``bench/speed/splitting.py``
+    wrote down.
 
     Args:
         network: Its name.
@@ -79,7 +80,9 @@ def gain_of_growing(evidence: Evidence) -> Picked:
 
 
 def gain_over_copies(evidence: Evidence) -> Picked:
-    """Final loss of the network whose neurons were copied as they are minus that of the one that was split, by seed."""
+    """Final loss of the network whose neurons were copied as they are minus that of the one that
+    was split, by seed.
+    """
     return _gain(evidence, "copies")
 
 
@@ -150,7 +153,8 @@ splits_against_width = Growth("splits")
 
 
 class Pipeline:
-    """Everything that splitting cost over everything that pruning cost, base network included, at the same size.
+    """Everything that splitting cost over everything that pruning cost, base network included, at
+    the same size.
 
     In MACs, forward and backward, until the end of fine-tuning.
 

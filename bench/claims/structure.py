@@ -1,4 +1,6 @@
-"""What follows from a network's structure alone: parameters of resized networks, which need no data and no weights."""
+"""What follows from a network's structure alone: parameters of resized networks, which need no data
+and no weights.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from widthbench.width.groups import Groups, discover
 
 
 def parameters(suite: str, model: str, budget: str = "") -> list[float]:
-    """Parameters, in millions, of one of a suite's networks, whole or with a share of its channels kept.
+    """Parameters, in millions, of one of a suite's networks, whole or with a share of its channels
+    kept.
 
-    The same groups, scope and patterns as the suite's cells; untrained, since how many channels a budget of channels keeps does not
-    hang on weights.
+    The same groups, scope and patterns as the suite's cells; untrained, since how many channels a
+    budget of channels keeps does not hang on weights.
 
     Args:
         suite: Where the network's cells are.

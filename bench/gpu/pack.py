@@ -1,4 +1,5 @@
-"""Pack what a bare machine with a GPU needs: this package, the wheels that it lacks, CIFAR-10, the commit.
+"""Pack what a bare machine with a GPU needs: this package, the wheels that it lacks, CIFAR-10, the
+commit.
 
     python bench/gpu/pack.py DEST [--part-mib 48] [--python 3.12] [--need NAME ...]
 
@@ -59,7 +60,7 @@ def wheels(folder: Path, python: str, need: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("dest", type=Path, metavar="DEST")
     parser.add_argument(
         "--part-mib", type=int, default=48, metavar="N", help="size of a part at most (48)"

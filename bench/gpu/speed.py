@@ -1,4 +1,5 @@
-"""Seconds of an epoch of 45,000 images of 32 px on a GPU: plain and graphed steps, float32 and bfloat16, batches, layouts.
+"""Seconds of an epoch of 45,000 images of 32 px on a GPU: plain and graphed steps, float32 and
+bfloat16, batches, layouts.
 
     python bench/gpu/speed.py [--models MODEL ...] [--write FILE.jsonl]
 
@@ -46,7 +47,7 @@ def epoch_s(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="MODEL")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -1,8 +1,9 @@
 """AutoPrune's gated step over a plain training step, in turn in one run.
 
-``python bench/speed/autoprune.py [--write results/autoprune-speed]`` prints the table (and writes FILE.md and FILE.jsonl). A gated
-step trains the weights behind closed and open gates; a step of the auxiliary parameters (a forward and a backward pass of a batch
-of val) is timed beside it, since the two alternate.
+``python bench/speed/autoprune.py [--write results/autoprune-speed]`` prints the table (and writes
+FILE.md and FILE.jsonl). A gated step trains the weights behind closed and open gates; a step of the
+auxiliary parameters (a forward and a backward pass of a batch of val) is timed beside it, since the
+two alternate.
 """
 
 import copy
@@ -169,8 +170,9 @@ def table(rows: list[dict]) -> str:
 
 PAGE = """# Speed of AutoPrune's steps
 
-`python bench/speed/autoprune.py --write results/autoprune-speed`: random images, float32, one thread; medians, kinds of steps taking
-turns in one run. Forward, backward and SGD with Nesterov momentum, no data loading. A step of m is one of the auxiliary parameters.
+`python bench/speed/autoprune.py --write results/autoprune-speed`: random images, float32, one
+thread; medians, kinds of steps taking turns in one run. Forward, backward and SGD with Nesterov
+momentum, no data loading. A step of m is one of the auxiliary parameters.
 
 {table}
 

@@ -1,7 +1,9 @@
-"""L1 pruning to half, discovery included: our time and peak memory over those of Torch-Pruning's own pruner, in pairs of one run.
+"""L1 pruning to half, discovery included: our time and peak memory over those of Torch-Pruning's
+own pruner, in pairs of one run.
 
 ``python bench/speed/l1_torch_pruning.py [--write results/l1-torch-pruning]`` prints the pairs. Each
-measurement is made in a process of its own on one thread; ours takes its grades from the cache, as any second call does.
+measurement is made in a process of its own on one thread; ours takes its grades from the cache, as
+any second call does.
 """
 
 import contextlib
@@ -40,11 +42,13 @@ FRUGAL = {
 MIB = 2**20
 PAGE = f"""# L1 pruning to half, ours over Torch-Pruning's
 
-Whole calls: Torch-Pruning builds its graph, scores, and prunes in place (the copy that it works on is not on its clock);
-`widthbench.apply("l1-norm", ..., scope="all")` discovers, looks its certificate up, decides, returns a resized copy, and checks
-that it runs. Medians of {PAIRS} pairs, who goes first alternating, each in a process of its own on one thread. Time is a second
-call's; peak memory is the high-water mark of a process in its first call, above what it held before (network, libraries).
-"Ours, certifying" is the first call ever on an architecture, before its certificate is in the cache.
+Whole calls: Torch-Pruning builds its graph, scores, and prunes in place (the copy that it works on
+is not on its clock); `widthbench.apply("l1-norm", ..., scope="all")` discovers, looks its
+certificate up, decides, returns a resized copy, and checks that it runs. Medians of {PAIRS} pairs,
+who goes first alternating, each in a process of its own on one thread. Time is a second call's;
+peak memory is the high-water mark of a process in its first call, above what it held before
+(network, libraries). "Ours, certifying" is the first call ever on an architecture, before its
+certificate is in the cache.
 
 {{table}}
 
@@ -53,10 +57,12 @@ Written by `python bench/speed/l1_torch_pruning.py --write results/l1-torch-prun
 
 
 def prune_alone(model: torch.nn.Module, example_input: torch.Tensor, fraction: float = 0.5) -> None:
-    """Torch-Pruning's own pruner by L1 norm, as its documentation has it, in place: to compare with, no technique of ours.
+    """Torch-Pruning's own pruner by L1 norm, as its documentation has it, in place: to compare
+    with, no technique of ours.
 
     Args:
-        model: The network. The classifier that it names stays; modules with ``qkv`` and ``num_heads`` count as attention.
+        model: The network. The classifier that it names stays; modules with ``qkv`` and
+            ``num_heads`` count as attention.
         example_input: ``[B, ...]``.
         fraction: Of each of its groups, what goes.
     """
@@ -99,7 +105,9 @@ def _status(field: str) -> float:
 
 
 def measure(name: str, which: str, what: str) -> float:
-    """Seconds of a second call, or MiB above what the process held before a first one, in the process at hand."""
+    """Seconds of a second call, or MiB above what the process held before a first one, in the
+    process at hand.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
@@ -107,7 +115,9 @@ def measure(name: str, which: str, what: str) -> float:
     call = theirs if which == "theirs" else ours
     if what == "seconds":
         call(copy.deepcopy(model), x)
-    else:  # code is loaded by a small network: what a first call on this one leaves behind would hide what a second needs
+    # code is loaded by a small network: what a first call on this one leaves behind would hide what
+    # a second needs
+    else:
         call(timm.create_model(SMALL[name]).eval(), torch.randn(1, 3, 160, 160))
     empty = tempfile.TemporaryDirectory()
     if which == "certifying":
@@ -122,7 +132,9 @@ def measure(name: str, which: str, what: str) -> float:
 
 
 def apart(name: str, which: str, what: str) -> float:
-    """``measure`` in a fresh process, for memory one that hands each freed tensor back to the system at once."""
+    """``measure`` in a fresh process, for memory one that hands each freed tensor back to the
+    system at once.
+    """
     words = [sys.executable, __file__, "--one", name, which, what]
     environment = os.environ | ({} if what == "seconds" else FRUGAL) | {"PYTHONSAFEPATH": "1"}
     done = subprocess.run(
@@ -130,13 +142,16 @@ def apart(name: str, which: str, what: str) -> float:
     )
     if done.returncode:
         raise RuntimeError(
-            f"{which} on {name} ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}"
+            f"{which} on {name} ended with exit code {done.returncode}:"
+            f" {done.stderr.strip()[-300:]}"
         )
     return float(done.stdout.split()[-1])
 
 
 def pairs(name: str) -> list[dict[str, dict[str, float]]]:
-    """``{"ours": ..., "theirs": ..., "certifying": ours with no certificate in the cache}`` per pair."""
+    """``{"ours": ..., "theirs": ..., "certifying": ours with no certificate in the cache}`` per
+    pair.
+    """
     apart(name, "ours", "seconds")  # certifies once
     found = []
     for i in range(PAIRS):
@@ -170,10 +185,14 @@ def table(found: list[dict[str, object]]) -> str:
                     "network": name,
                     "what": {"seconds": "time", "mib": "peak memory"}[what],
                     "ours": f"{statistics.median(p['ours'][what] for p in some):.3g} {unit}",
-                    "Torch-Pruning": f"{statistics.median(p['theirs'][what] for p in some):.3g} {unit}",
+                    "Torch-Pruning": (
+                        f"{statistics.median(p['theirs'][what] for p in some):.3g} {unit}"
+                    ),
                     "ratio": f"{statistics.median(ratios):.2f}",
                     "of pairs": f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
-                    "ours, certifying": f"{statistics.median(p['certifying'][what] for p in some):.3g} {unit}",
+                    "ours, certifying": (
+                        f"{statistics.median(p['certifying'][what] for p in some):.3g} {unit}"
+                    ),
                 }
             )
     return tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)

@@ -3,10 +3,11 @@
     python bench/speed/measuring.py --list                                  what there is
     python bench/speed/measuring.py "inference resnet20_cifar batch=16"     one of them, as JSON
 
-A client (``Worker``) starts this file with any installation of widthbench on its path, sends items, and gets milliseconds or MiB
-back: asv's benchmarks and ``widthbench regress`` both do. torch is imported there alone, so that asv's many short processes start
-at once. On CUDA, times are those of events after a warm-up, and memory is what the allocator says; on a CPU, ``perf_counter`` and
-the high-water mark of the resident set above what was held before.
+A client (``Worker``) starts this file with any installation of widthbench on its path, sends items,
+and gets milliseconds or MiB back: asv's benchmarks and ``widthbench regress`` both do. torch is
+imported there alone, so that asv's many short processes start at once. On CUDA, times are those of
+events after a warm-up, and memory is what the allocator says; on a CPU, ``perf_counter`` and the
+high-water mark of the resident set above what was held before.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Item:
         kind: One of ``KINDS``.
         model: One of ``MODELS``.
         technique: One of ``TECHNIQUES``, where the kind is "technique".
-        budget: Such as "macs:0.5": what the technique, or L1 in "inference", leaves; "" for the whole network.
+        budget: Such as "macs:0.5": what the technique, or L1 in "inference", leaves; "" for the
+            whole network.
         device: "cpu" or "cuda".
         batch: Images in a training step or a forward pass.
     """
@@ -99,7 +101,9 @@ class Item:
 
 
 def items(device: str = "cpu") -> list[Item]:
-    """Everything that ``widthbench regress`` compares: each technique, and each operation on a small network."""
+    """Everything that ``widthbench regress`` compares: each technique, and each operation on a
+    small network.
+    """
     found = [
         Item("training step", "resnet20_cifar", device=device, batch=64),
         Item("inference", "resnet20_cifar", device=device, batch=64),
@@ -150,7 +154,8 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, item: Item, timeout: float = 300, **request: Any) -> dict[str, Any]:
-        """What the process says: numbers, or "skip" or "error" with the reason. One that dies or hangs is an error.
+        """What the process says: numbers, or "skip" or "error" with the reason. One that dies or
+        hangs is an error.
 
         Args:
             item: What is measured.
@@ -238,7 +243,9 @@ def quick() -> bool:
 
 
 def fewer(values: list[Any]) -> list[Any]:
-    """All of some parameters; the first one where ``bench/speed/track.py --quick`` asks: asv starts a process for each combination."""
+    """All of some parameters; the first one where ``bench/speed/track.py --quick`` asks: asv starts
+    a process for each combination.
+    """
     return values[:1] if os.environ.get("WIDTHBENCH_QUICK") else values
 
 
@@ -246,7 +253,8 @@ Measured = dict[str, dict[str, Any]]
 
 
 def measured(wanted: Sequence[Item]) -> Measured:
-    """Milliseconds and MiB of items: time in one process, memory in another that hands what is freed back at once.
+    """Milliseconds and MiB of items: time in one process, memory in another that hands what is
+    freed back at once.
 
     In a hurry (``quick``) one call gives both, and the times are worth nothing.
     """
@@ -275,7 +283,8 @@ def number(found: Measured, item: Item, name: str) -> float:
 
 
 def applicable(found: Measured, item: Item) -> None:
-    """For ``setup``: what the machine, the installation or the technique does not have is no benchmark.
+    """For ``setup``: what the machine, the installation or the technique does not have is no
+    benchmark.
 
     Raises:
         NotImplementedError: With the reason.
@@ -443,7 +452,9 @@ def _status(field: str) -> float:
 
 
 def memory(call: Callable[[], Any], device: str, *, warm: bool = True) -> dict[str, Any]:
-    """MiB held before a second call (the first, if not ``warm``), and at its peak above that; and its ms, of one sample."""
+    """MiB held before a second call (the first, if not ``warm``), and at its peak above that; and
+    its ms, of one sample.
+    """
     if warm:
         call()
     gc.collect()
@@ -482,7 +493,9 @@ def _timed(call: Callable[[], Any], device: str) -> float:
 
 
 def milliseconds(call: Callable[[], Any], device: str, rounds: int, least: float) -> list[float]:
-    """Times of a call after a warm-up: one per round, each the mean of as many calls as ``least`` seconds hold."""
+    """Times of a call after a warm-up: one per round, each the mean of as many calls as ``least``
+    seconds hold.
+    """
     took = _timed(call, device)
     if took < least:  # the first call may be slow
         took = _timed(call, device)
@@ -588,7 +601,7 @@ def serve() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("item", nargs="*", help="names as --list prints them, or parts of them")
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

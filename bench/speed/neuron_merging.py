@@ -1,10 +1,12 @@
-"""Neuron merging of all inner groups of a ResNet-56, vectorised, against a Python loop over the pairs: both in one run, in turn.
+"""Neuron merging of all inner groups of a ResNet-56, vectorised, against a Python loop over the
+pairs: both in one run, in turn.
 
     python bench/speed/neuron_merging.py [--rounds 5] [--keep 0.5]
 
-Each round times `widthbench.apply` (discovery of the channel groups, grades from the cache, decision, resize), the decision alone,
-and the same decision by a loop over pairs, once with torch's and once with NumPy's scalars, with the same weights, formulas and
-kept channels. All decisions must be the same.
+Each round times `widthbench.apply` (discovery of the channel groups, grades from the cache,
+decision, resize), the decision alone, and the same decision by a loop over pairs, once with torch's
+and once with NumPy's scalars, with the same weights, formulas and kept channels. All decisions must
+be the same.
 """
 
 from __future__ import annotations
@@ -42,11 +44,14 @@ def loop(
     threshold: float,
     lam: float,
 ) -> np.ndarray:
-    """The mix ``[N, P]`` of one convolution ``filters [N, D]`` with BatchNorm, one pair of channels after the other.
+    """The mix ``[N, P]`` of one convolution ``filters [N, D]`` with BatchNorm, one pair of channels
+    after the other.
 
     Args:
-        filters: Rows of a torch tensor or a NumPy array; the arithmetic is then done with that library's scalars.
-        norm: ``weight``, ``bias``, ``running_mean`` and ``running_var``, ``[N]`` each, of the same library.
+        filters: Rows of a torch tensor or a NumPy array; the arithmetic is then done with that
+            library's scalars.
+        norm: ``weight``, ``bias``, ``running_mean`` and ``running_var``, ``[N]`` each, of the same
+            library.
         eps: Of the BatchNorm.
         kept: The kept channels.
         bn_scale: "released" or "derived".
@@ -150,12 +155,15 @@ def measure(rounds: int, keep: float = 0.5) -> tuple[dict[str, list[float]], str
     pairs = sum(len(rows) * (inner[n].channels - len(rows)) for n, rows in kept.items())
     return (
         times,
-        f"ResNet-56, {len(inner)} inner groups, {pairs} pairs, {budget}, medians of {rounds} rounds, one thread",
+        (
+            f"ResNet-56, {len(inner)} inner groups, {pairs} pairs, {budget}, medians of {rounds}"
+            " rounds, one thread"
+        ),
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--rounds", type=int, default=5, help="how often each is timed (default: 5)"
     )

@@ -1,7 +1,8 @@
-"""Brute force on neurons: ours over the plain loop, a whole greedy curve, and two processes over one, side by side in one run.
+"""Brute force on neurons: ours over the plain loop, a whole greedy curve, and two processes over
+one, side by side in one run.
 
-``python bench/speed/neuron_removal.py [--write results/published/neuron-removal-speed]`` prints the table (and writes FILE.md and
-FILE.jsonl). Random images stand in for data: the work is the same.
+``python bench/speed/neuron_removal.py [--write results/published/neuron-removal-speed]`` prints the
+table (and writes FILE.md and FILE.jsonl). Random images stand in for data: the work is the same.
 """
 
 import math
@@ -31,7 +32,9 @@ def network(name: str, images: int = IMAGES, **args):
 
 
 def plain_loop(model, layer: str, sample: Sample, batch: int = 1000) -> torch.Tensor:
-    """The loss with each column of a layer's weight zeroed in turn: one whole forward pass of all images for each."""
+    """The loss with each column of a layer's weight zeroed in turn: one whole forward pass of all
+    images for each.
+    """
     weight, losses = model.get_submodule(layer).weight.data, []
     with torch.no_grad():
         for channel in range(weight.shape[1]):
@@ -47,7 +50,9 @@ def plain_loop(model, layer: str, sample: Sample, batch: int = 1000) -> torch.Te
 
 
 def first_layer(images: int = IMAGES) -> tuple[float, float]:
-    """(ours, plain loop) in seconds: all 300 neurons of LeNet-300-100's first layer; the losses must agree to 1e-6."""
+    """(ours, plain loop) in seconds: all 300 neurons of LeNet-300-100's first layer; the losses
+    must agree to 1e-6.
+    """
     model, groups, sample = network("lenet_300_100", images)
     begin = time.perf_counter()
     found = Ablation(model, groups, sample).losses({}, {"ip1": torch.arange(300)})["ip1"]
@@ -60,7 +65,9 @@ def first_layer(images: int = IMAGES) -> tuple[float, float]:
 
 
 def greedy(work: Ablation, groups) -> float:
-    """Seconds of a whole greedy curve with re-ranking: every neuron but the last, each the least missed of those left."""
+    """Seconds of a whole greedy curve with re-ranking: every neuron but the last, each the least
+    missed of those left.
+    """
     begin = time.perf_counter()
     order = {n: torch.full((g.channels,), math.inf, dtype=torch.float64) for n, g in groups.items()}
     while unfinished(order, groups):
@@ -75,7 +82,9 @@ def greedy(work: Ablation, groups) -> float:
 
 
 def first_layer_by_one_and_two(pairs: int) -> tuple[list[tuple[float, float]], float]:
-    """Seconds for all 300 neurons of LeNet-300-100's first layer by one process and by two, in turn, and seconds of their start."""
+    """Seconds for all 300 neurons of LeNet-300-100's first layer by one process and by two, in
+    turn, and seconds of their start.
+    """
     model, groups, sample = network("lenet_300_100")
     return _in_turn(
         model,
@@ -95,7 +104,9 @@ def _seconds(call) -> float:
 def one_and_two(
     pairs: int, widths: tuple[int, ...] = (100,)
 ) -> tuple[list[tuple[float, float]], float]:
-    """Seconds of greedy curves by one process and by two, in turn, and seconds that the two took to start."""
+    """Seconds of greedy curves by one process and by two, in turn, and seconds that the two took to
+    start.
+    """
     model, groups, sample = network("mlp_sigmoid", widths=widths)
     return _in_turn(model, groups, sample, pairs, lambda work: greedy(work, groups))
 
@@ -123,7 +134,10 @@ def measure() -> list[dict]:
         torch.set_num_threads(threads)
         for _ in range(PAIRS if threads == 1 else 3):
             ours, loop = first_layer()
-            what = f"300 neurons of the first layer of lenet_300_100, ours over the plain loop, {threads} thread(s)"
+            what = (
+                "300 neurons of the first layer of lenet_300_100, ours over the plain loop,"
+                f" {threads} thread(s)"
+            )
             rows.append({"what": what, "one": loop, "two": ours})
     torch.set_num_threads(1)
     for widths in ((100,), (50, 50)):
@@ -146,7 +160,10 @@ def table(rows: list[dict]) -> str:
     for what, some in kinds.items():
         one, two = (statistics.median(r[k] for r in some) for k in ("one", "two"))
         ratio = statistics.median(r["one"] / r["two"] for r in some)
-        spread = f"{min(r['one'] / r['two'] for r in some):.2f} to {max(r['one'] / r['two'] for r in some):.2f}"
+        spread = (
+            f"{min(r['one'] / r['two'] for r in some):.2f} to"
+            f" {max(r['one'] / r['two'] for r in some):.2f}"
+        )
         start = f"{some[0]['start']:.1f}" if "start" in some[0] else "–"
         lines.append([what, f"{one:.2f}", f"{two:.2f}", f"{ratio:.2f}x", spread, start, len(some)])
     headers = ["what", "seconds", "seconds", "ratio", "range", "start of two processes, s", "pairs"]
@@ -161,8 +178,9 @@ def table(rows: list[dict]) -> str:
 
 PAGE = """# Speed of brute force on neurons
 
-`python bench/speed/neuron_removal.py --write results/published/neuron-removal-speed`, 10,000 random images, float32; medians, each
-pair measured in turn in one run. The losses of both ways agree to 1e-6 (asserted). Processes have one thread each.
+`python bench/speed/neuron_removal.py --write results/published/neuron-removal-speed`, 10,000 random
+images, float32; medians, each pair measured in turn in one run. The losses of both ways agree to
+1e-6 (asserted). Processes have one thread each.
 
 {table}
 

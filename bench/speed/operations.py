@@ -1,4 +1,6 @@
-"""Training steps, forward passes, discovery, certification, resizing: milliseconds, and MiB above what is held before."""
+"""Training steps, forward passes, discovery, certification, resizing: milliseconds, and MiB above
+what is held before.
+"""
 
 import itertools
 

@@ -1,4 +1,5 @@
-"""The in-memory pipeline against torchvision's DataLoader, side by side: images per second, and accuracy after the same epochs.
+"""The in-memory pipeline against torchvision's DataLoader, side by side: images per second, and
+accuracy after the same epochs.
 
 python bench/speed/pipeline.py [--epochs 3] [--seeds 0 1 2] > results/pipeline.md
 """
@@ -30,7 +31,9 @@ BATCH = 128
 
 
 class Images(Dataset):
-    """What torchvision's own data sets do: one PIL image at a time through torchvision's transforms."""
+    """What torchvision's own data sets do: one PIL image at a time through torchvision's
+    transforms.
+    """
 
     def __init__(self, samples: splits.ImageSamples, pad: int) -> None:
         self.images, self.labels = samples.images.numpy(), samples.labels.tolist()
@@ -78,7 +81,9 @@ def images_per_second(batches: Iterator, count: int) -> float:
 
 
 def speeds_of(samples: splits.ImageSamples, recipe: Recipe, seed: int) -> list[float]:
-    """[ours, the DataLoader's] images per second over an epoch each, less its first batch: the workers' start does not count."""
+    """[ours, the DataLoader's] images per second over an epoch each, less its first batch: the
+    workers' start does not count.
+    """
     ours = samples.batches(BATCH, generator=torch.Generator().manual_seed(seed), augment=recipe)
     theirs = Loaded(samples, recipe.crop).batches(
         BATCH, generator=torch.Generator().manual_seed(seed)
@@ -87,7 +92,7 @@ def speeds_of(samples: splits.ImageSamples, recipe: Recipe, seed: int) -> list[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5)
@@ -120,13 +125,16 @@ def main() -> None:
     state = commit()
     dirty = " with uncommitted changes" if state["dirty"] else ""
     print(
-        f"`python {' '.join(sys.argv)}` at {str(state['commit'])[:12]}{dirty}; {hardware()['cores']} cores of {hardware()['cpu']},"
+        f"`python {' '.join(sys.argv)}` at {str(state['commit'])[:12]}{dirty};"
+        f" {hardware()['cores']} cores of {hardware()['cpu']},"
     )
     print(
-        f"torch {versions()['torch']}, 2 threads, batches of {BATCH}. Crop (4 pixels of padding) and flip for every image;"
+        f"torch {versions()['torch']}, 2 threads, batches of {BATCH}. Crop (4 pixels of padding)"
+        " and flip for every image;"
     )
     print(
-        "the DataLoader has 2 workers, with torchvision's transforms on PIL images as its own data sets do."
+        "the DataLoader has 2 workers, with torchvision's transforms on PIL images as its own data"
+        " sets do."
     )
     print(f"Medians of {args.rounds} interleaved epochs each.\n")
     headers = [
@@ -146,7 +154,8 @@ def main() -> None:
         )
     )
     print(
-        f"\nlenet5 with the same recipe ({args.epochs:g} epochs) and seed through both, test top-1 in %:\n"
+        f"\nlenet5 with the same recipe ({args.epochs:g} epochs) and seed through both, test top-1"
+        " in %:\n"
     )
     rows = [[*r[:2], f"{r[2]:.2f}", f"{r[3]:.2f}", f"{r[2] - r[3]:+.2f}"] for r in scores]
     for name in SETS:

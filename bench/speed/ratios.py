@@ -1,4 +1,6 @@
-"""Ours over a reference, both in one run, in turn: ratios that hang on the machine far less than times do. Lower is better."""
+"""Ours over a reference, both in one run, in turn: ratios that hang on the machine far less than
+times do. Lower is better.
+"""
 
 import statistics
 

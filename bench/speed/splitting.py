@@ -1,8 +1,10 @@
-"""Eigenpairs of splitting matrices: one joint product, and all to 1e-3, over one backward pass of the same network and batch.
+"""Eigenpairs of splitting matrices: one joint product, and all to 1e-3, over one backward pass of
+the same network and batch.
 
-``python bench/speed/splitting.py [--write results/published/splitting-speed]`` prints the tables (and writes FILE.md
-and FILE.jsonl). Random images stand in for data: the work is the same. The exact eigen-decomposition's growth with the number of
-neurons n and of their parameters d, and how many products gradient steps need where Lanczos' method needs few, stand beside it.
+``python bench/speed/splitting.py [--write results/published/splitting-speed]`` prints the tables
+(and writes FILE.md and FILE.jsonl). Random images stand in for data: the work is the same. The
+exact eigen-decomposition's growth with the number of neurons n and of their parameters d, and how
+many products gradient steps need where Lanczos' method needs few, stand beside it.
 """
 
 import math
@@ -53,7 +55,9 @@ def backward_seconds(model, sample: Sample) -> float:
 
 
 def costs(name: str, pairs: int) -> list[dict[str, float]]:
-    """Seconds of a backward pass, of one joint product, of all eigenpairs, and of those with the pass that they need, in turn."""
+    """Seconds of a backward pass, of one joint product, of all eigenpairs, and of those with the
+    pass that they need, in turn.
+    """
     model, groups, sample = network(name)
     found = []
     for _ in range(pairs + 1):  # the first is a warm-up
@@ -83,7 +87,9 @@ def costs(name: str, pairs: int) -> list[dict[str, float]]:
 
 
 def exact_seconds(n: int, d: int) -> float:
-    """Median seconds of decomposing n matrices of d x d that a layer's samples make, formed beforehand."""
+    """Median seconds of decomposing n matrices of d x d that a layer's samples make, formed
+    beforehand.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(d, n, bias=False), nn.Tanh(), nn.Linear(n, 10)).eval()
     sample = Sample(torch.randn(256, d), torch.randint(0, 10, (256,)))
@@ -106,7 +112,9 @@ def exponent(sizes, seconds) -> float:
 
 
 def products_needed() -> list[dict[str, object]]:
-    """Share of LeNet-5's neurons whose least eigenvalue is within 1e-3 of ‖S‖ after so many products, by two methods."""
+    """Share of LeNet-5's neurons whose least eigenvalue is within 1e-3 of ‖S‖ after so many
+    products, by two methods.
+    """
     model, groups, sample = network("lenet5")
     matrices = SplittingMatrices(model, groups, sample)
     names = ["conv1", "conv2"]
@@ -132,7 +140,9 @@ def products_needed() -> list[dict[str, object]]:
 
 
 def gradient_steps(matrices: SplittingMatrices, names, size, steps: int) -> dict[str, torch.Tensor]:
-    """λ by normalised gradient steps on the Rayleigh quotient, at the largest step size that is sure not to diverge."""
+    """λ by normalised gradient steps on the Rayleigh quotient, at the largest step size that is
+    sure not to diverge.
+    """
     torch.manual_seed(0)
     v = {n: F.normalize(torch.randn_like(matrices.parameters(n)), dim=1) for n in names}
     for _ in range(steps):
@@ -216,9 +226,10 @@ def table(rows: list[dict]) -> str:
 
 PAGE = """# Cost of splitting matrices' eigenpairs
 
-`python bench/speed/splitting.py --write results/published/splitting-speed`, random images, float32, one thread; medians over pairs in
-turn in one run, with their range. A backward pass goes to all parameters; its forward pass is not counted. The third table:
-LeNet-5's convolutions; gradient steps at the step size 1/‖S‖.
+`python bench/speed/splitting.py --write results/published/splitting-speed`, random images, float32,
+one thread; medians over pairs in turn in one run, with their range. A backward pass goes to all
+parameters; its forward pass is not counted. The third table: LeNet-5's convolutions; gradient steps
+at the step size 1/‖S‖.
 
 {table}
 

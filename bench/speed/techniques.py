@@ -1,4 +1,6 @@
-"""Each technique from a network to the resized one, on 256 random images: milliseconds, and MiB above what is held before."""
+"""Each technique from a network to the resized one, on 256 random images: milliseconds, and MiB
+above what is held before.
+"""
 
 import itertools
 
@@ -6,7 +8,9 @@ from .measuring import TECHNIQUES, Item, Measured, applicable, fewer, measured, 
 
 
 class Technique:
-    """``widthbench.apply`` with parameters that keep the training short (``measuring.TECHNIQUES``)."""
+    """``widthbench.apply`` with parameters that keep the training short
+    (``measuring.TECHNIQUES``).
+    """
 
     version = "1"
     timeout = 900

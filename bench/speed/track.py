@@ -1,10 +1,11 @@
-"""Run asv's benchmarks on what is installed here, and keep the numbers under the checked-out commit.
+"""Run asv's benchmarks on what is installed here, and keep the numbers under the checked-out
+commit.
 
-    python bench/speed/track.py [--quick] [--bench REGEX]      measure; results/asv/MACHINE/COMMIT-....json
-    python bench/speed/track.py --publish                      write the pages of all kept numbers: .asv/html/index.html
+    python bench/speed/track.py [--quick] [--bench REGEX]  measure; results/asv/MACHINE/*.json
+    python bench/speed/track.py --publish                   write all kept numbers' pages: .asv/html
 
-The machine's name says what its numbers depend on: GPU (or processor), CUDA, torch and timm. Everything that asv itself can do
-works too: ``asv compare``, ``asv show``, ``asv preview``.
+The machine's name says what its numbers depend on: GPU (or processor), CUDA, torch and timm.
+Everything that asv itself can do works too: ``asv compare``, ``asv show``, ``asv preview``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine() -> str:
-    """Such as ``NVIDIA-H200-cuda13.0-torch2.14.1-timm1.0.31``, or the processor's name where there is no GPU."""
+    """Such as ``NVIDIA-H200-cuda13.0-torch2.14.1-timm1.0.31``, or the processor's name where there
+    is no GPU.
+    """
     import timm
     import torch
 
@@ -42,7 +45,9 @@ def asv(*words: str) -> int:
 
 
 def anonymous(folder: Path) -> None:
-    """Results under the version of Python in place of its path, which says nothing and differs from one environment to the next."""
+    """Results under the version of Python in place of its path, which says nothing and differs from
+    one environment to the next.
+    """
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     for path in folder.glob("*-existing-py_*.json"):
         found = json.loads(path.read_text())
@@ -61,7 +66,9 @@ def git(*words: str) -> str:
 
 
 def described(name: str) -> None:
-    """What asv knows of the machine, in its own file in the user's home folder, which it wants before it runs."""
+    """What asv knows of the machine, in its own file in the user's home folder, which it wants
+    before it runs.
+    """
     path = Path.home() / ".asv-machine.json"
     known = json.loads(path.read_text()) if path.is_file() else {"version": 1}
     if name not in known:
@@ -81,7 +88,7 @@ def described(name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -98,13 +105,15 @@ def main() -> None:
         )
     if not options.quick and git("status", "--porcelain", "--", ".", ":!results"):
         sys.exit(
-            "there are uncommitted changes: numbers are kept under a commit; commit them, or use --quick"
+            "there are uncommitted changes: numbers are kept under a commit; commit them, or use"
+            " --quick"
         )
     import widthbench
 
     if not Path(widthbench.__file__).resolve().is_relative_to(ROOT):
         sys.exit(
-            f"what would be measured is {widthbench.__file__}, not this checkout: `pip install -e .` here first"
+            f"what would be measured is {widthbench.__file__}, not this checkout: `pip install -e"
+            " .` here first"
         )
     name = machine()
     described(name)
@@ -129,7 +138,8 @@ def main() -> None:
         git("rev-parse", "HEAD") != head or git("status", "--porcelain", "--", ".", ":!results")
     ):
         print(
-            f"the checkout changed during the run: do not keep the numbers that are now filed under {head[:12]}"
+            "the checkout changed during the run: do not keep the numbers that are now filed under"
+            f" {head[:12]}"
         )
         code = 1
     anonymous(kept.parent / name)

@@ -1,9 +1,11 @@
-"""Predicted against counted: MACs and parameters of resized networks, over timm's families and torchvision's networks.
+"""Predicted against counted: MACs and parameters of resized networks, over timm's families and
+torchvision's networks.
 
     python bench/studies/costs.py [--only NAME ...] [--limit SECONDS] [--results results]
 
-Each network is certified, then resized four times: half of every certified group, one channel (per block) of each, and two draws of
-random widths. What ``CostModel`` predicts from the widths is held against what torch counts on the resized network.
+Each network is certified, then resized four times: half of every certified group, one channel (per
+block) of each, and two draws of random widths. What ``CostModel`` predicts from the widths is held
+against what torch counts on the resized network.
 """
 
 from __future__ import annotations
@@ -116,10 +118,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     differences = sum(len(r["differences"]) for r in good)
     return f"""# Predicted against counted
 
-{len(good)} networks ({len(good) - ours} of timm, one of each family; {ours} of torchvision), {groups:,} certified groups,
-{resizes} resizes: half of every group, one channel of each, and two draws of random widths. MACs and parameters that were
-predicted from the widths differ from what torch counts on the resized network in **{differences}** of them.
-Without a certified group, so that nothing could be resized: {", ".join(f"`{n}`" for n in none) or "none"}.
+{len(good)} networks ({len(good) - ours} of timm, one of each family; {ours} of torchvision),
+{groups:,} certified groups, {resizes} resizes: half of every group, one channel of each, and two
+draws of random widths. MACs and parameters that were predicted from the widths differ from what
+torch counts on the resized network in **{differences}** of them. Without a certified group, so that
+nothing could be resized: {", ".join(f"`{n}`" for n in none) or "none"}.
 
 Differences:
 
@@ -129,12 +132,12 @@ Not compared:
 
 {others}
 
-Written by `python bench/studies/costs.py`; {where()}, timm {timm.__version__}, torchvision {torchvision.__version__}.
-"""
+Written by `python bench/studies/costs.py`; {where()}, timm {timm.__version__}, torchvision
+{torchvision.__version__}. """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--only",
         nargs="+",

@@ -2,8 +2,9 @@
 
     python bench/studies/families.py [FAMILY ...] [--limit SECONDS] [--results DIR]
 
-Each is certified, cut in half, run, trained, saved and loaded, in a process of its own. All of them take about an hour, and
-write coverage.md; the exit code is 1 if fewer than 90 % pass. Of some families only a table is printed.
+Each is certified, cut in half, run, trained, saved and loaded, in a process of its own. All of them
+take about an hour, and write coverage.md; the exit code is 1 if fewer than 90 % pass. Of some
+families only a table is printed.
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ from widthbench.width.groups import discover
 
 Row = dict[str, Any]
 TITLE = "# What of timm's families can be resized"
-LARGE = 400  # pixels, above which a network is looked at with 224: attention over 768 px does not fit this memory in float64
+# pixels, above which a network is looked at with 224: attention over 768 px does not fit this
+# memory in float64
+LARGE = 400
 
 
 def members(families: Sequence[str] = ()) -> dict[str, tuple[str, int]]:
-    """The member of each timm family (module) with the fewest parameters, and the number of members.
+    """The member of each timm family (module) with the fewest parameters, and the number of
+    members.
 
     Networks are built without memory for their weights, which takes about two minutes for all.
 
@@ -88,12 +92,13 @@ def survey(name: str) -> Row:
     """One network: its groups, how well they are proven, and what half of it does.
 
     Args:
-        name: Any timm model name; it is built untrained, at the input size that it was published with, or at 224 px where that
-            is above 400 px.
+        name: Any timm model name; it is built untrained, at the input size that it was published
+            with, or at 224 px where that is above 400 px.
 
     Returns:
-        Counts by grade, the largest errors of the split and gate probes over all exact groups at once, seconds, and for the
-        50 % L1 resize of all certified groups whether it runs forwards, backwards, and comes back from saved weights the same.
+        Counts by grade, the largest errors of the split and gate probes over all exact groups at
+        once, seconds, and for the 50 % L1 resize of all certified groups whether it runs forwards,
+        backwards, and comes back from saved weights the same.
     """
     row: Row = {"model": name}
     try:
@@ -183,7 +188,8 @@ def _reloads(half: nn.Module, x: Tensor) -> bool:
 
 
 def survey_alone(name: str) -> Row:
-    """What Torch-Pruning's own pruner makes of a network at 50 % of its channels by L1 norm, for comparison.
+    """What Torch-Pruning's own pruner makes of a network at 50 % of its channels by L1 norm, for
+    comparison.
 
     Returns:
         ``alone``: the share of MACs that its half has, or why there is none.
@@ -206,7 +212,9 @@ def survey_alone(name: str) -> Row:
 
 
 def built(name: str) -> tuple[nn.Module, Tensor]:
-    """A timm network, untrained, and an input ``[1, C, H, W]`` of the size that it was published with, or of 224 px above 400."""
+    """A timm network, untrained, and an input ``[1, C, H, W]`` of the size that it was published
+    with, or of 224 px above 400.
+    """
     channels, height, width, classes = models.native(name)
     if max(height, width) > LARGE:
         height = width = 224
@@ -248,7 +256,8 @@ def apart(what: Callable[[str], Row], name: str, threads: int, limit_s: float) -
 def survey_all(
     chosen: Mapping[str, tuple[str, int]], *, limit_s: float, threads: int = 1
 ) -> Iterator[Row]:
-    """A row for each family: ours and Torch-Pruning's, each in a process of its own that may take so many seconds.
+    """A row for each family: ours and Torch-Pruning's, each in a process of its own that may take
+    so many seconds.
 
     Args:
         chosen: By family, the network and the number of members.
@@ -267,7 +276,9 @@ def survey_all(
 
 
 def passed(row: Row) -> bool:
-    """Whether a family loads, has an exact group, and half of its member runs, trains and comes back."""
+    """Whether a family loads, has an exact group, and half of its member runs, trains and comes
+    back.
+    """
     return not row.get("problem")
 
 
@@ -297,9 +308,9 @@ def page(rows: Sequence[Row]) -> str:
             "split error": r.get("split error", ""),
             "gates vs removal": r.get("gates vs removal", ""),
             "passes": "yes" if passed(r) else "**no**",
-            "Torch-Pruning's half": _percent(r["alone"])
-            if isinstance(r.get("alone"), float)
-            else "–",
+            "Torch-Pruning's half": (
+                _percent(r["alone"]) if isinstance(r.get("alone"), float) else "–"
+            ),
         }
         for r in rows
     ]
@@ -325,17 +336,19 @@ def page(rows: Sequence[Row]) -> str:
     reasons = "\n".join(f"- {n} groups: {reason}" for reason, n in why.most_common(25)) or "- none"
     return f"""{TITLE}
 
-One member of each of timm's {len(rows)} families, the one with the fewest parameters, untrained, at the input size that it was
-published with, or at 224 px where that is above {LARGE} px. {len(good)} of {len(rows)} ({share:.0f} %) load, have at least one
-exact group, and survive a 50 % L1 resize of all certified groups forwards, backwards (in training mode) and through saved weights.
-Largest errors over all exact groups of all of them, all groups of a network at once: splitting {split:.1e}, removal against gates
-{removal:.1e} (relative, float64; the bound is 1e-9).
+One member of each of timm's {len(rows)} families, the one with the fewest parameters, untrained, at
+the input size that it was published with, or at 224 px where that is above {LARGE} px. {len(good)}
+of {len(rows)} ({share:.0f} %) load, have at least one exact group, and survive a 50 % L1 resize of
+all certified groups forwards, backwards (in training mode) and through saved weights. Largest
+errors over all exact groups of all of them, all groups of a network at once: splitting {split:.1e},
+removal against gates {removal:.1e} (relative, float64; the bound is 1e-9).
 
-"exact" groups may be resized, heads among them; "coupled" ones with scope="all" only; "down to" is the share of the MACs that is
-left with one channel per group, "half's" the share after the resize. "Torch-Pruning's half" is the share that its own pruner
-leaves at 50 % of the channels by L1 norm, without our groups and certificates: in {len(runs)} of {len(rows)} families the network
-that it leaves runs, in {sum(r > 0.99 for r in runs)} of these with no less than 99 % of the MACs. Written by `python
-bench/studies/families.py`.
+"exact" groups may be resized, heads among them; "coupled" ones with scope="all" only; "down to" is
+the share of the MACs that is left with one channel per group, "half's" the share after the resize.
+"Torch-Pruning's half" is the share that its own pruner leaves at 50 % of the channels by L1 norm,
+without our groups and certificates: in {len(runs)} of {len(rows)} families the network that it
+leaves runs, in {sum(r > 0.99 for r in runs)} of these with no less than 99 % of the MACs. Written
+by `python bench/studies/families.py`.
 
 {tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True)}
 
@@ -377,7 +390,7 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="of timm (default: all)")
     parser.add_argument(
         "--limit", type=float, default=900, metavar="S", help="seconds for one network (900)"

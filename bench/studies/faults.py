@@ -1,11 +1,12 @@
 """Break runs in every way that a machine can, and count what is lost and what is wrong afterwards.
 
-    sudo python bench/studies/faults.py [--kills 50] [--seed 0] [--only TEXT ...] > results/faults.md
+    sudo python bench/studies/faults.py [--kills 50] [--seed 0] [--only TEXT ...] > FILE.md
 
-The suite is small (digits, two networks, 11 cells) and is first run undisturbed; its records, less times and hosts, are what every
-disturbed run must end with. A record is *lost* if it was finished before a fault and is not there, byte by byte, after it; it is
-*wrong* if at the end it differs from the undisturbed one. Needs root (tmpfs, read-only mounts) and libfaketime
-(`apt-get install faketime`) for the clock; what cannot be done here is said in its row.
+The suite is small (digits, two networks, 11 cells) and is first run undisturbed; its records, less
+times and hosts, are what every disturbed run must end with. A record is *lost* if it was finished
+before a fault and is not there, byte by byte, after it; it is *wrong* if at the end it differs from
+the undisturbed one. Needs root (tmpfs, read-only mounts) and libfaketime (`apt-get install
+faketime`) for the clock; what cannot be done here is said in its row.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ LIBRARY = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 NOTES = """\
 # Faults
 
-Written by `bench/studies/faults.py`. *Records lost*: finished before a fault, and not there or changed after it. *Wrong*: what at the end
-differs from an undisturbed run's records (less times and hosts), a cell without a record, a traceback, a file that is not named.
-"""
+Written by `bench/studies/faults.py`. *Records lost*: finished before a fault, and not there or
+changed after it. *Wrong*: what at the end differs from an undisturbed run's records (less times and
+hosts), a cell without a record, a traceback, a file that is not named. """
 
 
 class Place:
@@ -137,7 +138,9 @@ class Count:
     def compare(
         self, place: Place, expected: dict[str, dict[str, Any]], but: tuple[str, ...] = ()
     ) -> None:
-        """Count what differs at the end, but for some fields of the provenance; records of all cells must be there."""
+        """Count what differs at the end, but for some fields of the provenance; records of all
+        cells must be there.
+        """
         found = (
             {i: r.stable() for i, r in place.records().items()}
             if (place.results / "faults" / "records.jsonl").exists()
@@ -195,7 +198,9 @@ def kills(
     draw: random.Random,
     expected: dict[str, Any],
 ) -> Count:
-    """SIGKILL at moments drawn uniformly over what an undisturbed run takes; after a kill of the driver it is started again."""
+    """SIGKILL at moments drawn uniformly over what an undisturbed run takes; after a kill of the
+    driver it is started again.
+    """
     found = Count(f"kill -9, {whom} of `{how}`")
     rounds = runs = 0
     while found.times < count and rounds < 10 * count:
@@ -296,7 +301,9 @@ def read_only(folder: Path, expected: dict[str, Any]) -> Count:
 
 
 def bit_flips(folder: Path, count: int, draw: random.Random, expected: dict[str, Any]) -> Count:
-    """One bit in one file of each kind in the cache; what depends on other files is made again, so that all of them are read."""
+    """One bit in one file of each kind in the cache; what depends on other files is made again, so
+    that all of them are read.
+    """
     found = Count("bit flip in a cached file")
     place = Place(folder / "flips")
     place.run()
@@ -452,14 +459,18 @@ def clock(folder: Path, count: int, draw: random.Random, expected: dict[str, Any
             found.times += 1
             time.sleep(draw.uniform(0.2, 1.5))
         found.wrong += process.returncode != 0
-        # libfaketime's jumps make the sleep fail in which Python waits for git, which no clock of a machine does
+        # libfaketime's jumps make the sleep fail in which Python waits for git, which no clock of a
+        # machine does
         found.compare(place, expected, but=("commit", "dirty"))
-    found.said = "time limits and bills go by the monotonic clock; commit and dirty are not compared (libfaketime breaks waiting for git)"
+    found.said = (
+        "time limits and bills go by the monotonic clock; commit and dirty are not compared"
+        " (libfaketime breaks waiting for git)"
+    )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -502,10 +513,12 @@ def main() -> None:
     print(tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=align))
     dirty = " with uncommitted changes" if state["dirty"] else ""
     print(
-        f"\n`python bench/studies/faults.py {' '.join(sys.argv[1:])}`, {len(expected)} cells, an undisturbed run takes {lasts:.0f} s; "
+        f"\n`python bench/studies/faults.py {' '.join(sys.argv[1:])}`, {len(expected)} cells, an"
+        f" undisturbed run takes {lasts:.0f} s; "
     )
     print(
-        f"commit {str(state['commit'])[:12]}{dirty}; {hardware()['cpu']}, {hardware()['cores']} cores."
+        f"commit {str(state['commit'])[:12]}{dirty}; {hardware()['cpu']}, {hardware()['cores']}"
+        " cores."
     )
 
 

@@ -1,9 +1,11 @@
-"""Does the gate on speed hold? A planted slowdown must fail it, an unchanged commit must pass, each time.
+"""Does the gate on speed hold? A planted slowdown must fail it, an unchanged commit must pass, each
+time.
 
     python bench/studies/gate.py [--unchanged 10] [--write results/gate.md]
 
-Works on a clone of this repository's HEAD, with the benchmarks that CI compares (``.ci/stable-benchmarks``). The plant: neuron
-removal prepares twice. The exit code is 1 if the gate did not hold.
+Works on a clone of this repository's HEAD, with the benchmarks that CI compares
+(``.ci/stable-benchmarks``). The plant: neuron removal prepares twice. The exit code is 1 if the
+gate did not hold.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def planted(root: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--unchanged",
         type=int,
@@ -93,7 +95,8 @@ def main() -> None:
     )
     text = f"""# The gate on speed
 
-A planted slowdown, `{SLOWED}` preparing twice: exit code {found.exit_code}, {verdict}; {seconds:.0f} s with both installations.
+A planted slowdown, `{SLOWED}` preparing twice: exit code {found.exit_code}, {verdict};
+{seconds:.0f} s with both installations.
 
 {found.markdown()}
 An unchanged commit passes {codes.count(0)} times of {len(codes)}:

@@ -1,11 +1,13 @@
-"""Run the suite `imagenet` end to end on generated images of five classes, with generated weights in the place of timm's.
+"""Run the suite `imagenet` end to end on generated images of five classes, with generated weights
+in the place of timm's.
 
-    python bench/studies/imagenet_generated.py DEST [--images 20] [--layout folders | tars] [--brief] [--jobs 2]
+    python bench/studies/imagenet_generated.py DEST [--images 20] [--layout folders | tars]
+        [--brief] [--jobs 2]
 
-Writes DEST/data/imagenet (train and val, one folder per class, JPEG; or archives as ImageNet is published: a tar with one for each
-class, and a flat tar with LOC_val_solution.csv), DEST/weights (untrained networks under the names that timm's
-weights would have), and DEST/results. It shows that the suite works as it stands, from loading to leaderboard; the accuracies mean
-nothing.
+Writes DEST/data/imagenet (train and val, one folder per class, JPEG; or archives as ImageNet is
+published: a tar with one for each class, and a flat tar with LOC_val_solution.csv), DEST/weights
+(untrained networks under the names that timm's weights would have), and DEST/results. It shows that
+the suite works as it stands, from loading to leaderboard; the accuracies mean nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def pack(root: Path) -> None:
 
 
 def draw(label: int, generator: np.random.Generator) -> Image.Image:
-    """A noisy picture whose colour and stripes hang on its class; sizes and shapes vary, as ImageNet's do."""
+    """A noisy picture whose colour and stripes hang on its class; sizes and shapes vary, as
+    ImageNet's do.
+    """
     height, width = generator.integers(200, 320, 2)
     rows, columns = np.mgrid[0:height, 0:width]
     stripes = 127 + 90 * np.sin((rows * np.cos(label) + columns * np.sin(label)) / (6 + 3 * label))
@@ -69,7 +73,7 @@ def draw(label: int, generator: np.random.Generator) -> Image.Image:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("dest", type=Path)
     parser.add_argument(
         "--images",

@@ -1,10 +1,13 @@
-"""Kill a training run at random moments until it has finished, and compare its weights with those of a run left alone.
+"""Kill a training run at random moments until it has finished, and compare its weights with those
+of a run left alone.
 
     python bench/studies/kills.py [--kills 20] [--seed 0] > results/kills.md
 
-The trained network is timm's test_resnet on digits, with BatchNorm, dropout, crops, flips and cutout, so that optimizer, schedule,
-order, running statistics and both random states have to go on where they were. Every kill is a SIGKILL at a moment drawn uniformly
-between the start of the process and the time that a whole run takes; the process is started anew after each, as a user would.
+The trained network is timm's test_resnet on digits, with BatchNorm, dropout, crops, flips and
+cutout, so that optimizer, schedule, order, running statistics and both random states have to go on
+where they were. Every kill is a SIGKILL at a moment drawn uniformly between the start of the
+process and the time that a whole run takes; the process is started anew after each, as a user
+would.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ def start(suite: Path, cache: Path) -> subprocess.Popen[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -122,10 +125,12 @@ def main() -> None:
     dirty = " with uncommitted changes" if state["dirty"] else ""
     print("# Killed training runs end with the same weights\n")
     print(
-        f"`python {' '.join(sys.argv)}` at {str(state['commit'])[:12]}{dirty}; {hardware()['cpu']}, torch {versions()['torch']}.\n"
+        f"`python {' '.join(sys.argv)}` at {str(state['commit'])[:12]}{dirty}; {hardware()['cpu']},"
+        f" torch {versions()['torch']}.\n"
     )
     print(
-        f"{kills} kills (SIGKILL at a random moment), {len(files)} runs ended, {len(digests)} distinct weights file(s):"
+        f"{kills} kills (SIGKILL at a random moment), {len(files)} runs ended, {len(digests)}"
+        " distinct weights file(s):"
     )
     same = "the same" if digests == {expected} else "NOT THE SAME"
     print(f"{same} as of a run left alone ({whole:.0f} s, digest {expected[:12]}).\n")

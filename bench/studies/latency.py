@@ -1,10 +1,12 @@
-"""What a resized network gains in time: latency, peak memory and speed-up, achieved against theoretical, by budget of MACs.
+"""What a resized network gains in time: latency, peak memory and speed-up, achieved against
+theoretical, by budget of MACs.
 
     python bench/studies/latency.py [--device cuda] [--write results/latency-cpu]
 
-Networks are halved and halved again by L1 norm in their certified inner groups, and run in their fastest memory layout without
-gradients, on a GPU as replays of a CUDA graph, in float32 without TF32. Every budget of a network is timed in turn, in several
-rounds, so that a slow minute strikes all alike. Prints a table; ``--write FILE`` keeps FILE.md, FILE.jsonl and FILE.png.
+Networks are halved and halved again by L1 norm in their certified inner groups, and run in their
+fastest memory layout without gradients, on a GPU as replays of a CUDA graph, in float32 without
+TF32. Every budget of a network is timed in turn, in several rounds, so that a slow minute strikes
+all alike. Prints a table; ``--write FILE`` keeps FILE.md, FILE.jsonl and FILE.png.
 """
 
 from __future__ import annotations
@@ -114,7 +116,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]]) -> bytes:
-    """Latency against MACs, a panel for each batch size; the grey lines are latency proportional to MACs."""
+    """Latency against MACs, a panel for each batch size; the grey lines are latency proportional to
+    MACs.
+    """
     batches = sorted({r["batch"] for r in rows})
     figure = Figure(figsize=(5.4 * len(batches), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -154,7 +158,8 @@ def draw(rows: list[dict[str, Any]]) -> bytes:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(
-        f"Latency against MACs on {rows[0]['device']}: median and range (grey: as fast as MACs fall)",
+        f"Latency against MACs on {rows[0]['device']}: median and range (grey: as fast as MACs"
+        " fall)",
         fontsize=12,
     )
     buffer = io.BytesIO()
@@ -163,7 +168,7 @@ def draw(rows: list[dict[str, Any]]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
@@ -193,15 +198,16 @@ def main() -> None:
     gpu = torch.cuda.get_device_name(0) if options.device == "cuda" else "a CPU, one thread"
     text = f"""# Latency of resized networks
 
-On {gpu}; float32, medians of {ROUNDS} rounds in which the budgets of a network take turns. Theory is the ratio of MACs; achieved is
-the ratio of latencies, median over rounds. Peak memory counts weights, input and what lives between operations.
+On {gpu}; float32, medians of {ROUNDS} rounds in which the budgets of a network take turns. Theory
+is the ratio of MACs; achieved is the ratio of latencies, median over rounds. Peak memory counts
+weights, input and what lives between operations.
 
 ![Latency against MACs]({options.write.with_suffix(".png").name})
 
 {table(rows)}
 
-Written by `python bench/studies/latency.py --device {options.device} --write {options.write}`. {where()}
-"""
+Written by `python bench/studies/latency.py --device {options.device} --write {options.write}`.
+{where()} """
     write_atomic(options.write.with_suffix(".png"), draw(rows))
     write_atomic(options.write.with_suffix(".jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
     write_atomic(options.write.with_suffix(".md"), text)

@@ -1,10 +1,12 @@
-"""What grows with what: seconds per cell that costs nothing, by engine; time and memory of a report by its number of records.
+"""What grows with what: seconds per cell that costs nothing, by engine; time and memory of a report
+by its number of records.
 
     python bench/studies/scale.py [--records 1000 10000 100000] > results/scale.md
 
-A cell that costs nothing is one whose record a worker finds in the cache: what is left is the key, the way there and back, and the
-record itself. Records are copies of a real one of `results/lenet`, under cells of a made suite (10 techniques, 20 budgets, 5
-networks). Each report runs in a process of its own: from records in memory, as after a run, and from `records.jsonl`.
+A cell that costs nothing is one whose record a worker finds in the cache: what is left is the key,
+the way there and back, and the record itself. Records are copies of a real one of `results/lenet`,
+under cells of a made suite (10 techniques, 20 budgets, 5 networks). Each report runs in a process
+of its own: from records in memory, as after a run, and from `records.jsonl`.
 """
 
 from __future__ import annotations
@@ -156,7 +158,7 @@ def through_ray(cells: Any, done: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--records", nargs="+", type=int, default=[1000, 10_000, 100_000])
     parser.add_argument("--cells", type=int, default=1000)
     args = parser.parse_args()
@@ -176,7 +178,8 @@ def main() -> None:
     print(tabulate(found, headers="keys", tablefmt="pipe", disable_numparse=True))
     dirty = " with uncommitted changes" if state["dirty"] else ""
     print(
-        f"\n`python bench/studies/scale.py {' '.join(sys.argv[1:])}`; commit {str(state['commit'])[:12]}{dirty}; ",
+        f"\n`python bench/studies/scale.py {' '.join(sys.argv[1:])}`; commit"
+        f" {str(state['commit'])[:12]}{dirty}; ",
         end="",
     )
     print(f"{hardware()['cpu']}, {hardware()['cores']} cores.")

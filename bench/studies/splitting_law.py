@@ -1,9 +1,10 @@
-"""Splitting where gradient descent is stuck: the fall of the loss against ε² λ_min / 2, and a small network that grows.
+"""Splitting where gradient descent is stuck: the fall of the loss against ε² λ_min / 2, and a small
+network that grows.
 
     python bench/studies/splitting_law.py [--write results/published/splitting-law]
 
-A regression on one dimension in float64: tanh neurons on a sum of sines. Writes FILE.md, FILE.png and
-FILE.jsonl. Takes two minutes.
+A regression on one dimension in float64: tanh neurons on a sum of sines. Writes FILE.md, FILE.png
+and FILE.jsonl. Takes two minutes.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def law(seed: int) -> list[dict]:
 
 
 def grow(seed: int, select: str) -> list[float]:
-    """Losses of a network that grows by one neuron a round: split by the law, along a random direction, at ε = 0, or not at all."""
+    """Losses of a network that grows by one neuron a round: split by the law, along a random
+    direction, at ε = 0, or not at all.
+    """
     model, sample = problem(seed)
     losses = []
     draw = torch.Generator().manual_seed(seed)
@@ -186,22 +189,24 @@ def draw(rows: list[dict], curves: dict[str, list[list[float]]], path: Path) -> 
 
 PAGE = """# Splitting where gradient descent is stuck
 
-`python bench/studies/splitting_law.py --write results/published/splitting-law`: regression on sin(x + a) + sin(2.5 x + b) / 2 at 100
-points, a and b by seed, tanh neurons, float64. One neuron is trained until its slope is gone (*slope*: its norm), then split along
-the unit eigenvector of λ_min: fall of the loss over ε² |λ_min| / 2, by ε.
+`python bench/studies/splitting_law.py --write results/published/splitting-law`: regression on sin(x
++ a) + sin(2.5 x + b) / 2 at 100 points, a and b by seed, tanh neurons, float64. One neuron is
+trained until its slope is gone (*slope*: its norm), then split along the unit eigenvector of λ_min:
+fall of the loss over ε² |λ_min| / 2, by ε.
 
 {table}
 
 ![fall of the loss over the law's, and losses of networks that grow]({figure})
 
-Final mean squared error with {neurons} neurons after {steps} steps, median and range of {seeds} seeds: {finals}.
+Final mean squared error with {neurons} neurons after {steps} steps, median and range of {seeds}
+seeds: {finals}.
 
 {where}.
 """
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--write", metavar="FILE", help="write FILE.md, FILE.png and FILE.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,9 +1,11 @@
-"""Where time goes: in one epoch of training, and in one cell from loading to record; what of it is the harness's own.
+"""Where time goes: in one epoch of training, and in one cell from loading to record; what of it is
+the harness's own.
 
     python bench/studies/where_time_goes.py [--write results/where-time-goes]
 
-Functions are timed without what other timed functions take inside them, so that the parts add up. A cell's *harness* is all that is
-neither training, decision, resize, recalibration nor scoring: digests, locks, loading, looking groups up, records, files.
+Functions are timed without what other timed functions take inside them, so that the parts add up. A
+cell's *harness* is all that is neither training, decision, resize, recalibration nor scoring:
+digests, locks, loading, looking groups up, records, files.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ class Stopwatch:
 
 
 def two_cells(suite: str, name: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of a cell's parts, its base network in the cache; and of the next budget's, as most cells of a suite are."""
+    """Seconds of a cell's parts, its base network in the cache; and of the next budget's, as most
+    cells of a suite are.
+    """
     cells = {c.id: c for c in suites.load(suite).cells()}
     cell, following = cells[name], cells[name.replace("macs:0.5", "macs:0.25")]
     with (
@@ -170,7 +174,7 @@ def table(rows: dict[str, dict[str, float]], last: tuple[str, ...] = ()) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="write FILE.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -193,15 +197,16 @@ One epoch of training by the network's recipe:
 
 {table(epochs)}
 
-One cell whose base network is in the cache, everything included: the first of a process, which loads the data and looks up groups
-for all of its base's cells, and the next:
+One cell whose base network is in the cache, everything included: the first of a process, which
+loads the data and looks up groups for all of its base's cells, and the next:
 
 {table(cells)}
 
-The harness's own part (all but {", ".join(WORK)}): {"; ".join(f"{t} {100 * s:.1f} %" for t, s in shares.items())}.
+The harness's own part (all but {", ".join(WORK)}):
+{"; ".join(f"{t} {100 * s:.1f} %" for t, s in shares.items())}.
 
-Written by `python bench/studies/where_time_goes.py --write results/where-time-goes`, one thread. {where()}
-"""
+Written by `python bench/studies/where_time_goes.py --write results/where-time-goes`, one thread.
+{where()} """
     print(text)
     if args.write:
         write_atomic(args.write.with_suffix(".md"), text)

@@ -1,4 +1,6 @@
-"""Claims: what the source documents report against what was measured, each with a verdict by a rule that stands in its file."""
+"""Claims: what the source documents report against what was measured, each with a verdict by a rule
+that stands in its file.
+"""
 
 from __future__ import annotations
 
@@ -44,25 +46,30 @@ class _Strict(BaseModel):
 
 
 class Pick(_Strict):
-    """Which records of a suite a number is read from, and what is read. What is not given matches anything.
+    """Which records of a suite a number is read from, and what is read. What is not given matches
+    anything.
 
     Attributes:
         suite: Whose results are read, published ones or a folder of yours.
         dataset: Of the cell.
         model: Of the cell.
-        args: Arguments of the network's constructor that the cell must have; all of them, if ``exactly``.
+        args: Arguments of the network's constructor that the cell must have; all of them, if
+            ``exactly``.
         exactly: Whether the cell may have no other arguments.
         variant: Of the cell's network.
         technique: Of the cell.
         of: For scratch controls, whose shape they train.
-        params: Values that the technique's parameters must have in the cell, set there or by default.
+        params: Values that the technique's parameters must have in the cell, set there or by
+            default.
         budget: Of the cell; a list means the mean over those budgets.
         stage: Which row of the record; the last one if absent.
-        metric: A score of that row (top1, its complement top1_error, top5, loss, val_top1, val_loss), "params" or "macs" of the
-            record (in millions), "compression" (the base's parameters over what is left), or "series:NAME", an entry of a series
-            that the record holds.
-        entry: Which entry of the series; the last one if absent. Series along a path begin with the network as it was, so that
-            entry k is what k removals left. "least" is the least of those that are there.
+        metric: A score of that row (top1, its complement top1_error, top5, loss, val_top1,
+            val_loss), "params" or "macs" of the record (in millions), "compression" (the base's
+            parameters over what is left), or "series:NAME", an entry of a series that the record
+            holds.
+        entry: Which entry of the series; the last one if absent. Series along a path begin with the
+            network as it was, so that entry k is what k removals left. "least" is the least of
+            those that are there.
     """
 
     suite: str
@@ -133,13 +140,15 @@ def _parameter(cell: Cell, name: str) -> Any:
 
 
 class Row(_Strict):
-    """One number that a document reports, or one thing that it says must hold, with the rule that judges it.
+    """One number that a document reports, or one thing that it says must hold, with the rule that
+    judges it.
 
     Attributes:
         what: What is measured.
-        kind: "value": within ``tolerance`` of ``reported``. "gain": ``at - minus``, likewise. "order": the paired difference
-            ``at - minus`` over at least five bases has a 95 % t-interval beyond ``bound`` (0). "ratio": the median of at least
-            three paired runs against ``bound``. "property": every value (or every ``at - minus``) against ``bound``.
+        kind: "value": within ``tolerance`` of ``reported``. "gain": ``at - minus``, likewise.
+            "order": the paired difference ``at - minus`` over at least five bases has a 95 %
+            t-interval beyond ``bound`` (0). "ratio": the median of at least three paired runs
+            against ``bound``. "property": every value (or every ``at - minus``) against ``bound``.
         reported: What the document says; absent where it gives no number.
         tolerance: Largest difference that counts as reproduced.
         bound: What order, ratio and property are held against.
@@ -147,12 +156,14 @@ class Row(_Strict):
         unit: Of the numbers.
         at: Where the number is read.
         minus: What is subtracted, base by base.
-        check: ``module:function`` that measures it instead, as a list of numbers, one per base or pair of runs. A function
-            that takes ``evidence`` is given it and returns a ``Picked``, for what no single pick can say; what it picks stands in
-            its attribute ``picks``.
+        check: ``module:function`` that measures it instead, as a list of numbers, one per base or
+            pair of runs. A function that takes ``evidence`` is given it and returns a ``Picked``,
+            for what no single pick can say; what it picks stands in its attribute ``picks``.
         given: Arguments of the check.
-        proxy: Smaller work than the document's: where it shows the direction, the verdict is "proxy scale" and never "reproduced".
-        reading: Which of several readings of an ambiguous sentence the row belongs to; rows without one belong to all.
+        proxy: Smaller work than the document's: where it shows the direction, the verdict is "proxy
+            scale" and never "reproduced".
+        reading: Which of several readings of an ambiguous sentence the row belongs to; rows without
+            one belong to all.
     """
 
     what: str
@@ -178,7 +189,8 @@ class Row(_Strict):
                 )
         elif self.direction is None or (self.bound is None and self.kind != "order"):
             raise ValueError(
-                f"'{self.what}': kind = '{self.kind}' needs direction{'' if self.kind == 'order' else ' and bound'}"
+                f"'{self.what}': kind = '{self.kind}' needs"
+                f" direction{'' if self.kind == 'order' else ' and bound'}"
             )
         if self.kind == "order" and self.direction in ("<=", ">="):
             raise ValueError(f"'{self.what}': an order is strict: '<' or '>'")
@@ -222,7 +234,8 @@ class Document(_Strict):
         document: Its number or short name.
         title: What it is.
         technique: The technique that it is about; "" if none.
-        calibrates: Whether these are no findings but what the suite itself must reproduce; then a failure is an error.
+        calibrates: Whether these are no findings but what the suite itself must reproduce; then a
+            failure is an error.
         claims: Its claims.
     """
 
@@ -282,11 +295,12 @@ class Evidence:
         return self._cells[suite]
 
     def pick(self, pick: Pick) -> Picked:
-        """What a pick finds: the records of those cells of the suite that it means, and how many of these have none.
+        """What a pick finds: the records of those cells of the suite that it means, and how many of
+        these have none.
 
         Raises:
-            UsageError: If it means no cell of its suite (a mistyped name must not read "not run"), or cells that differ in more
-                than the base network.
+            UsageError: If it means no cell of its suite (a mistyped name must not read "not run"),
+                or cells that differ in more than the base network.
         """
         meant = {c.identity: c for c in self.cells(pick.suite) if pick.matches(c)}
         if not meant:
@@ -297,8 +311,9 @@ class Evidence:
         kinds = {c.model_copy(update=spread).identity for c in meant.values()}
         if len(kinds) > 1:
             raise UsageError(
-                f"{pick.model_dump(exclude_defaults=True)} matches {len(kinds)} kinds of cells that differ in more than their seed "
-                f"({', '.join(sorted({c.id for c in meant.values()})[:3])}, ...): say more"
+                f"{pick.model_dump(exclude_defaults=True)} matches {len(kinds)} kinds of cells that"
+                " differ in more than their seed"
+                f" ({', '.join(sorted({c.id for c in meant.values()})[:3])}, ...): say more"
             )
         found = Picked(missing=len(meant))
         values: dict[object, dict[str | None, list[float]]] = {}
@@ -329,9 +344,11 @@ class Picked:
     """What a pick finds: one value per distinct base network.
 
     Attributes:
-        values: By base; the mean over seeds where several share one (the ten random starts of NMF on one checkpoint).
+        values: By base; the mean over seeds where several share one (the ten random starts of NMF
+            on one checkpoint).
         records: The records that they come from.
-        missing: How many of the cells that are meant have no such value: failed, skipped or not run.
+        missing: How many of the cells that are meant have no such value: failed, skipped or not
+            run.
         failed: How many of these failed.
     """
 
@@ -456,9 +473,13 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
         )
     verdict, measured, detail = _verdict(row, values)
     if verdict == "reproduced" and (missing or any(r.provenance.get("dirty") for r in records)):
-        verdict = "inconclusive"  # what is missing might say otherwise, and nobody can look up uncommitted code
+        # what is missing might say otherwise, and nobody can look up uncommitted code
+        verdict = "inconclusive"
     if row.proxy and verdict in ("reproduced", "not reproduced"):
-        detail = f"direction {'shown' if verdict == 'reproduced' else 'not shown'} on smaller work; {detail}"
+        detail = (
+            f"direction {'shown' if verdict == 'reproduced' else 'not shown'} on smaller work;"
+            f" {detail}"
+        )
         verdict = "proxy scale" if verdict == "reproduced" else "not reproduced"
     return Judged(
         row,
@@ -516,7 +537,9 @@ def _verdict(row: Row, values: Mapping[object, float]) -> tuple[Verdict, Summary
 
 
 def _order(row: Row, numbers: Sequence[float], found: Summary) -> tuple[Verdict, Summary, str]:
-    """A paired difference: its 95 % t-interval must lie beyond the bound, over at least five bases."""
+    """A paired difference: its 95 % t-interval must lie beyond the bound, over at least five
+    bases.
+    """
     if len(numbers) < LEAST:
         return "inconclusive", found, f"{len(numbers)} of at least {LEAST} bases"
     bound = row.bound or 0.0
@@ -561,9 +584,10 @@ def _function(name: str) -> Callable[..., Any]:
 def overall(judged: Sequence[Judged]) -> Verdict:
     """The verdict on a claim from those on its rows.
 
-    Reproduced only if every row is; not reproduced if any row is not; else the weakest of what is left. Rows that were not run
-    leave the claim "not run" if nothing was, else "inconclusive"; but where a claim has rows at proxy scale, these stand in for the
-    rows at the document's scale that were not run. Where the document's sentence has several readings, the best of their verdicts
+    Reproduced only if every row is; not reproduced if any row is not; else the weakest of what is
+    left. Rows that were not run leave the claim "not run" if nothing was, else "inconclusive"; but
+    where a claim has rows at proxy scale, these stand in for the rows at the document's scale that
+    were not run. Where the document's sentence has several readings, the best of their verdicts
     (see ``readings``).
     """
     return min(readings(judged).values(), key=_ORDER.index)

@@ -19,7 +19,8 @@ class Samples(Protocol):
     def batches(
         self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(x [B, C, H, W], y [B])``; shuffled if a generator is given, the last batch may be smaller.
+        """Yield ``(x [B, C, H, W], y [B])``; shuffled if a generator is given, the last batch may
+        be smaller.
 
         With a recipe as ``augment``, its random crop, flip and cutout are applied.
         """

@@ -1,4 +1,6 @@
-"""Where data sets come from: scikit-learn, torchvision's files, image folders and tars through timm's readers, ImageNet."""
+"""Where data sets come from: scikit-learn, torchvision's files, image folders and tars through
+timm's readers, ImageNet.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,8 @@ class Files:
         stems = [Path(self._reader.filename(i)).stem for i in range(len(self))]
         if unknown := [s for s in stems if answers.get(s) not in classes]:
             raise UsageError(
-                f"{self.root}: no label for {unknown[0]} (and {len(unknown) - 1} more) in the list of answers"
+                f"{self.root}: no label for {unknown[0]} (and {len(unknown) - 1} more) in the list"
+                " of answers"
             )
         self.labels, self.classes = (
             np.asarray([classes[answers[s]] for s in stems], dtype=np.int64),
@@ -126,7 +129,8 @@ class Files:
         """Refuse what timm's readers would mislabel or leave out in silence.
 
         Raises:
-            UsageError: If images lie outside of class folders or deeper than them, or a class folder holds none that can be read.
+            UsageError: If images lie outside of class folders or deeper than them, or a class
+                folder holds none that can be read.
         """
         folders: dict[int, str] = {}
         for index, label in enumerate(self.labels.tolist()):
@@ -135,18 +139,20 @@ class Files:
             above = os.path.dirname(self._reader.filename(index))
             if not above:
                 raise UsageError(
-                    f"{self.name(index)} lies outside of the class folders: move it into one, or take it out"
+                    f"{self.name(index)} lies outside of the class folders: move it into one, or"
+                    " take it out"
                 )
             if folders.setdefault(label, above) != above:
                 raise UsageError(
-                    f"{self.root}: images lie in {folders[label]} and in {above}: put them directly into one folder per class, "
-                    "without folders inside"
+                    f"{self.root}: images lie in {folders[label]} and in {above}: put them directly"
+                    " into one folder per class, without folders inside"
                 )
         parents = {os.path.dirname(above) for above in folders.values()}
         if len(parents) > 1:
             both = " and ".join(repr(p or ".") for p in sorted(parents)[:2])
             raise UsageError(
-                f"{self.root}: class folders lie in {both}: put them side by side, with the images directly inside"
+                f"{self.root}: class folders lie in {both}: put them side by side, with the images"
+                " directly inside"
             )
         if self.root.is_dir():
             self._require_readable()
@@ -221,7 +227,8 @@ class Files:
                 f"{self.name(index)} has more than 8 bits per channel: convert it to 8 bits"
             )
         raise UsageError(
-            f"{self.name(index)} has {width} x {height} pixels, more than {PIXELS:,}: make it smaller, or take it out"
+            f"{self.name(index)} has {width} x {height} pixels, more than {PIXELS:,}: make it"
+            " smaller, or take it out"
         )
 
     def relabel(self, classes: dict[str, int]) -> None:
@@ -242,7 +249,8 @@ class Files:
                     else "which the training part has"
                 )
                 raise UsageError(
-                    f"{self.root} has {has} '{absent[0]}'{more}, {lacks}: both parts need the same classes"
+                    f"{self.root} has {has} '{absent[0]}'{more}, {lacks}: both parts need the same"
+                    " classes"
                 )
         new = np.zeros(len(classes), dtype=np.int64)
         for name, label in self.classes.items():
@@ -250,7 +258,9 @@ class Files:
         self.labels, self.classes = new[self.labels], classes
 
     def stamp(self) -> str:
-        """SHA-256 over names, sizes, labels and times of change: quick, and another one when a file is written again."""
+        """SHA-256 over names, sizes, labels and times of change: quick, and another one when a file
+        is written again.
+        """
         digest = hashlib.sha256()
         packed = self.root.is_file()
         if packed:
@@ -262,7 +272,9 @@ class Files:
         return digest.hexdigest()
 
     def contents(self) -> str:
-        """SHA-256 over contents and labels: of a tar as a whole, of files in folders with their names."""
+        """SHA-256 over contents and labels: of a tar as a whole, of files in folders with their
+        names.
+        """
         digest = hashlib.sha256()
         if self.root.is_file():
             with _progress(self.root, self.root.stat().st_size, "B") as bar:
@@ -286,7 +298,9 @@ class Files:
 
 @contextmanager
 def _any_size() -> Iterator[None]:
-    """Let Pillow open images of any size: it takes large ones for attacks, and stops at a size that cameras reach."""
+    """Let Pillow open images of any size: it takes large ones for attacks, and stops at a size that
+    cameras reach.
+    """
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -295,7 +309,8 @@ def _any_size() -> Iterator[None]:
 
 
 def _require_plain_folder(root: Path) -> None:
-    """Refuse links that lead round in circles, and what is neither file nor folder: reading a pipe would wait for ever.
+    """Refuse links that lead round in circles, and what is neither file nor folder: reading a pipe
+    would wait for ever.
 
     Raises:
         UsageError: At the first of them, or a folder that cannot be read.
@@ -316,14 +331,16 @@ def _require_plain_folder(root: Path) -> None:
                         stack.append((entry.path, above | {key}))
                     elif not entry.is_file():
                         raise UsageError(
-                            f"{entry.path} is neither a file nor a folder, or a link to nowhere: take it out"
+                            f"{entry.path} is neither a file nor a folder, or a link to nowhere:"
+                            " take it out"
                         )
     except OSError as error:
         raise UsageError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _require_plain_tar(root: Path) -> None:
-    """Refuse what timm's reader leaves out of a tar in silence: links, images in other formats, tars in tars in tars.
+    """Refuse what timm's reader leaves out of a tar in silence: links, images in other formats,
+    tars in tars in tars.
 
     Raises:
         UsageError: At the first of them.
@@ -342,7 +359,8 @@ def _require_plain_tar(root: Path) -> None:
                     else "not a file"
                 )
                 raise UsageError(
-                    f"{name} is {kind}: pack the file itself (GNU tar: --dereference --hard-dereference)"
+                    f"{name} is {kind}: pack the file itself (GNU tar: --dereference"
+                    " --hard-dereference)"
                 )
             if ending in others:
                 raise UsageError(
@@ -412,7 +430,9 @@ def _hashes(place: Path, names: list[str], bar: Any) -> list[str]:
         return found.hexdigest()
 
     def known() -> tuple[dict[str, list[Any]], list[str]]:
-        """Versions of the files, with their digests where the cache has them; and the names of the others."""
+        """Versions of the files, with their digests where the cache has them; and the names of the
+        others.
+        """
         old = (cache.read_json(path, "digests of files") or {}).get("files", {})
         found = {name: _version(place / name) for name in names}
         found |= {
@@ -451,7 +471,8 @@ class Source:
         layout: How it lies there.
         train: The training part.
         test: The test part.
-        digest: SHA-256 over all images and labels for sets in memory, over files and labels for others.
+        digest: SHA-256 over all images and labels for sets in memory, over files and labels for
+            others.
     """
 
     name: str
@@ -482,7 +503,9 @@ class Source:
 
 
 def names() -> list[str]:
-    """The known data sets, and every folder with a training and a test part where data are looked for."""
+    """The known data sets, and every folder with a training and a test part where data are looked
+    for.
+    """
     root = data_dir()
     try:
         found = sorted(
@@ -527,10 +550,19 @@ def wanted(name: str) -> str:
         folder = _torchvision_folder(name, root)
         if hasattr(cls, "resources"):
             return f"{', '.join(Path(u).name for u, _ in cls.resources)} (or unzipped) in {folder}"
-        return f"the unpacked {cls.filename} as {folder}, or train.tar and test.tar (images in one folder per class) in {root / name}"
+        return (
+            f"the unpacked {cls.filename} as {folder}, or train.tar and test.tar (images in one"
+            f" folder per class) in {root / name}"
+        )
     if name == "imagenet":
-        return f"train and val folders with one folder per class, or train.tar and val.tar, in {root / name}"
-    return f"train and test (or val) folders, or train.tar and test.tar, with one folder per class, in {root / name}"
+        return (
+            "train and val folders with one folder per class, or train.tar and val.tar, in"
+            f" {root / name}"
+        )
+    return (
+        "train and test (or val) folders, or train.tar and test.tar, with one folder per class, in"
+        f" {root / name}"
+    )
 
 
 def load(name: str) -> Source:
@@ -540,7 +572,8 @@ def load(name: str) -> Source:
         name: One of the known ones, or a folder where data are looked for (``WIDTHBENCH_DATA``).
 
     Raises:
-        UsageError: If it is unknown, not there (the message says what to put where), or damaged (the file is named).
+        UsageError: If it is unknown, not there (the message says what to put where), or damaged
+            (the file is named).
     """
     return _load(name, data_dir())
 
@@ -551,7 +584,8 @@ def _load(name: str, root: Path) -> Source:
         return _digits()
     if not SAFE.match(name):
         raise UsageError(
-            f"dataset name '{name}' may hold letters, digits, '_', '-' and '.' only; it is a folder in {root}"
+            f"dataset name '{name}' may hold letters, digits, '_', '-' and '.' only; it is a folder"
+            f" in {root}"
         )
     if parts := _parts(_folder(name, root)):
         return _images(name, *parts)
@@ -562,7 +596,8 @@ def _load(name: str, root: Path) -> Source:
             f"dataset 'imagenet' is not there: put {wanted(name)}, or set WIDTHBENCH_DATA or --data"
         )
     raise UsageError(
-        f"unknown dataset '{name}'{did_you_mean(name, names())}; for one of your own put {wanted(name)}"
+        f"unknown dataset '{name}'{did_you_mean(name, names())}; for one of your own put"
+        f" {wanted(name)}"
     )
 
 
@@ -588,9 +623,11 @@ def in_memory(name: str, where: str, layout: str, train: Arrays, test: Arrays) -
 
 
 def _digits() -> Source:
-    """scikit-learn's 1,797 scans of 8 x 8 pixels with 17 grey levels (UCI "Optical Recognition of Handwritten Digits").
+    """scikit-learn's 1,797 scans of 8 x 8 pixels with 17 grey levels (UCI "Optical Recognition of
+    Handwritten Digits").
 
-    The set has no test part of its own: a quarter (450 scans), drawn once and the same for every seed, is ours.
+    The set has no test part of its own: a quarter (450 scans), drawn once and the same for every
+    seed, is ours.
     """
     bunch = load_digits()
     images = torch.from_numpy(np.rint(bunch.images / 16 * 255).astype(np.uint8)[:, None])
@@ -628,7 +665,8 @@ def _images(name: str, train_at: Path, test_at: Path) -> Source:
     train.require_one_folder_per_class()
     if len(train.classes) < 2:
         raise UsageError(
-            f"{train_at} holds {len(train.classes)} class(es): images must lie in one folder per class"
+            f"{train_at} holds {len(train.classes)} class(es): images must lie in one folder per"
+            " class"
         )
     if name == "imagenet" and test.unsorted:
         test.answer(train.classes, _answers(test_at))
@@ -651,8 +689,8 @@ def _answers(val: Path) -> dict[str, str]:
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise UsageError(
-            f"{val} is not sorted into classes: put the competition's LOC_val_solution.csv beside it, "
-            "or one folder per class inside"
+            f"{val} is not sorted into classes: put the competition's LOC_val_solution.csv beside"
+            " it, or one folder per class inside"
         )
     try:
         with path.open(newline="") as file:
@@ -661,12 +699,15 @@ def _answers(val: Path) -> dict[str, str]:
             }
     except (KeyError, IndexError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(
-            f"{path} is not the competition's list: it needs the columns ImageId and PredictionString"
+            f"{path} is not the competition's list: it needs the columns ImageId and"
+            " PredictionString"
         ) from error
 
 
 def _decoded(name: str, train: Files, test: Files) -> tuple[Arrays, Arrays] | None:
-    """Small images as arrays, kept decoded in the cache; None if they differ in size or are too many."""
+    """Small images as arrays, kept decoded in the cache; None if they differ in size or are too
+    many.
+    """
     stamp = f" {train.stamp()} {test.stamp()} {version('pillow')} {code_digest('data/sources.py')}"
     key = hashlib.sha256(os.fsencode(train.root) + stamp.encode()).hexdigest()[:40]
     path = cache_dir() / "decoded" / f"{name}-{key}.tensors"
@@ -743,7 +784,9 @@ def _torchvision(name: str, root: Path) -> Source:
 
 
 def _unzipped(name: str, root: Path) -> Path:
-    """A root with plain idx files, which torchvision wants: the given one, or one in the cache if some are there only zipped."""
+    """A root with plain idx files, which torchvision wants: the given one, or one in the cache if
+    some are there only zipped.
+    """
     folder = _torchvision_folder(name, root)
     files = [folder / Path(url).name for url, _ in _idx(TORCHVISION[name])]
     if all(f.with_suffix("").is_file() for f in files):

@@ -1,4 +1,6 @@
-"""Data sets as seeded, stratified train / val / test splits: small ones in memory as bytes, others read by workers."""
+"""Data sets as seeded, stratified train / val / test splits: small ones in memory as bytes, others
+read by workers.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from widthbench.recipe import Recipe
 Part = Callable[[int], slice]
 """Which samples of a batch of so many belong to this process."""
 
-# inside an engine's own worker Python would start anew, and import torch, for every pass over the data
+# inside an engine's own worker Python would start anew, and import torch, for every pass over the
+# data
 FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 CENTRE = {
     "mean": (0.485, 0.456, 0.406),
@@ -53,7 +56,9 @@ class _Normalised:
         return mean, std
 
     def _finish(self, x: Tensor, recipe: Recipe | None, draws: Draws | None) -> Tensor:
-        """uint8 ``[B, C, H, W]`` to normalised float32 on the device: ``(x / 255 - mean) / std``."""
+        """uint8 ``[B, C, H, W]`` to normalised float32 on the device: ``(x / 255 - mean) /
+        std``.
+        """
         x = x.to(self.device, non_blocking=True)
         if recipe is not None and draws is not None:
             x = augment(x, recipe, draws)
@@ -106,8 +111,10 @@ class ImageSamples(_Normalised):
         Args:
             size: Samples per batch; the last one may be smaller.
             generator: Shuffles with it if given, and draws what the augmentation needs.
-            augment: A recipe whose random crop, flip and cutout are applied, each sample with its own draw.
-            part: Which samples of a batch of so many to yield (perhaps none), the others being other processes'; None: all.
+            augment: A recipe whose random crop, flip and cutout are applied, each sample with its
+                own draw.
+            part: Which samples of a batch of so many to yield (perhaps none), the others being
+                other processes'; None: all.
 
         Yields:
             float32 ``x [B, C, H, W]`` and long ``y [B]`` on the device.
@@ -123,10 +130,13 @@ class ImageSamples(_Normalised):
     def choices(
         self, size: int, *, generator: torch.Generator | None = None, augment: Recipe | None = None
     ) -> Iterator[tuple[Tensor, Draws | None]]:
-        """The samples of each batch of ``batches``, long ``[B]``, and what is drawn for them, on the CPU."""
+        """The samples of each batch of ``batches``, long ``[B]``, and what is drawn for them, on
+        the CPU.
+        """
         if augment is not None and augment.resized_crop:
             raise UsageError(
-                "recipe: resized_crop is for images that are read from files; this set is in memory: use crop"
+                "recipe: resized_crop is for images that are read from files; this set is in"
+                " memory: use crop"
             )
         order = (
             torch.arange(len(self))
@@ -152,7 +162,8 @@ class ImageSamples(_Normalised):
 
 @dataclass(frozen=True)
 class FileSamples(_Normalised):
-    """Labelled images that workers read, decode and resize; every sample's random draws hang on the generator alone.
+    """Labelled images that workers read, decode and resize; every sample's random draws hang on the
+    generator alone.
 
     Attributes:
         files: The whole part.
@@ -187,7 +198,9 @@ class FileSamples(_Normalised):
         augment: Recipe | None = None,
         part: Part | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``ImageSamples.batches``; with ``resized_crop`` in the recipe, a random resized crop while reading."""
+        """As ``ImageSamples.batches``; with ``resized_crop`` in the recipe, a random resized crop
+        while reading.
+        """
         order, seed = torch.arange(len(self)), 0
         if generator is not None:
             order = torch.randperm(len(self), generator=generator)
@@ -232,7 +245,9 @@ class FileSamples(_Normalised):
 
 
 class _Decoded(Dataset[tuple[Tensor, int]]):
-    """Transformed images; each sample seeds its own random draws, so that the number of workers changes nothing."""
+    """Transformed images; each sample seeds its own random draws, so that the number of workers
+    changes nothing.
+    """
 
     def __init__(self, files: sources.Files, index: np.ndarray, transform: Any, seed: int) -> None:
         self.files, self.index, self.transform, self.seed = files, index, transform, seed
@@ -271,7 +286,8 @@ class Data:
     Attributes:
         name: Its name in suites.
         train: Out of the training part, less val.
-        val: Out of the training part, stratified by class; every choice is made on it. Empty if nothing is held out.
+        val: Out of the training part, stratified by class; every choice is made on it. Empty if
+            nothing is held out.
         test: Decides nothing.
         classes: Number of classes.
         channels: Image channels.
@@ -302,14 +318,16 @@ def load(
 
     Args:
         name: A known one (``widthbench data`` lists them) or a folder where data are looked for.
-        size: Height and width in pixels; images in memory are resampled bilinearly (antialiased) once.
+        size: Height and width in pixels; images in memory are resampled bilinearly (antialiased)
+            once.
         seed: Seeds the draw of val.
-        val: Fraction of the training part that becomes val, stratified by class; 0 holds nothing out.
+        val: Fraction of the training part that becomes val, stratified by class; 0 holds nothing
+            out.
         device: Where batches are made.
         mean: Per-channel mean to normalise with; that of the training images if empty.
         std: Per-channel standard deviation likewise.
-        view: ``mean``, ``std``, ``interpolation`` and ``crop_pct`` for images that are read from files, as timm's
-            ``resolve_data_config`` gives them.
+        view: ``mean``, ``std``, ``interpolation`` and ``crop_pct`` for images that are read from
+            files, as timm's ``resolve_data_config`` gives them.
 
     Raises:
         UsageError: If the data set is unknown, absent or damaged, or a number is out of range.
@@ -321,8 +339,8 @@ def load(
     source = sources.load(name)
     if len(mean) != len(std) or (mean and len(mean) != source.channels):
         raise UsageError(
-            f"dataset '{name}' has {source.channels} channel(s): mean and std need {source.channels} number(s) each, "
-            f"not {len(mean)} and {len(std)}"
+            f"dataset '{name}' has {source.channels} channel(s): mean and std need"
+            f" {source.channels} number(s) each, not {len(mean)} and {len(std)}"
         )
     labels = np.asarray(source.train.labels)
     train_index, val_index = np.arange(len(labels)), np.arange(0)

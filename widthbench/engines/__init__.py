@@ -1,1 +1,3 @@
-"""Where cells run. Every engine calls the same ``run_cell``. Nothing heavy is imported here: workers are pinned first."""
+"""Where cells run. Every engine calls the same ``run_cell``. Nothing heavy is imported here:
+workers are pinned first.
+"""

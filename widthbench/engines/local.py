@@ -1,4 +1,6 @@
-"""Run cells on this machine, in one worker process or several. Imports nothing heavy, so that workers can be pinned first."""
+"""Run cells on this machine, in one worker process or several. Imports nothing heavy, so that
+workers can be pinned first.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def run(
         Whether there was time for all.
 
     Raises:
-        UsageError: If a cell makes no sense, or its record cannot be written; what is finished is kept.
+        UsageError: If a cell makes no sense, or its record cannot be written; what is finished is
+            kept.
     """
     over = math.inf if within is None else time.monotonic() + within
     if (
@@ -102,7 +105,9 @@ def run(
 
 
 def _pinned(index: int, threads: int) -> dict[str, str]:
-    """What gives a worker its own GPU, out of the caller's, and its threads, before torch is imported."""
+    """What gives a worker its own GPU, out of the caller's, and its threads, before torch is
+    imported.
+    """
     env = {"OMP_NUM_THREADS": str(threads)}
     visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
     return env | ({"CUDA_VISIBLE_DEVICES": visible[index % len(visible)]} if visible else {})

@@ -1,8 +1,9 @@
 """Run cells on a Ray cluster, each as one task. The only module that knows of Ray.
 
-A task runs its cell in a ``Worker``, as every engine does. Nodes share the cache (a folder that all of them see) or a store at a
-URL (``WIDTHBENCH_STORE``). The base network of a group is trained by the group's first cell; the others wait for that one, and
-controls for the cell that they are about. What workers, nodes or the driver had finished when they were lost is in the cache.
+A task runs its cell in a ``Worker``, as every engine does. Nodes share the cache (a folder that all
+of them see) or a store at a URL (``WIDTHBENCH_STORE``). The base network of a group is trained by
+the group's first cell; the others wait for that one, and controls for the cell that they are about.
+What workers, nodes or the driver had finished when they were lost is in the cache.
 """
 
 from __future__ import annotations
@@ -45,13 +46,16 @@ def run(
         cells: What to run.
         done: Called in this process with each record as it is finished.
         limits: What a cell may take, by its identity; memory is also what Ray is asked to reserve.
-        address: A running cluster ("auto": the one of this machine); one is started here, and ended afterwards, if None.
+        address: A running cluster ("auto": the one of this machine); one is started here, and ended
+            afterwards, if None.
         jobs: Cores of a cluster that is started here; all if None.
-        gpus: GPUs of each task, fractions allowed; if None, one where the cluster has any and the cell may use it.
+        gpus: GPUs of each task, fractions allowed; if None, one where the cluster has any and the
+            cell may use it.
 
     Raises:
-        UsageError: If Ray is not installed, there is no cluster, no node has what a cell needs, a node does not see the cache or
-            has other versions, or a cell makes no sense; what is finished is kept.
+        UsageError: If Ray is not installed, there is no cluster, no node has what a cell needs, a
+            node does not see the cache or has other versions, or a cell makes no sense; what is
+            finished is kept.
     """
     try:
         import ray
@@ -107,8 +111,8 @@ def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"no Ray cluster at '{address or 'local'}' ({str(error).splitlines()[0]}): start one (`ray start --head`), or leave "
-            "--address out"
+            f"no Ray cluster at '{address or 'local'}' ({str(error).splitlines()[0]}): start one"
+            " (`ray start --head`), or leave --address out"
         ) from error
 
 
@@ -131,7 +135,8 @@ def _require(ray: Any, cells: Sequence[Cell], needs: Mapping[str, Mapping[str, f
                 for k, v in need.items()
             )
             raise UsageError(
-                f"no node of the cluster has {text}, which {cell.id} needs: see threads, device and memory_limit"
+                f"no node of the cluster has {text}, which {cell.id} needs: see threads, device and"
+                " memory_limit"
             )
 
 
@@ -179,9 +184,11 @@ def _schedule(
                 answer = json.loads(ray.get(reference))
             except ray.exceptions.RayError as error:  # lost more often than TRIES, or out of memory
                 answer = {
-                    "record": failure(
-                        cell, f"its Ray task was lost: {type(error).__name__}"
-                    ).model_dump(mode="json")
+                    "record": (
+                        failure(cell, f"its Ray task was lost: {type(error).__name__}").model_dump(
+                            mode="json"
+                        )
+                    )
                 }
             if "error" in answer:
                 raise UsageError(answer["error"])
@@ -198,7 +205,8 @@ def _schedule(
 
 
 def _same_code(record: Record, node: str, code: str) -> None:
-    """Refuse a record that a node's other packages, or other code, may have made: its key would hold something else here.
+    """Refuse a record that a node's other packages, or other code, may have made: its key would
+    hold something else here.
 
     Raises:
         UsageError: If versions or code differ; it names the node.
@@ -210,7 +218,8 @@ def _same_code(record: Record, node: str, code: str) -> None:
     if not other and code != code_of(record.cell):
         technique = record.cell.of or record.cell.technique
         other = [
-            f"code of widthbench{'' if registry.built_in(technique) else f' or of {registry.owner(technique)}'}"
+            "code of widthbench"
+            + ("" if registry.built_in(technique) else f" or of {registry.owner(technique)}")
         ]
     if other:
         raise UsageError(
@@ -219,7 +228,9 @@ def _same_code(record: Record, node: str, code: str) -> None:
 
 
 class _Plan:
-    """Which cells may run: a group's first one trains its base for the others, and controls come after what they are about."""
+    """Which cells may run: a group's first one trains its base for the others, and controls come
+    after what they are about.
+    """
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._after: dict[str, list[Cell]] = {}  # by the identity of what they wait for
@@ -261,7 +272,9 @@ class _Plan:
         self._ready += self._after.pop(cell.identity, [])[::-1]
 
 
-SIGHT_S = 60.0  # until a file that one node wrote must be seen by others: network file systems remember that there was none
+# until a file that one node wrote must be seen by others: network file systems remember that there
+# was none
+SIGHT_S = 60.0
 _worker: tuple[tuple[str | None, int], Worker] | None = (
     None  # of the Ray worker process that this is
 )

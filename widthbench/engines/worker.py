@@ -1,6 +1,8 @@
-"""A process of its own for cells, so that a plug-in that ends it, hangs in it or fills it ends one cell and nothing else.
+"""A process of its own for cells, so that a plug-in that ends it, hangs in it or fills it ends one
+cell and nothing else.
 
-Parent and child exchange lines of JSON over pipes. What the child prints goes to standard error. It ends when its parent does.
+Parent and child exchange lines of JSON over pipes. What the child prints goes to standard error. It
+ends when its parent does.
 """
 
 from __future__ import annotations
@@ -36,16 +38,18 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A child process that runs cells, one after another; a new one is started whenever one has ended.
+    """A child process that runs cells, one after another; a new one is started whenever one has
+    ended.
 
-    A cell of another distribution's technique is the last of its process, so that nothing it changed or left behind there reaches
-    another cell.
+    A cell of another distribution's technique is the last of its process, so that nothing it
+    changed or left behind there reaches another cell.
 
     Args:
         env: Variables for the child, besides those of this process.
 
     Attributes:
-        code: Digest of the code that the last record comes from (``code_of``); None of a failure that this process wrote.
+        code: Digest of the code that the last record comes from (``code_of``); None of a failure
+            that this process wrote.
     """
 
     def __init__(self, env: Mapping[str, str] | None = None) -> None:
@@ -57,9 +61,11 @@ class Worker:
         self._asked = 0
 
     def run(self, cell: Cell, limits: Limits | None = None, *, bar: bool = False) -> Record:
-        """The cell's record, as ``protocol.run_cell`` gives it; a failed one, with its cause, if the process ends or is ended.
+        """The cell's record, as ``protocol.run_cell`` gives it; a failed one, with its cause, if
+        the process ends or is ended.
 
-        A process that was killed from outside (by the system for want of memory, by a person) gets a second chance.
+        A process that was killed from outside (by the system for want of memory, by a person) gets
+        a second chance.
 
         Args:
             cell: What to run.
@@ -67,7 +73,8 @@ class Worker:
             bar: Show progress bars.
 
         Raises:
-            UsageError: As ``protocol.run_cell``: the cell itself makes no sense, or its record cannot be written.
+            UsageError: As ``protocol.run_cell``: the cell itself makes no sense, or its record
+                cannot be written.
             WorkerError: If the worker is closed meanwhile.
         """
         from widthbench.errors import UsageError
@@ -130,7 +137,9 @@ class Worker:
                 pipe.close()
 
     def _ask(self, message: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-        """Send a message, and wait for the answer; {"died": why} if there is none, "again" if it is worth another try."""
+        """Send a message, and wait for the answer; {"died": why} if there is none, "again" if it is
+        worth another try.
+        """
         if self._child is None or self._child.poll() is not None:
             self._end()
             self._child = subprocess.Popen(
@@ -197,7 +206,9 @@ class Worker:
 
 
 def _kill_marked(mark: str) -> None:
-    """Kill all that a worker has started, in whatever session and below whatever parent, and the worker last."""
+    """Kill all that a worker has started, in whatever session and below whatever parent, and the
+    worker last.
+    """
     import psutil
 
     me = os.getpid()
@@ -221,7 +232,9 @@ def code_of(cell: Cell) -> str:
 
 
 def _answer(line: bytes, asked: int) -> dict[str, Any]:
-    """An answer to the request of that number; {} for what is none, which a plug-in may have written."""
+    """An answer to the request of that number; {} for what is none, which a plug-in may have
+    written.
+    """
     try:
         answer = json.loads(line)
     except (ValueError, RecursionError):
@@ -273,11 +286,16 @@ def _too_large(pid: int, limit_mib: float | None) -> str:
                 total += one.memory_info().rss
     if total <= limit_mib * 2**20:
         return ""
-    return f"took {total / 2**20:.0f} MiB of memory, more than the {limit_mib:g} MiB that its suite allows (memory_limit)"
+    return (
+        f"took {total / 2**20:.0f} MiB of memory, more than the {limit_mib:g} MiB that its suite"
+        " allows (memory_limit)"
+    )
 
 
 def failure(cell: Cell, reason: str) -> Record:
-    """The record of a cell whose process has ended, kept in the store as failures are: reported, and tried again by a next run."""
+    """The record of a cell whose process has ended, kept in the store as failures are: reported,
+    and tried again by a next run.
+    """
     from widthbench.data import sources
     from widthbench.experiment import protocol
     from widthbench.experiment.records import Record, Store
@@ -299,7 +317,9 @@ def failure(cell: Cell, reason: str) -> Record:
 
 
 def _serve() -> None:
-    """What the child does: cells from its standard input, answers to what was its standard output."""
+    """What the child does: cells from its standard input, answers to what was its standard
+    output.
+    """
     commands = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a plug-in that reads or prints

@@ -1,4 +1,6 @@
-"""Controls: rows that ask what the training alone would have given. Protocol rows, not techniques."""
+"""Controls: rows that ask what the training alone would have given. Protocol rows, not
+techniques.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def _base(cell: Cell, key: str, base: Base, where: dict[str, Any]) -> Record:
 
 
 def fresh_at(cell: Cell, widths: dict[str, int], seed: int) -> tuple[nn.Module, Groups, CostModel]:
-    """The cell's network at the given widths with newly drawn weights, its full-width groups, and their cost."""
+    """The cell's network at the given widths with newly drawn weights, its full-width groups, and
+    their cost.
+    """
     model, x = fresh_model(cell, seed), example_input(cell)
     groups = find_groups(model, x)
     cost = CostModel(model, groups, x)
@@ -91,7 +95,9 @@ def fresh_at(cell: Cell, widths: dict[str, int], seed: int) -> tuple[nn.Module, 
 
 
 def first_channels(channels: int, blocks: int, width: int) -> torch.Tensor:
-    """The first channels of each block; repeats where the width is larger than there are. ``[width]``."""
+    """The first channels of each block; repeats where the width is larger than there are.
+    ``[width]``.
+    """
     size, new = channels // blocks, width // blocks
     inside = torch.arange(new) % size
     return (torch.arange(blocks)[:, None] * size + inside.sort().values).flatten()
@@ -114,7 +120,9 @@ def _uniform(cell: Cell, key: str, progress: Progress, where: dict[str, Any]) ->
 def _scratch(
     cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]
 ) -> Record:
-    """The shape that a technique found, trained from fresh weights: for as many epochs, or for as many MACs, as it took."""
+    """The shape that a technique found, trained from fresh weights: for as many epochs, or for as
+    many MACs, as it took.
+    """
     source = _source(cell, store, progress)
     spent = [source.spent[phase] for phase in ("base", "decision", "adaptation")]
     if not cell.trains_base:  # what its training cost is unknown: the suite's base recipe stands in
@@ -148,10 +156,12 @@ def _source(cell: Cell, store: Store, progress: Progress) -> Record:
 def _l1_budget(
     cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]
 ) -> Record:
-    """The base pruned by L1 norm to the same budget, fine-tuned until all of it has cost what the source has.
+    """The base pruned by L1 norm to the same budget, fine-tuned until all of it has cost what the
+    source has.
 
-    Where the suite's base and fine-tuning together cost more than that (the source never trained the whole network), the
-    base is trained for a shorter time, too: by the same share as the fine-tuning.
+    Where the suite's base and fine-tuning together cost more than that (the source never trained
+    the whole network), the base is trained for a shorter time, too: by the same share as the
+    fine-tuning.
     """
     source, base = _source(cell, store, progress), obtain_base(cell, progress=progress)
     technique = registry.create("l1-norm", {})

@@ -10,9 +10,10 @@ class Limits:
     """What a cell may take.
 
     Attributes:
-        time_s: Seconds from when its turn has come (waiting for another process that computes the same cell or trains its base does
-            not count); no limit if None.
-        memory_mib: Resident memory of its process and all that it started, in MiB; no limit if None.
+        time_s: Seconds from when its turn has come (waiting for another process that computes the
+            same cell or trains its base does not count); no limit if None.
+        memory_mib: Resident memory of its process and all that it started, in MiB; no limit if
+            None.
     """
 
     time_s: float | None = None

@@ -184,7 +184,9 @@ def _base_digest(
 
 
 def _weights_digest(cell: Cell) -> str | None:
-    """Digest of the file that the base network is loaded from; None where it is trained, or timm downloads it."""
+    """Digest of the file that the base network is loaded from; None where it is trained, or timm
+    downloads it.
+    """
     path = (
         weights.find(cell.checkpoint)
         if cell.checkpoint
@@ -224,7 +226,9 @@ _loaded: dict[tuple[Any, ...], splits.Data] = {}
 
 
 def load_data(cell: Cell) -> splits.Data:
-    """The cell's data; the last split stays in memory, since cells of one group follow each other."""
+    """The cell's data; the last split stays in memory, since cells of one group follow each
+    other.
+    """
     view = models.view(cell.model)
     mean, std = cell.mean, cell.std
     if cell.pretrained and not mean:
@@ -277,7 +281,9 @@ def example_input(cell: Cell) -> Tensor:
 
 
 def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
-    """The cell's base network: published weights, or from the cache, or trained once (others wait at the lock) and cached."""
+    """The cell's base network: published weights, or from the cache, or trained once (others wait
+    at the lock) and cached.
+    """
     model, x = fresh_model(cell, cell.seed), example_input(cell)
     split = load_data(cell)
     if not cell.trains_base:
@@ -332,7 +338,9 @@ def _based(
 
 
 def _died(path: Path) -> Path:
-    """Where it is noted that a base network's training diverged, as it would again: keys hold all that it depends on."""
+    """Where it is noted that a base network's training diverged, as it would again: keys hold all
+    that it depends on.
+    """
     return path.with_suffix(".diverged.json")
 
 
@@ -340,7 +348,9 @@ _groups: dict[str, tuple[Groups, CostModel]] = {}
 
 
 def _known(cell: Cell, model: nn.Module, x: Tensor) -> tuple[Groups, CostModel]:
-    """Groups and cost of a base network; the last ones stay in memory, since cells of one base follow each other."""
+    """Groups and cost of a base network; the last ones stay in memory, since cells of one base
+    follow each other.
+    """
     key = base_key(cell)
     if key not in _groups:
         groups = find_groups(model, x)
@@ -362,7 +372,9 @@ def _training_path(key: str) -> Path:
 
 
 def _write_weights(path: Path, model: nn.Module, spent: Spent) -> None:
-    """Write the weights, and beside them their digest and what they cost (times would make the digest of equal weights differ)."""
+    """Write the weights, and beside them their digest and what they cost (times would make the
+    digest of equal weights differ).
+    """
     blob = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     write_atomic(path, blob)
     cache.push(path)
@@ -390,13 +402,16 @@ def _read_weights(path: Path, model: nn.Module) -> Spent | None:
 
 
 def batch_of(model: nn.Module, split: splits.Data) -> int:
-    """Samples in a batch of scoring: large images would fill the memory, and many small ones a CPU's cache."""
+    """Samples in a batch of scoring: large images would fill the memory, and many small ones a
+    CPU's cache.
+    """
     small = isinstance(split.test, splits.ImageSamples)
     return 512 if small and next(model.parameters()).device.type == "cuda" else 64
 
 
 def cost_of(model: nn.Module, base: Base) -> Cost:
-    """What a network costs for each sample: one by one, and as its batches are scored, where it must not be more.
+    """What a network costs for each sample: one by one, and as its batches are scored, where it
+    must not be more.
 
     Raises:
         UsageError: If a sample of a batch costs more than one alone.
@@ -408,7 +423,8 @@ def cost_of(model: nn.Module, base: Base) -> Cost:
     )
     if together > cost.macs:
         raise UsageError(
-            f"the network computes {together:,} MACs for each of {size} samples, but {cost.macs:,} for one alone"
+            f"the network computes {together:,} MACs for each of {size} samples, but {cost.macs:,}"
+            " for one alone"
         )
     return cost
 
@@ -421,7 +437,8 @@ def score(model: nn.Module, split: splits.Data, stage: Stage) -> Row:
     for part, found in (("test", test), ("val", val)):
         if found is not None and not math.isfinite(found.loss):
             raise DivergedError(
-                f"the network's outputs on {part} data are not finite (stage '{stage}': loss {found.loss})"
+                f"the network's outputs on {part} data are not finite (stage '{stage}': loss"
+                f" {found.loss})"
             )
     return Row(
         stage=stage,
@@ -446,7 +463,8 @@ def run_cell(cell: Cell, store: Store, *, progress: Progress = quiet) -> Record:
         A record with status "done", "skipped" or "failed"; errors within the cell do not raise.
 
     Raises:
-        UsageError: If the cell itself makes no sense: unknown technique, model or data set, no such device.
+        UsageError: If the cell itself makes no sense: unknown technique, model or data set, no such
+            device.
     """
     key = cell_key(cell)
     if record := parallel.agreed(
@@ -493,11 +511,15 @@ def _compute(cell: Cell, key: str, store: Store, progress: Progress) -> Record:
 
 
 class NotApplicableError(UsageError):
-    """A cell that cannot be run as a matter of fact: the technique says so, or no widths meet the budget."""
+    """A cell that cannot be run as a matter of fact: the technique says so, or no widths meet the
+    budget.
+    """
 
 
 def task_of(cell: Cell, base: Base, technique: Technique, *, progress: Progress = quiet) -> Task:
-    """What a technique is given for a cell: the trained base, or the same network newly initialised if it starts fresh."""
+    """What a technique is given for a cell: the trained base, or the same network newly initialised
+    if it starts fresh.
+    """
     groups = base.groups.select(cell.scope, cell.include or None)
     budget = budget_of(cell, groups, base.cost, grows=technique.grows)
     return Task(
@@ -520,7 +542,9 @@ def task_of(cell: Cell, base: Base, technique: Technique, *, progress: Progress 
 
 
 def budget_of(cell: Cell, groups: Groups, cost: CostModel, *, grows: bool = True) -> Budget:
-    """A cell's budget; the feasible floor where the budget lies below it and the suite runs those."""
+    """A cell's budget; the feasible floor where the budget lies below it and the suite runs
+    those.
+    """
     if cell.budget is None:
         raise UsageError(f"cell {cell.id} has no budget")
     budget = Budget.parse(cell.budget, grows=grows)
@@ -544,7 +568,9 @@ def _fit_for(base: Base, cell: Cell, progress: Progress) -> Callable[..., Spent]
 
 
 def _metered(task: Task, key: str, meter: Meter) -> Task:
-    """A task that bills by a meter, and keeps intermediate states with their bills, so that a killed run does not start over."""
+    """A task that bills by a meter, and keeps intermediate states with their bills, so that a
+    killed run does not start over.
+    """
     samples = max(1, len(task.train)) if isinstance(task.train, Sized) else 1
 
     def checkpoint(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -613,7 +639,9 @@ def _metered(task: Task, key: str, meter: Meter) -> Task:
 
 
 class _WithBill:
-    """A training run's state, and what the run has cost by its meter: a resumed one bills its earlier part, too."""
+    """A training run's state, and what the run has cost by its meter: a resumed one bills its
+    earlier part, too.
+    """
 
     def __init__(self, state: Stateful | None, meter: Meter) -> None:
         self._state, self._meter = state, meter
@@ -675,7 +703,9 @@ def _cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str
 def _prepared(
     cell: Cell, technique: Technique, task: Task, base: Base
 ) -> tuple[dict[str, Tensor], Spent]:
-    """What does not depend on the budget: computed once per base, technique, parameters and seed; and its bill."""
+    """What does not depend on the budget: computed once per base, technique, parameters and seed;
+    and its bill.
+    """
     shared = cell.model_copy(update={"budget": None, "finetune": cell.base, "calibration": 0})
     key = cell_key(shared)
 
@@ -692,7 +722,9 @@ def _cached_path(key: str) -> Path:
 
 
 def _bill(meter: Meter, base: Base) -> Spent:
-    """What a metered block cost; its epochs are passes over as many samples as there are to train on."""
+    """What a metered block cost; its epochs are passes over as many samples as there are to train
+    on.
+    """
     epochs = meter.passes / max(1, len(base.data.train))
     return Spent(
         forward_macs=meter.forward_macs,
@@ -755,9 +787,11 @@ STOP = 0.25  # points of val accuracy that a path may lose at its stopping point
 
 
 def replay(task: Task, outcome: Outcome, base: Base) -> dict[str, list[Any]]:
-    """Test and val scores along the technique's path of plans, taken after the decision is made; {} if there is no path.
+    """Test and val scores along the technique's path of plans, taken after the decision is made; {}
+    if there is no path.
 
-    Where a path shrinks, its stopping point, too: the last one whose val accuracy is at most ``STOP`` points below the first one's.
+    Where a path shrinks, its stopping point, too: the last one whose val accuracy is at most
+    ``STOP`` points below the first one's.
     """
     model = task.model if outcome.model is None else outcome.model
     found: dict[str, list[Any]] = {}
@@ -779,7 +813,8 @@ def stopping_point(path: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         path: "path.channels", "path.top1" and "path.val_top1", an entry each for every point.
 
     Returns:
-        "stop.channels", "stop.top1" (test), "stop.val_top1" and "stop.removed" (% of the channels), of one entry each.
+        "stop.channels", "stop.top1" (test), "stop.val_top1" and "stop.removed" (% of the channels),
+        of one entry each.
     """
     channels, val = path.get("path.channels", []), path.get("path.val_top1", [])
     if not channels or None in val or any(a < b for a, b in pairwise(channels)):
@@ -794,7 +829,8 @@ def stopping_point(path: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 def adapt(
     model: nn.Module, cell: Cell, base: Base, progress: Progress, key: str
 ) -> tuple[tuple[Row, ...], Spent, Cost]:
-    """Score a resized network as it is, after batch-norm recalibration, and after fine-tuning where there is any; in place.
+    """Score a resized network as it is, after batch-norm recalibration, and after fine-tuning where
+    there is any; in place.
 
     Returns:
         The rows, what the adaptation cost, and the network's cost.

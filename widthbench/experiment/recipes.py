@@ -21,7 +21,8 @@ class Named(BaseModel):
         models: Networks that it is for.
         datasets: Data sets that it is for.
         origin: Paper or measurement that it comes from.
-        reaches: Test top-1 in % per data set that was measured here with all training data; absent where it was not run.
+        reaches: Test top-1 in % per data set that was measured here with all training data; absent
+            where it was not run.
         recipe: The settings.
     """
 
@@ -61,7 +62,8 @@ def load(name: str) -> Named:
         )
     else:
         raise UsageError(
-            f"unknown recipe '{name}'{did_you_mean(name, names())} (or give the path of a .toml file)"
+            f"unknown recipe '{name}'{did_you_mean(name, names())} (or give the path of a .toml"
+            " file)"
         )
     try:
         return Named(**content)
@@ -80,7 +82,8 @@ def load(name: str) -> Named:
 
 
 def settings(value: Any) -> Any:
-    """A recipe's settings from what a suite says: a name, a table, or a table whose ``recipe`` names where it starts from.
+    """A recipe's settings from what a suite says: a name, a table, or a table whose ``recipe``
+    names where it starts from.
 
     Raises:
         ValueError: If the named recipe does not work.

@@ -1,4 +1,6 @@
-"""Cells, the records that they leave, and the store that keeps them: validated, digested, written atomically."""
+"""Cells, the records that they leave, and the store that keeps them: validated, digested, written
+atomically.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ _seen: dict[Any, Any] = {}
 
 
 def _shared(value: Any, key: Any = None) -> Any:
-    """The first of equal values: 100,000 records have few recipes and machines, and memory is what reading them takes time for."""
+    """The first of equal values: 100,000 records have few recipes and machines, and memory is what
+    reading them takes time for.
+    """
     try:
         if len(_seen) > 10_000:
             _seen.clear()
@@ -78,11 +82,14 @@ class Cell(_Frozen):
         model: Name of the network.
         model_args: Further arguments of its constructor.
         size: Input height and width in pixels.
-        technique: A registered technique, or a control: base, uniform-width, scratch, scratch-budget, l1-budget.
-        params: The technique's parameters; for scratch controls those of the technique whose shape they train.
+        technique: A registered technique, or a control: base, uniform-width, scratch,
+            scratch-budget, l1-budget.
+        params: The technique's parameters; for scratch controls those of the technique whose shape
+            they train.
         of: For scratch controls, the technique whose shape they train.
         variant: Tells networks apart that are trained by different recipes.
-        budget: What is kept, ``kind:fraction``, however it is given, in one way (``budget.written``); None for base.
+        budget: What is kept, ``kind:fraction``, however it is given, in one way
+            (``budget.written``); None for base.
         seed: Of the split, the base network, the decision and the adaptation.
         scope: Which groups may be resized.
         include: Patterns on group names.
@@ -90,13 +97,16 @@ class Cell(_Frozen):
         checkpoint: Weights file of the base network, which is then not trained.
         sha256: What that file's digest must begin with.
         pretrained: Take the weights that timm publishes.
-        mean: Per-channel mean to normalise with; that of the training images (or of the pretrained network) if empty.
+        mean: Per-channel mean to normalise with; that of the training images (or of the pretrained
+            network) if empty.
         std: Per-channel standard deviation likewise.
         finetune: Recipe after the resize.
         calibration: Training samples for batch-norm recalibration.
         val: Fraction of the training part that is held out for choices.
-        longest: The most epochs that a ``scratch-budget`` or ``l1-budget`` control of X trains for, as a multiple of X's.
-        floor: Run a budget below the feasible floor at the floor, and say so, instead of skipping it.
+        longest: The most epochs that a ``scratch-budget`` or ``l1-budget`` control of X trains for,
+            as a multiple of X's.
+        floor: Run a budget below the feasible floor at the floor, and say so, instead of skipping
+            it.
         threads: CPU threads.
         device: "auto" takes a GPU where there is one.
         deterministic: Ask torch for deterministic algorithms.
@@ -138,14 +148,18 @@ class Cell(_Frozen):
 
     @property
     def label(self) -> str:
-        """The row's name on a leaderboard: technique, its parameters where they were set, and a control's source."""
+        """The row's name on a leaderboard: technique, its parameters where they were set, and a
+        control's source.
+        """
         inside = ",".join(f"{k}={v}" for k, v in sorted(self.params.items()))
         name = (self.of or self.technique) + (f"({inside})" if inside else "")
         return visible(f"{self.technique}:{name}" if self.of else name)
 
     @property
     def network(self) -> str:
-        """The network's name, with the arguments and the variant that the suite gives it: ``vgg16_cifar(act_layer=tanh)``."""
+        """The network's name, with the arguments and the variant that the suite gives it:
+        ``vgg16_cifar(act_layer=tanh)``.
+        """
         inside = ",".join(f"{k}={v}" for k, v in sorted(self.model_args.items()))
         return visible(
             self.model
@@ -161,7 +175,9 @@ class Cell(_Frozen):
 
     @property
     def identity(self) -> str:
-        """All of it as text, the same however its parameters are ordered; less the device, which a key leaves out, too."""
+        """All of it as text, the same however its parameters are ordered; less the device, which a
+        key leaves out, too.
+        """
         given = (self.params, self.model_args)
         if all(
             len(d) < 2 and not any(isinstance(v, dict | list | tuple) for v in d.values())
@@ -184,7 +200,8 @@ class Row(_Frozen):
     """Scores of the network at one stage. Test decides nothing.
 
     Attributes:
-        stage: "base"; "resized", "recalibrated" and "fine-tuned" for techniques; "trained" for trained controls.
+        stage: "base"; "resized", "recalibrated" and "fine-tuned" for techniques; "trained" for
+            trained controls.
         top1: Test top-1 accuracy, %.
         top5: Test top-5 accuracy, %, where there are 100 classes or more.
         loss: Test cross-entropy, nats.
@@ -307,7 +324,9 @@ class Record(_Frozen):
         return None
 
     def stable(self) -> dict[str, Any]:
-        """The record less times and hosts: what a rerun on the same machine and versions gives again, bit for bit."""
+        """The record less times and hosts: what a rerun on the same machine and versions gives
+        again, bit for bit.
+        """
         data = self.model_dump(mode="json")
         for spent in data["spent"].values():
             spent.pop("seconds")
@@ -335,7 +354,9 @@ class Store:
         return Lock(self.root / "locks" / f"{key}.lock")
 
     def get(self, key: str) -> Record | None:
-        """The finished record, or None; a damaged file is named in a warning and counts as missing."""
+        """The finished record, or None; a damaged file is named in a warning and counts as
+        missing.
+        """
         return self._read(self.path(key), key)
 
     def _read(self, path: Path, key: str) -> Record | None:
@@ -353,7 +374,9 @@ class Store:
         return None
 
     def put(self, record: Record) -> None:
-        """Keep a record. Failed ones are kept apart: they are reported, and tried again by the next run."""
+        """Keep a record. Failed ones are kept apart: they are reported, and tried again by the next
+        run.
+        """
         content = {"record": record.model_dump(mode="json")}
         if record.status == "failed":
             cache.write_json(self._failed(record.key), content)
@@ -372,7 +395,8 @@ class Store:
             at_most: Look at no more files than that.
 
         Returns:
-            None if there are more, or a damaged one (named in a warning), or others may add to it, at a URL.
+            None if there are more, or a damaged one (named in a warning), or others may add to it,
+            at a URL.
         """
         if cache.shared():
             return None
@@ -393,12 +417,16 @@ class Store:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write records as JSON lines, sorted by cell, each with the digest of what it says, atomically."""
+    """Write records as JSON lines, sorted by cell, each with the digest of what it says,
+    atomically.
+    """
     write_atomic(path, (f"{record_line(r)}\n" for r in sorted(records, key=lambda r: r.cell.id)))
 
 
 def record_line(record: Record) -> str:
-    """A record as one line of JSON: first "digest", the SHA-256 over all that follows (``digest_of``), then that, canonical."""
+    """A record as one line of JSON: first "digest", the SHA-256 over all that follows
+    (``digest_of``), then that, canonical.
+    """
     text = canonical(record.model_dump(mode="json"))
     return f'{HEAD}{sha256(text.encode()).hexdigest()}",{text[1:]}'
 
@@ -452,9 +480,15 @@ def _line(number: int, text: str) -> Line:
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         return Line(number, None, visible(f"not a record: not a line of JSON ({error})"), text)
     if digest is None:
-        problem = f"record of {record.cell.id} carries no digest: it was taken out, or another program wrote the line"
+        problem = (
+            f"record of {record.cell.id} carries no digest: it was taken out, or another program"
+            " wrote the line"
+        )
     elif digest != digest_of(data):
-        problem = f"record of {record.cell.id} was changed after it was written: its digest does not match"
+        problem = (
+            f"record of {record.cell.id} was changed after it was written: its digest does not"
+            " match"
+        )
     else:
         problem = ""
     return Line(number, record, problem, text)
@@ -464,8 +498,8 @@ def read_records(path: Path) -> list[Record]:
     """Read JSON lines.
 
     Raises:
-        UsageError: If the file is missing, or a line is not a record, was changed since it was written, or is of a cell that an
-            earlier one is of; it names the line.
+        UsageError: If the file is missing, or a line is not a record, was changed since it was
+            written, or is of a cell that an earlier one is of; it names the line.
     """
     seen: dict[str, int] = {}
     records = []
@@ -473,7 +507,10 @@ def read_records(path: Path) -> list[Record]:
         if line.problem or line.record is None:
             raise UsageError(f"{path}:{line.number}: {line.problem}")
         if (first := seen.setdefault(line.record.cell.identity, line.number)) != line.number:
-            again = f"a second record of {line.record.cell.id}, which line {first} has: `widthbench report` writes one of each"
+            again = (
+                f"a second record of {line.record.cell.id}, which line {first} has: `widthbench"
+                " report` writes one of each"
+            )
             raise UsageError(f"{path}:{line.number}: {again}")
         records.append(line.record)
     return records

@@ -1,4 +1,6 @@
-"""Suites: a TOML file to the cells of a comparison. What a suite contains depends on that file alone."""
+"""Suites: a TOML file to the cells of a comparison. What a suite contains depends on that file
+alone.
+"""
 
 from __future__ import annotations
 
@@ -86,10 +88,12 @@ class Network(_Strict):
         base: A recipe's name, or single settings that override the suite's base recipe.
         finetune: Likewise for the fine-tuning recipe; ``{ epochs = 0 }`` fine-tunes nothing.
         include: Patterns on group names.
-        checkpoint: Weights file of the base network (a name in ``WIDTHBENCH_WEIGHTS``, or a path), which is then not trained.
+        checkpoint: Weights file of the base network (a name in ``WIDTHBENCH_WEIGHTS``, or a path),
+            which is then not trained.
         sha256: What its digest must begin with.
         pretrained: Take the weights that timm publishes under the network's name.
-        mean: Per-channel mean to normalise with; empty: that of the training images, or of the pretrained network.
+        mean: Per-channel mean to normalise with; empty: that of the training images, or of the
+            pretrained network.
         std: Per-channel standard deviation likewise.
     """
 
@@ -151,7 +155,8 @@ class Network(_Strict):
         )  # timm's, whose contents no key would know
         if taken := [key for key in value if key in files]:
             raise ValueError(
-                f"'{taken[0]}' would load weights unseen: use checkpoint or pretrained instead of args"
+                f"'{taken[0]}' would load weights unseen: use checkpoint or pretrained instead of"
+                " args"
             )
         return value
 
@@ -167,21 +172,25 @@ class Suite(_Strict):
         seeds: Each gives its own split, base network and decision.
         budgets: What is kept.
         techniques: Ids, or ``{ id = ..., params = {...} }``.
-        controls: "base", "uniform-width", "scratch:TECHNIQUE", "scratch-budget:TECHNIQUE", "l1-budget:TECHNIQUE".
+        controls: "base", "uniform-width", "scratch:TECHNIQUE", "scratch-budget:TECHNIQUE",
+            "l1-budget:TECHNIQUE".
         models: The networks.
-        base: Recipe of the base networks: a name (``widthbench list recipes``), or settings, or both.
+        base: Recipe of the base networks: a name (``widthbench list recipes``), or settings, or
+            both.
         finetune: Recipe after the resize, likewise.
         calibration: Training samples for batch-norm recalibration.
         val: Fraction of the training part held out for choices; 0 holds nothing out.
-        longest: The most epochs that ``scratch-budget:X`` and ``l1-budget:X`` train for, as a multiple of X's in all: a network of
-            1/32 of the MACs would otherwise train 32 times as long. Its train cost on the leaderboard says what it used.
+        longest: The most epochs that ``scratch-budget:X`` and ``l1-budget:X`` train for, as a
+            multiple of X's in all: a network of 1/32 of the MACs would otherwise train 32 times as
+            long. Its train cost on the leaderboard says what it used.
         scope: "inner" or "all" groups.
         threads: CPU threads per cell.
         device: "auto", "cpu" or "cuda".
         deterministic: Ask torch for deterministic algorithms.
-        curves: Replay each technique's path of plans on val and test, and have techniques record what makes pictures; takes time.
-        time_limit: Seconds that a cell may take, with its base network where it is the one that trains it; no limit if not set.
-            One that takes longer is ended, and its record says so.
+        curves: Replay each technique's path of plans on val and test, and have techniques record
+            what makes pictures; takes time.
+        time_limit: Seconds that a cell may take, with its base network where it is the one that
+            trains it; no limit if not set. One that takes longer is ended, and its record says so.
         memory_limit: MiB of main memory that a cell's process may take, likewise.
     """
 
@@ -228,17 +237,20 @@ class Suite(_Strict):
                     raise ValueError(f"unknown control '{name}'{did_you_mean(name, CONTROLS)}")
                 if name in SOURCED and source not in known:
                     raise ValueError(
-                        f"control '{control}' of {network.name} must name one of the suite's techniques, as in '{name}:l1-norm'"
+                        f"control '{control}' of {network.name} must name one of the suite's"
+                        f" techniques, as in '{name}:l1-norm'"
                     )
                 if name not in SOURCED and source:
                     raise ValueError(f"control '{name}' takes no technique")
         if (count := self._count()) > MAX_CELLS:
             raise ValueError(
-                f"{count} cells are more than {MAX_CELLS}: name fewer seeds, budgets, techniques, networks or data sets"
+                f"{count} cells are more than {MAX_CELLS}: name fewer seeds, budgets, techniques,"
+                " networks or data sets"
             )
         if len({c.id for c in self.cells()}) < count:
             raise ValueError(
-                "two cells have the same name: a dataset, model, technique, budget or seed is listed twice"
+                "two cells have the same name: a dataset, model, technique, budget or seed is"
+                " listed twice"
             )
         return self
 
@@ -275,12 +287,15 @@ class Suite(_Strict):
                 raise ValueError(f"model {network.name}: {key}: {problem}") from error
         if not pairs[0].epochs and not (network.checkpoint or network.pretrained):
             raise ValueError(
-                f"model {network.name}: base.epochs = 0 trains nothing: name a checkpoint, or set pretrained = true"
+                f"model {network.name}: base.epochs = 0 trains nothing: name a checkpoint, or set"
+                " pretrained = true"
             )
         return pairs[0], pairs[1]
 
     def cells(self) -> list[Cell]:
-        """All cells, those of one base network next to each other, sources before the controls that need them."""
+        """All cells, those of one base network next to each other, sources before the controls that
+        need them.
+        """
         if self._made is None or self._made[0] != id(
             self
         ):  # a copy with other settings has other cells
@@ -363,7 +378,9 @@ class Suite(_Strict):
 
 
 def limits(chosen: Iterable[Suite]) -> dict[str, Limits]:
-    """What each cell of some suites may take, by its identity; of a cell that several have, what suits them all."""
+    """What each cell of some suites may take, by its identity; of a cell that several have, what
+    suits them all.
+    """
     found: dict[str, Limits] = {}
     for suite in chosen:
         mine = Limits(suite.time_limit, suite.memory_limit)
@@ -391,7 +408,8 @@ def load(name: str) -> Suite:
         return _suite(toml.read(Path(name), "suite"), name)
     if name not in names():
         raise UsageError(
-            f"unknown suite '{name}'{did_you_mean(name, names())} (or give the path of a .toml file)"
+            f"unknown suite '{name}'{did_you_mean(name, names())} (or give the path of a .toml"
+            " file)"
         )
     return parse(
         (files("widthbench._suites") / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml"
@@ -402,14 +420,16 @@ def load_all(names: Iterable[str]) -> list[Suite]:
     """Suites by name or path, each once.
 
     Raises:
-        UsageError: As ``load``, or if two different ones have the same name, and so the same folder of results.
+        UsageError: As ``load``, or if two different ones have the same name, and so the same folder
+            of results.
     """
     found: dict[str, Suite] = {}
     for given in names:
         suite = load(given)
         if found.setdefault(suite.name, suite).model_dump() != suite.model_dump():
             raise UsageError(
-                f"two different suites are named '{suite.name}', the second in {given}: give one another name"
+                f"two different suites are named '{suite.name}', the second in {given}: give one"
+                " another name"
             )
     return list(found.values())
 
@@ -453,15 +473,17 @@ def _suite(content: dict[str, Any], where: str) -> Suite:
 
 
 def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
-    """Name what does not work before anything runs: every network is built, its groups are certified, its data are split.
+    """Name what does not work before anything runs: every network is built, its groups are
+    certified, its data are split.
 
     Args:
         suite: The suite.
         chosen: Check only what these of its cells need; all if None.
 
     Raises:
-        UsageError: On an unknown or refused technique, parameter, model, setting or data set, a budget out of a technique's
-            range, an input size that does not fit, a network without a group to resize, a missing GPU.
+        UsageError: On an unknown or refused technique, parameter, model, setting or data set, a
+            budget out of a technique's range, an input size that does not fit, a network without a
+            group to resize, a missing GPU.
     """
     require_writable(cache_dir())
     entries = [*suite.techniques, *(e for n in suite.models for e in n.techniques or ())]
@@ -473,7 +495,10 @@ def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
         except UsageError:
             raise
         except (Exception, SystemExit) as error:  # a plug-in may raise anything
-            what = f"technique '{entry.id}' of {registry.owner(entry.id)} cannot be made with {entry.params}"
+            what = (
+                f"technique '{entry.id}' of {registry.owner(entry.id)} cannot be made with"
+                f" {entry.params}"
+            )
             raise UsageError(
                 f"suite {suite.name}: {what}: {type(error).__name__}: {error}"
             ) from error

@@ -1,4 +1,6 @@
-"""Networks of the source documents that timm does not have, registered with timm: LeNets, MLPs, and those for images of 32 px."""
+"""Networks of the source documents that timm does not have, registered with timm: LeNets, MLPs, and
+those for images of 32 px.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def activation(layer: str | type[nn.Module]) -> type[nn.Module]:
-    """An activation class from itself or its name: any of ``torch.nn``'s, or any that ``timm.layers`` knows.
+    """An activation class from itself or its name: any of ``torch.nn``'s, or any that
+    ``timm.layers`` knows.
 
     Raises:
         ValueError: If the name is unknown.
@@ -80,7 +83,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class MLP(nn.Module):
-    """A multi-layer perceptron on flattened images; layers are named ip1, ip2, ... as in the published LeNet weights.
+    """A multi-layer perceptron on flattened images; layers are named ip1, ip2, ... as in the
+    published LeNet weights.
 
     Args:
         widths: Hidden widths.
@@ -117,7 +121,8 @@ class MLP(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """The LeNet-5 of the pruning literature (Caffe's): 20 and 50 convolutions of 5 x 5, then 500 and the classes, ReLU.
+    """The LeNet-5 of the pruning literature (Caffe's): 20 and 50 convolutions of 5 x 5, then 500
+    and the classes, ReLU.
 
     Args:
         num_classes: Outputs.
@@ -155,14 +160,17 @@ class LeNet5(nn.Module):
 
 
 class VGGCifar(nn.Module):
-    """VGG-16 for images of 32 px: 13 convolutions of 3 x 3 with BatchNorm, five max-poolings, one linear layer.
+    """VGG-16 for images of 32 px: 13 convolutions of 3 x 3 with BatchNorm, five max-poolings, one
+    linear layer.
 
-    The network of Li et al. (2017) and of the neuron merging paper, after Simonyan and Zisserman (2015), configuration D.
+    The network of Li et al. (2017) and of the neuron merging paper, after Simonyan and Zisserman
+    (2015), configuration D.
 
     Args:
         num_classes: Outputs.
         in_chans: Image channels.
-        act_layer: Activation, a class or its name: "tanh", "softsign", "elu", "selu", "leaky_relu", "hardswish", ...
+        act_layer: Activation, a class or its name: "tanh", "softsign", "elu", "selu", "leaky_relu",
+            "hardswish", ...
     """
 
     LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
@@ -207,7 +215,8 @@ class CifarBlock(nn.Module):
         inside: Input channels.
         width: Output channels.
         stride: Of the first convolution.
-        shortcut: "A": every second pixel and zero channels, no weights; "B": a 1 x 1 convolution with BatchNorm.
+        shortcut: "A": every second pixel and zero channels, no weights; "B": a 1 x 1 convolution
+            with BatchNorm.
     """
 
     def __init__(self, inside: int, width: int, stride: int, shortcut: str) -> None:
@@ -234,7 +243,9 @@ class CifarBlock(nn.Module):
 
 
 class PadShortcut(nn.Module):
-    """He et al.'s option A: the identity at every ``stride``-th pixel, padded with zero channels, half of them in front."""
+    """He et al.'s option A: the identity at every ``stride``-th pixel, padded with zero channels,
+    half of them in front.
+    """
 
     def __init__(self, stride: int, more: int) -> None:
         super().__init__()
@@ -249,7 +260,8 @@ class PadShortcut(nn.Module):
 
 
 class ResNetCifar(nn.Module):
-    """The CIFAR ResNets of He et al. (2016), section 4.2: ``6n + 2`` layers of 16, 32 and 64 channels.
+    """The CIFAR ResNets of He et al. (2016), section 4.2: ``6n + 2`` layers of 16, 32 and 64
+    channels.
 
     Args:
         blocks: n, residual blocks per stage.
@@ -282,7 +294,9 @@ class ResNetCifar(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """He et al. (2015): normal with variance ``2 / fan_in`` for convolutions and the linear layer."""
+        """He et al. (2015): normal with variance ``2 / fan_in`` for convolutions and the linear
+        layer.
+        """
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(m.weight)
@@ -309,7 +323,9 @@ def lenet5(pretrained: bool = False, **kwargs: Any) -> LeNet5:
 
 @register_model
 def mlp_sigmoid(pretrained: bool = False, **kwargs: Any) -> MLP:
-    """Sigmoid MLP of Sharma, Wolfe and Raj (2017): one hidden layer of 100 units unless ``widths`` says otherwise."""
+    """Sigmoid MLP of Sharma, Wolfe and Raj (2017): one hidden layer of 100 units unless ``widths``
+    says otherwise.
+    """
     kwargs = {"widths": (100,), "act_layer": nn.Sigmoid, **kwargs}
     return build_model_with_cfg(MLP, "mlp_sigmoid", pretrained, **kwargs)
 
@@ -338,18 +354,24 @@ def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
 
 @register_model
 def mobilenetv1_100_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's mobilenetv1_100 for 32 px: the stem keeps the resolution, so that the last layers see 2 x 2 pixels."""
+    """Timm's mobilenetv1_100 for 32 px: the stem keeps the resolution, so that the last layers see
+    2 x 2 pixels.
+    """
     return _for_32_px("mobilenetv1_100", pretrained, kwargs, unstrided=1)
 
 
 @register_model
 def mobilenetv2_100_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's mobilenetv2_100 for 32 px: stem and first stage keep the resolution, so that the last layers see 4 x 4 pixels."""
+    """Timm's mobilenetv2_100 for 32 px: stem and first stage keep the resolution, so that the last
+    layers see 4 x 4 pixels.
+    """
     return _for_32_px("mobilenetv2_100", pretrained, kwargs, unstrided=2)
 
 
 def _for_32_px(name: str, pretrained: bool, kwargs: dict[str, Any], *, unstrided: int) -> nn.Module:
-    """A timm network whose first strided convolutions are not strided; its weights have the same names and shapes."""
+    """A timm network whose first strided convolutions are not strided; its weights have the same
+    names and shapes.
+    """
     kwargs = {k: v for k, v in kwargs.items() if not k.startswith("pretrained")}
     if pretrained:
         raise ValueError(f"no weights are published for the 32 px variant of {name}")

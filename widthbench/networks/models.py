@@ -1,4 +1,6 @@
-"""Networks by name: everything that ``timm.create_model`` knows, ours included, and what it takes to build and feed them."""
+"""Networks by name: everything that ``timm.create_model`` knows, ours included, and what it takes
+to build and feed them.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def create(
                 )  # alone it would say little: "'reluu'"
             hint = f"; correct its args {visible(repr(kwargs))[:300]}" if kwargs else ""
             raise UsageError(
-                f"model '{name}' refuses {classes} classes, {channels} x {size} x {size} px: {first}{hint}"
+                f"model '{name}' refuses {classes} classes, {channels} x {size} x {size} px:"
+                f" {first}{hint}"
             ) from error
 
 
@@ -66,13 +69,15 @@ def require(name: str) -> None:
     base, dot, tag = name.partition(".")
     if not timm.is_model(base):
         raise UsageError(
-            f"unknown model '{name}'{did_you_mean(base, timm.list_models())} (any timm model name works)"
+            f"unknown model '{name}'{did_you_mean(base, timm.list_models())} (any timm model name"
+            " works)"
         )
     if dot:
         known = [t for n in timm.list_models(base, include_tags=True) if (t := n.partition(".")[2])]
         if tag not in known:
             raise UsageError(
-                f"model '{base}' has no weights tagged '{tag}'{did_you_mean(tag, known)}; the bare name works too"
+                f"model '{base}' has no weights tagged '{tag}'{did_you_mean(tag, known)}; the bare"
+                " name works too"
             )
 
 
@@ -105,9 +110,9 @@ def view(name: str) -> dict[str, Any]:
 def reinitialise(model: nn.Module, seed: int) -> None:
     """Draw fresh weights for the shapes that a network has now, in place.
 
-    Every layer's own ``reset_parameters`` is called, then the network's ``init_weights`` where it has one without required
-    arguments (timm's ResNet, ByobNet, ViT, ...). Bare parameters (class tokens, layer-scales) keep the values that their
-    constructor gave them.
+    Every layer's own ``reset_parameters`` is called, then the network's ``init_weights`` where it
+    has one without required arguments (timm's ResNet, ByobNet, ViT, ...). Bare parameters (class
+    tokens, layer-scales) keep the values that their constructor gave them.
 
     Args:
         model: A newly built, perhaps resized network.

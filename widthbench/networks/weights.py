@@ -1,4 +1,6 @@
-"""Weights from files and from timm's hubs: found by name, checked by digest, loaded without pickle, every mismatch named."""
+"""Weights from files and from timm's hubs: found by name, checked by digest, loaded without pickle,
+every mismatch named.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def find(name: str) -> Path:
     """The file of a checkpoint.
 
     Args:
-        name: A name in the weights folder (``WIDTHBENCH_WEIGHTS``), with or without its suffix, or a path to a file.
+        name: A name in the weights folder (``WIDTHBENCH_WEIGHTS``), with or without its suffix, or
+            a path to a file.
 
     Raises:
         UsageError: If there is none; the message says where it was looked for.
@@ -46,7 +49,8 @@ def find(name: str) -> Path:
         raise UsageError(f"no checkpoint at {path}")
     if not NAME.match(name):
         raise UsageError(
-            f"checkpoint '{name}' must be a plain name, or the path of a file ending in {', '.join(SUFFIXES)}"
+            f"checkpoint '{name}' must be a plain name, or the path of a file ending in"
+            f" {', '.join(SUFFIXES)}"
         )
     if found := _in_folder(name):
         return found
@@ -71,7 +75,9 @@ def _in_folder(name: str) -> Path | None:
 
 
 def published(name: str) -> Path | None:
-    """The file that stands for timm's published weights of a network in the weights folder; None if there is none."""
+    """The file that stands for timm's published weights of a network in the weights folder; None if
+    there is none.
+    """
     return _in_folder(name)
 
 
@@ -94,12 +100,15 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file: safetensors, or a torch file that holds nothing but tensors and plain containers.
+    """The tensors of a file: safetensors, or a torch file that holds nothing but tensors and plain
+    containers.
 
-    Wrappers under "state_dict", "model" and the like are opened, and a common "module." in front of all names is dropped.
+    Wrappers under "state_dict", "model" and the like are opened, and a common "module." in front of
+    all names is dropped.
 
     Raises:
-        UsageError: If the file is damaged, holds other things, has no tensors, or one that is no plain array of finite numbers.
+        UsageError: If the file is damaged, holds other things, has no tensors, or one that is no
+            plain array of finite numbers.
     """
     try:
         content: Any = (
@@ -109,8 +118,8 @@ def read(path: Path) -> dict[str, Tensor]:
         )
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"checkpoint {path} is damaged, or holds more than tensors, which could run code when it is read: "
-            "save model.state_dict() instead"
+            f"checkpoint {path} is damaged, or holds more than tensors, which could run code when"
+            " it is read: save model.state_dict() instead"
         ) from error
     except Exception as error:  # a damaged file may trip any part of the readers
         reason = (visible(str(error), keep="\n").strip().splitlines() or [type(error).__name__])[0][
@@ -129,7 +138,8 @@ def read(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"checkpoint {path} holds no tensors by name: save model.state_dict()")
     if odd := [name for name in tensors if not isinstance(name, str)]:
         raise UsageError(
-            f"checkpoint {path} has a tensor under {odd[0]!r:.80}, which is no name: save model.state_dict()"
+            f"checkpoint {path} has a tensor under {odd[0]!r:.80}, which is no name: save"
+            " model.state_dict()"
         )
     _require_plain(tensors, f"checkpoint {path}")
     if all(name.startswith("module.") for name in tensors):
@@ -174,8 +184,8 @@ def load_into(model: nn.Module, path: Path, sha256: str | None = None) -> str:
     """Load a file's tensors into a network, all or none.
 
     Args:
-        model: Its tensors must have the file's names and shapes, and hold the same kind of numbers; floating-point ones may have
-            more or fewer bits. Counters of batches may be missing.
+        model: Its tensors must have the file's names and shapes, and hold the same kind of numbers;
+            floating-point ones may have more or fewer bits. Counters of batches may be missing.
         path: The file.
         sha256: What its digest must be, in hex, or its beginning.
 
@@ -183,12 +193,14 @@ def load_into(model: nn.Module, path: Path, sha256: str | None = None) -> str:
         The file's digest.
 
     Raises:
-        UsageError: On another digest, or missing, unexpected, differently shaped or typed tensors; they are named.
+        UsageError: On another digest, or missing, unexpected, differently shaped or typed tensors;
+            they are named.
     """
     found = digest(path)
     if sha256 and not found.startswith(sha256.lower()):
         raise UsageError(
-            f"checkpoint {path} has digest {found[: max(12, len(sha256))]}, not {sha256}: it is another file"
+            f"checkpoint {path} has digest {found[: max(12, len(sha256))]}, not {sha256}: it is"
+            " another file"
         )
     _load(model, read(path), f"checkpoint {path} does not fit {type(model).__name__}")
     return found
@@ -214,13 +226,16 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], misfit: str) -> None:
             )
         if not _fits(tensor, want.dtype):
             raise UsageError(
-                f"{misfit}: {name} is {tensor.dtype}, which the network's {want.dtype} cannot hold: convert it"
+                f"{misfit}: {name} is {tensor.dtype}, which the network's {want.dtype} cannot hold:"
+                " convert it"
             )
     model.load_state_dict(tensors, strict=False)
 
 
 def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a type holds a tensor's kind of numbers and its values: integers exactly, others but for rounding."""
+    """Whether a type holds a tensor's kind of numbers and its values: integers exactly, others but
+    for rounding.
+    """
     if tensor.dtype == dtype:
         return True
     kinds = [(d.is_floating_point, d.is_complex, d == torch.bool) for d in (tensor.dtype, dtype)]
@@ -238,7 +253,8 @@ def _some(names: list[str]) -> str:
 
 
 def pretrained(name: str, model: nn.Module) -> str:
-    """Load the weights that timm publishes for a network: a file of its name in the weights folder, or timm's download.
+    """Load the weights that timm publishes for a network: a file of its name in the weights folder,
+    or timm's download.
 
     Args:
         name: timm's name, with or without its tag (``resnet34.tv_in1k``).
@@ -255,15 +271,17 @@ def pretrained(name: str, model: nn.Module) -> str:
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise UsageError(
-            f"timm publishes no weights for '{name}': train it (pretrained = false), or put {name}.safetensors in {weights_dir()}"
+            f"timm publishes no weights for '{name}': train it (pretrained = false), or put"
+            f" {name}.safetensors in {weights_dir()}"
         )
     try:
         source = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub clients raise a dozen unrelated kinds
         reason = (str(error).strip().splitlines() or [""])[0][:120]
         raise UsageError(
-            f"the weights of '{name}' could not be downloaded ({type(error).__name__}: {reason}): without a network put them as "
-            f"{name}.safetensors in {weights_dir()}, or set WIDTHBENCH_WEIGHTS"
+            f"the weights of '{name}' could not be downloaded ({type(error).__name__}: {reason}):"
+            f" without a network put them as {name}.safetensors in {weights_dir()}, or set"
+            " WIDTHBENCH_WEIGHTS"
         ) from error
     tensors, what = source.state_dict(), f"timm's weights of '{name}'"
     _require_plain(tensors, what)

@@ -1,4 +1,6 @@
-"""A suite's folder of results: records, timings, leaderboard and figures, from what a run measured; and what is published."""
+"""A suite's folder of results: records, timings, leaderboard and figures, from what a run measured;
+and what is published.
+"""
 
 from __future__ import annotations
 
@@ -70,20 +72,23 @@ class _Before:
 def collect(
     suite: Suite, store: Store, before: Iterable[Record] = (), fresh: Iterable[Record] = ()
 ) -> list[Record]:
-    """What was measured of a suite's cells, here and last: finished records, and the failures of those that are not finished.
+    """What was measured of a suite's cells, here and last: finished records, and the failures of
+    those that are not finished.
 
-    Of a cell counts what the run gave that has just ended; else what the store has finished under the cell's key; else the later
-    one of the store's failure and the record of an earlier report.
+    Of a cell counts what the run gave that has just ended; else what the store has finished under
+    the cell's key; else the later one of the store's failure and the record of an earlier report.
 
     Args:
         suite: The suite.
         store: Where finished cells are.
-        before: Records of an earlier report of the same folder, so that running a part of a suite loses nothing: of the cells that
-            the store knows nothing of, since the code has changed, or another machine ran them. Each says where it comes from.
+        before: Records of an earlier report of the same folder, so that running a part of a suite
+            loses nothing: of the cells that the store knows nothing of, since the code has changed,
+            or another machine ran them. Each says where it comes from.
         fresh: Records of a run that has just ended; the store is not asked for these.
 
     Raises:
-        UsageError: If there is nothing to show, and what the cells need (data, weights, a technique) is not at hand.
+        UsageError: If there is nothing to show, and what the cells need (data, weights, a
+            technique) is not at hand.
     """
     old, new = ({r.cell.identity: r for r in some} for some in (before, fresh))
     found: list[Record] = []
@@ -126,13 +131,15 @@ def build(
     fresh: Iterable[Record] = (),
     timings: Iterable[dict[str, Any]] = (),
 ) -> Report:
-    """Write what was measured to ``results/SUITE``: records, timings, figures, leaderboard, a comparison with what was published.
+    """Write what was measured to ``results/SUITE``: records, timings, figures, leaderboard, a
+    comparison with what was published.
 
     Args:
         suite: The suite.
         results: The folder of all results; the suite gets one of its own in it.
         store: Where finished cells are.
-        time_shapes: Measure latency and memory of shapes that have none yet; do this only when no worker is busy.
+        time_shapes: Measure latency and memory of shapes that have none yet; do this only when no
+            worker is busy.
         fresh: Records of a run that has just ended, whose keys may be those of other machines.
         timings: Lines of ``timings.jsonl`` that came with them.
 
@@ -140,7 +147,10 @@ def build(
         UsageError: If no cell of the suite has a record.
     """
     folder, fresh = results / suite.name, list(fresh)
-    nothing = f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run {suite.name}`)"
+    nothing = (
+        f"suite '{suite.name}' has no finished cell yet: run it first (`widthbench run"
+        f" {suite.name}`)"
+    )
     if not folder.is_dir() and not fresh and not collect(suite, store):
         raise UsageError(nothing)
     with Lock(
@@ -172,17 +182,20 @@ def build(
 def adding(
     suite: Suite, results: Path, store: Store, files: Sequence[Path], *, replace: bool = False
 ) -> list[Record]:
-    """A suite's records in files of other runs, as ``build`` takes them over; a finished record beats a failed one.
+    """A suite's records in files of other runs, as ``build`` takes them over; a finished record
+    beats a failed one.
 
     Args:
         suite: The suite; records of cells that it does not have are left out.
         results: The folder of all results.
         store: Where finished cells are.
         files: Such as ``records.jsonl``, of another machine, say.
-        replace: Whether a record may take the place of a finished one that comes from another kind of device.
+        replace: Whether a record may take the place of a finished one that comes from another kind
+            of device.
 
     Raises:
-        UsageError: If a file cannot be read, holds no record of the suite, or one would be replaced.
+        UsageError: If a file cannot be read, holds no record of the suite, or one would be
+            replaced.
     """
     path = results / suite.name / "records.jsonl"
     cells = {c.identity for c in suite.cells()}
@@ -207,8 +220,8 @@ def adding(
 def _require_same_device(old: Record | None, new: Record, file: Path, replace: bool) -> None:
     if old is not None and old.status != "failed" and kind_of(old) != kind_of(new) and not replace:
         raise UsageError(
-            f"{file}: {new.cell.id} was measured on {kind_of(new)}, and there is a record from {kind_of(old)}, which it "
-            "would replace: let it (--replace), or leave it out"
+            f"{file}: {new.cell.id} was measured on {kind_of(new)}, and there is a record from"
+            f" {kind_of(old)}, which it would replace: let it (--replace), or leave it out"
         )
 
 
@@ -218,22 +231,27 @@ def kind_of(record: Record) -> str:
 
 
 def publish(suite: Suite, results: Path, *, replace: bool = False) -> list[Path]:
-    """Put what was measured in the place of what is published, cell by cell; gives the files written.
+    """Put what was measured in the place of what is published, cell by cell; gives the files
+    written.
 
-    Cells that were not measured stay as they are published; with nothing measured, the published pages are written anew.
+    Cells that were not measured stay as they are published; with nothing measured, the published
+    pages are written anew.
 
     Args:
         suite: The suite.
         results: The folder of all results.
-        replace: Whether a record may take the place of a finished one that comes from another kind of device.
+        replace: Whether a record may take the place of a finished one that comes from another kind
+            of device.
 
     Raises:
-        UsageError: If there is nothing to publish, this is no checkout, or a record of another device would be replaced.
+        UsageError: If there is nothing to publish, this is no checkout, or a record of another
+            device would be replaced.
     """
     folder = published_dir() / suite.name
     if not (published_dir().parent.parent / "pyproject.toml").is_file():
         raise UsageError(
-            f"{published_dir()} belongs to an installed package: publish from a checkout of the repository"
+            f"{published_dir()} belongs to an installed package: publish from a checkout of the"
+            " repository"
         )
     cells = {c.identity for c in suite.cells()}
     merged: dict[str, Record] = {}
@@ -249,7 +267,8 @@ def publish(suite: Suite, results: Path, *, replace: bool = False) -> list[Path]
             timings |= {(t["dataset"], t["model"], t["shape"]): t for t in read_timings(place)}
     if not merged:
         raise UsageError(
-            f"suite '{suite.name}' has no results in {results}: run it first (`widthbench run {suite.name}`)"
+            f"suite '{suite.name}' has no results in {results}: run it first (`widthbench run"
+            f" {suite.name}`)"
         )
     records = in_order(suite, list(merged.values()))
     shapes = {
@@ -300,7 +319,9 @@ def write(
 
 
 def published_records(suite: Suite) -> list[Record]:
-    """The published records of a suite's cells; none if it was not published, or (named in a warning) they are damaged."""
+    """The published records of a suite's cells; none if it was not published, or (named in a
+    warning) they are damaged.
+    """
     path = published_dir() / suite.name / "records.jsonl"
     try:
         records = read_records(path) if path.is_file() else []
@@ -312,7 +333,9 @@ def published_records(suite: Suite) -> list[Record]:
 
 
 def _clear(sums: Path, files: Sequence[Path]) -> None:
-    """Remove what an earlier report wrote and this one does not, unless somebody has changed it since."""
+    """Remove what an earlier report wrote and this one does not, unless somebody has changed it
+    since.
+    """
     for digest, name in read_sums(sums) if sums.is_file() else []:
         path = sums.parent / name
         inside = path.resolve().is_relative_to(sums.parent.resolve())
@@ -321,7 +344,9 @@ def _clear(sums: Path, files: Sequence[Path]) -> None:
 
 
 def read_sums(path: Path) -> list[tuple[str, str]]:
-    """Digests and names in a ``SHA256SUMS``, as they stand there; what is no such line has no name."""
+    """Digests and names in a ``SHA256SUMS``, as they stand there; what is no such line has no
+    name.
+    """
     lines = path.read_text(errors="replace").splitlines()
     return [(digest, name) for digest, _, name in (line.partition("  ") for line in lines)]
 
@@ -385,7 +410,8 @@ def of_suite(suite: Suite, path: Path, records: Sequence[Record]) -> Sequence[Re
     for record in records:
         if record.cell.identity not in known:
             raise UsageError(
-                f"{path}: suite '{suite.name}' has no such cell as {record.cell.id}: `widthbench report` writes the file anew"
+                f"{path}: suite '{suite.name}' has no such cell as {record.cell.id}: `widthbench"
+                " report` writes the file anew"
             )
     return records
 
@@ -420,7 +446,9 @@ def _before(path: Path) -> _Before:
 
 
 def _put_aside(suite: Suite, folder: Path, before: _Before, records: Sequence[Record]) -> None:
-    """Keep what the new records would lose: damaged lines, cells that the suite does not have, results of cells that fail now."""
+    """Keep what the new records would lose: damaged lines, cells that the suite does not have,
+    results of cells that fail now.
+    """
     shown = {r.cell.identity: r for r in records}
     foreign, failing = [], []
     for line in before.lines:
@@ -433,8 +461,9 @@ def _put_aside(suite: Suite, folder: Path, before: _Before, records: Sequence[Re
     if foreign:
         assert foreign[0].record is not None
         warnings.warn(
-            f"{len(foreign)} earlier records in {folder} are of cells that suite '{suite.name}' does not have, the first of "
-            f"{foreign[0].record.cell.id}: give another suite another name",
+            f"{len(foreign)} earlier records in {folder} are of cells that suite '{suite.name}'"
+            f" does not have, the first of {foreign[0].record.cell.id}: give another suite another"
+            " name",
             stacklevel=3,
         )
     if failing:

@@ -22,20 +22,21 @@ STALE = (
 )
 
 NOTES = """\
-Each row is one number or one statement of a source document, with what was measured here and a verdict by a rule that was
-committed before the run that it judges (`bench/claims`).
+Each row is one number or one statement of a source document, with what was measured
+here and a verdict by a rule that was committed before the run that it judges (`bench/claims`).
 
-*Value*: within the tolerance of the reported number
-(the same weights ±0.01 points; ImageNet ±0.3; own base networks ±1.0, gains ±3.0). *Order*: the paired difference over at least
-five base networks has a 95 % t-interval beyond the bound. *Ratio*: the median of at least three paired runs. *Property*: every
-value within the bound. *Proxy scale*: the direction is shown, on smaller work than the document's, and never called reproduced.
-*Not run* names what it needs.
+*Value*: within the tolerance of the reported number (the same weights ±0.01 points; ImageNet ±0.3;
+own base networks ±1.0, gains ±3.0). *Order*: the paired difference over at least five base networks
+has a 95 % t-interval beyond the bound. *Ratio*: the median of at least three paired runs.
+*Property*: every value within the bound. *Proxy scale*: the direction is shown, on smaller work
+than the document's, and never called reproduced. *Not run* names what it needs.
 
-Runs that failed or diverged are counted, and never averaged in. A bound on rounding errors stands for the errors themselves,
-which no two machines share. Measured: mean ± sample standard deviation over n distinct base networks (ratios: the median of n
-runs), from the published records named beside it, or by the named check, which runs whenever this page is written. A claim is
-reproduced only if each of its rows is; one whose sentence can be read in several ways, only if each row of one reading is, and
-the page says of which."""
+Runs that failed or diverged are counted, and never averaged in. A bound on rounding errors stands
+for the errors themselves, which no two machines share. Measured: mean ± sample standard deviation
+over n distinct base networks (ratios: the median of n runs), from the published records named
+beside it, or by the named check, which runs whenever this page is written. A claim is reproduced
+only if each of its rows is; one whose sentence can be read in several ways, only if each row of one
+reading is, and the page says of which."""
 
 
 def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
@@ -62,7 +63,10 @@ def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
             ]
         if "not run" in (verdicts := {j.verdict for j in rows}):
             parts += [
-                f"{'Needs' if len(verdicts) == 1 else 'The rows that were not run need'}: {claim.needs}.",
+                (
+                    f"{'Needs' if len(verdicts) == 1 else 'The rows that were not run need'}:"
+                    f" {claim.needs}."
+                ),
                 "",
             ]
         body = [
@@ -143,7 +147,8 @@ def there(results: Path) -> bool:
 def unlike(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: Path) -> list[str]:
     """Those of ``claims.md`` and ``claims.json`` that say something else than the judged claims.
 
-    Numbers that a claim's check measures when the page is written (no records) may differ by 5 % elsewhere.
+    Numbers that a claim's check measures when the page is written (no records) may differ by 5 %
+    elsewhere.
 
     Args:
         judged: As ``claims.judge_all`` gives them.
@@ -167,7 +172,9 @@ def unlike(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: 
 
 
 def _free(lines: Sequence[str], checks: Collection[str]) -> set[int]:
-    """The lines of a page that hold what a check measured: its row in markdown; in JSON, lines of its object."""
+    """The lines of a page that hold what a check measured: its row in markdown; in JSON, lines of
+    its object.
+    """
     rows = {
         i
         for i, line in enumerate(lines)
@@ -179,7 +186,9 @@ def _free(lines: Sequence[str], checks: Collection[str]) -> set[int]:
 
 
 def close(one: str, other: str) -> bool:
-    """Whether two lines are the same but for measured numbers that differ by less than 5 %; in a table, outside *reported*, too."""
+    """Whether two lines are the same but for measured numbers that differ by less than 5 %; in a
+    table, outside *reported*, too.
+    """
     pairs = list(zip(one.split("|"), other.split("|"), strict=False))
     if one.count("|") != other.count("|") or (
         one.startswith("|") and pairs[2][0].split() != pairs[2][1].split()
@@ -231,7 +240,8 @@ def _measured(judged: Judged) -> str:
         and row.bound is not None
         and 0 < row.bound <= ROUNDING
     ):
-        return f"{row.direction} {row.bound:g}{_unit(row.unit)} (n={found.n})"  # rounding errors, which no two machines share
+        # rounding errors, which no two machines share
+        return f"{row.direction} {row.bound:g}{_unit(row.unit)} (n={found.n})"
     small = found.mean and abs(found.mean) < 0.01
     value = f"{found.mean:.2e}" if small else f"{found.mean:.2f}"
     spread = "" if found.std is None else f" ± {found.std:.2e}" if small else f" ± {found.std:.2f}"

@@ -1,4 +1,6 @@
-"""Curves: what is left of the accuracy and of the loss along each technique's path, and error curves over the gates of neurons."""
+"""Curves: what is left of the accuracy and of the loss along each technique's path, and error
+curves over the gates of neurons.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def _drawable(record: Record) -> bool:
 
 
 def page(records: Sequence[Record], title: str) -> str:
-    """The markdown page: for each network, how much goes before accuracy is lost, and what is left further along.
+    """The markdown page: for each network, how much goes before accuracy is lost, and what is left
+    further along.
 
     Args:
         records: A suite's records.
@@ -90,22 +93,27 @@ def page(records: Sequence[Record], title: str) -> str:
         if _with_errors(block):
             name = _file(network, dataset)
             parts += [
-                f"![Loss over the gate of single neurons of {escaped(network)}, with its Taylor polynomials](figures/{name})",
+                (
+                    f"![Loss over the gate of single neurons of {escaped(network)}, with its Taylor"
+                    f" polynomials](figures/{name})"
+                ),
                 "",
             ]
     return "\n".join(parts).rstrip() + "\n"
 
 
 PREFACE = """\
-Each technique's order of removal, replayed point by point after all decisions; nothing is retrained. Mean ± sample standard
-deviation over n base networks.
+Each technique's order of removal, replayed point by point after all decisions;
+nothing is retrained. Mean ± sample standard deviation over n base networks.
 
-*Removed*: the share of channels that is gone at the stopping point, the last point of the path whose **val** accuracy is at
-most {stop:g} points below that of the whole network; *top-1 there* is test accuracy at this point. *At 20 %* and so on: test
-accuracy after that share was removed. *Rank correlation*: Spearman's, of the predicted with the true changes of the loss,
-each channel of the whole network removed alone. *Second order* is by the back-propagated diagonal, unless it says exact. The
-data are the series of `records.jsonl`: `path.*`, `stop.*`, `loss`, `change GROUP` (true), `score GROUP` (predicted), `error
-GROUP` (the loss at the values `gate` of a channel's gate), `first GROUP` and `second GROUP` (its derivatives)."""
+*Removed*: the share of channels that is gone at the stopping point, the last point of the path
+whose **val** accuracy is at most {stop:g} points below that of the whole network; *top-1 there* is
+test accuracy at this point. *At 20 %* and so on: test accuracy after that share was removed. *Rank
+correlation*: Spearman's, of the predicted with the true changes of the loss, each channel of the
+whole network removed alone. *Second order* is by the back-propagated diagonal, unless it says
+exact. The data are the series of `records.jsonl`: `path.*`, `stop.*`, `loss`, `change GROUP`
+(true), `score GROUP` (predicted), `error GROUP` (the loss at the values `gate` of a channel's
+gate), `first GROUP` and `second GROUP` (its derivatives)."""
 
 
 def write(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -113,7 +121,8 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
 
     Args:
         records: A suite's records.
-        folder: Gets ``curves-accuracy.png``, ``curves-loss.png`` and an ``errors-NETWORK.png`` each.
+        folder: Gets ``curves-accuracy.png``, ``curves-loss.png`` and an ``errors-NETWORK.png``
+            each.
 
     Returns:
         The files written.
@@ -177,7 +186,9 @@ def _at(record: Record, share: float) -> float:
 
 
 def short(line: Line) -> str:
-    """A technique's label without its own name and those of its parameters: "second_order, exact, single"."""
+    """A technique's label without its own name and those of its parameters: "second_order, exact,
+    single".
+    """
     cell = line.first().cell
     order = ("ranking", "diagonal", "rerank")
     names = sorted(
@@ -246,7 +257,9 @@ def _curves(networks: Mapping[tuple[str, str], Sequence[Line]], path: Path, what
 
 
 def _band(place: Axes, line: Line, series: str, colour: str, style: str) -> Any:
-    """Mean and spread over bases on a common grid; the curve's handle, or None where no record has the series."""
+    """Mean and spread over bases on a common grid; the curve's handle, or None where no record has
+    the series.
+    """
     grid, curves, stops = np.linspace(0, 100, 201), [], []
     for record in line.records.values():
         found = record.series

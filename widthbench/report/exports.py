@@ -1,4 +1,6 @@
-"""Leaderboards for other programs and for papers: CSV with all digits, LaTeX with booktabs, BibTeX."""
+"""Leaderboards for other programs and for papers: CSV with all digits, LaTeX with booktabs,
+BibTeX.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ FORMULA = (
 def rows(
     records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()
 ) -> list[dict[str, Any]]:
-    """One plain row for each row of the leaderboard: means, sample standard deviations, n; None where there is no number.
+    """One plain row for each row of the leaderboard: means, sample standard deviations, n; None
+    where there is no number.
 
     Args:
         records: A suite's.
@@ -107,10 +110,11 @@ def _spread(name: str, summary: Summary | None) -> dict[str, float | None]:
 def csv_text(
     records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()
 ) -> str:
-    """The leaderboard as CSV, a header first; every number with all its digits, empty where there is none.
+    """The leaderboard as CSV, a header first; every number with all its digits, empty where there
+    is none.
 
-    Arguments as for ``rows``. Text that a spreadsheet would take for a formula gets an apostrophe in front; what would break
-    a line is written as its escape.
+    Arguments as for ``rows``. Text that a spreadsheet would take for a formula gets an apostrophe
+    in front; what would break a line is written as its escape.
     """
     found = [
         {k: _cell(v) if isinstance(v, str) else v for k, v in row.items()}
@@ -176,7 +180,10 @@ def latex_text(suite: Suite, records: Sequence[Record], timings: Sequence[dict[s
             if most > 1
             else "one base network"
         )
-        caption = f"{_escaped(model)} on {_escaped(dataset)}: test top-1 in \\%, {spread}; suite {_escaped(suite.name)}."
+        caption = (
+            f"{_escaped(model)} on {_escaped(dataset)}: test top-1 in \\%, {spread}; suite"
+            f" {_escaped(suite.name)}."
+        )
         label = re.sub(r"[^a-z0-9]+", "-", f"{suite.name} {model} {dataset}".lower()).strip("-")
         parts += [
             "",
@@ -215,7 +222,8 @@ def citation(suite: Suite, records: Sequence[Record], digest: str | None) -> str
         digest: SHA-256 of its ``records.jsonl``.
 
     Returns:
-        Entries, the suite's first, each technique's once; a comment for techniques that name no paper.
+        Entries, the suite's first, each technique's once; a comment for techniques that name no
+        paper.
     """
     versions = sorted(
         {
@@ -234,7 +242,10 @@ def citation(suite: Suite, records: Sequence[Record], digest: str | None) -> str
     notes += [f"SHA-256 of the records {digest}"] if digest else ["no results of its own yet"]
     entry = [
         f"@misc{{{SUITE_KEY}-{suite.name},",
-        "  title = {{widthbench}: a benchmark of techniques that decide how wide each layer of a neural network should be},",
+        (
+            "  title = {{widthbench}: a benchmark of techniques that decide how wide each layer of"
+            " a neural network should be},"
+        ),
         "  author = {{The widthbench authors}},",
         *([f"  year = {{{dates[-1][:4]}}},"] if dates else []),
         f"  howpublished = {{\\url{{{URL}}}}},",

@@ -147,7 +147,8 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
         index = labels.index(label) if label != "base" else -1
         colour = COLOURS[index % len(COLOURS)] if label != "base" else "#444444"
         marker = MARKERS[index % len(MARKERS)] if label != "base" else "H"
-        # rows of one shape share an abscissa: shift them a little so that error bars do not hide each other
+        # rows of one shape share an abscissa: shift them a little so that error bars do not hide
+        # each other
         shift = (
             1.0 if label == "base" else 1.0 + 0.012 * (shown.index(label) - (len(shown) - 1) / 2)
         )
@@ -210,7 +211,9 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str])
 
 
 def floor_of(accuracies: Sequence[float]) -> float | None:
-    """Where an axis of accuracies is to begin so that a few rows far below do not flatten all others; None for all of it."""
+    """Where an axis of accuracies is to begin so that a few rows far below do not flatten all
+    others; None for all of it.
+    """
     ranked = sorted(accuracies)
     if len(ranked) >= MANY:  # Tukey's outer fence
         low, high = np.percentile(ranked, [25, 75])

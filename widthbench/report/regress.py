@@ -1,4 +1,6 @@
-"""Has a commit made anything slower? Two commits side by side in one environment, in turn, and again before the verdict."""
+"""Has a commit made anything slower? Two commits side by side in one environment, in turn, and
+again before the verdict.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,9 @@ class Comparison:
         ratio: Median over pairs of head over base.
         spread: The least and the largest pair.
         memory: Peak MiB above what was held before, at each.
-        verdict: "same" (within the factor), "faster", "slower", "more memory", "new" (base lacks it), "broken" (head fails, or
-            lacks what base has), or "not here" (neither has it on this machine).
+        verdict: "same" (within the factor), "faster", "slower", "more memory", "new" (base lacks
+            it), "broken" (head fails, or lacks what base has), or "not here" (neither has it on
+            this machine).
         pairs: How many; more where a first look was beyond the factor.
         note: Why something is new, broken or not here.
     """
@@ -60,11 +63,13 @@ class Comparison:
         """Plain data, with None where there is no number."""
         finite = lambda v: None if v != v else v  # noqa: E731
         return {
-            k: [finite(x) for x in v]
-            if isinstance(v, tuple)
-            else finite(v)
-            if isinstance(v, float)
-            else v
+            k: (
+                [finite(x) for x in v]
+                if isinstance(v, tuple)
+                else finite(v)
+                if isinstance(v, float)
+                else v
+            )
             for k, v in asdict(self).items()
         }
 
@@ -108,9 +113,11 @@ class Regression:
                 "base, ms": _number(r.base),
                 "head, ms": _number(r.head),
                 "head / base": _number(r.ratio),
-                "pairs": f"{_number(r.spread[0])} to {_number(r.spread[1])} (n = {r.pairs})"
-                if r.pairs
-                else "",
+                "pairs": (
+                    f"{_number(r.spread[0])} to {_number(r.spread[1])} (n = {r.pairs})"
+                    if r.pairs
+                    else ""
+                ),
                 "peak memory, MiB": " → ".join(map(_number, r.memory)) if r.pairs else "",
                 "verdict": f"**{r.verdict}**" if r.verdict in (*BAD, "broken") else r.verdict,
             }
@@ -129,12 +136,12 @@ class Regression:
         )
         title += f", {broke} broke" if broke else ""
         notes = "".join(f"- {r.what}: {r.note}\n" for r in self.rows if r.note)
+        table = tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)
         return (
-            f"### Speed of `{self.head[:12]}` against `{self.base[:12]}`: {title}\n\n"
-            f"{tabulate(lines, headers='keys', tablefmt='pipe', disable_numparse=True)}\n\n"
-            f"Medians on {self.device}. Slower means more than {self.factor:g}x, in a second look too, by fresh processes and "
-            f"twice as many pairs; more memory means more than {self.factor:g}x and {NOTABLE:g} MiB.\n"
-            + (f"\n{notes}" if notes else "")
+            f"### Speed of `{self.head[:12]}` against `{self.base[:12]}`: {title}\n\n{table}\n\n"
+            f"Medians on {self.device}. Slower means more than {self.factor:g}x, in a second look too, by"
+            " fresh processes and twice as many pairs; more memory means more than"
+            f" {self.factor:g}x and {NOTABLE:g} MiB.\n" + (f"\n{notes}" if notes else "")
         )
 
 
@@ -160,7 +167,8 @@ def commit_of(root: Path, name: str) -> str:
         raise UsageError(f"git cannot be run ({error}); install it") from error
     if done.returncode:
         raise UsageError(
-            f"'{name}' is no commit of the repository at {root}; name a branch, a tag or a hash that `git log` shows"
+            f"'{name}' is no commit of the repository at {root}; name a branch, a tag or a hash"
+            " that `git log` shows"
         )
     return done.stdout.strip()
 
@@ -182,7 +190,8 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def install(root: Path, commit: str, folder: Path) -> Path:
-    """Unpack a commit under ``folder/source`` and install it, without what it depends on, under ``folder/site``; gives the latter.
+    """Unpack a commit under ``folder/source`` and install it, without what it depends on, under
+    ``folder/site``; gives the latter.
 
     Raises:
         UsageError: If pip cannot build it, with pip's last line.
@@ -224,7 +233,8 @@ def _loaded(path: Path) -> Any:
     """The module that measures."""
     if not path.is_file():
         raise UsageError(
-            f"the head commit has no {MEASURING}: it is older than `widthbench regress`; name a newer one"
+            f"the head commit has no {MEASURING}: it is older than `widthbench regress`; name a"
+            " newer one"
         )
     name = f"widthbench_measuring_{abs(hash(str(path)))}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -255,7 +265,9 @@ def _two(
 def _pairs(
     workers: Mapping[str, Any], item: Any, count: int
 ) -> list[dict[str, Any]] | dict[str, dict[str, Any]]:
-    """``{"base": ms, "head": ms}`` per pair, who goes first alternating; or the answers of both, where one of them is no number."""
+    """``{"base": ms, "head": ms}`` per pair, who goes first alternating; or the answers of both,
+    where one of them is no number.
+    """
     found = []
     for i in range(count):
         sides = ("base", "head") if i % 2 else ("head", "base")
@@ -311,9 +323,9 @@ def compare(
 ) -> Regression:
     """Compare the speed of two commits.
 
-    Both are installed beside each other and measured by head's benchmarks in the environment at hand, one process for each,
-    sample by sample in turn. What is beyond the factor is measured again by fresh processes, twice as often; it counts if the
-    second look says the same.
+    Both are installed beside each other and measured by head's benchmarks in the environment at
+    hand, one process for each, sample by sample in turn. What is beyond the factor is measured
+    again by fresh processes, twice as often; it counts if the second look says the same.
 
     Args:
         base: The commit that was, as git names it.
@@ -326,7 +338,8 @@ def compare(
         tell: Called with each verdict as it is found.
 
     Raises:
-        UsageError: On a commit or a benchmark that does not exist, one that cannot be installed, or a factor of at most 1.
+        UsageError: On a commit or a benchmark that does not exist, one that cannot be installed, or
+            a factor of at most 1.
     """
     if not 1 < factor < math.inf:
         raise UsageError(
@@ -368,7 +381,8 @@ def compare(
                 )
                 rows.append(row)
                 tell(
-                    f"[{len(rows)}/{len(chosen)}] {row.what}: {_number(row.ratio)} {row.verdict} {row.note}".rstrip()
+                    f"[{len(rows)}/{len(chosen)}] {row.what}: {_number(row.ratio)} {row.verdict}"
+                    f" {row.note}".rstrip()
                 )
         return Regression(commits["base"], commits["head"], factor, device, rows)
     finally:
@@ -440,5 +454,6 @@ def _from(where: str, site: Path) -> None:
     """
     if not Path(os.path.realpath(where)).is_relative_to(os.path.realpath(site)):
         raise UsageError(
-            f"a process measures the widthbench in {where}, not the commit under {site}; is PYTHONPATH overruled?"
+            f"a process measures the widthbench in {where}, not the commit under {site}; is"
+            " PYTHONPATH overruled?"
         )

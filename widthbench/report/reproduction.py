@@ -1,4 +1,6 @@
-"""What was measured here against what was published: cell by cell, row by row, machine against machine."""
+"""What was measured here against what was published: cell by cell, row by row, machine against
+machine.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,13 @@ OF_CODE = (
 )  # that change with the code, whatever comes out
 
 NOTES = """\
-*Published* and *here* are test top-1 at the last stage in %, mean ± sample standard deviation over base networks. *Difference* is
-here minus published; *over spread* divides it by the standard deviation over base networks (root of the mean of both variances), so
-that 1 is what another seed does. *Largest* is the largest difference of a single cell. *Equal* counts cells whose record is the
-same bit by bit, but for times, host, commit and code. Another processor rounds otherwise, and training carries that on: there only
-few cells are equal, and rows differ by a part of their spread."""
+*Published* and *here* are test top-1 at the last stage in %, mean ± sample standard
+deviation over base networks. *Difference* is here minus published; *over spread* divides it by the
+standard deviation over base networks (root of the mean of both variances), so that 1 is what
+another seed does. *Largest* is the largest difference of a single cell. *Equal* counts cells whose
+record is the same bit by bit, but for times, host, commit and code. Another processor rounds
+otherwise, and training carries that on: there only few cells are equal, and rows differ by a part
+of their spread."""
 
 
 def result(record: Record) -> dict[str, Any]:
@@ -80,7 +84,8 @@ class Pair:
         same: Cells that are equal bit by bit.
         scored: Cells with the same test top-1.
         both: Cells that both have, finished in either.
-        largest: The largest difference of test top-1 of a cell, in points; 0 where none is finished in both.
+        largest: The largest difference of test top-1 of a cell, in points; 0 where none is finished
+            in both.
     """
 
     old: tables.Line
@@ -139,8 +144,8 @@ def summary(suite: Suite, published: Sequence[Record], records: Sequence[Record]
     found = pairs(published, records)
     same, scored, both = (sum(getattr(p, n) for p in found) for n in ("same", "scored", "both"))
     lines = [
-        f"against the published results of {suite.name} ({_machine(published)}): {same} of {both} cells are equal bit by bit, "
-        f"{scored} have the same test top-1"
+        f"against the published results of {suite.name} ({_machine(published)}): {same} of {both}"
+        f" cells are equal bit by bit, {scored} have the same test top-1"
     ]
     gaps = [p for p in found if p.difference is not None]
     if gaps:
@@ -169,9 +174,11 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
         f"# {suite.name}: reproduction",
         "",
         f"{summary(suite, published, records)}.".replace("against", "Against", 1),
-        f"{within} of {len(judged)} rows lie within one standard deviation over base networks."
-        if judged
-        else "",
+        (
+            f"{within} of {len(judged)} rows lie within one standard deviation over base networks."
+            if judged
+            else ""
+        ),
         "",
         _origins(published, records),
         "",

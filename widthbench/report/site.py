@@ -1,4 +1,6 @@
-"""One static page of all results: tables to sort and filter, charts, claims, and the record behind each row."""
+"""One static page of all results: tables to sort and filter, charts, claims, and the record behind
+each row.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ class Shown:
 
 
 def write(results: Path, named: Iterable[Suite] = (), into: Path | None = None) -> Path:
-    """Write ``site.html`` from all suites that have records in a results folder, and from ``claims.json`` there.
+    """Write ``site.html`` from all suites that have records in a results folder, and from
+    ``claims.json`` there.
 
     Args:
         results: The results folder.
@@ -85,7 +88,8 @@ def write(results: Path, named: Iterable[Suite] = (), into: Path | None = None) 
         The page: one file, which asks nothing of the network.
 
     Raises:
-        UsageError: If there are no records, they are damaged, or the extra ``site`` is not installed.
+        UsageError: If there are no records, they are damaged, or the extra ``site`` is not
+            installed.
     """
     known = {s.name: s for s in named}
     shown = [_shown(path.parent, known) for path in sorted(results.glob("*/records.jsonl"))]
@@ -227,7 +231,9 @@ def _suite(shown: Shown) -> dict[str, Any]:
 
 
 def _floor(described: Mapping[str, Any], place: str) -> float | None:
-    """Where the axis of a network's chart begins, so that a few rows far below do not flatten the others."""
+    """Where the axis of a network's chart begins, so that a few rows far below do not flatten the
+    others.
+    """
     stages = ("final", "recalibrated", "resized")
     points = [p for p in described["points"] if p["place"] == place]
     scores = [next(p[s][0] for s in stages if p[s][0] is not None) for p in points]

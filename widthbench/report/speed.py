@@ -1,4 +1,6 @@
-"""What a benchmark script ends with: its table on the terminal, and on request as a page with the rows behind it."""
+"""What a benchmark script ends with: its table on the terminal, and on request as a page with the
+rows behind it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ def main(doc: str, page: str, measure: Callable[[], Rows], table: Callable[[Rows
         measure: Gives the rows.
         table: Rows to a markdown table.
     """
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
     parser.add_argument("--write", metavar="FILE", help="also write FILE.md and FILE.jsonl")
     options = parser.parse_args()
     rows = measure()

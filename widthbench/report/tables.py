@@ -25,27 +25,30 @@ ACCESS_ORDER = ("none", "unlabelled", "labelled", "training", "")
 CONTROL_ACCESS = "control"
 
 NOTES = """\
-How to read this: one row is one technique at one budget, mean ± sample standard deviation over n distinct base networks
-(seeds: each has its own train/val split, base and decision; seeds on one published checkpoint are averaged and count as one).
-*Top-1* is on the test set, which decides nothing in a
-run (how its recipes were chosen, `widthbench list recipes` and their files say):
-right after the *resize*, after batch-norm *recalibration* (equal to the former in networks without batch norm), and
-after the suite's *fine-tuning*, the same for every technique. *FLOPs (as MACs)* are multiply-accumulates of one forward
-pass of one image. *Data* is the most that the decision looked at. *Train cost* is everything that was spent to get
-there (base, decision, adaptation; forward MACs plus backward MACs counted as twice the forward) over the cost of
-training the base network. *Controls* are not techniques: `uniform-width` is the base scaled down uniformly and trained
-by the base's recipe; `scratch:X` trains the shape that X found from fresh weights for as many epochs as base, decision
-and fine-tuning took; `scratch-budget:X` for as many MACs{longest}; `l1-budget:X` prunes the base by L1 norm to X's budget and
-fine-tunes it until it has cost as much as X in all{longest}; where base and fine-tuning together cost more than that, both are
-shortened alike. Where a technique spreads its budget uniformly, `scratch` and
-`uniform-width` train the same widths (with other draws, for other numbers of epochs); channels outside the suite's
-scope keep their width in every row."""
+How to read this: one row is one technique at one budget, mean ± sample standard
+deviation over n distinct base networks (seeds: each has its own train/val split, base and decision;
+seeds on one published checkpoint are averaged and count as one). *Top-1* is on the test set, which
+decides nothing in a run (how its recipes were chosen, `widthbench list recipes` and their files
+say): right after the *resize*, after batch-norm *recalibration* (equal to the former in networks
+without batch norm), and after the suite's *fine-tuning*, the same for every technique. *FLOPs (as
+MACs)* are multiply-accumulates of one forward pass of one image. *Data* is the most that the
+decision looked at. *Train cost* is everything that was spent to get there (base, decision,
+adaptation; forward MACs plus backward MACs counted as twice the forward) over the cost of training
+the base network. *Controls* are not techniques: `uniform-width` is the base scaled down uniformly
+and trained by the base's recipe; `scratch:X` trains the shape that X found from fresh weights for
+as many epochs as base, decision and fine-tuning took; `scratch-budget:X` for as many MACs{longest};
+`l1-budget:X` prunes the base by L1 norm to X's budget and fine-tunes it until it has cost as much
+as X in all{longest}; where base and fine-tuning together cost more than that, both are shortened
+alike. Where a technique spreads its budget uniformly, `scratch` and `uniform-width` train the same
+widths (with other draws, for other numbers of epochs); channels outside the suite's scope keep
+their width in every row."""
 
 
 PAIRED = """\
-Each row compares two rows of the [leaderboard](leaderboard.md) on the same base networks (seeds): the mean of the paired
-differences of test top-1 at the last stage, in points; its 95 % t-interval; the p-value of the paired t-test after Holm's
-correction over all pairs of this table; n; and which row is higher, "tied" where the corrected p-value is 0.05 or more."""
+Each row compares two rows of the [leaderboard](leaderboard.md) on the same base
+networks (seeds): the mean of the paired differences of test top-1 at the last stage, in points; its
+95 % t-interval; the p-value of the paired t-test after Holm's correction over all pairs of this
+table; n; and which row is higher, "tied" where the corrected p-value is 0.05 or more."""
 
 
 CITING = "## Citing"
@@ -57,7 +60,8 @@ Key = tuple[
 
 @dataclass
 class Line:
-    """All records of one technique on one network at one budget; several seeds may share a base, which then counts once.
+    """All records of one technique on one network at one budget; several seeds may share a base,
+    which then counts once.
 
     Numbers are worked out once: change nothing after the first was asked for.
 
@@ -160,11 +164,13 @@ def over_bases(values: Mapping[Key, float]) -> Summary | None:
 
 
 def lines(records: Iterable[Record], cells: Iterable[Cell] = ()) -> list[Line]:
-    """Records grouped to rows, in leaderboard order: by network, then budget from large to small, controls last.
+    """Records grouped to rows, in leaderboard order: by network, then budget from large to small,
+    controls last.
 
     Args:
         records: A suite's.
-        cells: The suite's: they give a row to what was not run, and say how many cells each row is meant to have.
+        cells: The suite's: they give a row to what was not run, and say how many cells each row is
+            meant to have.
     """
     records, cells = list(records), list(cells)
     rows = dict(_grouped(records))
@@ -221,7 +227,8 @@ def _grouped(records: list[Record]) -> dict[_Place, Line]:
         if place not in found:
             found[place] = _line(r.cell)
         line = found[place]
-        # a base is what seeds make distinct; one public checkpoint under many seeds is still one base
+        # a base is what seeds make distinct; one public checkpoint under many seeds is still one
+        # base
         line.records[r.provenance.get("checkpoint") or r.cell.seed, r.cell.seed] = r
         line.access = line.access or r.access
     _LAST.append(
@@ -275,7 +282,8 @@ def leaderboard(
     state = _state(records, expected)
     images = {row.samples for r in records for row in r.rows}
     grain = (
-        f" Test sets of {', '.join(map(str, sorted(images)))} images: one is {100 / min(images):.2g} points."
+        f" Test sets of {', '.join(map(str, sorted(images)))} images: one is"
+        f" {100 / min(images):.2g} points."
         if images
         else ""
     )
@@ -287,7 +295,8 @@ def leaderboard(
         (len([b for b in bases if b[:2] == net]) for net in {b[:2] for b in bases}), default=0
     )
     longest = (
-        f", but for at most {suite.longest:g} times X's epochs (*train cost* says how far that went)"
+        f", but for at most {suite.longest:g} times X's epochs (*train cost* says how far that"
+        " went)"
         if suite.longest
         else ""
     )
@@ -307,7 +316,8 @@ def leaderboard(
     parts += _problems(suite, records) + _footer(records, timings)
     if digest:
         parts.append(
-            f"- SHA-256 of `records.jsonl`: `{digest}`; `widthbench verify {suite.name}` checks it and reruns cells"
+            f"- SHA-256 of `records.jsonl`: `{digest}`; `widthbench verify {suite.name}` checks it"
+            " and reruns cells"
         )
     if cite:
         parts += ["", CITING, "", *fenced(cite, "bibtex")]
@@ -387,7 +397,9 @@ def table(
 
 
 def _names(block: Sequence[Line]) -> str:
-    """Rows by their names, those at the same budgets together: ``"base; l1-norm, nmf at macs:0.5, macs:0.25"``."""
+    """Rows by their names, those at the same budgets together: ``"base; l1-norm, nmf at macs:0.5,
+    macs:0.25"``.
+    """
     budgets: dict[str, list[str]] = {}
     for line in block:
         budgets.setdefault(line.label, []).append(line.budget or "")
@@ -401,14 +413,18 @@ def _names(block: Sequence[Line]) -> str:
 
 
 def comparable(suite: Suite) -> bool:
-    """Whether some network of a suite has enough bases for paired statistics, and the suite is there for them."""
+    """Whether some network of a suite has enough bases for paired statistics, and the suite is
+    there for them.
+    """
     trained = [n for n in suite.models if not (n.checkpoint or n.pretrained)]
     most = max((len(suite.seeds if n.seeds is None else n.seeds) for n in trained), default=0)
     return suite.citable and most >= LEAST
 
 
 def paired(suite: Suite, records: Sequence[Record]) -> str:
-    """The markdown page of paired differences between all rows of each network and budget, controls included."""
+    """The markdown page of paired differences between all rows of each network and budget, controls
+    included.
+    """
     parts = [f"# {suite.name}: paired differences", "", PAIRED, ""]
     grouped: dict[tuple[str, str, str | None], list[Line]] = {}
     for line in lines(records):
@@ -662,19 +678,22 @@ def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
         parts.append("‡ resizes channels under a norm across channels (grade *coupled*).")
     if any(r.floor for r in flagged):
         parts.append(
-            "§ the budget lies below the feasible floor (one channel per block of each group) and was run at the floor."
+            "§ the budget lies below the feasible floor (one channel per block of each group) and"
+            " was run at the floor."
         )
     if any(halved(r) for r in flagged):
         parts.append("¶ some of its batches were computed in halves, for want of memory.")
     if any(r.provenance.get("val_seen") for r in records if r.status == "done"):
         parts.append(
-            "◊ its base comes from published weights and may have seen this suite's val split in training (`val_seen`)."
+            "◊ its base comes from published weights and may have seen this suite's val split in"
+            " training (`val_seen`)."
         )
     bad = [r for r in records if r.status != "done"]
     rows = lines(records, suite.cells())
     if any(line.done and line.left for line in rows):
         parts.append(
-            "✕ some of its cells have no result: n counts the others; failed ones stand beside it, never averaged in."
+            "✕ some of its cells have no result: n counts the others; failed ones stand beside it,"
+            " never averaged in."
         )
     if unrun := sum(max(0, line.meant - len(line.records)) for line in rows):
         parts.append(
@@ -695,7 +714,9 @@ def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
 
 
 def _distinct(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
-    """The provenances that tell something new: records of one machine share all but the minute, as one object."""
+    """The provenances that tell something new: records of one machine share all but the minute, as
+    one object.
+    """
     found = {}
     for p in (r.provenance for r in records):
         plain = (str(p.get(n)) for n in ("device", "threads", "processes", "dirty", "commit"))
@@ -706,7 +727,8 @@ def _distinct(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
 def origins(
     records: Sequence[Record], timings: Sequence[dict[str, Any]] = ()
 ) -> dict[str, list[str]]:
-    """Where records come from: versions, hardware, device and threads, commit, date; each with all that occur.
+    """Where records come from: versions, hardware, device and threads, commit, date; each with all
+    that occur.
 
     With timings, also which machine latencies were measured on, and how.
     """
@@ -727,7 +749,10 @@ def origins(
         facts.setdefault("date", set()).add(str(p.get("when"))[:10])
     for t in timings:
         machine = t.get("hardware") or {}
-        where = f"{machine.get('gpu') or machine.get('cpu')}, median latency of a batch of {t.get('batch', 64)}"
+        where = (
+            f"{machine.get('gpu') or machine.get('cpu')}, median latency of a batch of"
+            f" {t.get('batch', 64)}"
+        )
         facts.setdefault("measured speed-up", set()).add(
             f"{where}, taken one shape at a time after all cells had ended"
         )

@@ -1,4 +1,6 @@
-"""Latency and peak memory of each distinct shape: measured one after the other, in a process that no plug-in has touched."""
+"""Latency and peak memory of each distinct shape: measured one after the other, in a process that
+no plug-in has touched.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def parse_timings(path: Path) -> list[dict[str, Any]]:
 
 
 def read_timings(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``timings.jsonl``; none if it is absent or damaged, since what it holds can be measured again."""
+    """The lines of ``timings.jsonl``; none if it is absent or damaged, since what it holds can be
+    measured again.
+    """
     try:
         return parse_timings(folder / "timings.jsonl")
     except UsageError:
@@ -73,15 +77,17 @@ def read_timings(folder: Path) -> list[dict[str, Any]]:
 def timings_of(
     records: Sequence[Record], *, measure: bool, before: Sequence[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """Latency and peak memory per distinct shape: from the cache, from an earlier report, or measured now.
+    """Latency and peak memory per distinct shape: from the cache, from an earlier report, or
+    measured now.
 
-    A resized network's speed-up is the median over rounds that time base and resized network in turn.
+    A resized network's speed-up is the median over rounds that time base and resized network in
+    turn.
 
     Args:
         records: Finished ones count.
         measure: Whether to measure what is missing.
-        before: An earlier report's; they stand in for what the cache has nothing of: those of this hardware, or all where
-            nothing is measured.
+        before: An earlier report's; they stand in for what the cache has nothing of: those of this
+            hardware, or all where nothing is measured.
     """
     kept = [t for t in before if t.get("hardware") == hardware() or not measure]
     old = {(t["dataset"], t["model"], t["shape"]): t for t in kept}
@@ -108,7 +114,8 @@ def timings_of(
 
 
 def measured(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
-    """The timing of each record's shape, by a process of its own: plug-ins that this one has imported may have changed torch.
+    """The timing of each record's shape, by a process of its own: plug-ins that this one has
+    imported may have changed torch.
 
     Args:
         records: Finished ones, one for each shape.
@@ -133,7 +140,8 @@ def measured(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
             child.stdin.flush()
             if not (line := child.stdout.readline()):
                 warnings.warn(
-                    f"latencies of {len(records) - count} shapes were not measured: the process ended",
+                    f"latencies of {len(records) - count} shapes were not measured: the process"
+                    " ended",
                     stacklevel=2,
                 )
                 return

@@ -38,21 +38,27 @@ LIMITS = {"val_top1": (0, 100), "cosine": (-1, 1), "recoveries": (0, np.inf)}
 DRAWN = ("open", "macs", "val_loss", "val_top1", "recoveries", "cosine")
 
 PREFACE = """\
-What each technique noted while it decided, at its smallest budget; mean ± sample standard deviation over n base networks. The
-data are the series `trajectory.*` of `records.jsonl`; quantities that no record of a technique has are left out.
+What each technique noted while it decided, at its smallest budget; mean ± sample
+standard deviation over n base networks. The data are the series `trajectory.*` of `records.jsonl`;
+quantities that no record of a technique has are left out.
 
-*Open channels* and *MACs* are those at the end. *Val top-1 at the end*: of the network as the trajectory leaves it, before
-anything else is trained. In the figures, losses are means over the steps between two points (of val solid, of training
-dashed)."""
+*Open channels* and *MACs* are those at the end. *Val top-1 at the end*: of the network as the
+trajectory leaves it, before anything else is trained. In the figures, losses are means over the
+steps between two points (of val solid, of training dashed)."""
 
 NOTES = {
-    "autoprune": """\
-*Recoveries*: channels that opened again after at least 25 steps closed, each time counted; *returned*: channels open at the end
-that had once been closed so long. *Least cosine*: between the update of the auxiliary parameters and the gradient of the val
-loss by them, the least over all steps of a run. A dotted line stands where gates are frozen: from there on only weights are
-trained, with the channels that the budget allows.""",
+    "autoprune": (
+        """\
+*Recoveries*: channels that opened again after at least 25 steps closed, each time counted;
+*returned*: channels open at the end that had once been closed so long. *Least cosine*: between the
+update of the auxiliary parameters and the gradient of the val loss by them, the least over all
+steps of a run. A dotted line stands where gates are frozen: from there on only weights are trained,
+with the channels that the budget allows."""
+    ),
     "autoslim": "The path is the same for all budgets and ends at the parameter `least`.",
-    "splitting": "Steps are rounds: each trains the network, notes where it is, and splits neurons.",
+    "splitting": (
+        "Steps are rounds: each trains the network, notes where it is, and splits neurons."
+    ),
 }
 
 
@@ -166,7 +172,9 @@ def _blocks(records: Sequence[Record]) -> dict[str, dict[tuple[str, str], list[L
 
 
 def _rank(line: Line) -> tuple[int, str]:
-    """The technique before its variants, so that a variant has one colour in all rows of a figure."""
+    """The technique before its variants, so that a variant has one colour in all rows of a
+    figure.
+    """
     return len(line.first().cell.params), line.label
 
 
@@ -238,7 +246,9 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
 
 
 def _layers(place: Any, line: Line, label: str) -> None:
-    """Channels of each layer along the steps: means over bases, of one line, which is named where there are several."""
+    """Channels of each layer along the steps: means over bases, of one line, which is named where
+    there are several.
+    """
     records = list(line.done.values())
     groups = list(dict.fromkeys(k for r in records for k in r.series if k.startswith(WIDTH)))
     for group, colour in zip(groups, cycle(COLOURS), strict=False):
@@ -300,7 +310,9 @@ def _frozen(line: Line) -> float | None:
 
 
 def _band(place: Any, line: Line, name: str, colour: str, *, dashed: bool = False) -> None:
-    """Mean and spread over bases, as far as the quantity can go; nothing where no record has the series."""
+    """Mean and spread over bases, as far as the quantity can go; nothing where no record has the
+    series.
+    """
     grid, curves = np.linspace(0, 100, 101), []
     for record in line.records.values():
         steps, values = (

@@ -1,4 +1,6 @@
-"""Whether a suite's results are what they say: files and records by their digests, and a sample of cells run again."""
+"""Whether a suite's results are what they say: files and records by their digests, and a sample of
+cells run again.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,16 @@ from widthbench.report.timing import parse_timings
 from widthbench.technique import registry
 from widthbench.technique.budget import Budget, check, used
 
-POINTS = 1.0  # of test top-1: what a network trained anew on another machine may differ by (the tolerance of claims on own bases)
-DEVIATIONS = 3.0  # or standard errors of the difference of two accuracies on as many images, where that is more
+# of test top-1: what a network trained anew on another machine may differ by (the tolerance of
+# claims on own bases)
+POINTS = 1.0
+# or standard errors of the difference of two accuracies on as many images, where that is more
+DEVIATIONS = 3.0
 MACS = 0.05  # as budgets are met
 LOSS = 0.5  # of cross-entropies, which hang on few images
-SPENT = 0.25  # of what a decision and what followed cost: loops that stop by what they see stop elsewhere a little earlier or later
+# of what a decision and what followed cost: loops that stop by what they see stop elsewhere a
+# little earlier or later
+SPENT = 0.25
 CITING = f"\n{tables.CITING}\n".encode()
 SAME = ("commit", "dirty", "versions", "dataset_digest")  # where these agree, so do keys
 
@@ -77,9 +84,11 @@ class Check:
 
 
 def check_files(suite: Suite, folder: Path) -> list[Check]:
-    """Hold the files of a suite's folder to its ``SHA256SUMS``, each record to its own digest, and the tables to the records.
+    """Hold the files of a suite's folder to its ``SHA256SUMS``, each record to its own digest, and
+    the tables to the records.
 
-    Digests find accidents and careless edits. Who rewrites a number and all digests with it is found by running cells again.
+    Digests find accidents and careless edits. Who rewrites a number and all digests with it is
+    found by running cells again.
 
     Args:
         suite: The suite.
@@ -157,7 +166,10 @@ def _records(suite: Suite, lines: Sequence[Line]) -> list[Check]:
     foreign = [line for line in lines if line.record and line.record.cell.identity not in cells]
     if foreign and foreign[0].record:
         where = f"records.jsonl:{foreign[0].number}"
-        note = f"{len(foreign)} records are of cells that the suite does not have, the first of {foreign[0].record.cell.id}"
+        note = (
+            f"{len(foreign)} records are of cells that the suite does not have, the first of"
+            f" {foreign[0].record.cell.id}"
+        )
         found.append(Check(where, "record", False, note))
     good = sum(not line.problem for line in lines)
     if good:
@@ -195,20 +207,27 @@ def _tables(suite: Suite, folder: Path, records: Sequence[Record]) -> list[Check
         note = (
             ""
             if same
-            else "is not what this version writes from the records: `widthbench report` writes it anew"
+            else (
+                "is not what this version writes from the records: `widthbench report` writes it"
+                " anew"
+            )
         )
         found.append(Check(name, "table", same, note))
     return found
 
 
 def _same_but_bibtex(one: bytes, other: bytes) -> bool:
-    """Whether two leaderboards agree but for the BibTeX of techniques, which is their authors' and follows from no record."""
+    """Whether two leaderboards agree but for the BibTeX of techniques, which is their authors' and
+    follows from no record.
+    """
     parts = [_cited(page) for page in (one, other)]
     return None not in parts and parts[0] == parts[1]
 
 
 def _cited(page: bytes) -> tuple[bytes, list[bytes]] | None:
-    """What a leaderboard says before it cites, and its own entry; None if there is anything but one block of BibTeX behind that."""
+    """What a leaderboard says before it cites, and its own entry; None if there is anything but one
+    block of BibTeX behind that.
+    """
     told, _, rest = page.partition(CITING)
     lines = rest.splitlines()
     fence = lines[1].removesuffix(b"bibtex") if len(lines) > 3 and not lines[0] else b""
@@ -222,7 +241,8 @@ def _cited(page: bytes) -> tuple[bytes, list[bytes]] | None:
 
 
 def check_claims(results: Path) -> list[Check]:
-    """Judge all claims anew by the records in a results folder, and hold ``claims.json`` and ``claims.md`` to that.
+    """Judge all claims anew by the records in a results folder, and hold ``claims.json`` and
+    ``claims.md`` to that.
 
     Args:
         results: The folder; where no claims were judged there is nothing to check.
@@ -240,7 +260,8 @@ def check_claims(results: Path) -> list[Check]:
 
 
 def sample(records: Sequence[Record], count: int | None, seed: int = 0) -> list[Record]:
-    """Some of the records, drawn at random, failed and skipped ones too; all of them if ``count`` is None.
+    """Some of the records, drawn at random, failed and skipped ones too; all of them if ``count``
+    is None.
 
     Args:
         records: A suite's.
@@ -266,12 +287,14 @@ def rerun(
     jobs: int = 1,
     tell: Callable[[Check], None] = lambda check: None,
 ) -> list[Check]:
-    """Run recorded cells again from nothing, in a cache of their own (one for each plug-in, too), and hold them to the records.
+    """Run recorded cells again from nothing, in a cache of their own (one for each plug-in, too),
+    and hold them to the records.
 
     Args:
         suite: The suite.
         records: Of its cells.
-        beside: The suite's other records, from whose spread over seeds the tolerance of earlier stages follows.
+        beside: The suite's other records, from whose spread over seeds the tolerance of earlier
+            stages follows.
         jobs: Worker processes.
         tell: Called with each check as it is done.
 
@@ -311,9 +334,11 @@ def _row(cell: Cell) -> tuple[str, ...]:
 
 
 def spreads(records: Sequence[Record]) -> dict[tuple[str, ...], dict[str, float]]:
-    """What seeds differ by in test top-1, by row of the leaderboard and stage: as the *other* rows of its network say.
+    """What seeds differ by in test top-1, by row of the leaderboard and stage: as the *other* rows
+    of its network say.
 
-    The root of the mean variance over seeds of these rows, so that numbers do not widen the tolerance that they are judged by.
+    The root of the mean variance over seeds of these rows, so that numbers do not widen the
+    tolerance that they are judged by.
     """
     values: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
     for record in records:
@@ -336,10 +361,12 @@ def spreads(records: Sequence[Record]) -> dict[tuple[str, ...], dict[str, float]
 def means(
     pairs: Sequence[tuple[Record, Record]], spread: Mapping[tuple[str, ...], Mapping[str, float]]
 ) -> list[Check]:
-    """Judge the mean difference of top-1 over reruns elsewhere: of each row, of each technique, of all; stage by stage.
+    """Judge the mean difference of top-1 over reruns elsewhere: of each row, of each technique, of
+    all; stage by stage.
 
-    What moves every cell the same way, each within its tolerance, shows here: allowed is ``sqrt(sum tolerance_i ** 2) / n``, since
-    what training leaves to chance is independent from network to network.
+    What moves every cell the same way, each within its tolerance, shows here: allowed is ``sqrt(sum
+    tolerance_i ** 2) / n``, since what training leaves to chance is independent from network to
+    network.
 
     Args:
         pairs: Records and their reruns, finished both.
@@ -415,7 +442,8 @@ def _cache(folder: Path) -> Iterator[None]:
 
 
 def compare(old: Record, new: Record, spread: Mapping[str, float] | None = None) -> Check:
-    """Hold a rerun to a record: bit by bit where code, versions, data and hardware are the record's, else within tolerance.
+    """Hold a rerun to a record: bit by bit where code, versions, data and hardware are the
+    record's, else within tolerance.
 
     Args:
         old: The record.
@@ -472,9 +500,11 @@ def _elsewhere(old: Record, new: Record) -> str:
 
 
 def tolerance(top1: float, samples: int) -> float:
-    """How many points of top-1 a rerun elsewhere may differ by: one, or three standard errors of the difference if that is more.
+    """How many points of top-1 a rerun elsewhere may differ by: one, or three standard errors of
+    the difference if that is more.
 
-    The standard error of the difference of two accuracies p on N images each is ``sqrt(2 p (1 - p) / N)``.
+    The standard error of the difference of two accuracies p on N images each is ``sqrt(2 p (1 - p)
+    / N)``.
 
     Args:
         top1: Of the rerun, in %.
@@ -497,11 +527,17 @@ def _within(old: Record, new: Record, why: str, spread: Mapping[str, float]) -> 
     )
     apart, allowed = now.top1 - then.top1, tolerance(now.top1, now.samples)
     macs = new.macs / old.macs - 1
-    note = f"{why}: top-1 {then.top1:.2f} and {now.top1:.2f} ({apart:+.2f}, allowed ±{allowed:.2f}), MACs {100 * macs:+.2f} %"
+    note = (
+        f"{why}: top-1 {then.top1:.2f} and {now.top1:.2f} ({apart:+.2f}, allowed ±{allowed:.2f}),"
+        f" MACs {100 * macs:+.2f} %"
+    )
     for a, b in zip(old.rows[:-1], new.rows[:-1], strict=False):
         more = _allowed(old, b, spread)
         if more is None:
-            note += f", {a.stage} {a.top1:.2f} and {b.top1:.2f} (no other row of the network has two seeds: not judged)"
+            note += (
+                f", {a.stage} {a.top1:.2f} and {b.top1:.2f} (no other row of the network has two"
+                " seeds: not judged)"
+            )
             continue
         note += f", {a.stage} {b.top1 - a.top1:+.2f}"
         if abs(b.top1 - a.top1) > more:
@@ -543,7 +579,8 @@ def _size_differences(record: Record) -> Iterator[str]:
 
 
 def sizes(record: Record) -> dict[str, Any]:
-    """What follows from a record's widths alone: MACs, parameters, the share that is kept, and whether the budget was met.
+    """What follows from a record's widths alone: MACs, parameters, the share that is kept, and
+    whether the budget was met.
 
     Args:
         record: A finished one.
@@ -569,7 +606,9 @@ def sizes(record: Record) -> dict[str, Any]:
 
 
 def _cost_differences(old: Record, new: Record) -> Iterator[str]:
-    """Where what was spent is not what a rerun spends: exactly for the base network, within ``SPENT`` for what came after."""
+    """Where what was spent is not what a rerun spends: exactly for the base network, within
+    ``SPENT`` for what came after.
+    """
     for phase in sorted({*old.spent, *new.spent}):
         then, now = old.spent.get(phase, Spent()), new.spent.get(phase, Spent())
         for name in ("forward_macs", "backward_macs", "epochs"):
@@ -588,5 +627,8 @@ def _facts(record: Record) -> dict[str, Any]:
     return (
         found
         | seen
-        | {"stages": [r.stage for r in record.rows], "samples": [r.samples for r in record.rows]}
+        | {
+            "stages": [r.stage for r in record.rows],
+            "samples": [r.samples for r in record.rows],
+        }
     )

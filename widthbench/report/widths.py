@@ -23,9 +23,11 @@ COLOURS = "cividis"  # made for colour-blind eyes, and monotone in grey
 
 
 def write(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw a panel for each network: techniques by channel groups, coloured by the share of the channels that is kept.
+    """Draw a panel for each network: techniques by channel groups, coloured by the share of the
+    channels that is kept.
 
-    The budget is the middle one of those that techniques ran at. Controls that train a technique's shape are left out.
+    The budget is the middle one of those that techniques ran at. Controls that train a technique's
+    shape are left out.
 
     Args:
         records: A suite's records.

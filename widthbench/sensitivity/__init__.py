@@ -1,1 +1,3 @@
-"""What the loss does when a channel is removed or split: ablation, derivatives, splitting matrices."""
+"""What the loss does when a channel is removed or split: ablation, derivatives, splitting
+matrices.
+"""

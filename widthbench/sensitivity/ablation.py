@@ -1,4 +1,6 @@
-"""Brute force: the loss of a network with each of its channels closed in turn, for many channels at once."""
+"""Brute force: the loss of a network with each of its channels closed in turn, for many channels at
+once.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ LOOP_WINS = 1.25  # how much faster the loop must be in the trial: near ties go 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of each sample, in nats: ``[B, K]`` and ``[B]`` to ``[B]``.
 
-    As ``F.cross_entropy``, three times as fast for ten classes on a CPU; taking the label's logit off first keeps the losses of
-    confident samples as precise.
+    As ``F.cross_entropy``, three times as fast for ten classes on a CPU; taking the label's logit
+    off first keeps the losses of confident samples as precise.
     """
     return (logits - logits.gather(1, y[:, None])).logsumexp(dim=1)
 
@@ -75,7 +77,8 @@ class Sample:
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """A copy that shares all tensors, counts no cost, overwrites no activation, and runs attention by plain products.
+    """A copy that shares all tensors, counts no cost, overwrites no activation, and runs attention
+    by plain products.
 
     Plain products have batching rules; fused attention has none.
     """
@@ -94,7 +97,9 @@ def replica(model: nn.Module) -> nn.Module:
 
 
 def channel_positions(groups: Groups, name: str, layer: str) -> Tensor:
-    """Where a consumer reads each channel of a group: long ``[N, copies · repeat]`` positions along its input axis."""
+    """Where a consumer reads each channel of a group: long ``[N, copies · repeat]`` positions along
+    its input axis.
+    """
     rows, offset = [], 0
     for s in groups.axes[layer, "in"]:
         if name in (s.group, s.outer):
@@ -104,7 +109,9 @@ def channel_positions(groups: Groups, name: str, layer: str) -> Tensor:
 
 
 def footprint(model: nn.Module, x: Tensor) -> list[tuple[str, int]]:
-    """(layer, bytes of its input and output for one sample) of every layer without children, in the order in which they run."""
+    """(layer, bytes of its input and output for one sample) of every layer without children, in the
+    order in which they run.
+    """
     seen: list[tuple[str, int]] = []
     handles = []
     for name, module in model.named_modules():
@@ -127,27 +134,31 @@ def footprint(model: nn.Module, x: Tensor) -> list[tuple[str, int]]:
 class Ablation:
     """The loss with channels closed one at a time (brute force), over a fixed sample.
 
-    What lies before the closed channel's consumers is computed once for all candidates; what no gate can reach, once and for
-    all, where it fits into memory. Where the consumers are linear layers or ungrouped convolutions, closing channel c subtracts
-    what they make of it, ``W x - W[:, c] x_c``, a rank-1 update (way "update"); elsewhere the consumers run once per candidate,
-    with gates (way "gates"). Both batch the candidates by ``torch.func.vmap``. A plain loop over candidates (way "loop") is
-    taken where it is faster on the first batch, or, with a warning, where some operation has no batching rule; with linear
-    consumers the update always wins and is taken without a trial. Losses by different ways agree to about 1e-7, so that a way
-    chosen by the clock can change a last bit, and the order of near ties.
+    What lies before the closed channel's consumers is computed once for all candidates; what no
+    gate can reach, once and for all, where it fits into memory. Where the consumers are linear
+    layers or ungrouped convolutions, closing channel c subtracts what they make of it, ``W x - W[:,
+    c] x_c``, a rank-1 update (way "update"); elsewhere the consumers run once per candidate, with
+    gates (way "gates"). Both batch the candidates by ``torch.func.vmap``. A plain loop over
+    candidates (way "loop") is taken where it is faster on the first batch, or, with a warning,
+    where some operation has no batching rule; with linear consumers the update always wins and is
+    taken without a trial. Losses by different ways agree to about 1e-7, so that a way chosen by the
+    clock can change a last bit, and the order of near ties.
 
     Args:
         model: In eval mode; it is left alone.
         groups: Its channel groups.
         sample: What the loss is averaged over; on the model's device.
-        memory_mib: Limit on the activations of a batch of candidates, in MiB, and once more on what is kept of all samples; None:
-            64 on a CPU (more does not fit its caches), a quarter of what is free on a GPU. One candidate on 16 samples runs
-            whatever that takes.
+        memory_mib: Limit on the activations of a batch of candidates, in MiB, and once more on what
+            is kept of all samples; None: 64 on a CPU (more does not fit its caches), a quarter of
+            what is free on a GPU. One candidate on 16 samples runs whatever that takes.
         way: Force one way; "update" and "gates" raise where they do not apply.
-        processes: Share the sample among this process and ``processes - 1`` workers, each on its own GPU where there are GPUs, else
-            with as many threads as this process has now. Scripts need the usual ``if __name__ == "__main__"``.
+        processes: Share the sample among this process and ``processes - 1`` workers, each on its
+            own GPU where there are GPUs, else with as many threads as this process has now. Scripts
+            need the usual ``if __name__ == "__main__"``.
 
     Attributes:
-        forward_macs: Multiply-accumulates done so far, rank-1 updates included and the trial left out.
+        forward_macs: Multiply-accumulates done so far, rank-1 updates included and the trial left
+            out.
         backward_macs: 0.
     """
 
@@ -183,7 +194,9 @@ class Ablation:
         self._whole = count_macs(self.model, sample.x[:1])
 
     def _remember(self) -> None:
-        """Compute the convolutions and linear layers that no gate can reach, keep what they give, and give that from here on."""
+        """Compute the convolutions and linear layers that no gate can reach, keep what they give,
+        and give that from here on.
+        """
         consumers = {c for g in self.groups.values() for c in (*g.consumers, *g.keys)}
         behind = self.groups.behind
 
@@ -292,7 +305,8 @@ class Ablation:
             float64 ``[C]`` on the CPU per group.
 
         Raises:
-            UsageError: If a candidate is closed already or is no channel of its group, or worker processes die.
+            UsageError: If a candidate is closed already or is no channel of its group, or worker
+                processes die.
         """
         for name, index in candidates.items():
             channels = self.groups[name].channels
@@ -320,13 +334,15 @@ class Ablation:
                 done(len(index))
         except BrokenProcessPool as error:
             raise UsageError(
-                'the worker processes of processes > 1 died: is the script guarded by `if __name__ == "__main__"`, and is there '
-                "memory for one network and sample in each?"
+                "the worker processes of processes > 1 died: is the script guarded by `if __name__"
+                ' == "__main__"`, and is there memory for one network and sample in each?'
             ) from error
         return found
 
     def _group(self, name: str, index: Tensor, gates: Mapping[str, Tensor], value: float) -> Tensor:
-        """Losses summed over this process's samples, float64 ``[C]`` on the CPU, for the candidates ``index [C]``."""
+        """Losses summed over this process's samples, float64 ``[C]`` on the CPU, for the candidates
+        ``index [C]``.
+        """
         chosen = self._chosen.get(name)
         if chosen is None:
             chosen = self._chosen[name] = self._choose(name, index, gates, value)
@@ -373,7 +389,8 @@ class Ablation:
                     f"no memory for memory_mib = {self._limit / MIB:.0f}: lower it ({problem})"
                 ) from error
             warnings.warn(
-                f"channel group '{name}' is closed channel by channel, since torch cannot batch it: {problem}",
+                f"channel group '{name}' is closed channel by channel, since torch cannot batch it:"
+                f" {problem}",
                 stacklevel=2,
             )
             return "loop"
@@ -395,7 +412,9 @@ class Ablation:
         )
 
     def _parts(self, name: str, count: int) -> tuple[int, int]:
-        """(candidates, samples) at once, within the memory limit: rather all candidates on fewer samples, which share the front."""
+        """(candidates, samples) at once, within the memory limit: rather all candidates on fewer
+        samples, which share the front.
+        """
         consumers = {*self.groups[name].consumers, *self.groups[name].keys}
         first = next(i for i, (layer, _) in enumerate(self._footprint) if layer in consumers)
         each = 3 * max(
@@ -416,7 +435,9 @@ class Ablation:
         x: Tensor,
         y: Tensor,
     ) -> Tensor:
-        """Summed losses of one batch of samples, ``[C]`` in float64, for the candidates ``index [C]``."""
+        """Summed losses of one batch of samples, ``[C]`` in float64, for the candidates ``index
+        [C]``.
+        """
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             if way == "loop":
                 sums = []
@@ -484,7 +505,9 @@ class Ablation:
         return self._costs[name, way]
 
     def _products(self, name: str) -> int:
-        """Multiplications of rank-1 updates, which are elementwise and not among the operations that torch counts."""
+        """Multiplications of rank-1 updates, which are elementwise and not among the operations
+        that torch counts.
+        """
         count = 0
         for layer in self.groups[name].consumers:
             module = self.model.get_submodule(layer)
@@ -497,10 +520,14 @@ class Ablation:
 
 
 def _sums(criterion: Criterion, logits: Tensor, y: Tensor) -> Tensor:
-    """Losses summed over samples: ``logits [C, B, K]`` and ``y [B]`` to float64 ``[C]`` on the CPU."""
+    """Losses summed over samples: ``logits [C, B, K]`` and ``y [B]`` to float64 ``[C]`` on the
+    CPU.
+    """
     if (
         criterion is cross_entropy
-    ):  # exponentials as they are, 2.5 times as fast; the label's own term is 1, so that none vanish
+        # exponentials as they are, 2.5 times as fast; the label's own term is 1, so that none
+        # vanish
+    ):
         own = logits.gather(2, y[:, None].expand(len(logits), -1, 1))
         sums = logits.sub(own).exp_().sum(dim=2).log_().sum(dim=1, dtype=torch.float64).cpu()
         if bool(sums.isfinite().all()):
@@ -526,7 +553,9 @@ def _subtract(
     args: tuple[Tensor, ...],
     output: Tensor,
 ) -> Tensor:
-    """A consumer's output without (a share of) one channel: ``where [N, r]`` are the channels' positions."""
+    """A consumer's output without (a share of) one channel: ``where [N, r]`` are the channels'
+    positions.
+    """
     at = where[channel]
     x, linear = args[0], kind_of(module) == "linear"
     part, weight = x.index_select(-1 if linear else 1, at), module.weight.index_select(1, at)
@@ -547,7 +576,9 @@ _mine: list[Ablation] = []  # of a worker process
 def _workers(
     size: int, model: nn.Module, groups: Groups, sample: Sample, options: dict[str, Any]
 ) -> list[ProcessPoolExecutor]:
-    """A process each for all but the first ``size`` samples, with the network and its own part of the sample."""
+    """A process each for all but the first ``size`` samples, with the network and its own part of
+    the sample.
+    """
     if size >= len(sample):
         return []
     context = multiprocessing.get_context("spawn")

@@ -1,4 +1,6 @@
-"""The diagonal of second derivatives by the classical back-propagation that drops every off-diagonal term."""
+"""The diagonal of second derivatives by the classical back-propagation that drops every
+off-diagonal term.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from widthbench.width.gates import along_axis, gated
 from widthbench.width.groups import Groups
 from widthbench.width.layers import kind_of
 
-# outputs that are inputs at other places, or sums of inputs: coefficients of 0 and 1, which are their own squares
+# outputs that are inputs at other places, or sums of inputs: coefficients of 0 and 1, which are
+# their own squares
 SELECTING = (
     nn.Identity,
     nn.Dropout,
@@ -89,23 +92,24 @@ AVERAGING_FUNCTIONS = (F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean)
 
 
 class BackpropDiagonal:
-    """``∂²E/∂g²`` of input gates by back-propagating a diagonal, in one backward sweep for all gates.
+    """``∂²E/∂g²`` of input gates by back-propagating a diagonal, in one backward sweep for all
+    gates.
 
-    For ``a = W y + b`` and ``y = σ(a)``, with every off-diagonal second derivative dropped (LeCun, Denker and Solla, "Optimal Brain
-    Damage", NeurIPS 1989, equations 4 to 7):
+    For ``a = W y + b`` and ``y = σ(a)``, with every off-diagonal second derivative dropped (LeCun,
+    Denker and Solla, "Optimal Brain Damage", NeurIPS 1989, equations 4 to 7):
 
         ∂²E/∂y_i² ≈ Σ_j W_ji² ∂²E/∂a_j²,    ∂²E/∂a_j² ≈ σ'(a_j)² ∂²E/∂y_j² + σ''(a_j) ∂E/∂y_j,
 
-    begun with the exact diagonal at the logits (``p(1 - p)`` for cross-entropy). A gate on ``y_i`` gets ``y_i² ∂²E/∂y_i²``,
-    summed over the positions that it is read at. Batch norm (in eval mode) counts its factor squared, pooling and additions their
-    coefficients squared.
+    begun with the exact diagonal at the logits (``p(1 - p)`` for cross-entropy). A gate on ``y_i``
+    gets ``y_i² ∂²E/∂y_i²``, summed over the positions that it is read at. Batch norm (in eval mode)
+    counts its factor squared, pooling and additions their coefficients squared.
 
     Args:
         model: In eval mode; it is left alone.
         groups: Its channel groups: the gates.
         sample: What the loss is averaged over; on the model's device.
-        softplus_beta: Where given, the second derivative of ReLU is that of softplus, ``β s(βa) (1 - s(βa))`` with the
-            logistic function s; values and first derivatives stay ReLU's.
+        softplus_beta: Where given, the second derivative of ReLU is that of softplus, ``β s(βa) (1
+            - s(βa))`` with the logistic function s; values and first derivatives stay ReLU's.
         memory_mib: Limit on the activations of a batch, in MiB.
 
     Attributes:
@@ -113,7 +117,8 @@ class BackpropDiagonal:
         backward_macs: In everything else.
 
     Raises:
-        UsageError: If a layer behind a gate has no second derivative, or no rule here; it names the layer and the remedy.
+        UsageError: If a layer behind a gate has no second derivative, or no rule here; it names the
+            layer and the remedy.
     """
 
     def __init__(
@@ -230,8 +235,9 @@ class BackpropDiagonal:
             total[str(name)] += at_gate[channel_positions(self.groups, str(name), layer)].sum(dim=1)
         gate = along_axis(axis, gates, x)
         return {
-            source: before
-            * gate.square().reshape([-1 if d == channels else 1 for d in range(x.dim())])
+            source: (
+                before * gate.square().reshape([-1 if d == channels else 1 for d in range(x.dim())])
+            )
         }
 
     def _nodes_behind(self) -> dict[fx.Node, None]:
@@ -271,7 +277,8 @@ class BackpropDiagonal:
             rule = next((r for types, r in kinds if type(module) in types), None)
             if rule is None and isinstance(module, KINKED):
                 raise UsageError(
-                    f"{what} has no second derivative; take diagonal='exact', which holds almost everywhere"
+                    f"{what} has no second derivative; take diagonal='exact', which holds almost"
+                    " everywhere"
                 )
         elif node.op == "call_function":
             what = f"operation '{getattr(target, '__name__', target)}' ({node.name})"
@@ -299,8 +306,8 @@ class BackpropDiagonal:
             raise UsageError(_NO_RULE.format(what))
         if rule is _kink and self.beta is None:
             raise UsageError(
-                f"{what} has no second derivative: pass softplus_beta= to take that of softplus in its place, or diagonal='exact', "
-                "which holds almost everywhere"
+                f"{what} has no second derivative: pass softplus_beta= to take that of softplus in"
+                " its place, or diagonal='exact', which holds almost everywhere"
             )
         return rule
 

@@ -1,4 +1,6 @@
-"""Derivatives of a network's loss with respect to its gates: first, and second by automatic differentiation."""
+"""Derivatives of a network's loss with respect to its gates: first, and second by automatic
+differentiation.
+"""
 
 from __future__ import annotations
 
@@ -96,9 +98,11 @@ class GateDerivatives:
     def second(
         self, gates: Mapping[str, Tensor], candidates: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """``∂²E/∂g²`` of the candidates, exact: forward mode over reverse mode, all candidates' directions batched.
+        """``∂²E/∂g²`` of the candidates, exact: forward mode over reverse mode, all candidates'
+        directions batched.
 
-        With piecewise linear activations it holds almost everywhere: their own second derivative counts as 0.
+        With piecewise linear activations it holds almost everywhere: their own second derivative
+        counts as 0.
 
         Args:
             gates: ``[N]`` per group.
@@ -137,7 +141,9 @@ class GateDerivatives:
 
     @contextmanager
     def _counted(self, samples: int, batch: int) -> Iterator[None]:
-        """Count the MACs of the first batch, and take the others to cost as much for each sample."""
+        """Count the MACs of the first batch, and take the others to cost as much for each
+        sample.
+        """
         if batch:
             yield
         else:

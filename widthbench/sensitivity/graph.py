@@ -93,5 +93,7 @@ def trace(model: nn.Module, x: Tensor) -> fx.GraphModule:
 
 
 def free(value: Tensor) -> Tensor:
-    """A tensor to differentiate by that is no leaf, since torch's counter of operations refuses those as inputs of layers."""
+    """A tensor to differentiate by that is no leaf, since torch's counter of operations refuses
+    those as inputs of layers.
+    """
     return value.detach().requires_grad_().view_as(value)

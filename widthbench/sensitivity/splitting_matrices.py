@@ -1,4 +1,6 @@
-"""Splitting matrices of neurons: which way to split each of them, and what that does to the loss, without forming the matrices."""
+"""Splitting matrices of neurons: which way to split each of them, and what that does to the loss,
+without forming the matrices.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from widthbench.width.groups import Groups
 PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
 Vectors = dict[str, Tensor]  # [N, d] per group
 EVERY = 3  # Lanczos steps between two looks at what has converged
-# of the tolerance: a small residual says that some eigenvalue is near, a smaller one, in practice, that it is the least
+# of the tolerance: a small residual says that some eigenvalue is near, a smaller one, in practice,
+# that it is the least
 SAFETY = 0.3
 
 
@@ -32,7 +35,8 @@ class Neurons:
         layer: The linear layer or convolution whose rows they are.
         producer: Its node.
         activation: The node of the elementwise activation behind it, or behind its batch norm.
-        kinks: Where the activation's slope jumps, and by how much, if it is piecewise linear; else None.
+        kinks: Where the activation's slope jumps, and by how much, if it is piecewise linear; else
+            None.
     """
 
     layer: str
@@ -42,24 +46,28 @@ class Neurons:
 
 
 class SplittingMatrices:
-    """``S_i = E[δ_i ∇²_θ σ(θ_i · x)]`` of all neurons, by products with vectors (Liu, Wu and Wang, NeurIPS 2019).
+    """``S_i = E[δ_i ∇²_θ σ(θ_i · x)]`` of all neurons, by products with vectors (Liu, Wu and Wang,
+    NeurIPS 2019).
 
-    For a neuron with parameters θ_i (incoming weights, and bias if it has one) and output ``a_i = σ(θ_i · x)``, δ_i is the loss's
-    derivative by that output, and ``∇²σ = σ''(θ_i · x) x xᵀ``. A batch norm between (in eval mode) counts its factor squared, a
-    convolution sums over positions. Splitting the neuron into ``θ_i ± ε v``, each copy with half of the outgoing weights, changes
-    the loss by ``ε² vᵀ S_i v / 2 + O(ε³)``. What lies between the activation and the consumers (a depthwise convolution and its
-    norm and activation) is taken as linear.
+    For a neuron with parameters θ_i (incoming weights, and bias if it has one) and output ``a_i =
+    σ(θ_i · x)``, δ_i is the loss's derivative by that output, and ``∇²σ = σ''(θ_i · x) x xᵀ``. A
+    batch norm between (in eval mode) counts its factor squared, a convolution sums over positions.
+    Splitting the neuron into ``θ_i ± ε v``, each copy with half of the outgoing weights, changes
+    the loss by ``ε² vᵀ S_i v / 2 + O(ε³)``. What lies between the activation and the consumers (a
+    depthwise convolution and its norm and activation) is taken as linear.
 
-    ``S_i v_i`` of all neurons of a layer together takes two matrix products: ``u = x Vᵀ``, then ``(δ σ'' u)ᵀ x``. Inputs x and
-    factors δ σ'' of all samples are kept.
+    ``S_i v_i`` of all neurons of a layer together takes two matrix products: ``u = x Vᵀ``, then
+    ``(δ σ'' u)ᵀ x``. Inputs x and factors δ σ'' of all samples are kept.
 
     Args:
         model: In eval mode; it is left alone.
         groups: Its channel groups.
         sample: What the loss is averaged over; on the model's device.
         only: Names of the groups that are wanted; all if None.
-        softplus_beta: σ'' of ReLU, which has none, is that of softplus, ``β s(βz) (1 - s(βz))`` with the logistic function s.
-        memory_mib: Limit on the activations of a batch of the one forward and backward pass, in MiB.
+        softplus_beta: σ'' of ReLU, which has none, is that of softplus, ``β s(βz) (1 - s(βz))``
+            with the logistic function s.
+        memory_mib: Limit on the activations of a batch of the one forward and backward pass, in
+            MiB.
 
     Attributes:
         neurons: By group, where they are.
@@ -99,7 +107,9 @@ class SplittingMatrices:
             self._pass(graph, memory_mib)
 
     def _pass(self, graph: fx.GraphModule, memory_mib: float) -> None:
-        """One forward and backward pass over the sample, that keeps each layer's inputs and ``δ σ''``."""
+        """One forward and backward pass over the sample, that keeps each layer's inputs and ``δ
+        σ''``.
+        """
         each = 3 * sum(size for _, size in footprint(self.model, self.sample.x))
         xs: dict[str, list[Tensor]] = {n: [] for n in self.neurons}
         hs: dict[str, list[Tensor]] = {n: [] for n in self.neurons}
@@ -200,10 +210,11 @@ class SplittingMatrices:
     def smallest(
         self, *, tolerance: float = 1e-3, steps: int = 64, seed: int = 0
     ) -> tuple[Vectors, Vectors]:
-        """The least eigenvalue of every splitting matrix and its eigenvector, all together, by Lanczos' method.
+        """The least eigenvalue of every splitting matrix and its eigenvector, all together, by
+        Lanczos' method.
 
-        Each neuron has a Krylov space of its own, built by the plain recurrence; a neuron leaves the products once its eigenvalue
-        is known to about ``tolerance`` times ‖S‖₂.
+        Each neuron has a Krylov space of its own, built by the plain recurrence; a neuron leaves
+        the products once its eigenvalue is known to about ``tolerance`` times ‖S‖₂.
 
         Args:
             tolerance: Of the eigenvalues, relative to the matrix's largest one by magnitude.
@@ -230,13 +241,17 @@ class SplittingMatrices:
         return {n: r.values for n, r in runs.items()}, {n: r.vectors for n, r in runs.items()}
 
     def smallest_exactly(self, name: str) -> tuple[Tensor, Tensor]:
-        """As ``smallest``, of one group, from the formed matrices in float64: ``[N]`` and ``[N, d]``."""
+        """As ``smallest``, of one group, from the formed matrices in float64: ``[N]`` and ``[N,
+        d]``.
+        """
         values, vectors = torch.linalg.eigh(self.exact(name))
         return values[:, 0], vectors[:, :, 0]
 
 
 def _product(module: Any, x: Tensor, factor: Tensor, v: Tensor) -> Tensor:
-    """``S_i v_i`` of neurons of a layer: its inputs, ``δ σ''`` ``[..., N, ...]``, vectors ``[N, d]``."""
+    """``S_i v_i`` of neurons of a layer: its inputs, ``δ σ''`` ``[..., N, ...]``, vectors ``[N,
+    d]``.
+    """
     size = module.weight[0].numel()
     if isinstance(module, nn.Linear):
         flat, h = x.flatten(0, -2), factor.flatten(0, -2)
@@ -358,8 +373,9 @@ def _kinks(activation: nn.Module) -> tuple[tuple[float, float], ...] | None:
 class _Lanczos:
     """Lanczos' method for many symmetric matrices of one size at once, by the plain recurrence.
 
-    Its vectors lose their orthogonality once an eigenvalue has converged; that repeats eigenvalues that are there, makes up none
-    (Paige 1972), and here the least one ends the run. Orthogonalising anew would cost more than the products.
+    Its vectors lose their orthogonality once an eigenvalue has converged; that repeats eigenvalues
+    that are there, makes up none (Paige 1972), and here the least one ends the run. Orthogonalising
+    anew would cost more than the products.
 
     Attributes:
         rows: The matrices that are not done, long ``[A]``.
@@ -412,7 +428,9 @@ class _Lanczos:
         self._beta = beta
 
     def _solve(self, beta: Tensor) -> Tensor:
-        """Note the least eigenvalues in the spaces so far, and take out those that are known well enough; which ones."""
+        """Note the least eigenvalues in the spaces so far, and take out those that are known well
+        enough; which ones.
+        """
         values, weights = torch.linalg.eigh(self.t[:, : self.k, : self.k])
         size = values.abs().amax(dim=1)
         residual = beta.double() * weights[:, -1, 0].abs()

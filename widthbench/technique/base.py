@@ -1,4 +1,6 @@
-"""What a technique is: a class that decides. Cutting, checking, measuring and data are the harness's work."""
+"""What a technique is: a class that decides. Cutting, checking, measuring and data are the
+harness's work.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,15 @@ class Outcome:
 
     Attributes:
         plan: One resize per group; groups that it does not name keep their width.
-        model: The network that the plan applies to, where the technique trained or grew one; None means ``task.model``.
-        path: Intermediate plans, in order; where a suite wants curves, the harness replays them on the test set afterwards.
+        model: The network that the plan applies to, where the technique trained or grew one; None
+            means ``task.model``.
+        path: Intermediate plans, in order; where a suite wants curves, the harness replays them on
+            the test set afterwards.
         series: Anything to plot, by name.
         resized: The resized network. Filled in by ``Technique.apply``.
         widths: Channels per group of the resized network. Filled in by ``Technique.apply``.
-        kept: Fraction of the reference that is kept, in the budget's own terms. Filled in by ``Technique.apply``.
+        kept: Fraction of the reference that is kept, in the budget's own terms. Filled in by
+            ``Technique.apply``.
         met: False if a good part of the budget is left unused. Filled in by ``Technique.apply``.
     """
 
@@ -49,14 +54,16 @@ class Outcome:
 class Technique(ABC):
     """Base of all techniques.
 
-    A subclass sets ``id`` and ``access`` and writes ``decide``; its ``__init__`` takes keyword-only parameters and only
-    stores them, under their own names.
+    A subclass sets ``id`` and ``access`` and writes ``decide``; its ``__init__`` takes keyword-only
+    parameters and only stores them, under their own names.
 
     Attributes:
         id: Name in the registry, in suites and on leaderboards.
-        access: The most that the decision looks at: "none", "unlabelled" (inputs), "labelled" (losses and gradients) or
-            "training" (weights are updated). Leaderboards group by it, and the harness withholds the rest.
-        start: "trained": ``task.model`` is the trained base; "fresh": newly initialised. May be a parameter.
+        access: The most that the decision looks at: "none", "unlabelled" (inputs), "labelled"
+            (losses and gradients) or "training" (weights are updated). Leaderboards group by it,
+            and the harness withholds the rest.
+        start: "trained": ``task.model`` is the trained base; "fresh": newly initialised. May be a
+            parameter.
         grows: Whether budgets above 1 make sense.
         bibtex: The paper, as one BibTeX entry; "" if there is none.
     """
@@ -72,7 +79,8 @@ class Technique(ABC):
         return None
 
     def prepare(self, task: Task) -> dict[str, Tensor]:
-        """Everything that does not depend on the budget; computed once per base network, parameters and seed.
+        """Everything that does not depend on the budget; computed once per base network, parameters
+        and seed.
 
         ``task.budget`` and what follows from it (``task.widths``, ``task.keep_best``) raise here.
         """
@@ -92,7 +100,9 @@ class Technique(ABC):
 
     @final
     def prepared(self, task: Task) -> dict[str, Tensor]:
-        """What ``prepare`` returns for a task of which it sees neither the budget nor data beyond the declared access."""
+        """What ``prepare`` returns for a task of which it sees neither the budget nor data beyond
+        the declared access.
+        """
         return self.prepare(task.with_access(self.id, self.access).without_budget(self.id))
 
     @final
@@ -120,7 +130,8 @@ class Technique(ABC):
         outcome = self.decide(task, state)
         if not isinstance(outcome, Outcome):
             raise UsageError(
-                f"technique '{self.id}' must return an Outcome from decide(), not {type(outcome).__name__}"
+                f"technique '{self.id}' must return an Outcome from decide(), not"
+                f" {type(outcome).__name__}"
             )
         base = task.model if outcome.model is None else outcome.model
         resized = resize(base, task.groups, outcome.plan) if outcome.plan else base

@@ -16,8 +16,10 @@ Kind = Literal["channels", "macs", "params"]
 Allocation = Literal["uniform", "global"]
 KINDS: tuple[Kind, ...] = ("channels", "macs", "params")
 
-OVER = 0.005  # a plan may exceed its budget by this share of it (techniques that train to a budget stop near it)
-UNDER = 0.05  # a plan that leaves more than this share of its budget unused is flagged as having missed it
+# a plan may exceed its budget by this share of it (techniques that train to a budget stop near it)
+OVER = 0.005
+# a plan that leaves more than this share of its budget unused is flagged as having missed it
+UNDER = 0.05
 
 
 class Sized(Protocol):
@@ -55,7 +57,8 @@ class Budget:
     Attributes:
         kind: "channels" (of each group), "macs" or "params" (of the whole network).
         fraction: Kept share, above 0; above 1 only for techniques that grow.
-        rounding: For channels: "nearest" keeps ``round(fraction·N)`` of a group, "floor" ``floor(fraction·N)``.
+        rounding: For channels: "nearest" keeps ``round(fraction·N)`` of a group, "floor"
+            ``floor(fraction·N)``.
     """
 
     kind: Kind
@@ -69,7 +72,8 @@ class Budget:
             )
         if not (math.isfinite(self.fraction) and self.fraction > 0):
             raise BudgetError(
-                f"budget '{self.kind}:{self.fraction}' must keep a fraction above 0, as in 'macs:0.5'"
+                f"budget '{self.kind}:{self.fraction}' must keep a fraction above 0, as in"
+                " 'macs:0.5'"
             )
         if self.rounding not in ("nearest", "floor"):
             raise BudgetError(f"rounding must be 'nearest' or 'floor', not '{self.rounding}'")
@@ -79,7 +83,8 @@ class Budget:
         """Read ``"macs:0.5"``.
 
         Args:
-            text: ``kind:fraction``, the fraction being what is kept; ``channels:0.5:floor`` rounds down.
+            text: ``kind:fraction``, the fraction being what is kept; ``channels:0.5:floor`` rounds
+                down.
             grows: Whether fractions above 1 make sense.
 
         Raises:
@@ -104,7 +109,9 @@ class Budget:
         return budget
 
     def __str__(self) -> str:
-        """The one way in which a budget is written: ``"macs:0.5"`` for "macs:.50" and "macs:5e-1:nearest", too."""
+        """The one way in which a budget is written: ``"macs:0.5"`` for "macs:.50" and
+        "macs:5e-1:nearest", too.
+        """
         return f"{self.kind}:{self.fraction!r}".removesuffix(".0") + (
             ":floor" if self.rounding == "floor" else ""
         )
@@ -114,7 +121,9 @@ class Budget:
         return self.fraction * (cost.macs if self.kind == "macs" else cost.params)
 
     def width(self, group: Sized, fraction: float | None = None) -> int:
-        """Channels of a group at a fraction: rounded to whole blocks, never fewer than one per block."""
+        """Channels of a group at a fraction: rounded to whole blocks, never fewer than one per
+        block.
+        """
         size = group.channels / group.blocks * (self.fraction if fraction is None else fraction)
         # 300 · 0.7 is 209.99999999999997 in binary: floor what was meant
         kept = math.floor(size + 1e-9) if self.rounding == "floor" else round(size)
@@ -122,7 +131,9 @@ class Budget:
 
 
 def written(text: str) -> str:
-    """A budget as ``str(Budget)`` writes it, so that equal ones have one name; what cannot be read stays, for others to refuse."""
+    """A budget as ``str(Budget)`` writes it, so that equal ones have one name; what cannot be read
+    stays, for others to refuse.
+    """
     try:
         return str(Budget.parse(text, grows=True))
     except BudgetError:
@@ -162,7 +173,8 @@ def asked(budget: Budget, groups: Mapping[str, Sized]) -> float:
 
 
 def check(budget: Budget, kept: float, groups: Mapping[str, Sized]) -> bool:
-    """Whether a plan that keeps ``kept`` meets its budget; False if it leaves a good part of it unused.
+    """Whether a plan that keeps ``kept`` meets its budget; False if it leaves a good part of it
+    unused.
 
     Args:
         budget: What was asked for.
@@ -190,7 +202,8 @@ def uniform_widths(
 
     Args:
         groups: The groups to spread the budget over.
-        budget: What is kept. For MACs and parameters the fraction is the largest whose cost stays within the budget.
+        budget: What is kept. For MACs and parameters the fraction is the largest whose cost stays
+            within the budget.
         cost: Cost of given widths.
         reference: The network that budgets are fractions of.
 
@@ -229,7 +242,8 @@ def _filled(
     fraction: float,
     fits: Callable[[Mapping[str, int]], bool],
 ) -> dict[str, int]:
-    """Widths with at most one more channel per block in each group, those next in line first, as long as they fit.
+    """Widths with at most one more channel per block in each group, those next in line first, as
+    long as they fit.
 
     Rounding all groups at one fraction wastes much of a small network's budget: they step together.
     """
@@ -249,7 +263,9 @@ def feasible(
     cost: Callable[[Mapping[str, int]], Costed],
     reference: Costed,
 ) -> Budget:
-    """The budget itself, or the smallest one that can be met where it is too small: one channel per block of each group."""
+    """The budget itself, or the smallest one that can be met where it is too small: one channel per
+    block of each group.
+    """
     if budget.kind == "channels":
         return budget
     whole = Budget(budget.kind, 1.0)
@@ -266,7 +282,8 @@ def global_widths(
     cost: Callable[[Mapping[str, int]], Costed],
     reference: Costed,
 ) -> dict[str, int]:
-    """Widths that follow from one ranking of all channels: the best ones are kept, wherever they are.
+    """Widths that follow from one ranking of all channels: the best ones are kept, wherever they
+    are.
 
     Args:
         scores: ``[N]`` per group, comparable between groups, higher is kept.
@@ -319,8 +336,9 @@ def _floor(budget: Budget, least: float, allowed: float, reference: Costed) -> N
             least / Budget(budget.kind, 1.0).of(reference) if budget.kind != "channels" else least
         )
         raise InfeasibleBudgetError(
-            f"budget '{budget}' is below the feasible floor: one channel per block of each group still keeps "
-            f"{share:.3f} of the {budget.kind}; ask for more, or resize more groups (scope='all')"
+            f"budget '{budget}' is below the feasible floor: one channel per block of each group"
+            f" still keeps {share:.3f} of the {budget.kind}; ask for more, or resize more groups"
+            " (scope='all')"
         )
 
 

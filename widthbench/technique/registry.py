@@ -1,4 +1,6 @@
-"""Finds techniques: every distribution that declares an entry point in the group ``widthbench.techniques``."""
+"""Finds techniques: every distribution that declares an entry point in the group
+``widthbench.techniques``.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def load(name: str) -> type[Technique]:
     """The technique class registered under an id.
 
     Raises:
-        UsageError: If the id is unknown, claimed by two distributions, fails to import, or is not a technique.
+        UsageError: If the id is unknown, claimed by two distributions, fails to import, or is not a
+            technique.
     """
     from widthbench.technique.base import Technique
     from widthbench.technique.task import ACCESS
@@ -48,22 +51,26 @@ def load(name: str) -> type[Technique]:
     if len(points) > 1:
         owners = " and ".join(sorted(f"{_owner(p)} ({p.value})" for p in points))
         raise UsageError(
-            f"technique '{name}' is registered by {owners}: uninstall one, or rename its entry point"
+            f"technique '{name}' is registered by {owners}: uninstall one, or rename its entry"
+            " point"
         )
     (point,) = points
     try:
         cls = point.load()
     except (Exception, SystemExit) as error:  # a plug-in may raise anything while it is imported
         raise UsageError(
-            f"technique '{name}' of {_owner(point)} fails to import: {type(error).__name__}: {error}; mend or uninstall it"
+            f"technique '{name}' of {_owner(point)} fails to import: {type(error).__name__}:"
+            f" {error}; mend or uninstall it"
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, Technique)):
         raise UsageError(
-            f"technique '{name}' of {_owner(point)}: {point.value} is not a subclass of widthbench.Technique"
+            f"technique '{name}' of {_owner(point)}: {point.value} is not a subclass of"
+            " widthbench.Technique"
         )
     if getattr(cls, "id", None) != name:
         raise UsageError(
-            f"technique '{name}' of {_owner(point)}: its class says id = {getattr(cls, 'id', None)!r}; make them equal"
+            f"technique '{name}' of {_owner(point)}: its class says id ="
+            f" {getattr(cls, 'id', None)!r}; make them equal"
         )
     if getattr(cls, "access", None) not in ACCESS:
         raise UsageError(
@@ -80,7 +87,8 @@ def built_in(name: str) -> bool:
 
 
 def try_out(entries: Iterable[tuple[str, Mapping[str, Any]]], *, limit_s: float = 120) -> None:
-    """Import techniques of other distributions, and make them, in a process of their own before this one does.
+    """Import techniques of other distributions, and make them, in a process of their own before
+    this one does.
 
     Args:
         entries: Their ids and parameters.
@@ -95,7 +103,8 @@ def try_out(entries: Iterable[tuple[str, Mapping[str, Any]]], *, limit_s: float 
     for one in foreign:
         if why := why if len(foreign) == 1 else _try([one], limit_s):
             raise UsageError(
-                f"technique '{one[0]}' of {owner(one[0])}: importing or making it {why}; mend or uninstall it"
+                f"technique '{one[0]}' of {owner(one[0])}: importing or making it {why}; mend or"
+                " uninstall it"
             )
 
 
@@ -144,7 +153,9 @@ def _try(entries: Sequence[tuple[str, Mapping[str, Any]]], limit_s: float) -> st
 
 
 def load_all() -> tuple[dict[str, type[Technique]], dict[str, str]]:
-    """Every technique that loads, and for the others the reason: one broken plug-in does not stop the rest."""
+    """Every technique that loads, and for the others the reason: one broken plug-in does not stop
+    the rest.
+    """
     good: dict[str, type[Technique]] = {}
     bad: dict[str, str] = {}
     new: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in names() if _is_new(name)]
@@ -184,7 +195,9 @@ def owner(name: str) -> str:
 
 
 def entry_points(*, group: str) -> list[EntryPoint]:
-    """The entry points of all distributions; one whose metadata cannot be read is named in a warning, and stops nothing."""
+    """The entry points of all distributions; one whose metadata cannot be read is named in a
+    warning, and stops nothing.
+    """
     found: list[EntryPoint] = []
     seen: set[str] = set()
     for distribution in distributions():

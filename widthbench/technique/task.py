@@ -1,4 +1,6 @@
-"""What a technique is given: a certified network, its data, a budget, and what the harness does for it. Never the test set."""
+"""What a technique is given: a certified network, its data, a budget, and what the harness does for
+it. Never the test set.
+"""
 
 from __future__ import annotations
 
@@ -35,26 +37,33 @@ class Task:
     """One decision to take.
 
     Attributes:
-        model: The network to decide on, in eval mode. Leave it as it is; ``copy.deepcopy`` it to train it.
-        groups: Its certified channel groups, filtered by scope and include patterns: what may be resized.
+        model: The network to decide on, in eval mode. Leave it as it is; ``copy.deepcopy`` it to
+            train it.
+        groups: Its certified channel groups, filtered by scope and include patterns: what may be
+            resized.
         example_input: ``[B, C, H, W]`` on the device.
         budget: What is to be kept.
         cost: ``cost({group: channels}) -> Cost`` (MACs and parameters), analytically.
         reference: The network that the budget is a fraction of, as its ``macs`` and ``params``.
-        train: Training samples, or a guard that says what to declare if ``access`` does not cover them.
+        train: Training samples, or a guard that says what to declare if ``access`` does not cover
+            them.
         val: Validation samples (every choice is made on these), or a guard likewise.
         seed: Seeds everything random in the decision.
         device: Where to compute.
-        recipe: Training settings for techniques that train (``fit`` understands them): the suite's for fine-tuning where the
-            technique starts from the trained base, the base's own where it starts fresh.
-        fit: ``fit(model, train, recipe, seed=, desc=, losses=, state=)``: the one training loop (``widthbench.training.fit``); it
-            resumes where a killed run stopped.
-        regroup: ``regroup(model) -> Groups``: discovery and certification of a network that was grown.
+        recipe: Training settings for techniques that train (``fit`` understands them): the suite's
+            for fine-tuning where the technique starts from the trained base, the base's own where
+            it starts fresh.
+        fit: ``fit(model, train, recipe, seed=, desc=, losses=, state=)``: the one training loop
+            (``widthbench.training.fit``); it resumes where a killed run stopped.
+        regroup: ``regroup(model) -> Groups``: discovery and certification of a network that was
+            grown.
         progress: Progress bar.
-        checkpoint: ``checkpoint(name, make) -> dict[str, Tensor]``: keep an intermediate state so that a killed run resumes.
-        spend: ``spend(forward_macs=..., backward_macs=...)``: bill what was computed besides whole passes of ``model``, which the
-            harness counts itself.
-        unbilled: ``unbilled(work)``: what ``work()`` gives, its passes of ``model`` left off the bill.
+        checkpoint: ``checkpoint(name, make) -> dict[str, Tensor]``: keep an intermediate state so
+            that a killed run resumes.
+        spend: ``spend(forward_macs=..., backward_macs=...)``: bill what was computed besides whole
+            passes of ``model``, which the harness counts itself.
+        unbilled: ``unbilled(work)``: what ``work()`` gives, its passes of ``model`` left off the
+            bill.
         curves: Whether to record what makes pictures, at extra cost (a suite's ``curves = true``).
     """
 
@@ -80,7 +89,9 @@ class Task:
     curves: bool = False
 
     def with_access(self, technique: str, access: Access) -> Task:
-        """This task as a technique of the given data access sees it; data beyond it raise ``AccessError`` on touch."""
+        """This task as a technique of the given data access sees it; data beyond it raise
+        ``AccessError`` on touch.
+        """
         level = ACCESS.index(access)
         if level == 0:
             return replace(
@@ -104,7 +115,8 @@ class Task:
 
         Args:
             scores: ``[N]`` per group, higher is kept; needed for "global".
-            allocation: "uniform": the same fraction everywhere. "global": from one ranking of all channels.
+            allocation: "uniform": the same fraction everywhere. "global": from one ranking of all
+                channels.
 
         Raises:
             BudgetError: If the budget lies below the feasible floor.
@@ -173,7 +185,10 @@ class Denied:
     """Stands in for data that a technique did not declare; any use names the remedy."""
 
     def __init__(self, technique: str, access: Access, which: str) -> None:
-        self._message = f"technique '{technique}' declares access = '{access}' but uses task.{which}: declare what it needs"
+        self._message = (
+            f"technique '{technique}' declares access = '{access}' but uses task.{which}: declare"
+            " what it needs"
+        )
 
     def _deny(self) -> AccessError:
         return AccessError(self._message)
@@ -202,7 +217,8 @@ class Nothing:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Raise ``UsageError``."""
         raise UsageError(
-            f"this suite holds nothing of '{self._dataset}' out (val = 0), but a choice needs val: set val above 0"
+            f"this suite holds nothing of '{self._dataset}' out (val = 0), but a choice needs val:"
+            " set val above 0"
         )
 
 
@@ -216,7 +232,8 @@ class _NoBudget:
         if name.startswith("__"):
             raise AttributeError(name)
         raise AccessError(
-            f"technique '{self._technique}' asks for the budget in prepare(): what depends on it belongs in decide()"
+            f"technique '{self._technique}' asks for the budget in prepare(): what depends on it"
+            " belongs in decide()"
         )
 
 

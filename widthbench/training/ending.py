@@ -14,7 +14,8 @@ LEAST_STEPS = 10  # that say something about how training ends
 
 
 class Ending:
-    """The mean loss over the last epoch, or over the last half of a shorter run, and what chance is.
+    """The mean loss over the last epoch, or over the last half of a shorter run, and what chance
+    is.
 
     Chance is the entropy of the labels: the cross-entropy of the best answer that does not look at
     the inputs.

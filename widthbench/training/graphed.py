@@ -1,8 +1,8 @@
 """Steps of a plain training on a GPU, replayed as one CUDA graph.
 
 A small network's step is a few hundred kernels of some microseconds each: launched one by one, the
-card waits for the host. Here an epoch's samples, crops and flips are drawn on the CPU in the order of
-the plain loop and copied once; forward pass, backward pass and optimizer are recorded once and
+card waits for the host. Here an epoch's samples, crops and flips are drawn on the CPU in the order
+of the plain loop and copied once; forward pass, backward pass and optimizer are recorded once and
 replayed; the losses are looked at when the epoch has ended. The results are those of the plain loop
 but for rounding (tests/test_cuda.py).
 """
@@ -34,8 +34,8 @@ def epochs(run: Run) -> Callable[[], None] | None:
 
     Returns:
         None where steps must be taken one by one: not on a GPU; samples that are read from files; a
-        technique's own losses; batches in parts; averaged weights; ``torch.compile``, which has graphs
-        of its own; several processes; hooks, which a replay would not call.
+        technique's own losses; batches in parts; averaged weights; ``torch.compile``, which has
+        graphs of its own; several processes; hooks, which a replay would not call.
     """
     recipe, train = run.recipe, run.train
     if not (isinstance(train, ImageSamples) and train.device.type in RECORDABLE):
@@ -114,7 +114,9 @@ class _Steps:
             run.one_step(*self.train.at(index, run.recipe, draws), whole=len(index))
 
     def _copy(self, choices: list[tuple[Tensor, Draws | None]]) -> None:
-        """An epoch's samples and draws to the device, to the places where a recording reads them."""
+        """An epoch's samples and draws to the device, to the places where a recording reads
+        them.
+        """
         index = torch.stack([i for i, _ in choices])
         drawn = zip(*((d or Draws()).tensors() for _, d in choices), strict=True)
         stacked = [
@@ -160,7 +162,9 @@ class _Steps:
                 graph.replay()
 
     def _from_tables(self) -> None:
-        """A step whose samples and draws lie in the tables, at the places that the device counts."""
+        """A step whose samples and draws lie in the tables, at the places that the device
+        counts.
+        """
         assert self.index is not None
         draws = Draws(
             *(None if t is None else t.index_select(0, self.place)[0] for t in self.draws.tensors())

@@ -28,7 +28,8 @@ from widthbench.training.measuring import fastest_layout
 from widthbench.training.resume import Resume
 
 Losses = Callable[[nn.Module, Tensor, Tensor], Iterator[Tensor]]
-"""``losses(model, x [B, ...], y [B])`` yields the losses of one step, each as it is computed; their gradients add up."""
+"""``losses(model, x [B, ...], y [B])`` yields the losses of one step, each as it is computed; their
+gradients add up."""
 
 
 OptimizerState = dict[str, dict[str, Any]]
@@ -55,7 +56,9 @@ def steps_of(recipe: Recipe, samples: int) -> tuple[int, int]:
 
 
 def _least() -> int:
-    """Samples that a batch must have: BatchNorm cannot normalise one, and each process needs one."""
+    """Samples that a batch must have: BatchNorm cannot normalise one, and each process needs
+    one.
+    """
     return max(2, parallel.world())
 
 
@@ -76,10 +79,12 @@ def fit(
 ) -> Spent:
     """Train a network in place; it is left in eval mode.
 
-    Networks with convolutions are trained in channels-last layout and left in the usual one. In several processes (``parallel``)
-    each takes its part of every batch, gradients and BatchNorm's statistics are those of the whole batch, and all end with the same
-    weights. Where memory runs out, batches are computed in halves from there on, once, with a warning, and the bill says so. On a
-    GPU the steps of a plain training are replayed as a CUDA graph (``widthbench.training.graphed``).
+    Networks with convolutions are trained in channels-last layout and left in the usual one. In
+    several processes (``parallel``) each takes its part of every batch, gradients and BatchNorm's
+    statistics are those of the whole batch, and all end with the same weights. Where memory runs
+    out, batches are computed in halves from there on, once, with a warning, and the bill says so.
+    On a GPU the steps of a plain training are replayed as a CUDA graph
+    (``widthbench.training.graphed``).
 
     Args:
         model: Gives logits ``[B, K]``.
@@ -91,17 +96,20 @@ def fit(
         desc: Its label.
         losses: What a step minimises; None: the cross-entropy, smoothed as the recipe says.
         state: Kept and restored with the network where a run resumes.
-        optimizer_state: What the optimizer begins with, by parameter; replaced by what it ends with. For networks that grow.
+        optimizer_state: What the optimizer begins with, by parameter; replaced by what it ends
+            with. For networks that grow.
         after_epoch: Called with the number of epochs done.
-        resume: Where the state after an epoch is kept, so that a killed run goes on from there to the same final weights.
+        resume: Where the state after an epoch is kept, so that a killed run goes on from there to
+            the same final weights.
 
     Returns:
         What it cost; with ``resume``, earlier runs included.
 
     Raises:
-        DivergedError: If the loss is no longer finite, or ends at chance (``ending.CHANCE``; plain losses only).
-        UsageError: If there are too few samples for one batch, memory runs out in halves too, or the recipe asks for what does not
-            go together.
+        DivergedError: If the loss is no longer finite, or ends at chance (``ending.CHANCE``; plain
+            losses only).
+        UsageError: If there are too few samples for one batch, memory runs out in halves too, or
+            the recipe asks for what does not go together.
     """
     run = Run(model, train, recipe, seed, desc, losses, state, optimizer_state)
     begin = time.perf_counter()
@@ -168,11 +176,13 @@ class Run:
         self.model, self.train, self.recipe, self.desc = model, train, recipe, desc
         self.optimizer = create_optimizer_v2(
             model,
-            opt="adamw"
-            if recipe.optimizer == "adamw"
-            else "nesterov"
-            if recipe.momentum
-            else "momentum",
+            opt=(
+                "adamw"
+                if recipe.optimizer == "adamw"
+                else "nesterov"
+                if recipe.momentum
+                else "momentum"
+            ),
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             momentum=recipe.momentum,
@@ -304,16 +314,24 @@ class Run:
                     remedy = f"lower batch_size = {self.recipe.batch_size}" + (
                         ", or raise accumulate" if self.plain else ""
                     )
-                    what = f"out of memory in a training step of {whole} samples in {self.parts} part(s)"
+                    what = (
+                        f"out of memory in a training step of {whole} samples in {self.parts}"
+                        " part(s)"
+                    )
                     raise UsageError(f"{what}: {remedy}") from error
             # here the error is gone, and with it the activations that its traceback holds
             self.parts, self.halved = 2 * self.parts, 1
-            text = f"{self.desc}: out of memory: batches of {whole} are computed in {self.parts} parts from here on"
+            text = (
+                f"{self.desc}: out of memory: batches of {whole} are computed in {self.parts} parts"
+                " from here on"
+            )
             warnings.warn(text, stacklevel=5)
             torch.cuda.empty_cache()
 
     def _gradients(self, x: Tensor, y: Tensor, whole: int) -> float:
-        """Fill in the gradients of one step, summed over parts and processes; gives the loss, of several the last."""
+        """Fill in the gradients of one step, summed over parts and processes; gives the loss, of
+        several the last.
+        """
         amp = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=self.recipe.amp)
         for p in self.model.parameters():
             p.grad = None
@@ -344,7 +362,9 @@ class Run:
         return seen
 
     def finish(self, optimizer_state: OptimizerState | None) -> None:
-        """Leave the network as ``fit`` promises, and what the optimizer ended with in ``optimizer_state``."""
+        """Leave the network as ``fit`` promises, and what the optimizer ended with in
+        ``optimizer_state``.
+        """
         self.ending.require_learned()
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
@@ -358,7 +378,9 @@ class Run:
 
 
 def _beside(value: Any, parameter: Tensor) -> Any:
-    """A copy of an optimizer's tensor on its parameter's device; a counter stays where it is, and so does plain data."""
+    """A copy of an optimizer's tensor on its parameter's device; a counter stays where it is, and
+    so does plain data.
+    """
     if not isinstance(value, Tensor):
         return value
     return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
@@ -367,11 +389,13 @@ def _beside(value: Any, parameter: Tensor) -> Any:
 def _require_possible(recipe: Recipe, losses: Losses | None) -> None:
     if losses is not None and recipe.accumulate > 1:
         raise UsageError(
-            f"recipe: accumulate = {recipe.accumulate} is for plain steps; this technique's own take whole batches"
+            f"recipe: accumulate = {recipe.accumulate} is for plain steps; this technique's own"
+            " take whole batches"
         )
     if recipe.compile and parallel.world() > 1:
         raise UsageError(
-            "recipe: compile = true is for one process: BatchNorm's statistics are shared outside compiled code"
+            "recipe: compile = true is for one process: BatchNorm's statistics are shared outside"
+            " compiled code"
         )
 
 

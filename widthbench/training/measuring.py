@@ -42,7 +42,9 @@ class Accuracy:
 
 
 def fastest_layout(model: nn.Module) -> torch.memory_format:
-    """The memory layout that a network runs fastest in: channels-last where it has convolutions of images."""
+    """The memory layout that a network runs fastest in: channels-last where it has convolutions of
+    images.
+    """
     images = any(isinstance(m, nn.Conv2d) for m in model.modules())
     volumes = any(
         p.dim() == 5 for p in model.parameters()
@@ -55,7 +57,8 @@ def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accura
 
     Args:
         model: Gives logits ``[B, K]``.
-        samples: Anything with ``batches(size)``; in several processes (``parallel``) each takes its part of ``parted`` ones.
+        samples: Anything with ``batches(size)``; in several processes (``parallel``) each takes its
+            part of ``parted`` ones.
         batch_size: Samples per forward pass; partial batches are weighted by their size.
     """
     training, layout = model.training, fastest_layout(model)
@@ -95,10 +98,12 @@ def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accura
 
 
 def replayed(work: Callable[[], object]) -> Callable[[], object]:
-    """Work on the GPU as the replay of a CUDA graph, so that the card does not wait for the host to launch it.
+    """Work on the GPU as the replay of a CUDA graph, so that the card does not wait for the host to
+    launch it.
 
     Args:
-        work: Takes and gives no values; what it cannot be recorded for (it looks at values on the host) makes a warning.
+        work: Takes and gives no values; what it cannot be recorded for (it looks at values on the
+            host) makes a warning.
 
     Returns:
         The replay; ``work`` itself where it cannot be recorded.
@@ -170,8 +175,9 @@ def latency_ms(
 def peak_memory_mib(model: nn.Module, x: Tensor) -> float:
     """Peak memory of one forward pass without gradients, weights and input included, in MiB.
 
-    On CUDA what the allocator reports, less what other tensors hold; elsewhere the largest sum of live tensor storage seen
-    between operations, which leaves out scratch space inside an operation and is the same on every machine.
+    On CUDA what the allocator reports, less what other tensors hold; elsewhere the largest sum of
+    live tensor storage seen between operations, which leaves out scratch space inside an operation
+    and is the same on every machine.
 
     Args:
         model: In eval mode.
@@ -193,17 +199,19 @@ def peak_memory_mib(model: nn.Module, x: Tensor) -> float:
 
 
 class Meter:
-    """Counts the MACs that pass through a network and its copies, forward and backward, and the seconds, in a ``with`` block.
+    """Counts the MACs that pass through a network and its copies, forward and backward, and the
+    seconds, in a ``with`` block.
 
-    Whole passes of the network count, at the cost of its original shape; a backward pass counts as two forward passes. What else
-    is computed is told by ``add``.
+    Whole passes of the network count, at the cost of its original shape; a backward pass counts as
+    two forward passes. What else is computed is told by ``add``.
 
     Args:
         model: The network.
         macs: Its MACs per sample.
 
     Attributes:
-        passes: Samples that passed forward; of what ``add`` tells, as many as the network at its original shape could have taken.
+        passes: Samples that passed forward; of what ``add`` tells, as many as the network at its
+            original shape could have taken.
     """
 
     def __init__(self, model: nn.Module, macs: int) -> None:
@@ -234,7 +242,9 @@ class Meter:
         seconds: float = 0.0,
         passes: float | None = None,
     ) -> None:
-        """Count what is not a pass of the network, or was done by an earlier run, which says how many passes it was."""
+        """Count what is not a pass of the network, or was done by an earlier run, which says how
+        many passes it was.
+        """
         self.passes += forward_macs / max(1, self.whole) if passes is None else passes
         self.forward_macs += forward_macs
         self.backward_macs += backward_macs
@@ -257,7 +267,9 @@ class Meter:
             self.macs = before
 
     def leave(self, model: nn.Module) -> None:
-        """Take the counting hook off the network, or off a copy of it that was made inside the block."""
+        """Take the counting hook off the network, or off a copy of it that was made inside the
+        block.
+        """
         model._forward_hooks.pop(self._handle.id, None)
 
     def __deepcopy__(self, memo: Any) -> Meter:

@@ -27,10 +27,12 @@ def recalibrate(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Spent:
-    """Estimate batch-norm statistics anew, as plain averages over shuffled training batches, in place.
+    """Estimate batch-norm statistics anew, as plain averages over shuffled training batches, in
+    place.
 
     Args:
-        model: Its other tensors are left alone; a network without batch norm is left as it is, at no cost.
+        model: Its other tensors are left alone; a network without batch norm is left as it is, at
+            no cost.
         train: The training samples.
         samples: How many of them to use at most.
         macs: The network's MACs per sample, for the bill.

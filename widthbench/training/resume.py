@@ -49,7 +49,9 @@ class Resume:
         self._last = time.perf_counter()
 
     def read(self, recipe: Recipe, samples: int) -> dict[str, Any] | None:
-        """The last state; None if there is none, or (named in a warning) it is damaged or another run's."""
+        """The last state; None if there is none, or (named in a warning) it is damaged or another
+        run's.
+        """
         blob = cache.read(self.path, "training state")
         if blob is None:
             return None

@@ -1,8 +1,10 @@
-"""Numbers in a network's own code that state widths: where they come from, and what they are in a resized network.
+"""Numbers in a network's own code that state widths: where they come from, and what they are in a
+resized network.
 
-Many networks keep widths outside of their layers: ``num_heads``, ``head_dim``, the channels at which a block splits or slices
-its input. While a network is traced, every whole number that one of its modules keeps is replaced by one that remembers where
-it came from, also through products and quotients; a reshape, split or slice that takes such a number then says what it states.
+Many networks keep widths outside of their layers: ``num_heads``, ``head_dim``, the channels at
+which a block splits or slices its input. While a network is traced, every whole number that one of
+its modules keeps is replaced by one that remembers where it came from, also through products and
+quotients; a reshape, split or slice that takes such a number then says what it states.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class Integer(int):
 
 @contextmanager
 def watched_integers(model: nn.Module) -> Iterator[None]:
-    """Whole numbers above 1 that modules other than torch's own keep remember where they come from while this is open."""
+    """Whole numbers above 1 that modules other than torch's own keep remember where they come from
+    while this is open.
+    """
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, module in model.named_modules():

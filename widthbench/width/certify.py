@@ -1,9 +1,11 @@
-"""Certification: no channel group is resized before two numerical proofs that its index maps are right.
+"""Certification: no channel group is resized before two numerical proofs that its index maps are
+right.
 
-On a float64 copy with randomised statistics, (1) every group's channels are permuted and a few of them split into
-halves: the output must not move, nor in training mode; (2) half of the channels are removed: the output must equal that of the
-whole network with those input gates at 0. Each group alone must fit together by its shapes; both proofs are then asked of all
-groups in one pass, in which those of one width go to different ones as far as there are any; if that fails, of each alone.
+On a float64 copy with randomised statistics, (1) every group's channels are permuted and a few of
+them split into halves: the output must not move, nor in training mode; (2) half of the channels are
+removed: the output must equal that of the whole network with those input gates at 0. Each group
+alone must fit together by its shapes; both proofs are then asked of all groups in one pass, in
+which those of one width go to different ones as far as there are any; if that fails, of each alone.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ Grades = dict[str, tuple[Grade, str]]
 
 
 class _Affine(nn.Module):
-    """A cross-channel norm reduced to its per-channel affine, which shows the index maps without the coupling."""
+    """A cross-channel norm reduced to its per-channel affine, which shows the index maps without
+    the coupling.
+    """
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
@@ -71,10 +75,12 @@ def find_groups(model: nn.Module, example_input: Tensor, *, cache: bool = True) 
     Args:
         model: The network; it is left as it was.
         example_input: ``[B, C, H, W]`` on the network's device.
-        cache: Take grades from the cache where this architecture has been certified with these versions before.
+        cache: Take grades from the cache where this architecture has been certified with these
+            versions before.
 
     Returns:
-        All groups with their grades: "exact", "coupled" or "frozen", the latter two with the reason.
+        All groups with their grades: "exact", "coupled" or "frozen", the latter two with the
+        reason.
     """
     return certify(model, discover(model, example_input), example_input, cache=cache)
 
@@ -91,9 +97,10 @@ def certify(
         cache: Read and write grades in ``WIDTHBENCH_CACHE``.
 
     Returns:
-        The groups with grades. *exact*: splitting leaves the output unchanged (relative error < 1e-9 in float64), removal
-        equals gates at 0, and the output depends on the group. *coupled*: the same once each norm across channels that
-        rides along is replaced by its per-channel affine. *frozen*: anything else.
+        The groups with grades. *exact*: splitting leaves the output unchanged (relative error <
+        1e-9 in float64), removal equals gates at 0, and the output depends on the group. *coupled*:
+        the same once each norm across channels that rides along is replaced by its per-channel
+        affine. *frozen*: anything else.
 
     Raises:
         UsageError: Under ``torch.inference_mode()``.
@@ -125,11 +132,13 @@ class _OpaqueError(Exception):
 def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str | None:
     """A digest of everything that grades depend on.
 
-    Versions, this package's own source, the found groups, the input's shape; of every layer its settings, other attributes
-    (functions by their code), buffers less running statistics, the source files of its classes outside torch and timm.
+    Versions, this package's own source, the found groups, the input's shape; of every layer its
+    settings, other attributes (functions by their code), buffers less running statistics, the
+    source files of its classes outside torch and timm.
 
     Returns:
-        None if something cannot be digested (a class without readable source, hooks, opaque objects): then nothing is cached.
+        None if something cannot be digested (a class without readable source, hooks, opaque
+        objects): then nothing is cached.
     """
     digest = hashlib.sha256()
     for package in ("torch", "timm"):
@@ -146,9 +155,8 @@ def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str 
             if module._forward_hooks or module._forward_pre_hooks:
                 raise _OpaqueError
             digest.update(f"{name}:{type(module).__qualname__}({module.extra_repr()});".encode())
-            digest.update(
-                f"{[(n, list(t.shape)) for n, t in module.named_parameters(recurse=False)]};".encode()
-            )
+            own = [(n, list(t.shape)) for n, t in module.named_parameters(recurse=False)]
+            digest.update(f"{own};".encode())
             for key, value in sorted(vars(module).items()):
                 if key not in _PLUMBING:
                     digest.update(f"{key}={_described(value)};".encode())
@@ -192,13 +200,15 @@ def _described(value: Any, depth: int = 0) -> str:
     if isinstance(value, set | frozenset):
         return f"{{{','.join(sorted(_described(v, depth + 1) for v in value))}}}"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{_described(k, depth + 1)}:{_described(v, depth + 1)}' for k, v in value.items())}}}"
+        pairs = (f"{_described(k, depth + 1)}:{_described(v, depth + 1)}" for k, v in value.items())
+        return f"{{{','.join(pairs)}}}"
     if isinstance(value, functools.partial):
         return f"partial({_described((value.func, value.args, value.keywords), depth + 1)})"
     if isinstance(value, nn.Module):
         return "module"  # named_modules comes to it
     if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}{hashlib.sha256(_source(cast(Any, value)).encode()).hexdigest()}"
+        digest = hashlib.sha256(_source(cast(Any, value)).encode()).hexdigest()
+        return f"{value.__module__}.{value.__qualname__}{digest}"
     if inspect.isbuiltin(value) or type(value).__name__ in (
         "OpOverload",
         "OpOverloadPacket",
@@ -228,7 +238,9 @@ def _code(code: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def _source(cls: Any) -> str:
-    """Digests of the files that a class and its bases are defined in, outside torch and timm, whose versions are known."""
+    """Digests of the files that a class and its bases are defined in, outside torch and timm, whose
+    versions are known.
+    """
     parts = []
     for base in cls.__mro__:
         if (
@@ -252,8 +264,9 @@ def _source(cls: Any) -> str:
 def randomised(model: nn.Module, *, seed: int = 0, redraw: bool = False) -> nn.Module:
     """A float64 copy in eval mode in which no statistic, affine or head hides an error.
 
-    BatchNorm statistics, all vectors (norm affines, biases, layer-scales) and all tensors that are constant (zero-initialised
-    heads) are drawn at random; other weights are kept, or drawn too if ``redraw``.
+    BatchNorm statistics, all vectors (norm affines, biases, layer-scales) and all tensors that are
+    constant (zero-initialised heads) are drawn at random; other weights are kept, or drawn too if
+    ``redraw``.
     """
     generator = torch.Generator().manual_seed(seed)
     net = (
@@ -282,7 +295,8 @@ def randomised(model: nn.Module, *, seed: int = 0, redraw: bool = False) -> nn.M
 
 
 def errors_of_all(model: nn.Module, groups: Groups, example_input: Tensor) -> tuple[float, float]:
-    """The two errors behind the grade *exact*, with all exact groups in one plan, on a randomised float64 copy.
+    """The two errors behind the grade *exact*, with all exact groups in one plan, on a randomised
+    float64 copy.
 
     Args:
         model: The network.
@@ -290,8 +304,8 @@ def errors_of_all(model: nn.Module, groups: Groups, example_input: Tensor) -> tu
         example_input: ``[B, ...]``; only the shape is used.
 
     Returns:
-        (error of splitting, error of removal against input gates at 0), relative to the largest output; 0 if there is no
-        exact group.
+        (error of splitting, error of removal against input gates at 0), relative to the largest
+        output; 0 if there is no exact group.
     """
     chosen = [g for g in groups.values() if g.grade == "exact"]
     if not chosen:
@@ -306,7 +320,9 @@ def errors_of_all(model: nn.Module, groups: Groups, example_input: Tensor) -> tu
 
 
 def _random_input(example_input: Tensor) -> Tensor:
-    """Two random samples in float64: the smallest batch that still shows a mix-up of the batch with the channels."""
+    """Two random samples in float64: the smallest batch that still shows a mix-up of the batch with
+    the channels.
+    """
     shape = (2, *example_input.shape[1:])
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -320,9 +336,11 @@ def _gates(chosen: Iterable[Group], kept: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _error(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest difference of two outputs, each entry relative to its own size, or to its tensor's median one where that is more.
+    """The largest difference of two outputs, each entry relative to its own size, or to its
+    tensor's median one where that is more.
 
-    Relative to the largest entry of all, a mask of -1e9 or a saturated output would hide what the others do.
+    Relative to the largest entry of all, a mask of -1e9 or a saturated output would hide what the
+    others do.
     """
     worst = 0.0
     for new, old in zip(a, b, strict=True):
@@ -359,7 +377,8 @@ def _grade(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades:
             reason = f"nothing can be proven on two samples in float64: {first[:120]}"
             return grades | dict.fromkeys(candidates, ("frozen", reason))
         grades |= _grade_on(net, groups, candidates, x)
-        # a grade holds for the architecture: channels that are dead with these weights are tried with others
+        # a grade holds for the architecture: channels that are dead with these weights are tried
+        # with others
         candidates = [n for n in candidates if grades[n] == ("frozen", INSENSITIVE)]
         if not candidates:
             break
@@ -382,7 +401,9 @@ def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Tensor) 
 
 
 def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Module:
-    """Replace the norms across channels that ride along the named groups by their affines, in place."""
+    """Replace the norms across channels that ride along the named groups by their affines, in
+    place.
+    """
     for layer in {rider for n in names for rider in groups[n].riders}:
         module = net.get_submodule(layer)
         if kind_of(module) == "channelnorm":
@@ -393,7 +414,9 @@ def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Mo
 def _passing(
     net: nn.Module, groups: Groups, names: list[str], x: Tensor
 ) -> tuple[list[str], dict[str, str]]:
-    """The groups that pass, first all at once, else each alone and then together; and the reasons of the others."""
+    """The groups that pass, first all at once, else each alone and then together; and the reasons
+    of the others.
+    """
     if not names:
         return [], {}
     reference = _output(net, x)
@@ -416,10 +439,11 @@ def _passing(
 
 
 def _mismatched(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> dict[str, str]:
-    """Groups that cannot be resized alone, and why: to half, to one channel per block, and split, by shapes without numbers.
+    """Groups that cannot be resized alone, and why: to half, to one channel per block, and split,
+    by shapes without numbers.
 
-    First several at once, in rounds in which each group changes while each other one stays as it is: what fits then fits alone.
-    Only where a round does not fit is each group tried for itself.
+    First several at once, in rounds in which each group changes while each other one stays as it
+    is: what fits then fits alone. Only where a round does not fit is each group tried for itself.
     """
     failed: dict[str, str] = {}
     try:
@@ -459,7 +483,9 @@ def _shapes_alone(group: Group) -> list[Resize]:
 
 
 def _separating(names: Sequence[str]) -> list[list[str]]:
-    """Few sets of names such that for any two one set holds the first and not the second: by the binary digits of their places."""
+    """Few sets of names such that for any two one set holds the first and not the second: by the
+    binary digits of their places.
+    """
     digits = max(1, (len(names) - 1).bit_length())
     rounds = [
         [n for i, n in enumerate(names) if i >> d & 1 == side]
@@ -501,7 +527,9 @@ def _found_out(
 def _probe(
     net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: list[Tensor]
 ) -> str:
-    """Why these groups cannot be resized together; "" if they can. ``reference`` is what the network gives."""
+    """Why these groups cannot be resized together; "" if they can. ``reference`` is what the
+    network gives.
+    """
     chosen = [groups[n] for n in names]
     try:
         wide = _resized(net, groups, {g.name: _split_plan(g, i) for g, i in _placed(chosen)})
@@ -566,7 +594,9 @@ def _picks(group: Group, generator: torch.Generator, count: int) -> Tensor:
 
 
 def _placed(chosen: Iterable[Group]) -> Iterator[tuple[Group, int]]:
-    """Groups with their places among those of as many channels, so that each of them can change to another number."""
+    """Groups with their places among those of as many channels, so that each of them can change to
+    another number.
+    """
     seen: Counter[int] = Counter()
     for group in chosen:
         yield group, seen[group.channels]
@@ -574,7 +604,9 @@ def _placed(chosen: Iterable[Group]) -> Iterator[tuple[Group, int]]:
 
 
 def _split_plan(group: Group, place: int = 0) -> Resize:
-    """Permute the channels within each block, and split a few into two halves: another number at each place."""
+    """Permute the channels within each block, and split a few into two halves: another number at
+    each place.
+    """
     generator = torch.Generator().manual_seed(group.channels)
     size = group.channels // group.blocks
     picks = _picks(group, generator, min(PICKED + place, size))
@@ -591,9 +623,11 @@ def _split_plan(group: Group, place: int = 0) -> Resize:
 
 
 def _kept(group: Group, place: int = 0) -> Tensor:
-    """A random part of the channels, in order: half of each block and another number at each place; a block of one keeps it.
+    """A random part of the channels, in order: half of each block and another number at each place;
+    a block of one keeps it.
 
-    Widths that must be equal and are not tied are found out: groups of one width shrink alike only where widths run out.
+    Widths that must be equal and are not tied are found out: groups of one width shrink alike only
+    where widths run out.
     """
     generator = torch.Generator().manual_seed(group.channels + 1)
     size = group.channels // group.blocks
@@ -605,9 +639,11 @@ def _kept(group: Group, place: int = 0) -> Tensor:
 
 
 def _untrainable(net: nn.Module, wide: nn.Module, small: nn.Module, x: Tensor) -> str:
-    """What only training mode uses (auxiliary heads) is not in the trace: there a split must change nothing, a removal must run.
+    """What only training mode uses (auxiliary heads) is not in the trace: there a split must change
+    nothing, a removal must run.
 
-    Batch norms and dropout stay as in evaluation; a network that draws at random elsewhere is not compared.
+    Batch norms and dropout stay as in evaluation; a network that draws at random elsewhere is not
+    compared.
     """
     try:
         with _training(net), seeded(0):
@@ -642,7 +678,9 @@ def _training(net: nn.Module) -> Iterator[None]:
 
 
 def _insensitive(net: nn.Module, groups: Groups, chosen: list[Group], x: Tensor) -> str:
-    """A proof on a group that the output does not depend on would be empty: ask for a gradient at every group's gates."""
+    """A proof on a group that the output does not depend on would be empty: ask for a gradient at
+    every group's gates.
+    """
     values = {
         g.name: torch.ones(g.channels, dtype=torch.float64, requires_grad=True) for g in chosen
     }

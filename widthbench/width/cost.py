@@ -1,4 +1,6 @@
-"""What a plan costs, without building it: multiply-accumulates (MACs) and parameters, exact to the last one."""
+"""What a plan costs, without building it: multiply-accumulates (MACs) and parameters, exact to the
+last one.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Cost:
     """The size of a network.
 
     Attributes:
-        macs: Multiply-accumulates of one forward pass of one sample. What the literature prints as "FLOPs".
+        macs: Multiply-accumulates of one forward pass of one sample. What the literature prints as
+            "FLOPs".
         params: Number of parameters.
     """
 
@@ -33,12 +36,14 @@ class Cost:
 
 
 class CostModel:
-    """Cost as a function of the groups' widths, from one forward pass, which is made when first needed.
+    """Cost as a function of the groups' widths, from one forward pass, which is made when first
+    needed.
 
     Args:
         model: The network at its original widths.
         groups: Its groups.
-        example_input: ``[B, ...]``, of the size that costs are counted for; one sample of it is run.
+        example_input: ``[B, ...]``, of the size that costs are counted for; one sample of it is
+            run.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, example_input: Tensor) -> None:
@@ -82,7 +87,8 @@ class CostModel:
         )
 
     def counted(self, model: nn.Module, widths: Mapping[str, int]) -> Cost:
-        """The cost of a resized network as torch counts it, which must be what was predicted from its widths.
+        """The cost of a resized network as torch counts it, which must be what was predicted from
+        its widths.
 
         Args:
             model: The resized network.
@@ -97,13 +103,16 @@ class CostModel:
         said = self(widths)
         if found != said:
             raise CostError(
-                f"{type(model).__name__} was predicted to have {said.macs:,} MACs and {said.params:,} parameters, but has "
-                f"{found.macs:,} and {found.params:,}: {self._differences(model, widths)}"
+                f"{type(model).__name__} was predicted to have {said.macs:,} MACs and"
+                f" {said.params:,} parameters, but has {found.macs:,} and {found.params:,}:"
+                f" {self._differences(model, widths)}"
             )
         return found
 
     def _differences(self, model: nn.Module, widths: Mapping[str, int]) -> str:
-        """The modules, innermost ones only, whose MACs or parameters are not those that were predicted."""
+        """The modules, innermost ones only, whose MACs or parameters are not those that were
+        predicted.
+        """
         predicted, counted = (
             macs_by_module(self._model, self._example_input),
             macs_by_module(model, self._example_input),
@@ -124,7 +133,9 @@ class CostModel:
 
     @cached_property
     def _profile(self) -> tuple[Cost, Cost, Groups]:
-        """The original cost, the part of it that lies where groups are, and the groups as found at this input's size."""
+        """The original cost, the part of it that lies where groups are, and the groups as found at
+        this input's size.
+        """
         cost = Cost(
             count_macs(self._model, self._example_input),
             sum(p.numel() for p in self._model.parameters()),
@@ -146,7 +157,9 @@ class CostModel:
         return whole * new // old
 
     def _touched(self, widths: Mapping[str, int]) -> Cost:
-        """The part of the cost that lies in layers, bare parameters and products that some group touches."""
+        """The part of the cost that lies in layers, bare parameters and products that some group
+        touches.
+        """
         params = 0
         for layer, sides in self._axes.items():
             module = self._modules[layer]

@@ -1,4 +1,6 @@
-"""Multiply-accumulates (MACs) of a forward pass, by torch's own counter, which is told of what it does not know."""
+"""Multiply-accumulates (MACs) of a forward pass, by torch's own counter, which is told of what it
+does not know.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def _packed(x: Any, weights: Any, *args: Any, out_shape: Any = None, **kwargs: A
 
 
 def _of_output(place: int, terms: slice) -> Any:
-    """A formula: as many multiply-adds for each entry of the output as an argument's dimensions say."""
+    """A formula: as many multiply-adds for each entry of the output as an argument's dimensions
+    say.
+    """
 
     def count(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return int(2 * prod(out_shape) * prod(args[place][terms]))
@@ -69,10 +73,12 @@ FORMULAS: dict[Any, Any] = {
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[None]:
-    """Without gradients, and without torch's fused inference paths, which do in one operation what layers are made of.
+    """Without gradients, and without torch's fused inference paths, which do in one operation what
+    layers are made of.
 
     Args:
-        model: Its parameters ask for no gradient meanwhile: torch's counter stumbles over those that do and get none.
+        model: Its parameters ask for no gradient meanwhile: torch's counter stumbles over those
+            that do and get none.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     learning = [p for p in model.parameters() if p.requires_grad]
@@ -112,7 +118,8 @@ class _Foreign(TorchDispatchMode):
 def macs_by_module(model: nn.Module, x: Tensor) -> dict[str, int]:
     """MACs of one forward pass of a batch in eval mode, of each module with all that is inside it.
 
-    Convolutions, matrix products, attention and recurrent layers count; elementwise work, norms and pooling do not, as is usual.
+    Convolutions, matrix products, attention and recurrent layers count; elementwise work, norms and
+    pooling do not, as is usual.
 
     Args:
         model: The network, in any mode; it is left as it was.
@@ -135,7 +142,8 @@ def macs_by_module(model: nn.Module, x: Tensor) -> dict[str, int]:
     if foreign.names:
         names = ", ".join(sorted(foreign.names))
         raise UsageError(
-            f"MACs of {type(model).__name__} cannot be counted: {names} takes weights, and has no formula"
+            f"MACs of {type(model).__name__} cannot be counted: {names} takes weights, and has no"
+            " formula"
         )
     found = {
         name.partition(".")[2]: sum(c.values()) // 2
@@ -146,7 +154,8 @@ def macs_by_module(model: nn.Module, x: Tensor) -> dict[str, int]:
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:
-    """MACs of one forward pass per sample, by ``torch.utils.flop_counter`` (which counts 2 per multiply-add), halved.
+    """MACs of one forward pass per sample, by ``torch.utils.flop_counter`` (which counts 2 per
+    multiply-add), halved.
 
     Args:
         model: The network, in any mode; it is left as it was.

@@ -1,4 +1,6 @@
-"""What can be resized in a network: counts of grades, reachable MACs, and the errors of the two proofs on request."""
+"""What can be resized in a network: counts of grades, reachable MACs, and the errors of the two
+proofs on request.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,13 @@ def diagnose(
         model: The network.
         groups: Its graded groups.
         example_input: ``[B, ...]``.
-        verify: Measure, on a randomised float64 copy, the errors of splitting all exact groups at once and of removal against
-            gates at 0 (relative to the largest output).
+        verify: Measure, on a randomised float64 copy, the errors of splitting all exact groups at
+            once and of removal against gates at 0 (relative to the largest output).
 
     Returns:
-        Counts by grade, the number of inner groups, the least share of the MACs that exact and coupled groups can be brought
-        down to, the errors if asked for, and the most frequent reasons.
+        Counts by grade, the number of inner groups, the least share of the MACs that exact and
+        coupled groups can be brought down to, the errors if asked for, and the most frequent
+        reasons.
     """
     count = Counter(g.grade for g in groups.values())
     reachable = {n: g.blocks for n, g in groups.items() if g.grade in ("exact", "coupled")}

@@ -26,18 +26,20 @@ def gated(
 ) -> Iterator[nn.Module]:
     """Multiply channels by gates while the context is open.
 
-    Gates are differentiable with respect to ``values`` and leave parameters, buffers and the state dict alone.
+    Gates are differentiable with respect to ``values`` and leave parameters, buffers and the state
+    dict alone.
 
     Args:
         model: The network that ``groups`` was found in.
         groups: Its groups.
         values: ``[N]`` factors per group; groups that are not named are open.
-        on: "input" multiplies the channels where the consumers read them, so that gate 0 equals physical removal.
-            "weight" multiplies the consumers' incoming weights of the channel: the same output, but a closed channel's
-            weights ``w`` still give ``∂L/∂(w·gate)``, which AutoPrune (Xiao et al., NeurIPS 2019) needs. Keys, which read the
-            channels of queries in a product, are gated at their output or in their rows.
-        products: With "weight": each pass adds the gated weights ``w·gate`` of consumers that it used, by layer, as tensors to
-            differentiate by.
+        on: "input" multiplies the channels where the consumers read them, so that gate 0 equals
+            physical removal. "weight" multiplies the consumers' incoming weights of the channel:
+            the same output, but a closed channel's weights ``w`` still give ``∂L/∂(w·gate)``, which
+            AutoPrune (Xiao et al., NeurIPS 2019) needs. Keys, which read the channels of queries in
+            a product, are gated at their output or in their rows.
+        products: With "weight": each pass adds the gated weights ``w·gate`` of consumers that it
+            used, by layer, as tensors to differentiate by.
 
     Yields:
         The same network, gated.
@@ -54,7 +56,8 @@ def gated(
             )
         if tuple(value.shape[-1:]) != (groups[name].channels,) or value.dim() != 1:
             raise PlanError(
-                f"channel group '{name}' takes {groups[name].channels} gates, not {list(value.shape)}"
+                f"channel group '{name}' takes {groups[name].channels} gates, not"
+                f" {list(value.shape)}"
             )
     with ExitStack() as stack:
         for (layer, side), axis in groups.axes.items():
@@ -81,7 +84,9 @@ def gated(
 
 
 def along_axis(axis: Axis, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """The gates along a whole axis, ``[I]``: each segment's values repeated, ones where nothing is gated."""
+    """The gates along a whole axis, ``[I]``: each segment's values repeated, ones where nothing is
+    gated.
+    """
     parts = []
     for s in axis:
         gates = [
@@ -121,7 +126,8 @@ def _on_weight(
         gated = weight * gate.reshape(*gate.shape, *[1] * (weight.dim() - 2))
         if products is not None:
             products.append(gated)
-        # an instance attribute hides the registered parameter from attribute look-up, and from nothing else
+        # an instance attribute hides the registered parameter from attribute look-up, and from
+        # nothing else
         module.__dict__["weight"] = gated
 
     def swap_out(module: Any, args: Any, output: Any) -> None:
@@ -176,7 +182,8 @@ def _on_rows(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> lis
 def sums_by_channel(
     module: nn.Module, axis: Axis, values: Tensor, heads: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Sum what belongs to a consumer's weights over each channel's part of them: the adjoint of gating weights.
+    """Sum what belongs to a consumer's weights over each channel's part of them: the adjoint of
+    gating weights.
 
     Args:
         module: The consumer.

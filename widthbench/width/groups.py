@@ -1,9 +1,12 @@
-"""Channel groups: which channels of a network must change together, and where each of them sits in every layer.
+"""Channel groups: which channels of a network must change together, and where each of them sits in
+every layer.
 
-Labels that travel with one forward pass (``widthbench.width.labels``) say which channel lies where. What they show is turned
-into *axes*: each resizable axis of a layer is a sequence of segments, and a segment is either fixed or one whole copy of a
-group's channels, each channel repeated ``repeat`` times in a row (a flatten over an H x W map repeats H·W times). In attention
-two groups lie on the same positions: heads, and within them head dimensions. Everything after discovery works on axes alone.
+Labels that travel with one forward pass (``widthbench.width.labels``) say which channel lies where.
+What they show is turned into *axes*: each resizable axis of a layer is a sequence of segments, and
+a segment is either fixed or one whole copy of a group's channels, each channel repeated ``repeat``
+times in a row (a flatten over an H x W map repeats H·W times). In attention two groups lie on the
+same positions: heads, and within them head dimensions. Everything after discovery works on axes
+alone.
 """
 
 from __future__ import annotations
@@ -41,10 +44,12 @@ class Segment:
         group: Name of the group whose channels sit here, or None where the positions are fixed.
         channels: Number of channels (of positions, where fixed).
         repeat: Consecutive positions that each channel takes, 1 except behind a flatten.
-        outer: The group of heads that these positions are divided into, if any: as many equal parts as it has channels.
-        reads: On an output axis: whether the positions read the group's channels instead of making them, as attention's keys do
-            in their product with the queries.
-        scaled: Whether they carry what attention's own division by the root of the head dimension changes.
+        outer: The group of heads that these positions are divided into, if any: as many equal parts
+            as it has channels.
+        reads: On an output axis: whether the positions read the group's channels instead of making
+            them, as attention's keys do in their product with the queries.
+        scaled: Whether they carry what attention's own division by the root of the head dimension
+            changes.
     """
 
     group: str | None
@@ -60,7 +65,9 @@ class Segment:
         return self.channels * self.repeat
 
     def made_by(self, name: str) -> bool:
-        """Whether these positions hold a group's own channels: all of its positions, but for keys."""
+        """Whether these positions hold a group's own channels: all of its positions, but for
+        keys.
+        """
         return self.outer == name or (self.group == name and not self.reads)
 
 
@@ -72,17 +79,25 @@ class Group:
     """A set of channels that must change together.
 
     Attributes:
-        name: The first producer's module name; ``name[a:b]`` where the group is only a part of that layer's outputs.
+        name: The first producer's module name; ``name[a:b]`` where the group is only a part of that
+            layer's outputs.
         channels: N, the number of channels.
-        blocks: Contiguous blocks that must keep equal counts (grouped convolution, GroupNorm); 1 for most groups.
+        blocks: Contiguous blocks that must keep equal counts (grouped convolution, GroupNorm); 1
+            for most groups.
         producers: Layers whose output channels these are (convolutions and linear layers).
-        riders: Channel-wise layers that ride along (BatchNorm, depthwise convolution, PReLU, LayerNorm, GroupNorm).
+        riders: Channel-wise layers that ride along (BatchNorm, depthwise convolution, PReLU,
+            LayerNorm, GroupNorm).
         consumers: Layers that read the channels.
-        keys: Layers whose outputs are multiplied with the channels and summed over them, as attention's keys are.
-        tensors: Bare parameters and buffers that ride along (position embeddings, layer-scales, tables of relative positions).
-        heads: True for the heads of an attention: each channel is a head, with all of its dimensions.
-        inner: False if an elementwise addition joins the channels with another branch (a residual stream).
-        normalised: True if a norm *across* channels (LayerNorm, GroupNorm) rides along, so that a resize changes it.
+        keys: Layers whose outputs are multiplied with the channels and summed over them, as
+            attention's keys are.
+        tensors: Bare parameters and buffers that ride along (position embeddings, layer-scales,
+            tables of relative positions).
+        heads: True for the heads of an attention: each channel is a head, with all of its
+            dimensions.
+        inner: False if an elementwise addition joins the channels with another branch (a residual
+            stream).
+        normalised: True if a norm *across* channels (LayerNorm, GroupNorm) rides along, so that a
+            resize changes it.
         grade: "exact", "coupled" or "frozen" once certified, None before.
         reason: Why a group is frozen or coupled; "" for exact ones.
     """
@@ -119,23 +134,28 @@ class Stated:
 
 @dataclass(frozen=True)
 class Groups(Mapping[str, Group]):
-    """The channel groups of one network, by name, in forward order, with the axes that they live on.
+    """The channel groups of one network, by name, in forward order, with the axes that they live
+    on.
 
     Attributes:
         members: The groups.
-        axes: For every layer and side ("out" or "in") that a group touches, its segments. Selecting groups
-            leaves the axes whole: they describe the network, not the selection.
+        axes: For every layer and side ("out" or "in") that a group touches, its segments. Selecting
+            groups leaves the axes whole: they describe the network, not the selection.
         output_shapes: Shapes of the network's output tensors for the example input.
         problem: Why there are no groups at all, if the network could not be traced.
-        tensors: Segments of bare parameters and buffers that a group touches, by name and dimension.
+        tensors: Segments of bare parameters and buffers that a group touches, by name and
+            dimension.
         stated: Numbers in the network's code that state widths.
         scales: Modules whose ``scale`` is one over the root of a group's head dimension.
-        products: Convolutions and matrix products that a group touches: multiply-accumulates per sample, the axes that they are
-            proportional to, and the innermost module that computes them.
+        products: Convolutions and matrix products that a group touches: multiply-accumulates per
+            sample, the axes that they are proportional to, and the innermost module that computes
+            them.
         input_shape: Of the example input, without the batch.
         everything: All groups, also those that were not selected.
-        behind: For every layer, the nearest layers that it reads from, through operations without weights.
-        adjacent: BatchNorms whose input is the output of the layer before, with no operation in between.
+        behind: For every layer, the nearest layers that it reads from, through operations without
+            weights.
+        adjacent: BatchNorms whose input is the output of the layer before, with no operation in
+            between.
         program: A digest of what the network computes on the example input.
     """
 
@@ -173,11 +193,12 @@ class Groups(Mapping[str, Group]):
 
         Args:
             name: The group.
-            side: "out" for producers and riders, "in" for consumers. Keys, which lie on output axes and read, are left out.
+            side: "out" for producers and riders, "in" for consumers. Keys, which lie on output axes
+                and read, are left out.
 
         Yields:
-            ``(layer, positions)`` with ``positions`` a flat list, copy by copy, channel by channel: for a layer with c
-            copies of repeat r it has c·N·r entries.
+            ``(layer, positions)`` with ``positions`` a flat list, copy by copy, channel by channel:
+            for a layer with c copies of repeat r it has c·N·r entries.
         """
         for (layer, at), axis in self.axes.items():
             if at != side:
@@ -201,7 +222,9 @@ class Groups(Mapping[str, Group]):
         return found
 
     def sources(self, name: str) -> tuple[str, ...]:
-        """The producers that do not read the group's own channels: without the gates of squeeze-excite, which do."""
+        """The producers that do not read the group's own channels: without the gates of
+        squeeze-excite, which do.
+        """
         group = self[name]
         members = {*group.producers, *group.riders}
 
@@ -226,9 +249,10 @@ class Groups(Mapping[str, Group]):
             start: Where the ways begin: producers or riders; all producers if None.
 
         Returns:
-            One tuple of layers per way: a producer, then the riders that it passes one after the other (``("conv_pw", "bn1",
-            "conv_dw", "bn2")``), in forward order. A way ends where a consumer, or several branches together, read
-            the channels; it forks where several riders read the same layer (the norms of DenseNet).
+            One tuple of layers per way: a producer, then the riders that it passes one after the
+            other (``("conv_pw", "bn1", "conv_dw", "bn2")``), in forward order. A way ends where a
+            consumer, or several branches together, read the channels; it forks where several riders
+            read the same layer (the norms of DenseNet).
         """
         group = self[name]
         members = {*group.producers, *group.riders}
@@ -252,8 +276,8 @@ class Groups(Mapping[str, Group]):
         """The certified groups that may be resized.
 
         Args:
-            scope: "inner": exact groups that no addition joins with another branch (residual streams stay as they
-                are). "all": every exact and every coupled group.
+            scope: "inner": exact groups that no addition joins with another branch (residual
+                streams stay as they are). "all": every exact and every coupled group.
             include: fnmatch pattern(s) on group names; None selects all in the scope.
 
         Raises:
@@ -270,7 +294,8 @@ class Groups(Mapping[str, Group]):
         for pattern in patterns:
             if not fnmatch.filter(self.members, pattern):
                 raise UsageError(
-                    f"include pattern '{pattern}' matches no channel group{did_you_mean(pattern, self.members)}"
+                    f"include pattern '{pattern}' matches no channel"
+                    f" group{did_you_mean(pattern, self.members)}"
                 )
         grades = {"exact"} if scope == "inner" else {"exact", "coupled"}
         chosen = {
@@ -313,7 +338,8 @@ def channel_rows(groups: Groups, name: str, layer: str, tensor: Tensor) -> Tenso
         tensor: ``[O, ...]``, running along that layer's output axis.
 
     Returns:
-        ``[N, D]``; D counts repeats and copies of the channel too. A view where the layer holds nothing else.
+        ``[N, D]``; D counts repeats and copies of the channel too. A view where the layer holds
+        nothing else.
     """
     axis = groups.axes[layer, "out"]
     copies = [s for s in axis if s.made_by(name)]
@@ -347,8 +373,9 @@ def producer_rows(
         bias: Append each producer's bias as one more part.
 
     Returns:
-        ``[N, D]`` per producer (and ``[N, 1]`` per bias): row n holds weights that make channel n. ``torch.cat(rows, 1)`` is
-        the channel's whole filter. Parts are views where the layer holds nothing else.
+        ``[N, D]`` per producer (and ``[N, 1]`` per bias): row n holds weights that make channel n.
+        ``torch.cat(rows, 1)`` is the channel's whole filter. Parts are views where the layer holds
+        nothing else.
     """
     parts = []
     for layer in groups[name].producers:
@@ -447,7 +474,9 @@ class _Part:
 
 
 class _Assembly:
-    """From labels to groups and axes: channels that lie together, cut where concatenations cut, laid out along every axis."""
+    """From labels to groups and axes: channels that lie together, cut where concatenations cut,
+    laid out along every axis.
+    """
 
     def __init__(self, model: nn.Module, labels: Labels) -> None:
         self.labels = labels
@@ -499,8 +528,8 @@ class _Assembly:
             self._describe(part, layouts)
         kept = sorted(
             (p for p in self.parts if p.group),
-            key=lambda p: (self.order[p.group.producers[0]], p.heads),
-        )  # type: ignore[union-attr]
+            key=lambda p: (self.order[p.group.producers[0]], p.heads),  # type: ignore[union-attr]
+        )
         self._named(kept)
         members = {p.group.name: p.group for p in kept if p.group}
         axes = {key: self._axis(layout) for key, layout in layouts.items()}
@@ -545,7 +574,9 @@ class _Assembly:
         return None
 
     def _meet(self) -> None:
-        """Which side of each product of activations reads the other: the keys, unless a norm lies behind them."""
+        """Which side of each product of activations reads the other: the keys, unless a norm lies
+        behind them.
+        """
         for meeting in self.labels.meetings:
             left, right = self._layer(meeting.left), self._layer(meeting.right)
             if (
@@ -720,7 +751,9 @@ class _Assembly:
                 part.blocks = 1
 
     def _whole_again(self) -> None:
-        """Parts of one cut of which none may change are one group: head dimensions where heads lie between them."""
+        """Parts of one cut of which none may change are one group: head dimensions where heads lie
+        between them.
+        """
         found: list[_Part] = []
         for _, several in itertools.groupby(self.parts, key=lambda p: p.raw):
             parts = list(several)
@@ -732,7 +765,9 @@ class _Assembly:
         self._one_number_each()
 
     def _one_number_each(self) -> None:
-        """What one number states must be one width: parts that nothing else ties stay as they are."""
+        """What one number states must be one width: parts that nothing else ties stay as they
+        are.
+        """
         known: dict[Origin, set[int]] = {}
         for size in self.labels.sizes:
             if (counted := self._counted(size)) is None:
@@ -882,7 +917,8 @@ class _Assembly:
                 part.group = replace(part.group, name=f"{part.group.name}#{count}")
 
     def _counted(self, size: Size) -> tuple[Ids, float, bool] | None:
-        """What a number counts: channels (or heads), how many of them per unit of it, and whether they lie within a head.
+        """What a number counts: channels (or heads), how many of them per unit of it, and whether
+        they lie within a head.
 
         None where it counts what stays, such as the 3 of queries, keys and values.
         """
@@ -919,7 +955,9 @@ class _Assembly:
                 yield Stated(size.of, axis, over)
 
     def _scales(self) -> Iterator[tuple[str, str]]:
-        """Modules that keep one over the root of the head dimension of a product that takes it by itself."""
+        """Modules that keep one over the root of the head dimension of a product that takes it by
+        itself.
+        """
         for name, ids in self.scale_of.items():
             part = self.part_of[self.labels.channel[ids[0]]]
             group = self.parts[part].group if part >= 0 else None
@@ -965,7 +1003,9 @@ def _cuts(positions: Ids, places: Ids) -> set[int]:
 
 
 def _runs(owner: Ids, place: Ids, sizes: Sequence[int]) -> list[_Run]:
-    """An axis cut into whole copies of parts' channels, each channel repeated equally often, and the rest."""
+    """An axis cut into whole copies of parts' channels, each channel repeated equally often, and
+    the rest.
+    """
     runs: list[_Run] = []
     at, length = 0, len(owner)
     changes = np.flatnonzero(np.diff(owner)) + 1

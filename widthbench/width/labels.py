@@ -1,13 +1,16 @@
-"""Labels that travel with the data: which channel lies at each position of every tensor of a forward pass.
+"""Labels that travel with the data: which channel lies at each position of every tensor of a
+forward pass.
 
-Every channel of every layer, and every position along the axes of bare parameters and buffers, gets a number, its label. One
-forward pass runs under ``torch``'s dispatch mode; each operation hands labels on: a permutation permutes them, a reshape
-reshapes them, an addition ties those that meet, a matrix product ties what it sums over. What an operation does that labels
-cannot follow freezes them, with the reason. At the end, labels that are tied are one channel, wherever they lie.
+Every channel of every layer, and every position along the axes of bare parameters and buffers, gets
+a number, its label. One forward pass runs under ``torch``'s dispatch mode; each operation hands
+labels on: a permutation permutes them, a reshape reshapes them, an addition ties those that meet, a
+matrix product ties what it sums over. What an operation does that labels cannot follow freezes
+them, with the reason. At the end, labels that are tied are one channel, wherever they lie.
 
-Labels along several axes form a grid. Where a reshape cuts an axis into a grid, as attention does with heads and head
-dimensions, the cut needs equal counts; where a product runs separately for each index of an axis of the grid (heads), that
-index gets a label of its own, a *block*, whose members are the labels in its row of the grid.
+Labels along several axes form a grid. Where a reshape cuts an axis into a grid, as attention does
+with heads and head dimensions, the cut needs equal counts; where a product runs separately for each
+index of an axis of the grid (heads), that index gets a label of its own, a *block*, whose members
+are the labels in its row of the grid.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ class Value:
 
     Attributes:
         factors: Labels, along disjoint sets of dimensions of size above 1.
-        constant: Made within the forward pass from nothing that is labelled or put in: fits anything.
+        constant: Made within the forward pass from nothing that is labelled or put in: fits
+            anything.
         data: Depends on the network's input.
         near: The nearest layers that it comes from.
         direct: No operation lies between those and it.
@@ -74,12 +78,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Product:
-    """A convolution or matrix product: of activations and weights, or of two activations as in attention.
+    """A convolution or matrix product: of activations and weights, or of two activations as in
+    attention.
 
     Attributes:
         macs: Multiply-accumulates per sample.
-        grids: Labels along the dimensions that it runs over, one array for each independent set of them: its multiply-accumulates
-            are proportional to how many of each there are.
+        grids: Labels along the dimensions that it runs over, one array for each independent set of
+            them: its multiply-accumulates are proportional to how many of each there are.
         where: The innermost module that computes it, "" for the network itself.
     """
 
@@ -95,7 +100,8 @@ class Meeting:
     Attributes:
         left: Labels of the one, ``left_near`` the layers that it comes from.
         right: Labels of the other, in the same order.
-        scaled: Whether the product is divided by the root of how many there are per head (fused attention's own default).
+        scaled: Whether the product is divided by the root of how many there are per head (fused
+            attention's own default).
         depth: How many there are per head.
     """
 
@@ -130,7 +136,8 @@ class View:
 
     Attributes:
         root: That one.
-        dims: Of each of its own dimensions, the root's; None for one that the root does not have. None where it cannot be followed.
+        dims: Of each of its own dimensions, the root's; None for one that the root does not have.
+            None where it cannot be followed.
         places: Of each dimension of the root, the positions that it shows.
     """
 
@@ -139,7 +146,9 @@ class View:
     places: tuple[Ids, ...]
 
     def seen(self, name: str, args: Any, view: Tensor) -> View:
-        """A view of this one, by a view operation of torch's with its arguments; the first is this one."""
+        """A view of this one, by a view operation of torch's with its arguments; the first is this
+        one.
+        """
         dims, places, t = self.dims, list(self.places), args[0]
         if (
             dims is None
@@ -224,7 +233,9 @@ class Labels:
 
 
 class Calls(TorchFunctionMode):
-    """Looks at calls before torch takes them apart: integers that know where they come from, attention's own scale."""
+    """Looks at calls before torch takes them apart: integers that know where they come from,
+    attention's own scale.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -261,12 +272,16 @@ class Call:
         return list(rest[0]) if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
 
     def described(self) -> str:
-        """Its name and arguments, tensors by shape: two networks that compute something else differ in some call."""
+        """Its name and arguments, tensors by shape: two networks that compute something else differ
+        in some call.
+        """
         leaves = tree_leaves([self.args, dict(self.kwargs)])
         parts = [
-            f"{list(a.shape)}"
-            if isinstance(a, Tensor)
-            else type(a).__name__ + (f" {a!r}" if isinstance(a, PLAIN) else "")
+            (
+                f"{list(a.shape)}"
+                if isinstance(a, Tensor)
+                else type(a).__name__ + (f" {a!r}" if isinstance(a, PLAIN) else "")
+            )
             for a in leaves
         ]
         return f"{self.name}({','.join(parts)});"
@@ -290,7 +305,8 @@ class Tracer(TorchDispatchMode):
 
     Args:
         model: The network, in eval mode.
-        rules: Gives the rule of an operation: ``(tracer, name, arguments, output)`` to what is known of the output, or of each.
+        rules: Gives the rule of an operation: ``(tracer, name, arguments, output)`` to what is
+            known of the output, or of each.
     """
 
     def __init__(self, model: nn.Module, rules: Callable[[Any], Callable[..., Any] | None]) -> None:
@@ -325,7 +341,9 @@ class Tracer(TorchDispatchMode):
     # labels
 
     def _label_tensors(self, model: nn.Module) -> None:
-        """Labels for the axes of all layers, and of all floating tensors that belong to no layer."""
+        """Labels for the axes of all layers, and of all floating tensors that belong to no
+        layer.
+        """
         for name, module in model.named_modules():
             if self.kinds[name] is None:
                 continue
@@ -411,7 +429,9 @@ class Tracer(TorchDispatchMode):
         return np.array(found, dtype=np.int64).reshape([ids.shape[i] for i in kept])
 
     def merged(self, factors: Iterable[Factor]) -> list[Factor]:
-        """Factors of tensors that meet position by position: one for each set of dimensions, the rest tied to it."""
+        """Factors of tensors that meet position by position: one for each set of dimensions, the
+        rest tied to it.
+        """
         found: list[Factor] = []
         for new in factors:
             at: Factor | None = new
@@ -436,7 +456,9 @@ class Tracer(TorchDispatchMode):
         axes = [a[0].index(d) for d in b[0]]
         if (
             a[1].ndim - 1 in axes
-        ):  # along the last axis of a grid: one entry for all rows, such as a norm's weights in each head
+            # along the last axis of a grid: one entry for all rows, such as a norm's weights in
+            # each head
+        ):
             shape = [a[1].shape[i] if i in axes else 1 for i in range(a[1].ndim)]
             self.tie(a[1], b[1].reshape(shape))
         else:
@@ -488,7 +510,9 @@ class Tracer(TorchDispatchMode):
         self.families.setdefault(above.root, []).append(weakref.ref(view))
 
     def _write(self, t: Tensor) -> None:
-        """What was written into a tensor lies in all that share its memory, too: in what it is a view of, and in views of it."""
+        """What was written into a tensor lies in all that share its memory, too: in what it is a
+        view of, and in views of it.
+        """
         value, view = self.values[t], self.views.get(t)
         root = t if view is None else view.root
         for member in (
@@ -626,7 +650,9 @@ class Tracer(TorchDispatchMode):
         return Value(tuple(factors), data=va.data or vb.data, near=va.near | vb.near, direct=False)
 
     def counts(self, macs: int, grids: Iterable[Ids | None]) -> None:
-        """Note multiply-accumulates, and the labels that they are proportional to the numbers of."""
+        """Note multiply-accumulates, and the labels that they are proportional to the numbers
+        of.
+        """
         known = [n for n in self.modules.parents if n != "Global"]
         where = max(known, key=len, default="").partition(".")[
             2
@@ -681,7 +707,9 @@ class Tracer(TorchDispatchMode):
         )
 
     def _tie_numbers(self, heads: Ids) -> None:
-        """What one number states within a head, such as the head dimension of queries and of values, is as wide everywhere."""
+        """What one number states within a head, such as the head dimension of queries and of
+        values, is as wide everywhere.
+        """
         first: dict[tuple[Any, ...], Ids] = {}
         for size in self.sizes:
             rows = heads[size.ids]
@@ -729,7 +757,9 @@ def _varies(ids: Ids, axis: int) -> bool:
 
 
 def _unfolded(grid: Ids, heads: Ids) -> Ids:
-    """A grid with an axis of its own for heads that lie one after the other along an axis, as after ``qkv.chunk(3)``."""
+    """A grid with an axis of its own for heads that lie one after the other along an axis, as after
+    ``qkv.chunk(3)``.
+    """
     rows = heads[grid]
     if (rows < 0).any():
         return grid
@@ -745,7 +775,9 @@ def _unfolded(grid: Ids, heads: Ids) -> Ids:
 
 
 def _laid(ids: Ids, names: Sequence[Any], order: Sequence[Any]) -> Ids:
-    """An array whose axes have names, with its axes in an order, and size 1 where a name is missing."""
+    """An array whose axes have names, with its axes in an order, and size 1 where a name is
+    missing.
+    """
     present = [n for n in order if n in names]
     ids = ids.transpose([list(names).index(n) for n in present])
     return ids.reshape([ids.shape[present.index(n)] if n in present else 1 for n in order])
@@ -759,7 +791,9 @@ def moved_factor(factor: Factor, mapping: Mapping[int, int]) -> Factor:
 
 
 def simple_factors(dims: Sequence[int], ids: Ids) -> list[Factor]:
-    """A factor without the axes along which its labels do not change; a single channel keeps them."""
+    """A factor without the axes along which its labels do not change; a single channel keeps
+    them.
+    """
     if ids.ndim and bool((ids == ids.flat[0]).all()):
         return [(tuple(dims), ids)]
     for axis in reversed(range(ids.ndim)):
@@ -787,7 +821,9 @@ def with_factors(value: Value, factors: Iterable[Factor], **changes: Any) -> Val
 
 
 def note_whole(tracer: Tracer, call: Call) -> None:
-    """A slice up to a number that is a dimension's whole length is no operation to torch, yet it states a width."""
+    """A slice up to a number that is a dimension's whole length is no operation to torch, yet it
+    states a width.
+    """
     t, index = call.args
     for dim, part in enumerate(index if isinstance(index, tuple) else (index,)):
         if not isinstance(part, slice):
@@ -814,7 +850,8 @@ def note_size(tracer: Tracer, size: Integer, factors: Iterable[Factor], dim: int
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; every layer's mode as it was afterwards.
 
-    Through training mode, in which networks forget what they keep in evaluation (attention biases of LeViT), and back.
+    Through training mode, in which networks forget what they keep in evaluation (attention biases
+    of LeViT), and back.
     """
     training = {m: m.training for m in model.modules()}
     try:

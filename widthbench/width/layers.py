@@ -12,7 +12,9 @@ Side = Literal["out", "in"]
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The layer's kind: conv, depthwise, linear, batchnorm, channelnorm, prelu; None if it cannot be resized."""
+    """The layer's kind: conv, depthwise, linear, batchnorm, channelnorm, prelu; None if it cannot
+    be resized.
+    """
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         single = module.groups == module.in_channels == module.out_channels and module.groups > 1
         return "depthwise" if single else "conv"

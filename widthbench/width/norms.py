@@ -1,4 +1,6 @@
-"""What norms and scales do to the channels of a group in eval mode: an affine map for each channel."""
+"""What norms and scales do to the channels of a group in eval mode: an affine map for each
+channel.
+"""
 
 from __future__ import annotations
 
@@ -46,17 +48,19 @@ def norm_of(model: nn.Module, groups: Groups, name: str, layer: str) -> Norm:
         model: The network that the groups were found in.
         groups: Its groups.
         name: The group.
-        layer: A BatchNorm among its riders. The bias of the layer right before it is taken off the mean, so that the map
-            is one of that layer's output without its bias.
+        layer: A BatchNorm among its riders. The bias of the layer right before it is taken off the
+            mean, so that the map is one of that layer's output without its bias.
 
     Raises:
-        UsageError: If the layer keeps no running statistics: it normalises by its inputs, which no weights tell.
+        UsageError: If the layer keeps no running statistics: it normalises by its inputs, which no
+            weights tell.
     """
     module: Any = model.get_submodule(layer)
     if module.running_var is None:
         kind = type(module).__name__
         raise UsageError(
-            f"layer {layer} ({kind}) keeps no running statistics: what it does is not in its weights"
+            f"layer {layer} ({kind}) keeps no running statistics: what it does is not in its"
+            " weights"
         )
     mean = _entries(groups, name, layer, module.running_mean)
     gamma, beta = weight_and_bias(model, groups, name, layer)
@@ -67,7 +71,9 @@ def norm_of(model: nn.Module, groups: Groups, name: str, layer: str) -> Norm:
 
 
 def norm_behind(groups: Groups, layer: str) -> str | None:
-    """The BatchNorm that reads a layer's output right behind it and is alone to read it; None if there is none."""
+    """The BatchNorm that reads a layer's output right behind it and is alone to read it; None if
+    there is none.
+    """
     readers = groups.readers.get(layer, ())
     return readers[0] if len(readers) == 1 and readers[0] in groups.adjacent else None
 
@@ -81,14 +87,16 @@ def filter_rows(
     fold: bool = False,
     bias: bool = True,
 ) -> Tensor:
-    """A layer's weights by channel, with its bias as one more weight where no BatchNorm comes right behind it.
+    """A layer's weights by channel, with its bias as one more weight where no BatchNorm comes right
+    behind it.
 
     Args:
         model: The network that the groups were found in.
         groups: Its groups.
         name: The group.
         layer: A producer, or a depthwise convolution among the riders.
-        fold: Fold the BatchNorm right behind the layer into it: weights ``γ/σ · w``, bias ``β + γ/σ · (b - μ)``.
+        fold: Fold the BatchNorm right behind the layer into it: weights ``γ/σ · w``, bias ``β + γ/σ
+            · (b - μ)``.
         bias: False leaves an unfolded bias out.
 
     Returns:
@@ -114,9 +122,11 @@ PLACES = (11, 13)  # of a probing input; a few numbers that are no likely width
 def affine_of(
     model: nn.Module, groups: Groups, name: str, tensor: str
 ) -> tuple[Tensor, Tensor] | str:
-    """What a bare tensor that rides along a group does to its channels: a frozen norm, a layer-scale, any module that is an affine.
+    """What a bare tensor that rides along a group does to its channels: a frozen norm, a
+    layer-scale, any module that is an affine.
 
-    The module that holds the tensor is run by itself on probes, so that it does not matter how it computes what it does.
+    The module that holds the tensor is run by itself on probes, so that it does not matter how it
+    computes what it does.
 
     Args:
         model: The network that the groups were found in.
@@ -125,7 +135,8 @@ def affine_of(
         tensor: One of its ``tensors``.
 
     Returns:
-        ``a [N]`` and ``b [N]`` in float64 with ``y = a x + b`` for each channel; or why the tensor is no such affine.
+        ``a [N]`` and ``b [N]`` in float64 with ``y = a x + b`` for each channel; or why the tensor
+        is no such affine.
     """
     owner = tensor.rpartition(".")[0]
     module, channels = model.get_submodule(owner), groups[name].channels
@@ -155,7 +166,10 @@ def affine_of(
             for t, x in ((low, 0.0), (high, 1.0), (some, _flat(drawn, dim)))
         ):
             return a[:, 0], b[:, 0]
-    return f"tensor '{tensor}' rides along, and {type(module).__name__} {owner} is no affine of its channels"
+    return (
+        f"tensor '{tensor}' rides along, and {type(module).__name__} {owner} is no affine of its"
+        " channels"
+    )
 
 
 def _flat(t: Tensor, dim: int) -> Tensor:
@@ -165,13 +179,18 @@ def _flat(t: Tensor, dim: int) -> Tensor:
 def affines_of(
     model: nn.Module, groups: Groups, name: str
 ) -> dict[str, tuple[Tensor, Tensor]] | str:
-    """The affines of all bare tensors that ride along a group, by the module that holds them; or why there is none for one."""
+    """The affines of all bare tensors that ride along a group, by the module that holds them; or
+    why there is none for one.
+    """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     group = groups[name]
     for tensor in group.tensors:
         owner = tensor.rpartition(".")[0]
         if not group.inner or len(groups.sources(name)) > 1:
-            return f"tensor '{tensor}' rides along with {len(group.producers)} layers, and may not be behind all of them"
+            return (
+                f"tensor '{tensor}' rides along with {len(group.producers)} layers, and may not be"
+                " behind all of them"
+            )
         if owner not in found:
             affine = affine_of(model, groups, name, tensor)
             if isinstance(affine, str):
@@ -181,7 +200,8 @@ def affines_of(
 
 
 def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor) -> str | None:
-    """Why a module does not scale a group's channels once on every way to its consumers; None if it does.
+    """Why a module does not scale a group's channels once on every way to its consumers; None if it
+    does.
 
     Args:
         model: The network that the groups were found in.
@@ -244,7 +264,9 @@ def _noted(
 def weight_and_bias(
     model: nn.Module, groups: Groups, name: str, layer: str
 ) -> tuple[Tensor, Tensor]:
-    """A norm's weight and bias by channel, ``[N]`` each in float64; ones and zeros where it has none."""
+    """A norm's weight and bias by channel, ``[N]`` each in float64; ones and zeros where it has
+    none.
+    """
     module: Any = model.get_submodule(layer)
     ones = torch.ones(
         groups[name].channels, dtype=torch.float64, device=next(model.parameters()).device
@@ -265,6 +287,8 @@ def bias_of(model: nn.Module, groups: Groups, name: str, layer: str) -> Tensor:
 
 
 def _entries(groups: Groups, name: str, layer: str, tensor: Tensor) -> Tensor:
-    """A layer's vector by channel, ``[N]`` in float64; the mean where a flatten gives a channel several entries."""
+    """A layer's vector by channel, ``[N]`` in float64; the mean where a flatten gives a channel
+    several entries.
+    """
     rows = channel_rows(groups, name, layer, tensor).double()
     return rows[:, 0] if rows.shape[1] == 1 else rows.mean(dim=1)

@@ -97,7 +97,9 @@ def _pointwise(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
 
 
 def _like(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
-    """A constant in the shape of a tensor has as many channels as that, so that each goes with one of them."""
+    """A constant in the shape of a tensor has as many channels as that, so that each goes with one
+    of them.
+    """
     return Value(tracer.of(args[0]).factors)
 
 
@@ -194,7 +196,9 @@ def _view(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         touched = [(a, b) for a, b in chunks if set(a) & set(dims)]
         if (
             ids.size == 1
-        ):  # a single channel: it goes where its dimension goes, repeated where others are merged with it
+            # a single channel: it goes where its dimension goes, repeated where others are merged
+            # with it
+        ):
             (a, b), at = touched[0], int(dims[0])
             many = [d for d in b if output.shape[d] > 1]
             if len(b) == 1 or (len(many) <= 1 and len(a) > 1 and max(t.shape[d] for d in a) > 1):
@@ -283,7 +287,9 @@ def _slice(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
 
 
 def _even(tracer: Tracer, factor: Factor, axis: int, start: int, stop: int) -> None:
-    """A part whose size nothing states: where it is one of several equal ones, they need equal counts."""
+    """A part whose size nothing states: where it is one of several equal ones, they need equal
+    counts.
+    """
     size, length = stop - start, factor[1].shape[axis]
     if size and length % size == 0 and start % size == 0:
         ids = np.moveaxis(factor[1], axis, -1)
@@ -910,7 +916,9 @@ RULES: dict[str, Callable[..., Any]] = {
 
 
 def rule_of(operation: Any) -> Callable[..., Any] | None:
-    """The rule of an operation of torch's: by name, or that of everything that works position by position."""
+    """The rule of an operation of torch's: by name, or that of everything that works position by
+    position.
+    """
     name = operation.overloadpacket.__name__
     if name in RULES or torch.Tag.pointwise not in operation.tags:
         return RULES.get(name) or (_pointwise if name in POINTWISE else None)

@@ -1,4 +1,6 @@
-"""The one place that cuts or grows a network: a plan of per-group resizes, applied at once, on a copy."""
+"""The one place that cuts or grows a network: a plan of per-group resizes, applied at once, on a
+copy.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,16 @@ from widthbench.width.layers import Side, axis_length, kind_of, tensors_on
 class Resize:
     """New channels of one group in terms of its old ones.
 
-    With P new and N old channels, producers and riders take row ``rows[p]`` for new channel p, and every consumer's
-    incoming weight becomes ``W_in @ mix``.
+    With P new and N old channels, producers and riders take row ``rows[p]`` for new channel p, and
+    every consumer's incoming weight becomes ``W_in @ mix``.
 
     Attributes:
         rows: long ``[P]``, the old channel that each new one is copied from; repeats allowed.
-        mix: ``[N, P]``, old by new; None means one-hot of ``rows`` (applied by selection, never as a product).
-        tensors: New values for tensors of producers or riders, by full name (``"conv1.weight"``), ``[P, ...]`` in the
-            original network's input coordinates (``[P·repeat·copies, ...]`` where a layer holds each channel more than once).
+        mix: ``[N, P]``, old by new; None means one-hot of ``rows`` (applied by selection, never as
+            a product).
+        tensors: New values for tensors of producers or riders, by full name (``"conv1.weight"``),
+            ``[P, ...]`` in the original network's input coordinates (``[P·repeat·copies, ...]``
+            where a layer holds each channel more than once).
     """
 
     rows: Tensor
@@ -39,7 +43,8 @@ class Resize:
 
 
 Plan = Mapping[str, Resize]
-"""One resize per group, by group name, in the coordinates of the network that the plan was made for."""
+"""One resize per group, by group name, in the coordinates of the network that the plan was made
+for."""
 
 
 def keep(rows: Tensor | list[int]) -> Resize:
@@ -54,8 +59,9 @@ def keep(rows: Tensor | list[int]) -> Resize:
 def resize(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     """Apply a plan to a network.
 
-    All maps are composed in the original network's coordinates, and nothing is rebuilt between groups. Either the whole
-    plan is applied or an error is raised; the given network is never touched.
+    All maps are composed in the original network's coordinates, and nothing is rebuilt between
+    groups. Either the whole plan is applied or an error is raised; the given network is never
+    touched.
 
     Args:
         model: The network that ``groups`` was found in.
@@ -63,16 +69,19 @@ def resize(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
         plan: One resize per group; groups that it does not name stay as they are.
 
     Returns:
-        A resized copy, with the same device, dtype, mode and ``requires_grad``; gradients are not carried over.
+        A resized copy, with the same device, dtype, mode and ``requires_grad``; gradients are not
+        carried over.
 
     Raises:
-        PlanError: If the plan does not fit: unknown or uncertified group, rows out of range or none at all, unequal
-            counts per block, a mix or tensor of the wrong shape or with values that are not finite.
+        PlanError: If the plan does not fit: unknown or uncertified group, rows out of range or none
+            at all, unequal counts per block, a mix or tensor of the wrong shape or with values that
+            are not finite.
     """
     for name in plan:
         if name not in groups:
             raise PlanError(
-                f"the plan names no channel group of this network: '{name}'{did_you_mean(name, groups)}"
+                "the plan names no channel group of this network:"
+                f" '{name}'{did_you_mean(name, groups)}"
             )
         group = groups[name]
         if group.grade not in ("exact", "coupled"):
@@ -168,7 +177,8 @@ def _numbers(groups: Groups, plan: Plan) -> dict[Origin, int]:
         name = ".".join(p for p in stated.origin[:2] if p)
         if number != round(number):
             raise PlanError(
-                f"'{name}' would have to be {number:g}, which is no whole number: its parts must keep equal counts"
+                f"'{name}' would have to be {number:g}, which is no whole number: its parts must"
+                " keep equal counts"
             )
         if found.setdefault(stated.origin, round(number)) != round(number):
             raise PlanError(
@@ -178,7 +188,9 @@ def _numbers(groups: Groups, plan: Plan) -> dict[Origin, int]:
 
 
 def _stages(axis: Axis, plan: Plan, groups: Groups) -> list[Axis]:
-    """An axis as its groups see it, and, where heads are resized too, once more as heads see what is then left."""
+    """An axis as its groups see it, and, where heads are resized too, once more as heads see what
+    is then left.
+    """
     if not any(s.outer in plan for s in axis):
         return [axis]
     widths = {n: len(change.rows) for n, change in plan.items()}
@@ -191,7 +203,9 @@ def _stages(axis: Axis, plan: Plan, groups: Groups) -> list[Axis]:
 
 
 def axis_width(axis: Axis, widths: Mapping[str, int], groups: Mapping[str, Group]) -> int:
-    """Positions along an axis with the given channels per group; groups that are not named keep theirs."""
+    """Positions along an axis with the given channels per group; groups that are not named keep
+    theirs.
+    """
     total = 0
     for s in axis:
         size = (
@@ -206,10 +220,12 @@ def axis_width(axis: Axis, widths: Mapping[str, int], groups: Mapping[str, Group
 
 
 def detached(model: nn.Module) -> dict[int, Any]:
-    """A memo for ``copy.deepcopy``: stand-ins for tensors with a history, which it refuses, and for empty containers.
+    """A memo for ``copy.deepcopy``: stand-ins for tensors with a history, which it refuses, and for
+    empty containers.
 
-    Networks that keep tensors in attributes (LeViT's bias cache) have the former; every module has a dozen of the latter (its
-    hooks), and copying those one by one takes longer than cutting the weights.
+    Networks that keep tensors in attributes (LeViT's bias cache) have the former; every module has
+    a dozen of the latter (its hooks), and copying those one by one takes longer than cutting the
+    weights.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -229,7 +245,9 @@ FEATURES = ("num_features", "head_hidden_size", "embed_dim", "in_features")
 
 
 def _declare_features(model: Any, resized: Any) -> None:
-    """Keep timm's ``num_features`` and the like true, which its ``reset_classifier`` builds a new head from."""
+    """Keep timm's ``num_features`` and the like true, which its ``reset_classifier`` builds a new
+    head from.
+    """
     if not callable(getattr(model, "get_classifier", None)):
         return
     old, new = model.get_classifier(), resized.get_classifier()
@@ -254,7 +272,8 @@ def _check(model: nn.Module, groups: Groups, group: Group, change: Resize) -> No
         raise PlanError(f"{name}: a plan must leave at least {group.blocks} channel(s)")
     if int(rows.min()) < 0 or int(rows.max()) >= group.channels:
         raise PlanError(
-            f"{name}: rows must lie in 0..{group.channels - 1}, not {int(rows.min())}..{int(rows.max())}"
+            f"{name}: rows must lie in 0..{group.channels - 1}, not"
+            f" {int(rows.min())}..{int(rows.max())}"
         )
     new = rows.numel()
     if group.blocks > 1:
@@ -267,7 +286,8 @@ def _check(model: nn.Module, groups: Groups, group: Group, change: Resize) -> No
     if change.mix is not None:
         if tuple(change.mix.shape) != (group.channels, new):
             raise PlanError(
-                f"{name}: mix must be [N, P] = {[group.channels, new]}, not {list(change.mix.shape)}"
+                f"{name}: mix must be [N, P] = {[group.channels, new]}, not"
+                f" {list(change.mix.shape)}"
             )
         if not torch.isfinite(change.mix).all():
             raise PlanError(f"{name}: mix has values that are not finite")
@@ -285,7 +305,8 @@ def _check(model: nn.Module, groups: Groups, group: Group, change: Resize) -> No
     for tensor, value in change.tensors.items():
         if tensor not in known:
             raise PlanError(
-                f"{name}: '{tensor}' is not a tensor of its producers or riders{did_you_mean(tensor, known)}"
+                f"{name}: '{tensor}' is not a tensor of its producers or"
+                f" riders{did_you_mean(tensor, known)}"
             )
         if tuple(value.shape) != known[tensor]:
             raise PlanError(
@@ -368,7 +389,9 @@ def _override(name: str, tensor: Tensor, axis: Axis, plan: Plan) -> None:
 
 
 def _consume(weight: Tensor, axis: Axis, plan: Plan, count: int) -> Tensor:
-    """Incoming weights ``[O, I/count, ...]`` after ``W_in @ mix`` along an axis of I positions in ``count`` blocks."""
+    """Incoming weights ``[O, I/count, ...]`` after ``W_in @ mix`` along an axis of I positions in
+    ``count`` blocks.
+    """
     if count > 1:  # a grouped convolution: one segment, each block on its own
         (segment,) = axis
         block_change = plan[str(segment.group)]
@@ -446,6 +469,7 @@ def disagreements(model: nn.Module) -> list[str]:
             )
         if not ok:
             bad.append(
-                f"{name}: declares {m.extra_repr()}, holds {[list(p.shape) for p in m.parameters(recurse=False)]}"
+                f"{name}: declares {m.extra_repr()}, holds"
+                f" {[list(p.shape) for p in m.parameters(recurse=False)]}"
             )
     return bad
