@@ -19,8 +19,10 @@ from widthbench.errors import BudgetError, UsageError
 from widthbench.networks.models import reinitialise
 from widthbench.recipe import Recipe
 from widthbench.technique.base import Outcome, Technique
-from widthbench.technique.budget import Budget, asked, top_channels, uniform_widths, used
-from widthbench.technique.task import Task
+from widthbench.technique.budget import Budget, top_channels, uniform_widths
+from widthbench.technique.parameters import Count, NotNegative, Positive, Share
+from widthbench.technique.task import State, Task
+from widthbench.technique.trajectory import Trajectory
 from widthbench.training.measuring import accuracy
 from widthbench.training.recalibration import recalibrate
 from widthbench.width.gates import gated
@@ -68,107 +70,64 @@ class AutoSlim(Technique):
   year = {2019}
 }"""
 
-    def __init__(
-        self,
-        *,
-        epochs: float = 2,
-        narrowest: float = 0.1,
-        steps: int = 30,
-        least: float = 0.03,
-        samples: int = 10_000,
-        calibration: int = 1024,
-        order: Literal["l1", "index"] = "l1",
-        final: Literal["slimmable", "fresh"] = "slimmable",
-        final_epochs: float = 1,
-    ) -> None:
-        self.epochs = epochs
-        self.narrowest = narrowest
-        self.steps = steps
-        self.least = least
-        self.samples = samples
-        self.calibration = calibration
-        self.order = order
-        self.final = final
-        self.final_epochs = final_epochs
-        for name in ("narrowest", "least"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be a share between 0 and 1, not {getattr(self, name)}"
-                )
-        for name in ("steps", "samples", "calibration"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not epochs > 0 or not final_epochs >= 0:
-            raise ValueError(
-                f"epochs must be above 0 and final_epochs at least 0, not {epochs} and"
-                f" {final_epochs}"
-            )
+    epochs: Positive = 2
+    narrowest: Share = 0.1
+    steps: Count = 30
+    least: Share = 0.03
+    samples: Count = 10_000
+    calibration: Count = 1024
+    order: Literal["l1", "index"] = "l1"
+    final: Literal["slimmable", "fresh"] = "slimmable"
+    final_epochs: NotNegative = 1
 
-    def prepare(self, task: Task) -> dict[str, Tensor]:
-        """The slimmable network's tensors, ``first GROUP`` (``[N]``, higher comes first), and the
-        path with its val accuracy.
+    def prepare(self, task: Task) -> State:
+        """The slimmable network's tensors, which channels come "first" (``[N]`` per group, higher
+        does), and the path with its val accuracy.
         """
-        assert task.fit is not None  # the declared access includes it
         model = copy.deepcopy(task.model)
         first = {n: self._first(task, n) for n in task.groups}
         slimmable = Slimmable(task, first, self.narrowest)
         with gated(model, task.groups, slimmable.gates):
             trained = task.checkpoint("slimmable", partial(self._trained, task, model, slimmable))
             model.load_state_dict(trained)
-            path, found = [[g.channels for g in task.groups.values()]], []
+            path, found = [{n: g.channels for n, g in task.groups.items()}], []
             for step in task.progress(range(self.steps + 1), desc=f"{self.id}: greedy steps"):
-                state = task.checkpoint(
+                point = task.checkpoint(
                     f"step {step}", partial(self._further, task, model, slimmable, path[-1], step)
                 )
-                path.append(state["widths"].tolist())
-                found.append(float(state["top1"]))
-        tensors = {f"model {k}": v for k, v in trained.items()} | {
-            f"first {n}": f for n, f in first.items()
-        }
-        return tensors | {"path": torch.tensor(path[1:]), "top1": torch.tensor(found)}
+                path.append(point["widths"])
+                found.append(point["top1"])
+        return {"model": trained, "first": first, "path": path[1:], "top1": found}
 
-    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+    def decide(self, task: Task, state: State) -> Outcome:
         """Go along the path to the budget, and train what is found."""
-        assert task.fit is not None
         task.widths()  # a budget below the floor is refused
         model = copy.deepcopy(task.model)
-        model.load_state_dict(
-            {k.removeprefix("model "): v for k, v in state.items() if k.startswith("model ")}
-        )
-        path = [dict(zip(task.groups, widths, strict=True)) for widths in state["path"].tolist()]
-        widths = at_budget(path, task)
+        model.load_state_dict(state["model"])
         plan = {
-            n: keep(top_channels(state[f"first {n}"], w, task.groups[n].blocks))
-            for n, w in widths.items()
+            n: keep(top_channels(state["first"][n], w, task.groups[n].blocks))
+            for n, w in at_budget(state["path"], task).items()
         }
-        series: dict[str, list[Any]] = {
-            "trajectory.step": list(range(len(path))),
-            "trajectory.macs": [round(task.cost(w).macs / task.reference.macs, 6) for w in path],
-            "trajectory.val_top1": [round(float(v), 4) for v in state["top1"]],
-        }
+        way = Trajectory(task)
+        for step, (widths, top1) in enumerate(zip(state["path"], state["top1"], strict=True)):
+            way.point(step, widths, val_top1=top1)
         if not self.final_epochs:
-            return Outcome(plan, model=model, series=series)
+            return Outcome(plan, model=model, series=way.series)
         small = resize(model, task.groups, plan)
         if self.final == "fresh":
             reinitialise(small, task.seed)
-        task.fit(
-            small,
-            task.train,
-            self._recipe(task, self.final_epochs),
-            desc=f"{self.id} {task.budget}",
-        )
-        return Outcome({}, model=small, series=series)
+        recipe = self._recipe(task, self.final_epochs)
+        task.fit(small, task.train, recipe, desc=f"{self.id} {task.budget}")
+        return Outcome({}, model=small, series=way.series)
 
     def _trained(self, task: Task, model: nn.Module, slimmable: Slimmable) -> dict[str, Tensor]:
         """The slimmable network's tensors, as they are before any recalibration of the greedy
         steps.
         """
-        assert task.fit is not None
         recipe = self._recipe(task, self.epochs)
         task.fit(model, task.train, recipe, losses=slimmable.losses, state=slimmable, desc=self.id)
-        if not all(
-            torch.isfinite(v).all() for v in model.state_dict().values()
-        ):  # in the last step, whose loss was fine
+        # in the last step, whose loss was fine
+        if not all(torch.isfinite(v).all() for v in model.state_dict().values()):
             raise UsageError(
                 "autoslim diverged: slimmable training left weights that are not finite; lower lr"
                 f" = {recipe.lr:g}"
@@ -176,9 +135,7 @@ class AutoSlim(Technique):
         return {k: v.clone() for k, v in model.state_dict().items()}
 
     def _recipe(self, task: Task, epochs: float) -> Recipe:
-        return (task.recipe or Recipe(epochs=1, batch_size=64, lr=0.01)).model_copy(
-            update={"epochs": epochs}
-        )
+        return task.recipe.model_copy(update={"epochs": epochs})
 
     def _first(self, task: Task, name: str) -> Tensor:
         """Scores ``[N]`` that say in which order a group's channels open."""
@@ -188,19 +145,15 @@ class AutoSlim(Technique):
         return torch.stack([part.abs().sum(dim=1) for part in rows]).sum(0).detach().cpu()
 
     def _further(
-        self, task: Task, model: nn.Module, slimmable: Slimmable, last: list[int], step: int
-    ) -> dict[str, Tensor]:
+        self, task: Task, model: nn.Module, slimmable: Slimmable, last: dict[str, int], step: int
+    ) -> State:
         """The next point: the best of the shapes at the next level of MACs, one for each group that
         is slimmed.
         """
-        widths = dict(zip(task.groups, last, strict=True))
-        shapes = [widths] if step == 0 else slimmer(widths, task, self.least ** (step / self.steps))
+        shapes = [last] if step == 0 else slimmer(last, task, self.least ** (step / self.steps))
         scores = [self._score(task, model, slimmable, shape) for shape in shapes]
         best = max(range(len(shapes)), key=lambda i: scores[i])
-        return {
-            "widths": torch.tensor(list(shapes[best].values())),
-            "top1": torch.tensor(scores[best][0]),
-        }
+        return {"widths": shapes[best], "top1": scores[best][0]}
 
     def _score(
         self, task: Task, model: nn.Module, slimmable: Slimmable, widths: Mapping[str, int]
@@ -220,15 +173,11 @@ class Slimmable:
     """
 
     def __init__(self, task: Task, first: Mapping[str, Tensor], narrowest: float) -> None:
-        self.groups, self.first, self.narrowest, self.device = (
-            task.groups,
-            first,
-            narrowest,
-            task.device,
-        )
+        self.groups, self.device = task.groups, task.device
+        self.first, self.narrowest = first, narrowest
         self.gates: dict[str, Tensor] = {}
         self._draw = torch.Generator().manual_seed(task.seed)
-        self.smoothing = task.recipe.label_smoothing if task.recipe else 0.0
+        self.smoothing = task.recipe.label_smoothing
         self.set(self.widths(1.0))
 
     def state_dict(self) -> dict[str, Any]:
@@ -357,23 +306,17 @@ def at_budget(path: list[dict[str, int]], task: Task) -> dict[str, int]:
     the path ends before.
     """
     floor = {n: g.blocks for n, g in task.groups.items()}
-
-    def fits(widths: Mapping[str, int]) -> bool:
-        kept = used(task.budget, widths, task.groups, task.cost(widths), task.reference)
-        return kept <= asked(task.budget, task.groups) * (1 + 1e-12)
-
-    end = next((i for i, widths in enumerate(path) if fits(widths)), len(path))
+    end = next((i for i, widths in enumerate(path) if task.fits(widths)), len(path))
     found = dict(path[end] if end < len(path) else floor)
-    for earlier in reversed(
-        path[:end]
-    ):  # what the last steps took more of than the budget asks is given back, last first
+    # what the last steps took more of than the budget asks is given back, last first
+    for earlier in reversed(path[:end]):
         for name, group in task.groups.items():
             low, high = found[name] // group.blocks, earlier[name] // group.blocks
             while low < high:
                 middle = (low + high + 1) // 2
                 low, high = (
                     (middle, high)
-                    if fits({**found, name: middle * group.blocks})
+                    if task.fits({**found, name: middle * group.blocks})
                     else (low, middle - 1)
                 )
             found[name] = max(found[name], low * group.blocks)

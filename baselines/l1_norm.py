@@ -6,22 +6,17 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from widthbench.technique.base import Outcome, Technique
-from widthbench.technique.budget import Allocation
+from widthbench.technique.base import ScoredTechnique
 from widthbench.technique.task import Task
 from widthbench.width.groups import producer_rows
 
 
-class L1Norm(Technique):
+class L1Norm(ScoredTechnique):
     """Magnitude pruning of channels (Li et al., "Pruning Filters for Efficient ConvNets", ICLR
     2017).
 
     The score of channel n is ``s_n = Σ |w|`` over its producer weights, biases left out, as in
     section 3.1 of the paper.
-
-    Args:
-        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of
-            all groups together, each group's scores divided by their mean.
     """
 
     id = "l1-norm"
@@ -33,11 +28,8 @@ class L1Norm(Technique):
   year = {2017}
 }"""
 
-    def __init__(self, *, allocation: Allocation = "uniform") -> None:
-        self.allocation: Allocation = allocation
-
-    def prepare(self, task: Task) -> dict[str, Tensor]:
-        """Scores ``[N]`` per group."""
+    def score(self, task: Task) -> dict[str, Tensor]:
+        """``s_n``."""
         scores = {}
         for name in task.groups:
             norms = [
@@ -46,9 +38,3 @@ class L1Norm(Technique):
             ]
             scores[name] = torch.stack(norms).sum(dim=0)
         return scores
-
-    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
-        """Keep the best within the budget."""
-        if self.allocation == "global":
-            state = {name: score / score.mean().clamp_min(1e-30) for name, score in state.items()}
-        return Outcome(task.keep_best(state, self.allocation))

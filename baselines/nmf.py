@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from sklearn.decomposition import NMF as Factorisation
 from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor, nn
+from torch import nn
 
 from widthbench.technique.base import Outcome, Technique
-from widthbench.technique.task import Task
+from widthbench.technique.parameters import Count, NotNegative
+from widthbench.technique.task import State, Task
 from widthbench.width.groups import Groups
 from widthbench.width.layers import kind_of
 from widthbench.width.norms import filter_rows, norm_behind
@@ -49,13 +50,8 @@ class NMF(Technique):
   year = {1999}
 }"""
 
-    def __init__(self, *, iterations: int = 200, tolerance: float = 1e-4) -> None:
-        self.iterations = iterations
-        self.tolerance = tolerance
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, not {iterations}")
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0, not {tolerance}")
+    iterations: Count = 200
+    tolerance: NotNegative = 1e-4
 
     def skip(self, task: Task) -> str | None:
         """The first group that cannot be factorised, and why."""
@@ -64,7 +60,7 @@ class NMF(Technique):
                 return f"channel group '{name}': {reason}"
         return None
 
-    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+    def decide(self, task: Task, state: State) -> Outcome:
         """Factorise every group at its width, from a random start by the task's seed."""
         plan, residuals = {}, {}
         for name, width in task.widths().items():
@@ -134,10 +130,7 @@ def replaced(
     layer: Any = model.get_submodule(producer)
     rows = torch.from_numpy(filters).to(layer.weight)
     size = layer.weight[0].numel()
-    weights, bias = (
-        rows[:, :size],
-        rows[:, size:].sum(dim=1),
-    )  # one column of biases, or none: zeros
+    weights, bias = rows[:, :size], rows[:, size:].sum(dim=1)  # one column of biases, or none
     tensors = {f"{producer}.weight": weights.reshape(-1, *layer.weight.shape[1:])}
     norm = norm_behind(groups, producer)
     if layer.bias is not None:

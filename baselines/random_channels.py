@@ -5,33 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from widthbench.technique.base import Outcome, Technique
-from widthbench.technique.budget import Allocation
+from widthbench.technique.base import ScoredTechnique
 from widthbench.technique.task import Task
 
 
-class RandomChannels(Technique):
-    """Keep channels at random, with the task's seed.
-
-    Args:
-        allocation: "uniform" keeps the same fraction of every group; "global" draws from all
-            channels together.
-    """
+class RandomChannels(ScoredTechnique):
+    """Keep channels at random, with the task's seed."""
 
     id = "random-channels"
     access = "none"
+    comparable = True
 
-    def __init__(self, *, allocation: Allocation = "uniform") -> None:
-        self.allocation: Allocation = allocation
-
-    def prepare(self, task: Task) -> dict[str, Tensor]:
-        """Scores ``[N]`` per group, uniform in [0, 1)."""
+    def score(self, task: Task) -> dict[str, Tensor]:
+        """Uniform in [0, 1)."""
         generator = torch.Generator().manual_seed(task.seed)
-        return {
-            name: torch.rand(group.channels, generator=generator)
-            for name, group in task.groups.items()
-        }
-
-    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
-        """Keep those that drew the highest numbers."""
-        return Outcome(task.keep_best(state, self.allocation))
+        return {n: torch.rand(g.channels, generator=generator) for n, g in task.groups.items()}

@@ -12,8 +12,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from widthbench.sensitivity.ablation import Sample, cross_entropy
-from widthbench.technique.base import Outcome, Technique
-from widthbench.technique.budget import Allocation
+from widthbench.technique.base import ScoredTechnique
+from widthbench.technique.parameters import Count
 from widthbench.technique.task import Access, Task
 from widthbench.width.groups import Groups
 from widthbench.width.layers import Side, kind_of
@@ -112,19 +112,16 @@ def _nth(channels: list[int], at: int) -> int:
     return channels[:at].count(channels[at])
 
 
-class TorchPruning(Technique):
+class TorchPruning(ScoredTechnique):
     """Channels scored by one of Torch-Pruning's importances (Fang et al., "DepGraph", CVPR 2023).
 
     The importance sees every layer of a group, producers, norms and consumers, as in Torch-Pruning
     itself; groups are ours, so that it also scores what Torch-Pruning does not reach, and plans are
     cut by our resize.
-
-    Args:
-        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of
-            all groups together, by scores that the importance normalises by group.
     """
 
     access: ClassVar[Access] = "none"
+    comparable = True  # importances normalise by group
     importance: ClassVar[Callable[[], Any]]
     bibtex = """@inproceedings{fang2023depgraph,
   title = {{DepGraph}: Towards Any Structural Pruning},
@@ -132,9 +129,6 @@ class TorchPruning(Technique):
   booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year = {2023}
 }"""
-
-    def __init__(self, *, allocation: Allocation = "uniform") -> None:
-        self.allocation: Allocation = allocation
 
     def skip(self, task: Task) -> str | None:
         """Where the importance has nothing to say of a group."""
@@ -153,18 +147,14 @@ class TorchPruning(Technique):
         """The network that the importance looks at."""
         return task.model
 
-    def prepare(self, task: Task) -> dict[str, Tensor]:
-        """Scores ``[N]`` per group."""
+    def score(self, task: Task) -> dict[str, Tensor]:
+        """What the importance gives."""
         model, importance = self.scored(task), type(self).importance()
         found = {}
         for name, group in task.groups.items():
             score = importance(as_group(model, task.groups, name))
             found[name] = torch.as_tensor(score).detach()[: group.channels]
         return found
-
-    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
-        """Keep the best within the budget."""
-        return Outcome(task.keep_best(state, self.allocation))
 
 
 class Magnitude(TorchPruning):
@@ -227,11 +217,7 @@ class _WithGradients(TorchPruning):
 
     access: ClassVar[Access] = "labelled"
 
-    def __init__(self, *, allocation: Allocation = "uniform", samples: int = 256) -> None:
-        super().__init__(allocation=allocation)
-        self.samples = samples
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, not {samples}")
+    samples: Count = 256
 
     def scored(self, task: Task) -> nn.Module:
         """A copy whose parameters have gradients."""

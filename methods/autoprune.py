@@ -5,12 +5,12 @@ the validation loss.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,8 +18,10 @@ from widthbench import parallel
 from widthbench.errors import UsageError
 from widthbench.recipe import Recipe
 from widthbench.technique.base import Outcome, Technique
-from widthbench.technique.budget import Budget, asked, global_widths, top_channels, used
-from widthbench.technique.task import Task
+from widthbench.technique.budget import Budget, global_widths, top_channels
+from widthbench.technique.parameters import NotNegative, Positive
+from widthbench.technique.task import State, Task
+from widthbench.technique.trajectory import Trajectory
 from widthbench.training.loop import steps_of
 from widthbench.training.measuring import accuracy, fastest_layout
 from widthbench.training.recalibration import batch_norms
@@ -38,6 +40,7 @@ RECENT = 0.9  # of the running mean of each channel's sensitivity
 EVERY = 10  # steps between two choices of μ
 CLOSED = 25  # steps that a channel must have been closed for its return to count as a recovery
 POINTS = 40  # of the trajectory
+KEPT = ("m", "drift", "open", "shut", "long", "step", "drawn", "mu", "price", "square", "told")
 SINCE = ("loss", "steps", "val_loss", "val_steps", "cosine")  # told since the last point
 
 
@@ -86,58 +89,28 @@ class AutoPrune(Technique):
   year = {2019}
 }"""
 
-    def __init__(
-        self,
-        *,
-        estimator: Estimator = "softplus",
-        decoupling: Decoupling = "sgn",
-        start: Literal["trained", "fresh"] = "trained",
-        epochs: float = 4,
-        weight_decay: float | None = None,
-        lr: float | None = None,
-        eta: float = 0.1,
-        mu: float | None = None,
-        penalty: Literal["cost", "channels"] = "cost",
-        ramp: float = 0.5,
-        freeze: float = 0.75,
-    ) -> None:
-        self.estimator: Estimator = estimator
-        self.decoupling: Decoupling = decoupling
-        self.start = start
-        self.epochs = epochs
-        self.weight_decay = weight_decay
-        self.lr = lr
-        self.eta = eta
-        self.mu = mu
-        self.penalty = penalty
-        self.ramp = ramp
-        self.freeze = freeze
-        if not 0 < ramp <= freeze <= 1:
-            raise ValueError(
-                f"ramp and freeze must be shares with 0 < ramp <= freeze <= 1, not {ramp} and"
-                f" {freeze}"
-            )
-        for name, kinds in (("estimator", Estimator), ("decoupling", Decoupling)):
-            if getattr(self, name) not in get_args(kinds):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(kinds))}, not"
-                    f" {getattr(self, name)!r}"
-                )
-        for name in ("epochs", "eta", "lr"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
-        for name in ("mu", "weight_decay"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
+    estimator: Estimator = "softplus"
+    decoupling: Decoupling = "sgn"
+    start: Literal["trained", "fresh"] = "trained"
+    epochs: Positive = 4
+    weight_decay: NotNegative | None = None
+    lr: Positive | None = None
+    eta: Positive = 0.1
+    mu: NotNegative | None = None
+    penalty: Literal["cost", "channels"] = "cost"
+    ramp: Annotated[float, Field(gt=0, le=1)] = 0.5
+    freeze: Annotated[float, Field(gt=0, le=1)] = 0.75
 
-    def decide(self, task: Task, state: PerGroup) -> Outcome:
+    def __post_init__(self) -> None:
+        """Refuse gates that are frozen before the budget is reached."""
+        if self.ramp > self.freeze:
+            raise ValueError(f"ramp must not be above freeze, but {self.ramp} > {self.freeze}")
+
+    def decide(self, task: Task, state: State) -> Outcome:
         """Train weights and gates in turn, freeze, and cut what is closed."""
-        assert task.fit is not None  # the declared access includes it
         model = copy.deepcopy(task.model)
         changed = {"epochs": self.epochs, "weight_decay": self.weight_decay, "lr": self.lr}
-        recipe = (task.recipe or Recipe(epochs=1, batch_size=64, lr=0.01)).model_copy(
-            update={k: v for k, v in changed.items() if v is not None}
-        )
+        recipe = task.recipe.model_copy(update={k: v for k, v in changed.items() if v is not None})
         gates = Gates(self, task, recipe)
         with gated(model, task.groups, gates.open, on="weight", products=gates.products):
             task.fit(
@@ -149,7 +122,9 @@ class AutoPrune(Technique):
                 desc=f"{self.id} {task.budget}",
             )
         rows = {n: gate.nonzero().flatten().cpu() for n, gate in gates.frozen().items()}
-        return Outcome({n: keep(r) for n, r in rows.items()}, model=model, series=gates.series)
+        return Outcome(
+            {n: keep(r) for n, r in rows.items()}, model=model, series=gates.trajectory.series
+        )
 
 
 def derivative(m: Tensor, estimator: Estimator) -> Tensor:
@@ -223,7 +198,7 @@ class Gates:
         m: Auxiliary parameters, ``[N]`` per group.
         open: The gates h(m), 0 or 1, ``[N]`` per group; changed in place.
         products: The gated weights that the last pass used, by consumer.
-        series: The trajectory: at each point the step, open channels, shares of MACs and
+        trajectory: At each point the step, open channels, shares of MACs and
             parameters, μ, mean losses since the last point, recoveries so far (channels that opened
             after at least 25 steps closed), channel-steps so far in which that could have happened
             ("shut"), channels open now that had once been closed so long ("returned"), and the
@@ -246,7 +221,8 @@ class Gates:
         self.open = {n: torch.ones_like(m) for n, m in self.m.items()}
         self.drift = {n: torch.zeros_like(m) for n, m in self.m.items()}  # recent means of s/ρ
         self.products: dict[str, list[Tensor]] = {}
-        self.series: dict[str, list[Any]] = {"freeze": [self.last]}
+        self.trajectory = Trajectory(task)
+        self.trajectory.note("freeze", self.last)
         self.step = self.drawn = 0  # steps, and batches of val
         self.mu = method.mu or 0.0
         self.price = dict.fromkeys(self.m, 1.0)
@@ -264,25 +240,12 @@ class Gates:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        names = (
-            "m",
-            "drift",
-            "open",
-            "shut",
-            "long",
-            "series",
-            "step",
-            "drawn",
-            "mu",
-            "price",
-            "square",
-            "told",
-        )
-        return {name: getattr(self, name) for name in names}
+        kept = {name: getattr(self, name) for name in KEPT}
+        return kept | {"series": self.trajectory.series}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back; gates change in place."""
-        gates = state.pop("open")
+        gates, self.trajectory.series = state.pop("open"), state.pop("series")
         for name, value in state.items():
             setattr(self, name, value)
         for name, gate in self.open.items():
@@ -430,12 +393,12 @@ class Gates:
         if self.method.penalty == "channels":
             return dict.fromkeys(self.m, 1.0)
         widths, groups = self.widths(), self.task.groups
-        there = self._kept(widths)
+        there = self.task.kept(widths)
         each = {
             n: (
                 abs(
                     there
-                    - self._kept(
+                    - self.task.kept(
                         widths | {n: w + groups[n].blocks * (1 if w == groups[n].blocks else -1)}
                     )
                 )
@@ -460,7 +423,7 @@ class Gates:
         """
         scores = {n: m.cpu() for n, m in self.m.items()}
         widths = self.widths()
-        if self.method.mu is None or self._kept(widths) > asked(self.task.budget, self.task.groups):
+        if self.method.mu is None or not self.task.fits(widths):
             widths = self._filled(self.task.widths(scores, "global"), scores)
         found = {}
         for name, score in scores.items():
@@ -472,33 +435,21 @@ class Gates:
         """Widths that also take what still fits of the ranking behind the first channel that did
         not.
         """
-        groups, most = self.task.groups, asked(self.task.budget, self.task.groups) * (1 + 1e-12)
+        groups = self.task.groups
         order = {n: score.sort(descending=True).values.tolist() for n, score in scores.items()}
         while rest := [n for n, w in widths.items() if w < groups[n].channels]:
-            fits = [
-                n for n in rest if self._kept(widths | {n: widths[n] + groups[n].blocks}) <= most
-            ]
+            fits = [n for n in rest if self.task.fits(widths | {n: widths[n] + groups[n].blocks})]
             if not fits:
                 break
             best = max(fits, key=lambda n: order[n][widths[n]])
             widths = widths | {best: widths[best] + groups[best].blocks}
         return widths
 
-    def _kept(self, widths: Mapping[str, int]) -> float:
-        """The fraction of the reference that some widths keep, in the budget's own terms."""
-        task = self.task
-        return used(task.budget, widths, task.groups, task.cost(widths), task.reference)
-
     def _point(self, model: nn.Module) -> None:
         """Note where the run is, and what happened since the last point."""
-        widths, told = self.widths(), self.told
-        cost = self.task.cost(widths)
-        gated_steps = int(told["val_steps"])
+        told, gated_steps = self.told, int(self.told["val_steps"])
         point: dict[str, Any] = {
-            "step": self.step,
             "open": sum(int(gate.sum()) for gate in self.open.values()),
-            "macs": cost.macs / self.task.reference.macs,
-            "params": cost.params / self.task.reference.params,
             "mu": self.mu if gated_steps else None,
             "loss": float(told["loss"] / told["steps"]),
             "val_loss": float(told["val_loss"]) / gated_steps if gated_steps else None,
@@ -512,9 +463,7 @@ class Gates:
         if self.task.curves:
             point["val_top1"] = accuracy(model, self.task.val).top1
             model.train()
-        for name, value in point.items():
-            rounded = float(f"{value:.6g}") if isinstance(value, float) else value
-            self.series.setdefault(f"trajectory.{name}", []).append(rounded)
+        self.trajectory.point(self.step, self.widths(), **point)
         self._forget_since()
 
 

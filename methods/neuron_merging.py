@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from widthbench.errors import UsageError
-from widthbench.technique.base import Outcome, Technique
-from widthbench.technique.budget import Allocation
-from widthbench.technique.task import Task
+from widthbench.technique.base import Outcome, ScoredTechnique
+from widthbench.technique.task import State, Task
 from widthbench.width.groups import Groups
 from widthbench.width.layers import kind_of
 from widthbench.width.norms import (
@@ -32,7 +32,7 @@ Criterion = Literal["l1", "l2", "geometric-median"]
 BnScale = Literal["released", "derived"]
 
 
-class NeuronMerging(Technique):
+class NeuronMerging(ScoredTechnique):
     """Remove channels by a criterion, then merge each into its most similar kept one (Kim et al.,
     NeurIPS 2020).
 
@@ -69,8 +69,7 @@ class NeuronMerging(Technique):
         lam: λ in [0, 1], the weight of the cosine against that of the biases.
         merge: False prunes by the same criterion and merges nothing: the control of the paper's
             tables.
-        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of
-            all groups together, each group's scores divided by their mean.
+        allocation: As in ``ScoredTechnique``.
     """
 
     id = "neuron-merging"
@@ -82,26 +81,11 @@ class NeuronMerging(Technique):
   year = {2020}
 }"""
 
-    def __init__(
-        self,
-        *,
-        criterion: Criterion = "l1",
-        bn_scale: BnScale = "released",
-        threshold: float | None = None,
-        lam: float = 0.85,
-        merge: bool = True,
-        allocation: Allocation = "uniform",
-    ) -> None:
-        self.criterion: Criterion = criterion
-        self.bn_scale: BnScale = bn_scale
-        self.threshold = threshold
-        self.lam = lam
-        self.merge = merge
-        self.allocation: Allocation = allocation
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lam must lie in [0, 1], not {lam}")
-        if threshold is not None and not -1 <= threshold <= 1:
-            raise ValueError(f"threshold is a cosine and must lie in [-1, 1], not {threshold}")
+    criterion: Criterion = "l1"
+    bn_scale: BnScale = "released"
+    threshold: Annotated[float, Field(ge=-1, le=1)] | None = None  # a cosine
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.85
+    merge: bool = True
 
     def skip(self, task: Task) -> str | None:
         """What the algebra does not cover, if channels are to be merged: statistics outside the
@@ -124,26 +108,19 @@ class NeuronMerging(Technique):
                     return f"channel group '{name}': {why}"
         return None
 
-    def prepare(self, task: Task) -> dict[str, Tensor]:
-        """Scores ``[N]`` per group, from the original weights of every layer."""
+    def score(self, task: Task) -> dict[str, Tensor]:
+        """From the original weights of every layer."""
         return {
             name: score(filters(task.model, task.groups, name), self.criterion)
             for name in task.groups
         }
 
-    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+    def decide(self, task: Task, state: State) -> Outcome:
         """Keep the best within the budget, and merge the others into them."""
-        if self.allocation == "global":
-            state = {name: value / value.mean().clamp_min(1e-30) for name, value in state.items()}
-        plan = task.keep_best(state, self.allocation)
-        if not self.merge:
-            return Outcome(plan)
-        return Outcome(
-            {
-                name: self.merged(task.model, task.groups, name, change.rows)
-                for name, change in plan.items()
-            }
-        )
+        plan = self.chosen(task, state)
+        if self.merge:
+            plan = {n: self.merged(task.model, task.groups, n, r.rows) for n, r in plan.items()}
+        return Outcome(plan)
 
     def merged(self, model: nn.Module, groups: Groups, name: str, kept: Tensor) -> Resize:
         """The resize of one group that keeps the channels ``kept [P]`` and merges the others into

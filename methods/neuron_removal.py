@@ -22,7 +22,8 @@ from widthbench.sensitivity.backprop_diagonal import BackpropDiagonal
 from widthbench.sensitivity.derivatives import GateDerivatives, kinked
 from widthbench.technique.base import Outcome, Technique
 from widthbench.technique.budget import Allocation
-from widthbench.technique.task import Task
+from widthbench.technique.parameters import Count, Positive
+from widthbench.technique.task import State, Task
 from widthbench.width.groups import Groups
 from widthbench.width.resize import Plan, keep
 
@@ -77,40 +78,21 @@ class NeuronRemoval(Technique):
   year = {2017}
 }"""
 
-    def __init__(
-        self,
-        *,
-        ranking: Ranking = "oracle",
-        rerank: Literal["single", "iterative"] = "single",
-        diagonal: Literal["backprop", "exact"] = "backprop",
-        softplus_beta: float | None = None,
-        samples: int = 10_000,
-        step: int = 1,
-        allocation: Allocation = "global",
-        memory_mib: float | None = None,
-        processes: int = 1,
-    ) -> None:
-        self.ranking: Ranking = ranking
-        self.rerank = rerank
-        self.diagonal = diagonal
-        self.softplus_beta = softplus_beta
-        self.samples = samples
-        self.step = step
-        self.allocation: Allocation = allocation
-        self.memory_mib = memory_mib
-        self.processes = processes
-        for name in ("samples", "step", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if memory_mib is not None and not memory_mib > 0:
-            raise ValueError(f"memory_mib must be above 0, not {memory_mib}")
-        if softplus_beta is not None and not (
-            softplus_beta > 0 and diagonal == "backprop" and ranking == "second_order"
-        ):
-            raise ValueError(
-                "softplus_beta must be above 0, and needs ranking='second_order' with"
-                " diagonal='backprop'"
-            )
+    ranking: Ranking = "oracle"
+    rerank: Literal["single", "iterative"] = "single"
+    diagonal: Literal["backprop", "exact"] = "backprop"
+    softplus_beta: Positive | None = None
+    samples: Count = 10_000
+    step: Count = 1
+    allocation: Allocation = "global"
+    memory_mib: Positive | None = None
+    processes: Count = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a β that nothing would use."""
+        back_propagated = self.ranking == "second_order" and self.diagonal == "backprop"
+        if self.softplus_beta is not None and not back_propagated:
+            raise ValueError("softplus_beta needs ranking='second_order' with diagonal='backprop'")
 
     def skip(self, task: Task) -> str | None:
         """A layer that the back-propagated diagonal cannot pass, where that is asked for."""
@@ -128,9 +110,9 @@ class NeuronRemoval(Technique):
             return str(error)
         return None
 
-    def prepare(self, task: Task) -> dict[str, Tensor]:
-        """The order of removal: ``[N]`` per group, 0 for what goes first and infinity for what
-        stays; and curves, if wanted.
+    def prepare(self, task: Task) -> State:
+        """The order of removal, ``[N]`` per group: 0 for what goes first, infinity for what stays;
+        and curves, if wanted.
         """
         order = {
             n: torch.full((g.channels,), math.inf, dtype=torch.float64)
@@ -139,7 +121,7 @@ class NeuronRemoval(Technique):
         if self.ranking == "random":
             remove(order, drawn_at_random(task), task.groups)
             if not task.curves:
-                return order
+                return {"order": order}
         with ranker(self, task) as work:
             if self.ranking != "random" and self.rerank == "single":
                 work.expect(sum(len(o) for o in order.values()))
@@ -151,7 +133,7 @@ class NeuronRemoval(Technique):
                         f"{removed(order)} removals",
                         partial(self.further, order, work, task.groups),
                     )
-            return order | (work.curves(order) if task.curves else {})
+            return {"order": order} | ({"curves": work.curves(order)} if task.curves else {})
 
     def rankings(self, groups: Groups) -> int:
         """How many candidates all rankings of "iterative" have together, about: the bar's
@@ -174,16 +156,16 @@ class NeuronRemoval(Technique):
             if time.monotonic() - begin >= SAVE_EVERY or not unfinished(order, groups):
                 return order
 
-    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+    def decide(self, task: Task, state: State) -> Outcome:
         """Keep what would go last."""
-        order = {n: state[n] for n in task.groups}
+        order = state["order"]
         plan = task.keep_best(order, self.allocation)
         if not task.curves:
             return Outcome(plan)
         path = [kept_after(order, k) for k in range(removed(order) + 1)]
-        return Outcome(plan, path=path, series=self.series(task, order, state))
+        return Outcome(plan, path=path, series=self.series(task, order, state["curves"]))
 
-    def series(self, task: Task, order: Scores, state: dict[str, Tensor]) -> dict[str, list[Any]]:
+    def series(self, task: Task, order: Scores, curves: Scores) -> dict[str, list[Any]]:
         """What makes pictures, as plain numbers (see ``Ranker.curves``), and what follows from
         them.
 
@@ -191,24 +173,21 @@ class NeuronRemoval(Technique):
         same channels removed each alone; "correlation", Spearman's, of the predicted with the true
         changes.
         """
-        found: dict[str, list[Any]] = {
-            k.strip(): _rounded(v) for k, v in state.items() if k.startswith(" ")
-        }
-        loss = state[" loss"]
+        found: dict[str, list[Any]] = {k: _rounded(v) for k, v in curves.items()}
+        loss = curves["loss"]
         alone = torch.zeros(len(loss), dtype=torch.float64)
         for name, position in order.items():
             gone = position.isfinite()
-            alone.index_add_(0, position[gone].long() + 1, state[f" change {name}"][gone])
+            alone.index_add_(0, position[gone].long() + 1, curves[f"change {name}"][gone])
         found |= {"joint": _rounded(loss - loss[0]), "summed": _rounded(alone.cumsum(0))}
         if self.ranking in ("first_order", "second_order"):
             pairs = [
-                torch.cat([state[f" {what} {n}"] for n in task.groups])
+                torch.cat([curves[f"{what} {n}"] for n in task.groups])
                 for what in ("score", "change")
             ]
             rho = float(spearmanr(*pairs).statistic)
-            found["correlation"] = (
-                [rho] if math.isfinite(rho) else []
-            )  # there is none where all predictions are equal
+            # there is none where all predictions are equal
+            found["correlation"] = [rho] if math.isfinite(rho) else []
         if self.ranking == "second_order" and self.diagonal == "exact":
             found["almost_everywhere"] = kinked(task.model)
         return found
@@ -289,46 +268,45 @@ class Ranker:
         error curves over the gate.
 
         Returns:
-            " loss" ``[U+1]``; for each group " change NAME" ``[N]`` by brute force and, for Taylor
-            rankings, " score NAME" ``[N]`` as predicted; for the single second order also " gate"
-            ``[9]``, " error NAME" ``[N, 9]``, the loss at those values of a channel's gate, " first
-            NAME" and " second NAME" ``[N]``, the derivatives. Nothing here decides anything, nor is
+            "loss" ``[U+1]``; for each group "change NAME" ``[N]`` by brute force and, for Taylor
+            rankings, "score NAME" ``[N]`` as predicted; for the single second order also "gate"
+            ``[9]``, "error NAME" ``[N, 9]``, the loss at those values of a channel's gate, "first
+            NAME" and "second NAME" ``[N]``, the derivatives. Nothing here decides anything, nor is
             it billed.
         """
         steps = range(removed(order) + 1)
         losses = [self.brute.loss(open_gates(after(order, k), self.sample.x)) for k in steps]
-        found = {" loss": torch.tensor(losses, dtype=torch.float64)}
+        found = {"loss": torch.tensor(losses, dtype=torch.float64)}
         whole = after(order, 0)
         gates, everything = (
             open_gates(whole, self.sample.x),
             {n: torch.arange(len(o)) for n, o in order.items()},
         )
         closed = self.brute.losses(gates, everything)
-        found |= {f" change {n}": e - losses[0] for n, e in closed.items()}
+        found |= {f"change {n}": e - losses[0] for n, e in closed.items()}
         if self.method.ranking in ("first_order", "second_order"):
             first = self.slopes.first(gates)
-            found |= {f" score {n}": -d for n, d in first.items()}
+            found |= {f"score {n}": -d for n, d in first.items()}
         if self.method.ranking == "second_order":
             second = self.second(gates, everything)
-            found |= {f" score {n}": -first[n] + 0.5 * d for n, d in second.items()}
+            found |= {f"score {n}": -first[n] + 0.5 * d for n, d in second.items()}
             if self.method.rerank == "single":
                 between = [self.brute.losses(gates, everything, value) for value in GATES[1:-1]]
                 for n, e in closed.items():
                     at = [e, *(b[n] for b in between), torch.full_like(e, losses[0])]
                     found |= {
-                        f" error {n}": torch.stack(at, dim=1),
-                        f" first {n}": first[n],
-                        f" second {n}": second[n],
+                        f"error {n}": torch.stack(at, dim=1),
+                        f"first {n}": first[n],
+                        f"second {n}": second[n],
                     }
-                found[" gate"] = torch.tensor(GATES, dtype=torch.float64)
+                found["gate"] = torch.tensor(GATES, dtype=torch.float64)
         return found
 
     def _brute_force(self, gates: Scores, here: Scores, save: bool) -> Scores:
         found = {}
         now = 0.0
-        if save or any(
-            g.blocks > 1 for g in self.task.groups.values()
-        ):  # else a constant that orders nothing
+        # else a constant that orders nothing
+        if save or any(g.blocks > 1 for g in self.task.groups.values()):
             with self._billed(self.brute):
                 now = self.brute.loss(gates)
         for name, index in here.items():

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthbench.networks.models import reinitialise
-from widthbench.recipe import Recipe
 from widthbench.sensitivity.ablation import replica
 from widthbench.sensitivity.splitting_matrices import (
     SplittingMatrices,
@@ -25,8 +23,10 @@ from widthbench.sensitivity.splitting_matrices import (
     splittable,
 )
 from widthbench.technique.base import Outcome, Technique
-from widthbench.technique.budget import asked, top_channels, uniform_widths, used
-from widthbench.technique.task import Task
+from widthbench.technique.budget import top_channels, uniform_widths
+from widthbench.technique.parameters import Count, Positive, Share
+from widthbench.technique.task import State, Task
+from widthbench.technique.trajectory import Trajectory
 from widthbench.training.loop import OptimizerState
 from widthbench.training.measuring import accuracy
 from widthbench.width.groups import Groups
@@ -96,62 +96,34 @@ class Splitting(Technique):
   year = {2019}
 }"""
 
-    def __init__(
-        self,
-        *,
-        select: Select = "eigen",
-        per: Literal["neuron", "cost"] = "neuron",
-        narrow: float = 0.5,
-        rounds: int = 5,
-        growth: int | None = None,
-        epochs: float = 2,
-        final_epochs: float | None = None,
-        lr: float | None = None,
-        epsilon: float = 0.1,
-        samples: int = 1024,
-        tolerance: float = 1e-3,
-        exact: bool = False,
-    ) -> None:
-        self.select: Select = select
-        self.per = per
-        self.narrow = narrow
-        self.rounds = rounds
-        self.growth = growth
-        self.epochs = epochs
-        self.final_epochs = final_epochs
-        self.lr = lr
-        self.epsilon = epsilon
-        self.samples = samples
-        self.tolerance = tolerance
-        self.exact = exact
-        if not 0 < narrow < 1:
-            raise ValueError(f"narrow must be a share between 0 and 1, not {narrow}")
-        for name in ("rounds", "growth", "samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("epochs", "final_epochs", "lr", "epsilon", "tolerance"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
+    select: Select = "eigen"
+    per: Literal["neuron", "cost"] = "neuron"
+    narrow: Share = 0.5
+    rounds: Count = 5
+    growth: Count | None = None
+    epochs: Positive = 2
+    final_epochs: Positive | None = None
+    lr: Positive | None = None
+    epsilon: Positive = 0.1
+    samples: Count = 1024
+    tolerance: Positive = 1e-3
+    exact: bool = False
 
     def skip(self, task: Task) -> str | None:
         """Where no group can be split."""
         found, left_out = splittable(task.model, task.groups, task.example_input[:1])
         why = "; ".join(f"{n}: {reason}" for n, reason in list(left_out.items())[:3])
-        return (
-            None
-            if found
-            else f"no channel group has neurons to split ({why or 'there are no groups'})"
-        )
+        if found:
+            return None
+        return f"no channel group has neurons to split ({why or 'there are no groups'})"
 
-    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+    def decide(self, task: Task, state: State) -> Outcome:
         """Grow from narrow to the budget."""
-        assert task.fit is not None  # the declared access includes it
-        assert task.regroup is not None
         growing = Growing(self, task)
         for number in itertools.count():
             if growing.take(task.checkpoint(f"round {number}", partial(growing.round, number))):
                 break
-        return Outcome({}, model=growing.model, series=growing.series)
+        return Outcome({}, model=growing.model, series=growing.way.series)
 
 
 class Growing:
@@ -160,7 +132,7 @@ class Growing:
     Attributes:
         model: The network as it is.
         widths: Its channels per group of the task.
-        series: The trajectory.
+        way: The trajectory.
     """
 
     def __init__(self, method: Splitting, task: Task) -> None:
@@ -173,12 +145,11 @@ class Growing:
         }
         self.model = self._at(self.widths)
         reinitialise(self.model, task.seed)
-        self.groups = self._regrouped()
+        self.groups = task.regroup(self.model)
         self.optimizer: OptimizerState = {}
-        self.start = self._kept(self.widths)
-        self.series: dict[str, list[Any]] = {
-            "left_out": [f"{n}: {why}" for n, why in left_out.items()]
-        }
+        self.start = task.kept(self.widths)
+        self.way = Trajectory(task)
+        self.way.series["left_out"] = [f"{n}: {why}" for n, why in left_out.items()]
         self.splits, self.stable = 0, False
 
     def _seed(self, number: int) -> int:
@@ -197,111 +168,71 @@ class Growing:
         rows |= {n: torch.arange(w) % groups[n].channels for n, w in wider.items()}
         return resize(self.task.model, groups, {n: keep(r) for n, r in rows.items()})
 
-    def _kept(self, widths: Mapping[str, int]) -> float:
-        task = self.task
-        return used(task.budget, widths, task.groups, task.cost(widths), task.reference)
-
-    def round(self, number: int) -> dict[str, Tensor]:
-        """Train, note where the run is, and split: the network after that, as tensors."""
+    def round(self, number: int) -> State:
+        """Train, note where the run is, and split: the network after that, and how far it is."""
         task, method = self.task, self.method
-        assert task.fit is not None
         last = self.stable or not self._can_grow()
         epochs = method.final_epochs or method.epochs if last else method.epochs
-        recipe = task.recipe or Recipe(epochs=1, batch_size=64, lr=0.01)
-        warmup = min(recipe.warmup_epochs, epochs / 2) if number == 0 else 0.0
-        changed = {"epochs": epochs, "lr": method.lr or recipe.lr, "warmup_epochs": warmup}
-        recipe = recipe.model_copy(update=changed)
-        desc = f"{method.id} {task.budget} round {number}"
+        warmup = min(task.recipe.warmup_epochs, epochs / 2) if number == 0 else 0.0
+        changed = {"epochs": epochs, "lr": method.lr or task.recipe.lr, "warmup_epochs": warmup}
         task.fit(
             self.model,
             task.train,
-            recipe,
+            task.recipe.model_copy(update=changed),
             optimizer_state=self.optimizer,
             seed=self._seed(number),
-            desc=desc,
+            desc=f"{method.id} {task.budget} round {number}",
         )
         self._point(number)
         if not last:
+            split = self._chosen(number, self._target(number))
             most = MOST * method.rounds + math.ceil(-math.log2(method.narrow))
-            target = self.start * (asked(task.budget, task.groups) / self.start) ** min(
-                1.0, (number + 1) / method.rounds
-            )
-            split = self._chosen(
-                number, target if method.growth is None else asked(task.budget, task.groups)
-            )
             self.stable = not split or (method.growth is None and number + 1 >= most)
             if not self.stable:
                 self._split(split)
             elif method.final_epochs is None:
                 last = True  # what a last round would train has been trained
-        told = {
+        return {
             "widths": self.widths,
-            "series": self.series,
+            "series": self.way.series,
             "splits": self.splits,
             "stable": self.stable,
             "done": last,
-        }
-        optimizer = {
-            f"optimizer {n} {k}": torch.as_tensor(v)
-            for n, kept in self.optimizer.items()
-            for k, v in kept.items()
-            if v is not None
-        }
-        return {
-            "told": torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8),
-            **{f"model {k}": v for k, v in self.model.state_dict().items()},
-            **optimizer,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer,
         }
 
-    def take(self, state: Mapping[str, Tensor]) -> bool:
+    def _target(self, number: int) -> float:
+        """What a round may grow to, in the budget's terms."""
+        if self.method.growth is not None:
+            return self.task.asked
+        share = min(1.0, (number + 1) / self.method.rounds)
+        return self.start * (self.task.asked / self.start) ** share
+
+    def take(self, state: State) -> bool:
         """Take up the network after a round; whether it is the last one."""
-        told = json.loads(bytes(state["told"].tolist()))
-        self.widths, self.series, self.splits, self.stable = (
-            told["widths"],
-            told["series"],
-            told["splits"],
-            told["stable"],
-        )
+        self.widths, self.splits, self.stable = state["widths"], state["splits"], state["stable"]
+        self.way.series, self.optimizer = state["series"], state["optimizer"]
         self.model = self._at(self.widths)
-        self.model.load_state_dict(
-            {k.removeprefix("model "): v for k, v in state.items() if k.startswith("model ")}
-        )
-        self.groups = self._regrouped()
-        self.optimizer = {}
-        for key, value in state.items():
-            if key.startswith("optimizer "):
-                _, name, what = key.split(" ")
-                self.optimizer.setdefault(name, {})[what] = value
-        return bool(told["done"])
+        self.model.load_state_dict(state["model"])
+        self.groups = self.task.regroup(self.model)
+        return bool(state["done"])
 
     def _point(self, number: int) -> None:
-        task = self.task
-        cost = task.cost(self.widths)
-        point: dict[str, Any] = {
-            "step": number,
-            "open": sum(self.widths.values()),
-            "macs": cost.macs / task.reference.macs,
-            "params": cost.params / task.reference.params,
-            "splits": self.splits,
-        }
-        if task.curves:
-            found = accuracy(
-                replica(self.model), task.val
-            )  # a look, which nothing depends on, is not on the bill
-            point |= {"val_top1": found.top1, "val_loss": found.loss}
-        for name, value in point.items():
-            self.series.setdefault(f"trajectory.{name}", []).append(
-                float(f"{value:.6g}") if isinstance(value, float) else value
-            )
+        scores: dict[str, float] = {}
+        if self.task.curves:  # a look, which nothing depends on, is not on the bill
+            found = accuracy(replica(self.model), self.task.val)
+            scores = {"val_top1": found.top1, "val_loss": found.loss}
+        self.way.point(number, self.widths, splits=self.splits, **scores)
         for name, width in self.widths.items():
-            self.series.setdefault(f"width.{name}", []).append(width)
+            self.way.note(f"width.{name}", width)
 
-    def _room(self, name: str, allowed: float) -> bool:
+    def _room(self, name: str) -> bool:
         """Whether one more channel of a group fits."""
-        return self._kept(self.widths | {name: self.widths[name] + 1}) <= allowed * (1 + 1e-12)
+        return self.task.fits(self.widths | {name: self.widths[name] + 1})
 
     def _can_grow(self) -> bool:
-        return any(self._room(n, asked(self.task.budget, self.task.groups)) for n in self.growable)
+        return any(map(self._room, self.growable))
 
     def _chosen(self, number: int, allowed: float) -> Split:
         """Which neurons to split, and along which vectors."""
@@ -323,20 +254,16 @@ class Growing:
                 n: F.normalize(torch.randn(p.shape, generator=draw), dim=1).to(p)
                 for n, p in shapes.items()
             }
-        before, chosen = dict(self.widths), {n: [] for n in self.growable}  # type: dict[str, int], dict[str, list[int]]
-        most = asked(self.task.budget, self.task.groups)
+        chosen: dict[str, list[int]] = {n: [] for n in self.growable}
+        before, growth = dict(self.widths), self.method.growth
         for name, row in self._ranked(scores):
-            grown = (
-                self.method.growth is not None
-                and sum(map(len, chosen.values())) >= self.method.growth
-            )
-            if grown or (
-                any(chosen.values()) and self._kept(self.widths) >= allowed
-            ):  # one at least, else growth would end
+            if growth is not None and sum(map(len, chosen.values())) >= growth:
                 break
-            if self._room(
-                name, most
-            ):  # what is left of the budget goes to those that still fit, in the same order
+            # one at least, else growth would end
+            if any(chosen.values()) and self.task.kept(self.widths) >= allowed:
+                break
+            # what is left of the budget goes to those that still fit, in the same order
+            if self._room(name):
                 self.widths[name] += 1
                 chosen[name].append(row)
         self.widths = before
@@ -361,7 +288,8 @@ class Growing:
         price = dict.fromkeys(scores, 1.0)
         if self.method.per == "cost" and self.method.select == "eigen":
             price = {
-                n: self._kept(self.widths | {n: self.widths[n] + 1}) - self._kept(self.widths)
+                n: self.task.kept(self.widths | {n: self.widths[n] + 1})
+                - self.task.kept(self.widths)
                 for n in scores
             }
         found = [
@@ -379,7 +307,7 @@ class Growing:
         # other samples than those that the round's training began with
         sample = task.sample(method.samples, seed=self._seed(number) + 1)
         matrices = SplittingMatrices(self.model, self.groups, sample, only=self.growable)
-        self.series.setdefault("loss", []).append(float(f"{matrices.loss:.6g}"))
+        self.way.note("loss", float(matrices.loss))
         if method.exact:
             pairs = {n: matrices.smallest_exactly(n) for n in matrices.neurons}
             values, vectors = (
@@ -395,15 +323,11 @@ class Growing:
         """Split neurons, and take the optimizer's state along."""
         old, groups = self.model, self.groups
         self.model = split_neurons(old, groups, split, self.method.epsilon)
-        self.groups = self._regrouped()
+        self.groups = self.task.regroup(self.model)
         self.optimizer = carried(self.optimizer, old, groups, split, self.groups)
         for name, (rows, _) in split.items():
             self.widths[name] += len(rows)
         self.splits += sum(len(rows) for rows, _ in split.values())
-
-    def _regrouped(self) -> Groups:
-        assert self.task.regroup is not None
-        return self.task.regroup(self.model)
 
 
 def copies(channels: int, rows: Tensor) -> tuple[Tensor, Tensor]:

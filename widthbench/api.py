@@ -16,7 +16,7 @@ from widthbench.errors import UsageError
 from widthbench.progress import bar, quiet
 from widthbench.recipe import Recipe
 from widthbench.technique import registry
-from widthbench.technique.base import Outcome, Technique, runs
+from widthbench.technique.base import Result, Technique, runs
 from widthbench.technique.budget import Budget
 from widthbench.technique.task import Task
 from widthbench.training.loop import fit
@@ -138,7 +138,6 @@ def apply(
         progress=progress,
         **params,
     ).resized
-    assert resized is not None  # Technique.apply() always fills it in
     return resized
 
 
@@ -154,7 +153,7 @@ def outcome(
     seed: int = 0,
     progress: bool = False,
     **params: Any,
-) -> Outcome:
+) -> Result:
     """``apply`` with everything that was decided: the plan, the widths, what is kept, and the
     resized network.
     """

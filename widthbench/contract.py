@@ -16,7 +16,7 @@ from widthbench.errors import AccessError
 from widthbench.experiment.protocol import obtain_base, task_of
 from widthbench.experiment.records import Cell
 from widthbench.recipe import Recipe
-from widthbench.technique.base import Outcome, Technique, build
+from widthbench.technique.base import Result, Technique, build
 from widthbench.technique.budget import Budget, check
 from widthbench.technique.budget import used as used_of
 from widthbench.width.cost import Cost, count_macs
@@ -145,7 +145,6 @@ def _check_decision(technique: Technique, network: dict[str, Any], budget: str) 
             f"technique '{technique.id}' breaks the contract: its series are plain numbers: {error}"
         ) from error
     resized = first.resized
-    assert resized is not None  # apply() always fills it in
     x = base.example_input
     with torch.no_grad():
         _demand(
@@ -159,7 +158,7 @@ def _check_decision(technique: Technique, network: dict[str, Any], budget: str) 
     return 1
 
 
-def _same(a: Outcome, b: Outcome) -> bool:
+def _same(a: Result, b: Result) -> bool:
     if a.widths != b.widths or set(a.plan) != set(b.plan) or a.resized is None or b.resized is None:
         return False
     one, two = a.resized.state_dict(), b.resized.state_dict()

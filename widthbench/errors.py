@@ -6,6 +6,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class UsageError(ValueError):
@@ -78,3 +82,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def _folded(name: str) -> str:
     """Without case and separators, in which people differ: MNIST, fashion-mnist."""
     return name.casefold().replace("-", "").replace("_", "")
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where the first thing that pydantic refuses stands, with dots, and what is wrong with it."""
+    first = error.errors()[0]
+    return ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")

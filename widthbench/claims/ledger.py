@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from widthbench import toml
-from widthbench.errors import UsageError, did_you_mean
+from widthbench.errors import UsageError, did_you_mean, first_problem
 from widthbench.experiment import suites
 from widthbench.experiment.records import CONTROLS, Cell, Record, Stage, read_records
 from widthbench.statistics import LEAST, Summary, interval, summarise
@@ -387,9 +387,8 @@ def parse(text: str, where: str) -> Document:
     try:
         return Document(**toml.parse(text, where))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+        key, problem = first_problem(error)
+        raise UsageError(f"{where}: {key}: {problem}") from error
 
 
 def choose(documents: Iterable[Document], ids: Sequence[str] = ()) -> list[tuple[Document, Claim]]:

@@ -30,7 +30,7 @@ from widthbench.networks import models
 from widthbench.progress import Progress
 from widthbench.recipe import Recipe, Spent
 from widthbench.technique import registry
-from widthbench.technique.base import Outcome
+from widthbench.technique.base import Result
 from widthbench.technique.budget import Budget, check, uniform_widths, used
 from widthbench.technique.task import Task
 from widthbench.training.recalibration import batch_norms
@@ -167,14 +167,13 @@ def _l1_budget(
     technique = registry.create("l1-norm", {})
     total = sum(s.forward_macs + s.backward_macs for s in source.spent.values())
 
-    def pruned(base: Base) -> tuple[Task, Outcome, nn.Module, int]:
+    def pruned(base: Base) -> tuple[Task, Result, nn.Module, int]:
         task = task_of(cell, base, technique, progress=progress)
         try:
             outcome = technique.apply(task)
         except InfeasibleBudgetError as error:
             raise NotApplicableError(str(error)) from error
         model = outcome.resized
-        assert model is not None  # apply() always fills it in
         return task, outcome, model, count_macs(model, base.example_input)
 
     task, outcome, model, macs = pruned(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from widthbench import cache, parallel
 from widthbench.data import sources, splits
@@ -32,7 +34,7 @@ from widthbench.recipe import Recipe, Spent
 from widthbench.technique import registry
 from widthbench.technique.base import Outcome, Technique, runs
 from widthbench.technique.budget import Budget, feasible
-from widthbench.technique.task import Nothing, Task
+from widthbench.technique.task import Nothing, State, Task
 from widthbench.training.loop import Stateful, fit
 from widthbench.training.measuring import Meter, accuracy
 from widthbench.training.recalibration import batch_norms, recalibrate
@@ -573,10 +575,10 @@ def _metered(task: Task, key: str, meter: Meter) -> Task:
     """
     samples = max(1, len(task.train)) if isinstance(task.train, Sized) else 1
 
-    def checkpoint(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def checkpoint(name: str, make: Callable[[], State]) -> State:
         made = False
 
-        def work() -> tuple[dict[str, Tensor], Spent]:
+        def work() -> tuple[State, Spent]:
             nonlocal made
             made = True
             forward, backward, passes, begin = (
@@ -609,7 +611,6 @@ def _metered(task: Task, key: str, meter: Meter) -> Task:
         **options: Any,
     ) -> Spent:
         resume = Resume(_training_path(f"{key}-{digest_of(desc)[:8]}"))
-        assert task.fit is not None
         options["macs"] = meter.uncounted(partial(count_macs, model, task.example_input))
         with meter.costing(options["macs"]):
             spent: Spent = task.fit(
@@ -625,7 +626,6 @@ def _metered(task: Task, key: str, meter: Meter) -> Task:
         return spent
 
     def regroup(model: nn.Module) -> Groups:
-        assert task.regroup is not None
         return meter.uncounted(partial(task.regroup, model))
 
     return replace(
@@ -666,50 +666,54 @@ class _WithBill:
             self._state.load_state_dict(state["state"])
 
 
-def _billed(
-    key: str, work: Callable[[], tuple[dict[str, Tensor], Spent]]
-) -> tuple[dict[str, Tensor], Spent]:
+def _billed(key: str, work: Callable[[], tuple[State, Spent]]) -> tuple[State, Spent]:
     """A state and what it cost, from the cache or computed now."""
     bill = cache_dir() / "states" / f"{key}.spent.json"
 
-    def make() -> dict[str, Tensor]:
+    def make() -> State:
         state, spent = work()
         if parallel.first():
             cache.write_json(bill, spent.model_dump())
         return state
 
-    state = _cached_tensors(key, make)
+    state = _cached_state(key, make)
     parallel.everyone()
     if (spent := cache.read_json(bill, "bill")) is None:
         cache.drop(_cached_path(key))
-        state, spent = _cached_tensors(key, make), cache.read_json(bill, "bill")
+        state, spent = _cached_state(key, make), cache.read_json(bill, "bill")
     return state, Spent.model_validate(spent)
 
 
-def _cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _cached_state(key: str, make: Callable[[], State]) -> State:
     path = _cached_path(key)
-    if parallel.world() == 1 and (blob := cache.read(path, "state")) is not None:
-        return dict(load(blob))
+    if parallel.world() == 1 and (state := _read_state(path)) is not None:
+        return state
     with parallel.held(Lock(path.with_suffix(".lock"))):
-        if (blob := cache.read(path, "state")) is not None:
-            return dict(load(blob))
+        if (state := _read_state(path)) is not None:
+            return state
         parallel.everyone()  # nobody sees the file that the first one is about to write
         state = make()
         if parallel.first():
-            cache.write(path, save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
+            buffer = io.BytesIO()
+            torch.save(tree_map_only(Tensor, lambda t: t.detach().cpu(), state), buffer)
+            cache.write(path, buffer.getvalue())
         return state
 
 
-def _prepared(
-    cell: Cell, technique: Technique, task: Task, base: Base
-) -> tuple[dict[str, Tensor], Spent]:
+def _read_state(path: Path) -> State | None:
+    if (blob := cache.read(path, "state")) is None:
+        return None
+    return dict(torch.load(io.BytesIO(blob), weights_only=True))
+
+
+def _prepared(cell: Cell, technique: Technique, task: Task, base: Base) -> tuple[State, Spent]:
     """What does not depend on the budget: computed once per base, technique, parameters and seed;
     and its bill.
     """
     shared = cell.model_copy(update={"budget": None, "finetune": cell.base, "calibration": 0})
     key = cell_key(shared)
 
-    def work() -> tuple[dict[str, Tensor], Spent]:
+    def work() -> tuple[State, Spent]:
         with Meter(task.model, base.cost.original.macs) as meter:
             state = technique.prepared(_metered(task, key, meter))
         return state, _bill(meter, base)
@@ -749,7 +753,6 @@ def _run_technique(
     except InfeasibleBudgetError as error:
         raise NotApplicableError(str(error)) from error
     model = outcome.resized
-    assert model is not None  # apply() always fills it in
     meter.leave(model)
     if not runs(model, base.example_input, base.groups.output_shapes):
         raise UsageError(

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from widthbench import toml
-from widthbench.errors import UsageError, did_you_mean, visible
+from widthbench.errors import UsageError, did_you_mean, first_problem, visible
 from widthbench.recipe import Recipe
 
 
@@ -68,17 +68,11 @@ def load(name: str) -> Named:
     try:
         return Named(**content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        known = Recipe.model_fields if "recipe" in first["loc"][:-1] else Named.model_fields
-        problem = (
-            f"unknown key{did_you_mean(str(first['loc'][-1]), known)}"
-            if first["type"] == "extra_forbidden"
-            else first["msg"]
-        )
-        raise UsageError(
-            visible(f"{where}: {key}: {problem.removeprefix('Value error, ')}")
-        ) from error
+        first, (key, problem) = error.errors()[0], first_problem(error)
+        if first["type"] == "extra_forbidden":
+            known = Recipe.model_fields if "recipe" in first["loc"][:-1] else Named.model_fields
+            problem = f"unknown key{did_you_mean(str(first['loc'][-1]), known)}"
+        raise UsageError(visible(f"{where}: {key}: {problem}")) from error
 
 
 def settings(value: Any) -> Any:

@@ -25,7 +25,7 @@ from pydantic import (
 
 from widthbench import cache
 from widthbench.cache import canonical, digest_of
-from widthbench.errors import UsageError, visible
+from widthbench.errors import UsageError, first_problem, visible
 from widthbench.paths import Lock, cache_dir, write_atomic
 from widthbench.recipe import Recipe, Spent
 from widthbench.technique.budget import written
@@ -474,9 +474,8 @@ def _line(number: int, text: str) -> Line:
         digest = data.pop("digest", None)
         record = Record.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        return Line(number, None, visible(f"not a record: {where or 'line'}: {first['msg']}"), text)
+        where, problem = first_problem(error)
+        return Line(number, None, visible(f"not a record: {where or 'line'}: {problem}"), text)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         return Line(number, None, visible(f"not a record: not a line of JSON ({error})"), text)
     if digest is None:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from widthbench import toml
-from widthbench.errors import BudgetError, UsageError, did_you_mean, visible
+from widthbench.errors import BudgetError, UsageError, did_you_mean, first_problem, visible
 from widthbench.experiment import protocol, recipes
 from widthbench.experiment.limits import Limits
 from widthbench.experiment.records import CONTROLS, SOURCED, Cell
@@ -279,12 +279,9 @@ class Suite(_Strict):
                     )
                 )
             except ValidationError as error:
-                first = error.errors()[0]
-                key, problem = (
-                    ".".join(map(str, (name, *first["loc"]))),
-                    first["msg"].removeprefix("Value error, "),
-                )
-                raise ValueError(f"model {network.name}: {key}: {problem}") from error
+                key, problem = first_problem(error)
+                where = f"{name}.{key}" if key else name
+                raise ValueError(f"model {network.name}: {where}: {problem}") from error
         if not pairs[0].epochs and not (network.checkpoint or network.pretrained):
             raise ValueError(
                 f"model {network.name}: base.epochs = 0 trains nothing: name a checkpoint, or set"
@@ -451,10 +448,8 @@ def _suite(content: dict[str, Any], where: str) -> Suite:
     try:
         return Suite(**content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        problem = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
-        problem = problem.replace(
+        first, (key, problem) = error.errors()[0], first_problem(error)
+        problem = problem.replace("a valid tuple", "a list").replace(
             "a valid dictionary or instance of Entry",
             'a name or a table { id = "...", params = {...} }',
         )

@@ -139,8 +139,8 @@ class Regression:
         table = tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)
         return (
             f"### Speed of `{self.head[:12]}` against `{self.base[:12]}`: {title}\n\n{table}\n\n"
-            f"Medians on {self.device}. Slower means more than {self.factor:g}x, in a second look too, by"
-            " fresh processes and twice as many pairs; more memory means more than"
+            f"Medians on {self.device}. Slower means more than {self.factor:g}x, in a second look"
+            " too, by fresh processes and twice as many pairs; more memory means more than"
             f" {self.factor:g}x and {NOTABLE:g} MiB.\n" + (f"\n{notes}" if notes else "")
         )
 

@@ -7,20 +7,21 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, final, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, dataclass_transform, final
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, ValidationError, validate_call
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from widthbench.errors import UsageError, did_you_mean
-from widthbench.technique.budget import check, used
-from widthbench.technique.task import Access, Task
+from widthbench.errors import UsageError, did_you_mean, first_problem
+from widthbench.technique.budget import Allocation, check, used
+from widthbench.technique.task import Access, State, Task
 from widthbench.width.cost import Cost
 from widthbench.width.groups import shapes_of
-from widthbench.width.resize import Plan, disagreements, resize
+from widthbench.width.resize import Plan, Resize, disagreements, resize
 
 
 @dataclass
@@ -34,28 +35,39 @@ class Outcome:
         path: Intermediate plans, in order; where a suite wants curves, the harness replays them on
             the test set afterwards.
         series: Anything to plot, by name.
-        resized: The resized network. Filled in by ``Technique.apply``.
-        widths: Channels per group of the resized network. Filled in by ``Technique.apply``.
-        kept: Fraction of the reference that is kept, in the budget's own terms. Filled in by
-            ``Technique.apply``.
-        met: False if a good part of the budget is left unused. Filled in by ``Technique.apply``.
     """
 
     plan: Plan
     model: nn.Module | None = None
     path: Sequence[Plan] = ()
     series: Mapping[str, list[Any]] = field(default_factory=dict)
-    resized: nn.Module | None = None
-    widths: dict[str, int] = field(default_factory=dict)
-    kept: float = 0.0
-    met: bool = True
 
 
+@dataclass(kw_only=True)
+class Result(Outcome):
+    """What a technique decided, and what the harness made of it.
+
+    Attributes:
+        resized: The resized network.
+        widths: Its channels per group.
+        kept: Fraction of the reference that is kept, in the budget's own terms.
+        met: False if a good part of the budget is left unused.
+    """
+
+    resized: nn.Module
+    widths: dict[str, int]
+    kept: float
+    met: bool
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(Field,))
 class Technique(ABC):
     """Base of all techniques.
 
-    A subclass sets ``id`` and ``access`` and writes ``decide``; its ``__init__`` takes keyword-only
-    parameters and only stores them, under their own names.
+    A subclass sets ``id`` and ``access`` and writes ``decide``. Its parameters are annotated
+    attributes, ``samples: Count = 256``; they are given by keyword, and pydantic refuses what their
+    types do not allow. A check of several together goes into ``__post_init__``. (An ``__init__``
+    with keyword-only parameters that stores them under their own names works, too.)
 
     Attributes:
         id: Name in the registry, in suites and on leaderboards.
@@ -74,11 +86,18 @@ class Technique(ABC):
     grows: ClassVar[bool] = False
     bibtex: ClassVar[str] = ""
 
+    def __init_subclass__(cls) -> None:
+        """Make a dataclass of a class that has no ``__init__`` of its own or of a base's."""
+        super().__init_subclass__()
+        maker = next(c for c in cls.__mro__ if "__init__" in vars(c))
+        if maker is object or "__pydantic_validator__" in vars(maker):
+            pydantic_dataclass(kw_only=True, repr=False, eq=False)(cls)
+
     def skip(self, task: Task) -> str | None:
         """Why this technique cannot work on this task; None if it can."""
         return None
 
-    def prepare(self, task: Task) -> dict[str, Tensor]:
+    def prepare(self, task: Task) -> State:
         """Everything that does not depend on the budget; computed once per base network, parameters
         and seed.
 
@@ -87,7 +106,7 @@ class Technique(ABC):
         return {}
 
     @abstractmethod
-    def decide(self, task: Task, state: dict[str, Tensor]) -> Outcome:
+    def decide(self, task: Task, state: State) -> Outcome:
         """Take the decision.
 
         Args:
@@ -99,14 +118,14 @@ class Technique(ABC):
         """
 
     @final
-    def prepared(self, task: Task) -> dict[str, Tensor]:
+    def prepared(self, task: Task) -> State:
         """What ``prepare`` returns for a task of which it sees neither the budget nor data beyond
         the declared access.
         """
         return self.prepare(task.with_access(self.id, self.access).without_budget(self.id))
 
     @final
-    def apply(self, task: Task, state: dict[str, Tensor] | None = None) -> Outcome:
+    def apply(self, task: Task, state: State | None = None) -> Result:
         """Prepare, decide, resize, and check shapes and budget.
 
         Args:
@@ -114,7 +133,7 @@ class Technique(ABC):
             state: What ``prepare`` returned before for the same base, if it did.
 
         Returns:
-            The outcome with ``resized``, ``widths``, ``kept`` and ``met`` filled in.
+            What was decided, the resized network, and how it keeps to the budget.
 
         Raises:
             BudgetError: If the plan exceeds the budget, or no plan can meet it.
@@ -137,13 +156,9 @@ class Technique(ABC):
         resized = resize(base, task.groups, outcome.plan) if outcome.plan else base
         widths, cost = self._check(task, outcome, resized)
         kept = used(task.budget, widths, task.groups, cost, task.reference)
-        return replace(
-            outcome,
-            resized=resized,
-            widths=widths,
-            kept=kept,
-            met=check(task.budget, kept, task.groups),
-        )
+        met = check(task.budget, kept, task.groups)
+        decided = {f.name: getattr(outcome, f.name) for f in fields(Outcome)}
+        return Result(**decided, resized=resized, widths=widths, kept=kept, met=met)
 
     def _check(
         self, task: Task, outcome: Outcome, resized: nn.Module
@@ -153,7 +168,7 @@ class Technique(ABC):
             raise UsageError(
                 f"technique '{self.id}' left declared and real shapes in disagreement: {bad[0]}"
             )
-        if outcome.model is not None and not outcome.plan and task.regroup is not None:
+        if outcome.model is not None and not outcome.plan:
             found = task.regroup(resized)  # of one head alone nothing is found
             # as in a plan, channels per head count for all heads, those that are gone too
             full = {
@@ -190,29 +205,52 @@ def build(cls: type[Technique], params: Mapping[str, Any]) -> Technique:
             raise UsageError(
                 f"technique '{cls.id}' takes no parameter '{name}'{did_you_mean(name, known)}"
             )
-    hints = get_type_hints(cls.__init__)
     try:
-        checked = {
-            n: TypeAdapter(hints[n]).validate_python(v) if n in hints else v
-            for n, v in params.items()
-        }
-        return cls(**checked)
+        if "__pydantic_validator__" in vars(cls):
+            return cls(**params)
+        made = cls.__new__(cls)
+        validate_call(cls.__init__)(made, **params)
+        return made
     except ValidationError as error:
-        name = next(n for n in params if n in hints and not _fits(hints[n], params[n]))
-        first = error.errors()[0]["msg"]
-        raise UsageError(
-            f"technique '{cls.id}': parameter '{name}': {first} (found {params[name]!r})"
-        ) from error
+        name, problem = first_problem(error)
+        what = f"parameter '{name}': {problem} (found {params[name]!r})" if name else problem
+        raise UsageError(f"technique '{cls.id}': {what}") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"technique '{cls.id}': {error}") from error
 
 
-def _fits(hint: Any, value: Any) -> bool:
-    try:
-        TypeAdapter(hint).validate_python(value)
-    except ValidationError:
-        return False
-    return True
+class ScoredTechnique(Technique):
+    """Base of techniques that score channels and keep the best: a subclass writes ``score``.
+
+    Args:
+        allocation: "uniform" keeps the same fraction of every group; "global" ranks the channels of
+            all groups together.
+
+    Attributes:
+        comparable: Whether scores of different groups compare as they are; if not, "global" divides
+            each group's by their mean.
+    """
+
+    allocation: Allocation = "uniform"
+    comparable: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, task: Task) -> Mapping[str, Tensor]:
+        """Scores ``[N]`` per group, higher is kept."""
+
+    def prepare(self, task: Task) -> State:
+        """The scores."""
+        return dict(self.score(task))
+
+    def chosen(self, task: Task, scores: Mapping[str, Tensor]) -> dict[str, Resize]:
+        """The plan that keeps the best within the budget."""
+        if self.allocation == "global" and not self.comparable:
+            scores = {name: s / s.mean().clamp_min(1e-30) for name, s in scores.items()}
+        return task.keep_best(scores, self.allocation)
+
+    def decide(self, task: Task, state: State) -> Outcome:
+        """Keep the best within the budget."""
+        return Outcome(self.chosen(task, state))
 
 
 def runs(model: nn.Module, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> bool:

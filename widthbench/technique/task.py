@@ -20,9 +20,11 @@ from widthbench.technique.budget import (
     Allocation,
     Budget,
     Costed,
+    asked,
     global_widths,
     top_channels,
     uniform_widths,
+    used,
 )
 from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups
@@ -30,6 +32,19 @@ from widthbench.width.resize import Resize, keep
 
 Access = Literal["none", "unlabelled", "labelled", "training"]
 ACCESS: tuple[Access, ...] = ("none", "unlabelled", "labelled", "training")
+
+
+BRIEF = Recipe(epochs=1, batch_size=64, lr=0.01)  # where a caller names none
+State = dict[str, Any]
+"""Tensors and plain data (numbers, strings, None), also in dicts and lists, by name."""
+
+
+def _no_loop(*args: Any, **options: Any) -> Any:
+    raise UsageError("this task has no training loop: give it one (Task.fit)")
+
+
+def _no_discovery(model: nn.Module) -> Groups:
+    raise UsageError("this task cannot find groups anew: give it a way to (Task.regroup)")
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,8 @@ class Task:
         regroup: ``regroup(model) -> Groups``: discovery and certification of a network that was
             grown.
         progress: Progress bar.
-        checkpoint: ``checkpoint(name, make) -> dict[str, Tensor]``: keep an intermediate state so
-            that a killed run resumes.
+        checkpoint: ``checkpoint(name, make)``: what ``make()`` gives, tensors and plain data in
+            dicts and lists; kept, so that a killed run resumes behind it.
         spend: ``spend(forward_macs=..., backward_macs=...)``: bill what was computed besides whole
             passes of ``model``, which the harness counts itself.
         unbilled: ``unbilled(work)``: what ``work()`` gives, its passes of ``model`` left off the
@@ -77,13 +92,11 @@ class Task:
     val: Samples
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    recipe: Any = None
-    fit: Callable[..., Any] | None = None
-    regroup: Callable[[nn.Module], Groups] | None = None
+    recipe: Recipe = BRIEF
+    fit: Callable[..., Any] = _no_loop
+    regroup: Callable[[nn.Module], Groups] = _no_discovery
     progress: Progress = quiet
-    checkpoint: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = (
-        lambda name, make: make()
-    )
+    checkpoint: Callable[[str, Callable[[], State]], State] = lambda name, make: make()
     spend: Callable[..., None] = lambda **macs: None
     unbilled: Callable[[Callable[[], Any]], Any] = lambda work: work()
     curves: bool = False
@@ -93,16 +106,14 @@ class Task:
         ``AccessError`` on touch.
         """
         level = ACCESS.index(access)
-        if level == 0:
-            return replace(
-                self,
-                train=Denied(technique, access, "train"),
-                val=Denied(technique, access, "val"),
-                fit=None,
-            )
+        guards: dict[str, Any] = {}
+        if level < 3:
+            guards["fit"] = Denied(technique, access, "fit")
         if level == 1:
-            return replace(self, train=Unlabelled(self.train), val=Unlabelled(self.val), fit=None)
-        return replace(self, fit=self.fit if level == 3 else None)
+            guards |= {"train": Unlabelled(self.train), "val": Unlabelled(self.val)}
+        if level == 0:
+            guards |= {part: Denied(technique, access, part) for part in ("train", "val")}
+        return replace(self, **guards)
 
     def without_budget(self, technique: str) -> Task:
         """This task without its budget; asking for it raises ``AccessError``."""
@@ -129,6 +140,19 @@ class Task:
                 raise UsageError("allocation='global' needs scores")
             return global_widths(scores, self.groups, self.budget, self.cost, self.reference)
         raise UsageError(f"allocation must be 'uniform' or 'global', not {allocation!r}")
+
+    @property
+    def asked(self) -> float:
+        """The fraction of the reference that the budget allows, in the terms of ``kept``."""
+        return asked(self.budget, self.groups)
+
+    def kept(self, widths: Mapping[str, int]) -> float:
+        """The fraction of the reference that channels per group keep, in the budget's terms."""
+        return used(self.budget, widths, self.groups, self.cost(widths), self.reference)
+
+    def fits(self, widths: Mapping[str, int]) -> bool:
+        """Whether channels per group are within the budget."""
+        return self.kept(widths) <= self.asked * (1 + 1e-12)
 
     def keep_best(
         self, scores: Mapping[str, Tensor], allocation: Allocation = "uniform"
@@ -194,6 +218,10 @@ class Denied:
         return AccessError(self._message)
 
     def __len__(self) -> int:
+        raise self._deny()
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Raise ``AccessError``."""
         raise self._deny()
 
     def batches(
