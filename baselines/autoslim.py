@@ -22,7 +22,6 @@ from widthbench.technique.base import Outcome, Technique
 from widthbench.technique.budget import Budget, top_channels, uniform_widths
 from widthbench.technique.parameters import Count, NotNegative, Positive, Share
 from widthbench.technique.task import State, Task
-from widthbench.technique.trajectory import Trajectory
 from widthbench.training.measuring import accuracy
 from widthbench.training.recalibration import recalibrate
 from widthbench.width.gates import gated
@@ -108,17 +107,21 @@ class AutoSlim(Technique):
             n: keep(top_channels(state["first"][n], w, task.groups[n].blocks))
             for n, w in at_budget(state["path"], task).items()
         }
-        way = Trajectory(task)
-        for step, (widths, top1) in enumerate(zip(state["path"], state["top1"], strict=True)):
-            way.point(step, widths, val_top1=top1)
+        series: dict[str, list[Any]] = {
+            "trajectory.step": list(range(len(state["path"]))),
+            "trajectory.macs": [
+                round(task.cost(w).macs / task.reference.macs, 6) for w in state["path"]
+            ],
+            "trajectory.val_top1": [round(top1, 4) for top1 in state["top1"]],
+        }
         if not self.final_epochs:
-            return Outcome(plan, model=model, series=way.series)
+            return Outcome(plan, model=model, series=series)
         small = resize(model, task.groups, plan)
         if self.final == "fresh":
             reinitialise(small, task.seed)
         recipe = self._recipe(task, self.final_epochs)
         task.fit(small, task.train, recipe, desc=f"{self.id} {task.budget}")
-        return Outcome({}, model=small, series=way.series)
+        return Outcome({}, model=small, series=series)
 
     def _trained(self, task: Task, model: nn.Module, slimmable: Slimmable) -> dict[str, Tensor]:
         """The slimmable network's tensors, as they are before any recalibration of the greedy

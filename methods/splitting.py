@@ -287,11 +287,8 @@ class Growing:
             return
         price = dict.fromkeys(scores, 1.0)
         if self.method.per == "cost" and self.method.select == "eigen":
-            price = {
-                n: self.task.kept(self.widths | {n: self.widths[n] + 1})
-                - self.task.kept(self.widths)
-                for n in scores
-            }
+            kept, widths = self.task.kept, self.widths
+            price = {n: kept(widths | {n: widths[n] + 1}) - kept(widths) for n in scores}
         found = [
             (float(v) / price[n], n, row)
             for n, s in scores.items()

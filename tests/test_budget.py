@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from widthbench.errors import BudgetError, InfeasibleBudgetError
-from widthbench.technique.budget import Budget, check, global_widths, top_channels, uniform_widths, used
+from widthbench.technique.budget import (
+    Budget,
+    check,
+    global_widths,
+    top_channels,
+    uniform_widths,
+    used,
+)
 from widthbench.width import Cost
 from widthbench.width.groups import Group
 

@@ -7,7 +7,15 @@ from torch import nn
 from widthbench.api import Batches
 from widthbench.data import splits
 from widthbench.networks import models
-from widthbench.training.measuring import MIB, Meter, accuracy, fastest_layout, latency_ms, peak_memory_mib, replayed
+from widthbench.training.measuring import (
+    MIB,
+    Meter,
+    accuracy,
+    fastest_layout,
+    latency_ms,
+    peak_memory_mib,
+    replayed,
+)
 
 
 @pytest.fixture(scope="module")

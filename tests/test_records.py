@@ -7,7 +7,17 @@ from made import DONE
 
 from widthbench import cache
 from widthbench.errors import UsageError
-from widthbench.experiment.records import Cell, Record, Row, Store, digest_of, read_lines, read_records, record_line, write_records
+from widthbench.experiment.records import (
+    Cell,
+    Record,
+    Row,
+    Store,
+    digest_of,
+    read_lines,
+    read_records,
+    record_line,
+    write_records,
+)
 from widthbench.paths import write_atomic
 from widthbench.recipe import Recipe, Spent
 

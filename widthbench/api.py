@@ -126,7 +126,7 @@ def apply(
         >>> small(x).shape
         torch.Size([1, 1000])
     """
-    resized = outcome(
+    return outcome(
         technique,
         model,
         budget=budget,
@@ -138,7 +138,6 @@ def apply(
         progress=progress,
         **params,
     ).resized
-    return resized
 
 
 def outcome(

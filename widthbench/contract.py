@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from widthbench.errors import AccessError
 from widthbench.experiment.protocol import obtain_base, task_of
@@ -19,6 +20,7 @@ from widthbench.recipe import Recipe
 from widthbench.technique.base import Result, Technique, build
 from widthbench.technique.budget import Budget, check
 from widthbench.technique.budget import used as used_of
+from widthbench.technique.task import State
 from widthbench.width.cost import Cost, count_macs
 
 NETWORKS = (
@@ -121,10 +123,7 @@ def _check_decision(technique: Technique, network: dict[str, Any], budget: str) 
         states = [technique.prepared(t) for t in (task, other)]
     except AccessError as error:
         raise ContractError(f"technique '{technique.id}' breaks the contract: {error}") from error
-    alike = states[0].keys() == states[1].keys() and all(
-        torch.equal(v, states[1][k]) for k, v in states[0].items()
-    )
-    _demand(alike, technique, f"prepare() does not depend on the budget {where}")
+    _demand(_alike(*states), technique, f"prepare() does not depend on the budget {where}")
     first, again = technique.apply(task), build(type(technique), technique.params()).apply(task)
     after = task.model.state_dict()
     _demand(
@@ -156,6 +155,15 @@ def _check_decision(technique: Technique, network: dict[str, Any], budget: str) 
     check(parsed, kept, task.groups)  # raises if the budget is exceeded
     _backward(resized, base.data.train.batches(16))
     return 1
+
+
+def _alike(a: State, b: State) -> bool:
+    """Whether two states hold the same tensors and plain data."""
+    (ours, shape), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    return shape == other and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
+        for x, y in zip(ours, theirs, strict=True)
+    )
 
 
 def _same(a: Result, b: Result) -> bool:

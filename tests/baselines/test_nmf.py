@@ -103,7 +103,7 @@ def test_what_cannot_be_factorised_is_named(cls, name, reason):
 @pytest.mark.parametrize(("name", "value"), [("iterations", 0), ("tolerance", -1.0)])
 def test_bad_parameters_are_named(name, value):
     net, x, _ = zoo.certified(zoo.Plain)
-    with pytest.raises(UsageError, match=f"technique 'nmf': {name} must be at least"):
+    with pytest.raises(UsageError, match=f"technique 'nmf': parameter '{name}': Input should be greater"):
         widthbench.apply("nmf", net, budget="channels:0.5", example_input=x, **{name: value})
 
 

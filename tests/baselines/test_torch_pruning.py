@@ -84,5 +84,5 @@ def test_grouped_convolutions_are_named():
 
 
 def test_samples_must_be_some():
-    with pytest.raises(UsageError, match="samples must be at least 1"):
+    with pytest.raises(UsageError, match="'samples': Input should be greater than or equal to 1"):
         registry.create("torch-pruning:taylor", {"samples": 0})

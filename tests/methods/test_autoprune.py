@@ -6,7 +6,14 @@ import zoo
 from torch import nn
 from torch.nn import functional as F
 from widthbench.methods import autoprune
-from widthbench.methods.autoprune import AutoPrune, Gates, derivative, opened, sensitivities, updated
+from widthbench.methods.autoprune import (
+    AutoPrune,
+    Gates,
+    derivative,
+    opened,
+    sensitivities,
+    updated,
+)
 
 from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.experiment.protocol import run_cell
@@ -159,9 +166,9 @@ def test_a_channel_that_the_loss_needs_recovers():
     with gated(model, task.groups, gates.open, on="weight", products=gates.products):
         task.fit(model, task.train, gates.recipe, losses=gates.losses)
     assert gates.open["0"][0] == 1
-    assert gates.series["trajectory.recoveries"][-1] == 1
-    assert gates.series["trajectory.returned"][-1] == 1
-    assert gates.series["freeze"] == [40]
+    assert gates.trajectory.series["trajectory.recoveries"][-1] == 1
+    assert gates.trajectory.series["trajectory.returned"][-1] == 1
+    assert gates.trajectory.series["freeze"] == [40]
 
 
 def test_recoveries_and_the_chances_for_them_are_counted_by_gate_and_after_a_while_only(monkeypatch):
@@ -403,10 +410,10 @@ def test_what_still_fits_is_kept_in_the_order_of_the_ranking():
         cut = task.widths(scores, "global")
         full = gates._filled(cut, scores)
         assert all(full[n] >= cut[n] for n in cut)
-        assert gates._kept(full) <= 0.5
+        assert gates.task.kept(full) <= 0.5
         for name, group in task.groups.items():
             if full[name] < group.channels:
-                assert gates._kept(full | {name: full[name] + group.blocks}) > 0.5
+                assert gates.task.kept(full | {name: full[name] + group.blocks}) > 0.5
         gates.m = scores
         assert {n: int(g.sum()) for n, g in gates.frozen().items()} == full
 
@@ -484,14 +491,14 @@ def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypa
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"ramp": 0.9, "freeze": 0.5}, "0 < ramp <= freeze <= 1"),
-        ({"epochs": 0}, "epochs must be a number above 0"),
-        ({"eta": -1}, "eta must be a number above 0"),
-        ({"eta": float("inf")}, "eta must be a number above 0"),
-        ({"mu": -1}, "mu must be a number from 0 on"),
-        ({"weight_decay": -1}, "weight_decay must be a number from 0 on"),
-        ({"estimator": "relu"}, "estimator must be one of softplus, leaky_relu, linear, not 'relu'"),
-        ({"decoupling": "sign"}, "decoupling must be one of sgn, unit, none, not 'sign'"),
+        ({"ramp": 0.9, "freeze": 0.5}, "ramp must not be above freeze"),
+        ({"epochs": 0}, "'epochs': Input should be greater than 0"),
+        ({"eta": -1}, "'eta': Input should be greater than 0"),
+        ({"eta": float("inf")}, "'eta': Input should be a finite number"),
+        ({"mu": -1}, "'mu': Input should be greater than or equal to 0"),
+        ({"weight_decay": -1}, "'weight_decay': Input should be greater than or equal to 0"),
+        ({"estimator": "relu"}, "'estimator': Input should be 'softplus', 'leaky_relu' or 'linear'"),
+        ({"decoupling": "sign"}, "'decoupling': Input should be 'sgn', 'unit' or 'none'"),
     ],
 )
 def test_parameters_that_make_no_sense(params, message):
@@ -518,7 +525,7 @@ def test_amp_and_layouts_reach_both_kinds_of_steps(layout, monkeypatch):
     _, task = two_prices(torch.float32)
     seen = []
 
-    for place in ("widthbench.training", "widthbench.methods.autoprune"):
+    for place in ("widthbench.training.loop", "widthbench.methods.autoprune"):
         monkeypatch.setattr(f"{place}.fastest_layout", lambda model: layout)
     recipe = task.recipe.model_copy(update={"amp": True})
     outcome = AutoPrune(epochs=2).apply(Task(**{**vars(task), "recipe": recipe, "fit": zoo.watched_fit(seen, layout)}))

@@ -443,8 +443,8 @@ def test_threshold_of_one_prunes(block):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"lam": 1.5}, "lam must lie in"),
-        ({"threshold": 2.0}, "threshold is a cosine"),
+        ({"lam": 1.5}, "'lam': Input should be less than or equal to 1"),
+        ({"threshold": 2.0}, "'threshold': Input should be less than or equal to 1"),
         ({"criterion": "l3"}, "'l1', 'l2' or 'geometric-median'"),
         ({"bn_scale": "paper"}, "'released' or 'derived'"),
     ],

@@ -48,7 +48,7 @@ def loss(on, plan, sample):
 
 def order_of(state, groups):
     """(group, channel) in the order of removal, and what stays."""
-    rows = sorted((float(p), n, c) for n in groups for c, p in enumerate(state[n]) if p.isfinite())
+    rows = sorted((float(p), n, c) for n in groups for c, p in enumerate(state["order"][n]) if p.isfinite())
     assert [r[0] for r in rows] == list(range(len(rows)))
     return [r[1:] for r in rows]
 
@@ -294,12 +294,12 @@ def test_relu_behind_a_gate_is_skipped_with_the_remedy_and_softplus_is_one(fresh
     ("params", "message"),
     [
         ({"ranking": "third_order"}, "parameter 'ranking'"),
-        ({"samples": 0}, "samples must be at least 1, not 0"),
-        ({"step": 0}, "step must be at least 1"),
-        ({"processes": 0}, "processes must be at least 1"),
-        ({"memory_mib": 0}, "memory_mib must be above 0"),
-        ({"softplus_beta": 1.0}, "softplus_beta must be above 0, and needs ranking='second_order'"),
-        ({"softplus_beta": 1.0, "ranking": "second_order", "diagonal": "exact"}, "softplus_beta must be above 0, and needs"),
+        ({"samples": 0}, "'samples': Input should be greater than or equal to 1"),
+        ({"step": 0}, "'step': Input should be greater than or equal to 1"),
+        ({"processes": 0}, "'processes': Input should be greater than or equal to 1"),
+        ({"memory_mib": 0}, "'memory_mib': Input should be greater than 0"),
+        ({"softplus_beta": 1.0}, "softplus_beta needs ranking='second_order'"),
+        ({"softplus_beta": 1.0, "ranking": "second_order", "diagonal": "exact"}, "softplus_beta needs"),
     ],
 )
 def test_bad_parameters_are_named(params, message):

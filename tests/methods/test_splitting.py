@@ -16,7 +16,11 @@ from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.records import Cell, Store
 from widthbench.recipe import Recipe
 from widthbench.sensitivity.ablation import Sample
-from widthbench.sensitivity.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
+from widthbench.sensitivity.splitting_matrices import (
+    SplittingMatrices,
+    neuron_parameters,
+    splittable,
+)
 from widthbench.technique.budget import Budget
 from widthbench.technique.task import Task
 from widthbench.training.loop import fit
@@ -282,10 +286,10 @@ def test_a_splitting_stable_network_stops_growing(monkeypatch):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"narrow": 1.0}, "narrow must be a share"),
-        ({"rounds": 0}, "rounds must be at least 1"),
-        ({"growth": 0}, "growth must be at least 1"),
-        ({"epsilon": 0}, "epsilon must be a number above 0"),
+        ({"narrow": 1.0}, "'narrow': Input should be less than 1"),
+        ({"rounds": 0}, "'rounds': Input should be greater than or equal to 1"),
+        ({"growth": 0}, "'growth': Input should be greater than or equal to 1"),
+        ({"epsilon": 0}, "'epsilon': Input should be greater than 0"),
     ],
 )
 def test_parameters_that_make_no_sense(params, message):

@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from widthbench.errors import UsageError
 from widthbench.networks import models
-from widthbench.sensitivity.ablation import Ablation, Sample, channel_positions, cross_entropy, replica
+from widthbench.sensitivity.ablation import (
+    Ablation,
+    Sample,
+    channel_positions,
+    cross_entropy,
+    replica,
+)
 from widthbench.training.measuring import MIB, Meter, _LiveStorage
 from widthbench.width import find_groups, gated
 from widthbench.width.cost import count_macs

@@ -10,7 +10,11 @@ from widthbench.methods.splitting import split_neurons
 from widthbench.errors import UsageError
 from widthbench.networks import models
 from widthbench.sensitivity.ablation import Sample, cross_entropy
-from widthbench.sensitivity.splitting_matrices import SplittingMatrices, neuron_parameters, splittable
+from widthbench.sensitivity.splitting_matrices import (
+    SplittingMatrices,
+    neuron_parameters,
+    splittable,
+)
 from widthbench.width import find_groups
 from widthbench.width.certify import randomised
 

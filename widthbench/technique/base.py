@@ -4,6 +4,7 @@ harness's work.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -90,8 +91,12 @@ class Technique(ABC):
         """Make a dataclass of a class that has no ``__init__`` of its own or of a base's."""
         super().__init_subclass__()
         maker = next(c for c in cls.__mro__ if "__init__" in vars(c))
-        if maker is object or "__pydantic_validator__" in vars(maker):
+        if maker is cls:  # not the signature that a base may have left
+            own = inspect.signature(cls.__init__)
+            cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+        elif maker is object or "__pydantic_validator__" in vars(maker):
             pydantic_dataclass(kw_only=True, repr=False, eq=False)(cls)
+            _name_what_is_refused(cls)
 
     def skip(self, task: Task) -> str | None:
         """Why this technique cannot work on this task; None if it can."""
@@ -199,24 +204,47 @@ def build(cls: type[Technique], params: Mapping[str, Any]) -> Technique:
     Raises:
         UsageError: If the technique does not take one of them, or refuses its value.
     """
+    _require_known(cls, params)
+    if "__pydantic_validator__" in vars(cls):
+        return cls(**params)
+    made = cls.__new__(cls)
+    try:
+        validate_call(cls.__init__)(made, **params)
+    except ValidationError as error:
+        raise _refused(cls, error, params) from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"technique '{cls.id}': {error}") from error
+    return made
+
+
+def _require_known(cls: type[Technique], params: Mapping[str, Any]) -> None:
     known = inspect.signature(cls).parameters
     for name in params:
         if name not in known:
             raise UsageError(
                 f"technique '{cls.id}' takes no parameter '{name}'{did_you_mean(name, known)}"
             )
-    try:
-        if "__pydantic_validator__" in vars(cls):
-            return cls(**params)
-        made = cls.__new__(cls)
-        validate_call(cls.__init__)(made, **params)
-        return made
-    except ValidationError as error:
-        name, problem = first_problem(error)
-        what = f"parameter '{name}': {problem} (found {params[name]!r})" if name else problem
-        raise UsageError(f"technique '{cls.id}': {what}") from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"technique '{cls.id}': {error}") from error
+
+
+def _refused(cls: type[Technique], error: ValidationError, params: Mapping[str, Any]) -> UsageError:
+    name, problem = first_problem(error)
+    what = f"parameter '{name}': {problem} (found {params[name]!r})" if name else problem
+    return UsageError(f"technique '{cls.id}': {what}")
+
+
+def _name_what_is_refused(cls: type[Technique]) -> None:
+    """Have a dataclass's ``__init__`` say in one line what it refuses."""
+    checked: Any = cls.__init__
+
+    @functools.wraps(checked)
+    def made(self: Technique, **params: Any) -> None:
+        _require_known(cls, params)
+        try:
+            checked(self, **params)
+        except ValidationError as error:
+            raise _refused(cls, error, params) from error
+
+    cls.__init__ = made  # type: ignore[method-assign, assignment]
 
 
 class ScoredTechnique(Technique):
