@@ -93,7 +93,8 @@ class Technique(ABC):
         maker = next(c for c in cls.__mro__ if "__init__" in vars(c))
         if maker is cls:  # not the signature that a base may have left
             own = inspect.signature(cls.__init__)
-            cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+            parameters = list(own.parameters.values())[1:]
+            cls.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         elif maker is object or "__pydantic_validator__" in vars(maker):
             pydantic_dataclass(kw_only=True, repr=False, eq=False)(cls)
             _name_what_is_refused(cls)

@@ -1,0 +1,170 @@
+"""What several verbs share: arguments, tables, progress."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from widthbench.errors import visible
+
+
+def suite_names(verb: argparse.ArgumentParser, nargs: str = "+") -> None:
+    """The suites that a verb is about."""
+    verb.add_argument(
+        "suite",
+        nargs=nargs,
+        metavar="SUITE",
+        help="name of a suite (`widthbench list suites`), or a TOML file",
+    )
+
+
+def results_folder(verb: argparse.ArgumentParser) -> None:
+    """Where a verb writes results."""
+    verb.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="where results go (default: ./results)",
+    )
+
+
+def whose_results(verb: argparse.ArgumentParser) -> None:
+    """Whose results a verb reads."""
+    verb.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="whose results (default: the published ones; those of a run here: results)",
+    )
+
+
+def data_folder(verb: argparse.ArgumentParser) -> None:
+    """Where a verb looks for data."""
+    verb.add_argument(
+        "--data",
+        metavar="DIR",
+        help="where data sets lie (default: WIDTHBENCH_DATA, or the cache)",
+    )
+
+
+def as_json(verb: argparse.ArgumentParser) -> None:
+    """Ask for JSON."""
+    verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not '{text}'")
+    return value
+
+
+def share(text: str) -> float:
+    """GPUs of a task."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf") or (value > 1 and value != int(value)):
+        raise argparse.ArgumentTypeError(
+            f"must be a share of a GPU, or a whole number of them, not '{text}'"
+        )
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number of at least 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def show(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
+    """Print a table, or JSON."""
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    if title:
+        print(f"{title}\n")
+    shown = [
+        {k: visible(str(v)) for k, v in row.items()} for row in rows
+    ]  # whatever files and records may hold
+    print(
+        tabulate(shown, headers="keys", tablefmt="simple", disable_numparse=True)
+        if rows
+        else "none"
+    )
+    print()
+
+
+class Told:
+    """Says on standard error what is finished, and about how long the rest will take."""
+
+    def __init__(self, total: int) -> None:
+        self.records: list[Any] = []
+        self._total, self._begin, self._computed = total, time.monotonic(), 0
+
+    def __call__(self, record: Any) -> None:
+        """Tell of one."""
+        from widthbench import parallel
+
+        self.records.append(record)
+        since = time.monotonic() - self._begin
+        made = datetime.fromisoformat(record.provenance.get("when", "1970-01-01T00:00:00+00:00"))
+        self._computed += (
+            datetime.now(UTC) - made
+        ).total_seconds() <= since + 1  # the others were there before
+        if not parallel.first():
+            return
+        left = self._total - len(self.records)
+        rest = (
+            f"  (about {duration(since / self._computed * left)} left)"
+            if left and self._computed
+            else ""
+        )
+        note = f"  {record.reason}" if record.status != "done" else ""
+        text = f"[{len(self.records)}/{self._total}] {record.cell.id}: {record.status}{note}{rest}"
+        print(visible(text), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """``"1 h 20 min"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{rest} s"
+
+
+def wanted(name: str, only: Sequence[str]) -> bool:
+    """Whether a name holds one of some texts; all do where there are none."""
+    return not only or any(text in name for text in only)
+
+
+def folder_of(args: argparse.Namespace, suite: str) -> Path:
+    """Where a suite's records are read: in the folder that was named, else the published ones, else
+    those of a run here.
+    """
+    from widthbench.paths import published_dir
+
+    if args.results is not None:
+        return Path(args.results) / suite
+    published = published_dir() / suite
+    return published if (published / "records.jsonl").is_file() else Path("results") / suite

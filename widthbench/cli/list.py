@@ -1,0 +1,82 @@
+"""What is installed: techniques, suites, recipes, data sets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from widthbench.cli.common import as_json, data_folder, show
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the command line."""
+    verb = verbs.add_parser(
+        "list", help="techniques, suites, recipes and data sets that are installed"
+    )
+    verb.add_argument(
+        "what",
+        nargs="?",
+        choices=["techniques", "suites", "datasets", "recipes"],
+        help="only these (default: all)",
+    )
+    as_json(verb)
+    verb.set_defaults(run=run)
+    data_folder(verb)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; gives the exit code."""
+    from widthbench.data import sources
+    from widthbench.experiment import recipes, suites
+    from widthbench.technique import registry
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    bad: dict[str, str] = {}
+    if args.what in (None, "techniques"):
+        good, bad = registry.load_all()
+        found["techniques"] = [
+            {
+                "technique": n,
+                "data access": c.access,
+                "from": registry.owner(n),
+                "what it does": " ".join((c.__doc__ or "").partition("\n\n")[0].split()),
+            }
+            for n, c in good.items()
+        ]
+    if args.what in (None, "suites"):
+        found["suites"] = []
+        for name in suites.names():
+            s = suites.load(name)
+            found["suites"].append(
+                {"suite": name, "cells": len(s.cells()), "seeds": len(s.seeds), "title": s.title}
+            )
+    if args.what in (None, "datasets"):
+        found["datasets"] = [
+            {"dataset": n, "where": (sources.locate(n) or ("not there",))[0]}
+            for n in sources.names()
+        ]
+    if args.what in (None, "recipes"):
+        found["recipes"] = []
+        for name in recipes.names():
+            r = recipes.load(name)
+            reached = (
+                ", ".join(f"{k} {v:.2f} %" for k, v in r.reaches.items()) or "not measured here"
+            )
+            found["recipes"].append(
+                {
+                    "recipe": name,
+                    "epochs": f"{r.recipe.epochs:g}",
+                    "reaches": reached,
+                    "title": r.title,
+                }
+            )
+    if args.json:
+        print(json.dumps({**found, **({"broken": bad} if "techniques" in found else {})}, indent=1))
+    else:
+        for rows in found.values():
+            show(rows, False)
+    for reason in bad.values():
+        print(f"widthbench: {reason}", file=sys.stderr)
+    return 1 if bad else 0
