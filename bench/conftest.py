@@ -24,7 +24,8 @@ from widthbench.engines.worker import Worker
 from widthbench.errors import UsageError
 from widthbench.experiment import suites
 from widthbench.experiment.limits import Limits
-from widthbench.experiment.records import Record, Store
+from widthbench.experiment.records import Record
+from widthbench.experiment.store import Store
 from widthbench.paths import published_dir, require_writable, settle
 
 SUITES = pytest.StashKey[list[suites.Suite]]()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from widthbench.engines.worker import Worker
+from widthbench.experiment.cell import Cell
 from widthbench.experiment.limits import Limits
-from widthbench.experiment.records import Cell
 
 
 def test_cell(

@@ -1,6 +1,7 @@
 """Records and suites that were never run."""
 
-from widthbench.experiment.records import Cell, Record, Row
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.records import Record, Row
 from widthbench.experiment.suites import Suite
 from widthbench.recipe import Recipe, Spent
 

@@ -175,7 +175,7 @@ def test_records_and_timings(tmp_path_factory, content, timing, sealed):
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.setenv("WIDTHBENCH_CACHE", str(folder / "cache"))
-        from widthbench.experiment.records import Store
+        from widthbench.experiment.store import Store
 
         try:
             build(mine, folder, Store(), time_shapes=False)

@@ -7,8 +7,10 @@ import pytest
 
 from widthbench import cache, cli
 from widthbench.errors import UsageError
-from widthbench.experiment.protocol import obtain_base, run_cell
-from widthbench.experiment.records import Cell, Store
+from widthbench.experiment.bases import obtain_base
+from widthbench.experiment.protocol import run_cell
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 
 CELL = Cell(

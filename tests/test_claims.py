@@ -8,7 +8,8 @@ from made import DONE
 from widthbench.claims import ledger
 from widthbench.claims.ledger import Claim, Evidence, Judged, Pick, Row, judge_row, overall
 from widthbench.errors import UsageError
-from widthbench.experiment.records import Cell, Record, Spent, read_records, write_records
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.records import Record, Spent, read_records, write_records
 from widthbench.experiment.records import Row as Scores
 from widthbench.recipe import Recipe
 from widthbench.report.claims import page, plain

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from widthbench.experiment.controls import FRESH, first_channels, fresh_at
-from widthbench.experiment.protocol import obtain_base, run_cell
-from widthbench.experiment.records import Cell, Store
+from widthbench.experiment.bases import obtain_base
+from widthbench.experiment.protocol import run_cell
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 from widthbench.training.measuring import accuracy
 

@@ -9,9 +9,12 @@ from widthbench.baselines.l1_norm import L1Norm
 from widthbench import paths
 from widthbench.data import splits
 from widthbench.errors import DivergedError, UsageError
-from widthbench.experiment import protocol
-from widthbench.experiment.protocol import base_key, cell_key, obtain_base, run_cell
-from widthbench.experiment.records import Cell, Store
+from widthbench.experiment import protocol, bases, keys
+from widthbench.experiment.keys import base_key, cell_key
+from widthbench.experiment.bases import obtain_base
+from widthbench.experiment.protocol import run_cell
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.store import Store
 from widthbench.networks import models, weights
 from widthbench.paths import cache_dir
 from widthbench.provenance import meaning, source_digest, versions
@@ -451,7 +454,7 @@ def test_everything_that_a_base_depends_on_is_in_its_key(changes):
 
 
 def test_seeding_and_image_decoding_are_in_the_keys(monkeypatch):
-    assert "randomness.py" in protocol.BASE_CODE
+    assert "randomness.py" in keys.BASE_CODE
     before = base_key(cell())
     monkeypatch.setattr(protocol, "versions", lambda: {"pillow": "0"})
     assert base_key(cell()) != before
@@ -459,7 +462,7 @@ def test_seeding_and_image_decoding_are_in_the_keys(monkeypatch):
 
 
 def test_pretrained_networks_see_images_as_they_were_trained():
-    plain, published = (protocol.load_data(cell(model="lenet5", size=28, pretrained=p)).test for p in (False, True))
+    plain, published = (bases.load_data(cell(model="lenet5", size=28, pretrained=p)).test for p in (False, True))
     assert (published.mean, published.std) == ((0.5,), (0.5,))
     assert plain.mean != published.mean
 
@@ -507,7 +510,7 @@ def test_what_is_finished_is_read_without_a_lock(store, monkeypatch):
 
     monkeypatch.setattr(paths.Lock, "acquire", refused)
     assert run_cell(one, store) == record
-    base = protocol.obtain_base(one)
+    base = bases.obtain_base(one)
     assert base.digest == record.provenance["base_digest"]
 
 
@@ -565,4 +568,4 @@ def test_outputs_that_are_not_finite_on_the_data_are_named(store, using):
     with torch.no_grad():
         broken.ip1.weight.fill_(torch.nan)
     with pytest.raises(DivergedError, match=r"outputs on test data are not finite \(stage 'resized': loss nan\)"):
-        protocol.score(broken, protocol.load_data(cell()), "resized")
+        protocol.score(broken, bases.load_data(cell()), "resized")

@@ -7,17 +7,9 @@ from made import DONE
 
 from widthbench import cache
 from widthbench.errors import UsageError
-from widthbench.experiment.records import (
-    Cell,
-    Record,
-    Row,
-    Store,
-    digest_of,
-    read_lines,
-    read_records,
-    record_line,
-    write_records,
-)
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.records import Record, Row, digest_of, read_lines, read_records, record_line, write_records
+from widthbench.experiment.store import Store
 from widthbench.paths import write_atomic
 from widthbench.recipe import Recipe, Spent
 
@@ -214,7 +206,7 @@ def test_records_are_plain_json():
 
 
 def test_a_cell_is_the_same_however_its_parameters_are_ordered():
-    from widthbench.experiment.records import Cell
+    from widthbench.experiment.cell import Cell
     from widthbench.recipe import Recipe
 
     recipe = Recipe(epochs=1, lr=0.1)

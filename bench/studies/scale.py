@@ -27,8 +27,9 @@ from typing import Any
 from tabulate import tabulate
 
 from widthbench.engines import local
-from widthbench.experiment import protocol, suites
-from widthbench.experiment.records import Record, Store, read_records
+from widthbench.experiment import keys, suites
+from widthbench.experiment.records import Record, read_records
+from widthbench.experiment.store import Store
 from widthbench.provenance import commit, hardware, stamp
 from widthbench.report.build import build
 
@@ -80,7 +81,7 @@ def made(count: int, *sizes: int) -> tuple[suites.Suite, list[Record]]:
             for r in one.rows
         )
         records.append(
-            one.model_copy(update={"cell": cell, "rows": rows, "key": protocol.cell_key(cell)})
+            one.model_copy(update={"cell": cell, "rows": rows, "key": keys.cell_key(cell)})
         )
     return suite, records
 

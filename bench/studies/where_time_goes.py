@@ -25,8 +25,9 @@ import torch
 from tabulate import tabulate
 
 from widthbench.data import splits
-from widthbench.experiment import protocol, recipes, suites
-from widthbench.experiment.records import Cell, Store
+from widthbench.experiment import bases, protocol, recipes, suites
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.paths import write_atomic
 from widthbench.report.speed import where
@@ -91,9 +92,9 @@ def two_cells(suite: str, name: str) -> tuple[dict[str, float], dict[str, float]
         tempfile.TemporaryDirectory() as cache,
         mock.patch.dict(os.environ, {"WIDTHBENCH_CACHE": cache}),
     ):
-        protocol.obtain_base(cell)  # trained, certified: what the first cell of a base pays for all
-        protocol._loaded.clear()
-        protocol._groups.clear()
+        bases.obtain_base(cell)  # trained, certified: what the first cell of a base pays for all
+        bases._loaded.clear()
+        bases._groups.clear()
         return _parts(cell), _parts(following)
 
 

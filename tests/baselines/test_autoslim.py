@@ -11,8 +11,10 @@ from widthbench.baselines.autoslim import AutoSlim, First, Slimmable, at_budget,
 
 from widthbench.errors import UsageError
 from widthbench.experiment import protocol
-from widthbench.experiment.protocol import load_data, obtain_base, run_cell, task_of
-from widthbench.experiment.records import Cell, Store
+from widthbench.experiment.bases import load_data, obtain_base
+from widthbench.experiment.protocol import run_cell, task_of
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.recipe import Recipe
 from widthbench.technique.budget import Budget

@@ -118,7 +118,7 @@ def test_nodes_whose_caches_are_apart_share_a_store(cluster, expected, fresh_cac
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "another"))
     assert main(command(cluster, tmp_path)) == 0
     assert stable(tmp_path) == expected
-    from widthbench.experiment.records import Store
+    from widthbench.experiment.store import Store
 
     whens = [r.provenance["when"] for r in read_records(tmp_path / "smoke" / "records.jsonl") if "lenet" in r.cell.id]
     first = fresh_cache / "cells"

@@ -15,9 +15,9 @@ from filelock import FileLock
 
 from widthbench.engines import local
 from widthbench.engines.worker import Worker, WorkerError, code_of
-from widthbench.experiment import protocol, suites
+from widthbench.experiment import protocol, suites, keys
 from widthbench.experiment.limits import Limits
-from widthbench.experiment.records import Store
+from widthbench.experiment.store import Store
 from widthbench.report.tables import shape_of
 from widthbench.report.timing import measured
 from widthbench.technique import registry
@@ -254,10 +254,10 @@ def test_a_process_killed_from_outside_is_given_a_second_chance(fresh_cache):
 @pytest.mark.parametrize("busy", ["computes the same cell", "trains its base"])
 def test_waiting_for_another_process_is_not_counted(fresh_cache, busy):
     cell = suite("l1-norm").cells()[0]
-    lock = Store().lock(protocol.cell_key(cell))
+    lock = Store().lock(keys.cell_key(cell))
     if busy == "trains its base":
         (fresh_cache / "bases").mkdir(parents=True)
-        lock = FileLock(fresh_cache / "bases" / f"{protocol.base_key(cell)}.lock")
+        lock = FileLock(fresh_cache / "bases" / f"{keys.base_key(cell)}.lock")
     lock.acquire()
     worker = Worker()
     found = []

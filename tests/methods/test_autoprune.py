@@ -17,7 +17,8 @@ from widthbench.methods.autoprune import (
 
 from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.experiment.protocol import run_cell
-from widthbench.experiment.records import Cell, Store
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 from widthbench.technique.budget import Budget
 from widthbench.technique.task import Task

@@ -13,7 +13,8 @@ from widthbench.methods.splitting import Splitting, carried, copies, split_neuro
 import widthbench
 from widthbench.errors import UsageError
 from widthbench.experiment.protocol import run_cell
-from widthbench.experiment.records import Cell, Store
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 from widthbench.sensitivity.ablation import Sample
 from widthbench.sensitivity.splitting_matrices import (

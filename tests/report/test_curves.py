@@ -5,7 +5,9 @@ from PIL import Image
 
 from widthbench.experiment import suites
 from widthbench.experiment.protocol import run_cell
-from widthbench.experiment.records import Cell, Record, Store
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.records import Record
+from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 from widthbench.report import build, curves
 

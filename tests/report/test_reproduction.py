@@ -10,7 +10,8 @@ from made import WHERE, record, suite
 from widthbench import cli
 from widthbench.errors import UsageError
 from widthbench.experiment import suites
-from widthbench.experiment.records import Store, read_records, write_records
+from widthbench.experiment.store import Store
+from widthbench.experiment.records import read_records, write_records
 from widthbench.report import build, reproduction, tables
 
 THEIRS = {**WHERE, "hardware": {"cpu": "Their Processor", "cores": 64}, "when": "2026-01-01T00:00:00+00:00"}

@@ -156,7 +156,8 @@ def test_a_held_scratch_budget_is_said():
 
 
 def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, monkeypatch):
-    from widthbench.experiment.records import Store, read_records, write_records
+    from widthbench.experiment.store import Store
+    from widthbench.experiment.records import read_records, write_records
 
     whole = suite(techniques=["l1-norm", "random-channels"], controls=["base"])
     records = [Record(key=f"{i:040d}", cell=c, **DONE, provenance=WHERE) for i, c in enumerate(whole.cells())]

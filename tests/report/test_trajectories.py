@@ -4,7 +4,7 @@ from PIL import Image
 
 from widthbench.experiment import suites
 from widthbench.experiment.protocol import run_cell
-from widthbench.experiment.records import Store
+from widthbench.experiment.store import Store
 from widthbench.report import build, trajectories
 
 SUITE = """

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from widthbench import toml
 from widthbench.errors import UsageError, did_you_mean, first_problem
 from widthbench.experiment import suites
-from widthbench.experiment.records import CONTROLS, Cell, Record, Stage, read_records
+from widthbench.experiment.cell import CONTROLS, Cell
+from widthbench.experiment.records import Record, Stage, read_records
 from widthbench.statistics import LEAST, Summary, interval, summarise
 from widthbench.technique import registry
 from widthbench.technique.budget import written

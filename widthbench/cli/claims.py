@@ -82,7 +82,7 @@ def _run_claims(chosen: Sequence[Any], results: Path, jobs: int) -> int:
     from widthbench.claims import ledger
     from widthbench.engines import local
     from widthbench.experiment import suites
-    from widthbench.experiment.records import Store
+    from widthbench.experiment.store import Store
     from widthbench.report.build import build
 
     failed = 0

@@ -72,7 +72,7 @@ def add(verbs: Any) -> None:
 def run(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
     """Do it; gives the exit code."""
     from widthbench.experiment import suites
-    from widthbench.experiment.records import Store
+    from widthbench.experiment.store import Store
     from widthbench.paths import published_dir, require_writable
     from widthbench.report.build import adding, build, publish
     from widthbench.report.timing import read_timings

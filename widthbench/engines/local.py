@@ -17,7 +17,8 @@ from widthbench.engines.worker import Worker
 from widthbench.experiment.limits import Limits
 
 if TYPE_CHECKING:
-    from widthbench.experiment.records import Cell, Record
+    from widthbench.experiment.cell import Cell
+    from widthbench.experiment.records import Record
 
 
 def run(
@@ -115,7 +116,7 @@ def _pinned(index: int, threads: int) -> dict[str, str]:
 
 def _here(cell: Cell) -> Record:
     from widthbench.experiment.protocol import run_cell
-    from widthbench.experiment.records import Store
+    from widthbench.experiment.store import Store
     from widthbench.progress import bar
 
     return run_cell(cell, Store(), progress=bar)

@@ -25,7 +25,8 @@ from widthbench.paths import cache_dir, data_dir, weights_dir
 from widthbench.technique import registry
 
 if TYPE_CHECKING:
-    from widthbench.experiment.records import Cell, Record
+    from widthbench.experiment.cell import Cell
+    from widthbench.experiment.records import Record
 
 TRIES = 5  # of a task whose worker or node is lost
 AHEAD = 2  # tasks per core that are handed to Ray at a time
@@ -63,8 +64,8 @@ def run(
         raise UsageError(
             f"--engine ray needs Ray: pip install 'widthbench[ray]' ({error})"
         ) from error
-    from widthbench.experiment.protocol import cell_key
-    from widthbench.experiment.records import Store
+    from widthbench.experiment.keys import cell_key
+    from widthbench.experiment.store import Store
 
     store, limits = Store(), limits or {}
     waiting: list[Cell] = []
@@ -152,7 +153,8 @@ def _schedule(
     token: str,
     done: Callable[[Record], None],
 ) -> None:
-    from widthbench.experiment.records import Record, Store
+    from widthbench.experiment.records import Record
+    from widthbench.experiment.store import Store
 
     store = Store()
     task = ray.remote(_task)
@@ -283,7 +285,7 @@ _worker: tuple[tuple[str | None, int], Worker] | None = (
 def _task(text: str, limits: dict[str, Any], token: str) -> str:
     """One cell on some node; JSON in and out."""
     global _worker
-    from widthbench.experiment.records import Cell
+    from widthbench.experiment.cell import Cell
 
     node = os.uname().nodename
     cell = Cell.model_validate_json(text)

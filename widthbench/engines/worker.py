@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from widthbench.experiment.limits import Limits
 
 if TYPE_CHECKING:
-    from widthbench.experiment.records import Cell, Record
+    from widthbench.experiment.cell import Cell
+    from widthbench.experiment.records import Record
 
 POLL_S = 0.2  # between two looks at the clock and at memory
 MARK = "WIDTHBENCH_WORKER"  # set for a worker and inherited by all that it starts
@@ -78,15 +79,15 @@ class Worker:
             WorkerError: If the worker is closed meanwhile.
         """
         from widthbench.errors import UsageError
-        from widthbench.experiment.records import Record, Store
+        from widthbench.experiment.records import Record
+        from widthbench.experiment.store import Store
         from widthbench.technique import registry
 
-        if foreign := not registry.built_in(cell.of or cell.technique):
-            from widthbench.experiment import protocol
+        foreign = not registry.built_in(cell.of or cell.technique)
+        if foreign:
+            from widthbench.experiment import keys  # and torch: in every task of Ray that is much
 
-            if found := Store().get(
-                protocol.cell_key(cell)
-            ):  # for which no process is worth starting
+            if found := Store().get(keys.cell_key(cell)):  # for which no process is worth starting
                 self.code = code_of(cell)
                 return found
         answer: dict[str, Any] = {}
@@ -221,14 +222,14 @@ def _kill_marked(mark: str) -> None:
 def code_of(cell: Cell) -> str:
     """Digest of the code that decides a cell's record: ours, and the technique's."""
     from widthbench.cache import digest_of
-    from widthbench.experiment import protocol
-    from widthbench.experiment.records import CONTROLS
+    from widthbench.experiment import keys
+    from widthbench.experiment.cell import CONTROLS
     from widthbench.provenance import code_digest, source_digest
     from widthbench.technique import registry
 
     technique = cell.of or cell.technique
     theirs = None if technique in CONTROLS else source_digest(registry.load(technique))
-    return digest_of([code_digest(*protocol.CELL_CODE), theirs])
+    return digest_of([code_digest(*keys.CELL_CODE), theirs])
 
 
 def _answer(line: bytes, asked: int) -> dict[str, Any]:
@@ -297,20 +298,21 @@ def failure(cell: Cell, reason: str) -> Record:
     and tried again by a next run.
     """
     from widthbench.data import sources
-    from widthbench.experiment import protocol
-    from widthbench.experiment.records import Record, Store
+    from widthbench.experiment import keys
+    from widthbench.experiment.records import Record
+    from widthbench.experiment.store import Store
     from widthbench.provenance import stamp
 
     where = {
         **stamp(),
         "threads": cell.threads,
         "dtype": "float32",
-        "device": str(protocol.device_of(cell)),
+        "device": str(keys.device_of(cell)),
         "seed": cell.seed,
     }
     where |= {"processes": 1, "dataset_digest": sources.load(cell.dataset).digest}
     record = Record(
-        key=protocol.cell_key(cell), cell=cell, status="failed", reason=reason, provenance=where
+        key=keys.cell_key(cell), cell=cell, status="failed", reason=reason, provenance=where
     )
     Store().put(record)
     return record
@@ -348,8 +350,9 @@ def _serve() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     from widthbench.errors import UsageError
+    from widthbench.experiment.cell import Cell
     from widthbench.experiment.protocol import run_cell
-    from widthbench.experiment.records import Cell, Store
+    from widthbench.experiment.store import Store
     from widthbench.paths import Lock, settle
     from widthbench.progress import bar, quiet
 

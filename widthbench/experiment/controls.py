@@ -11,21 +11,19 @@ import torch
 from torch import nn
 
 from widthbench.errors import InfeasibleBudgetError, UsageError
+from widthbench.experiment.bases import Base, example_input, fresh_model, load_data, obtain_base
+from widthbench.experiment.cell import Cell
 from widthbench.experiment.protocol import (
-    Base,
     NotApplicableError,
     adapt,
     budget_of,
-    example_input,
-    fresh_model,
-    load_data,
-    obtain_base,
     run_cell,
     score,
     task_of,
     train,
 )
-from widthbench.experiment.records import Cell, Record, Store
+from widthbench.experiment.records import Record
+from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.progress import Progress
 from widthbench.recipe import Recipe, Spent

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import io
-import json
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-from widthbench import cache, parallel
+from widthbench import parallel
 from widthbench.data import sources, splits
 from widthbench.errors import DivergedError, InfeasibleBudgetError, UsageError
-from widthbench.experiment.records import CONTROLS, Cell, Record, Row, Stage, Store, digest_of
-from widthbench.networks import models, weights
-from widthbench.paths import Lock, cache_dir, write_atomic
+from widthbench.experiment.bases import (
+    Base,
+    fresh_model,
+    load_data,
+    obtain_base,
+    training_path,
+)
+from widthbench.experiment.billing import bill, metered, prepared
+from widthbench.experiment.cell import CONTROLS, Cell
+from widthbench.experiment.keys import cell_key, device_of
+from widthbench.experiment.records import Record, Row, Stage
+from widthbench.experiment.store import Store
 from widthbench.progress import Progress, quiet
-from widthbench.provenance import code_digest, source_digest, stamp, versions
+from widthbench.provenance import stamp
 from widthbench.recipe import Recipe, Spent
 from widthbench.technique import registry
 from widthbench.technique.base import Outcome, Technique, runs
 from widthbench.technique.budget import Budget, feasible
-from widthbench.technique.task import Nothing, State, Task
-from widthbench.training.loop import Stateful, fit
+from widthbench.technique.task import Nothing, Task
+from widthbench.training.loop import fit
 from widthbench.training.measuring import Meter, accuracy
 from widthbench.training.recalibration import batch_norms, recalibrate
 from widthbench.training.resume import Resume
@@ -43,69 +44,6 @@ from widthbench.width.certify import find_groups
 from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.groups import Groups
 from widthbench.width.resize import resize
-
-BASE_CODE = (
-    "randomness.py",
-    "recipe.py",
-    "parallel.py",
-    "_shared_statistics.py",
-    "data",
-    "networks",
-    "training",
-)
-CELL_CODE = (
-    *BASE_CODE,
-    "width",
-    "sensitivity",
-    "technique",
-    "experiment/protocol.py",
-    "experiment/controls.py",
-)
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base network with everything that its cells share.
-
-    Attributes:
-        model: Trained, in eval mode.
-        groups: All its groups, graded.
-        cost: Cost as a function of widths.
-        data: The split data set.
-        example_input: ``[1, C, H, W]``.
-        spent: What its training cost.
-        digest: SHA-256 of its weights file.
-        loaded: Whether it was loaded from published weights, which may have seen our val split.
-    """
-
-    model: nn.Module
-    groups: Groups
-    cost: CostModel
-    data: splits.Data
-    example_input: Tensor
-    spent: Spent
-    digest: str
-    loaded: bool = False
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What a record says of it."""
-        found: dict[str, Any] = {"base_digest": self.digest, "val_seen": self.loaded}
-        return found | ({"checkpoint": self.digest} if self.loaded else {})
-
-
-def device_of(cell: Cell) -> torch.device:
-    """The device that a cell runs on.
-
-    Raises:
-        UsageError: If it asks for a GPU and there is none.
-    """
-    available = torch.cuda.is_available()
-    if cell.device == "cuda" and not available:
-        raise UsageError(
-            "the suite asks for device = 'cuda', but torch finds no GPU; use 'auto' or 'cpu'"
-        )
-    return torch.device("cuda" if available and cell.device != "cpu" else "cpu")
 
 
 @contextmanager
@@ -133,274 +71,6 @@ def pinned(cell: Cell) -> Iterator[None]:
         debug.fill_uninitialized_memory = fills
         for library, allowed in tf32:
             library.allow_tf32 = allowed
-
-
-BASE_FIELDS = (
-    "dataset",
-    "model",
-    "model_args",
-    "size",
-    "seed",
-    "base",
-    "val",
-    "threads",
-    "checkpoint",
-    "pretrained",
-    "mean",
-    "std",
-    "deterministic",
-)
-
-
-def base_key(cell: Cell) -> str:
-    """Digest of everything that the base network depends on."""
-    return _base_key(cell, cell.model_dump(mode="json", include=set(BASE_FIELDS)))
-
-
-def _base_key(cell: Cell, plain: Mapping[str, Any]) -> str:
-    text = json.dumps({name: plain[name] for name in BASE_FIELDS}, sort_keys=True)
-    data_digest, weights_digest = sources.load(cell.dataset).digest, _weights_digest(cell)
-    used = tuple(sorted(_relevant_versions().items()))
-    return _base_digest(
-        text, device_of(cell).type, data_digest, weights_digest, used, code_digest(*BASE_CODE)
-    )
-
-
-@functools.lru_cache(maxsize=1024)  # a base has many cells
-def _base_digest(
-    text: str,
-    device: str,
-    data_digest: str,
-    weights_digest: str | None,
-    used: tuple[tuple[str, str], ...],
-    code: str,
-) -> str:
-    source = {
-        "device": device,
-        "data": data_digest,
-        "weights": weights_digest,
-        "versions": dict(used),
-        "code": code,
-    }
-    return digest_of({**json.loads(text), **source})[:40]
-
-
-def _weights_digest(cell: Cell) -> str | None:
-    """Digest of the file that the base network is loaded from; None where it is trained, or timm
-    downloads it.
-    """
-    path = (
-        weights.find(cell.checkpoint)
-        if cell.checkpoint
-        else weights.published(cell.model)
-        if cell.pretrained
-        else None
-    )
-    return None if path is None else weights.digest(path)
-
-
-def cell_key(cell: Cell) -> str:
-    """Digest of everything that a cell's record depends on.
-
-    Raises:
-        UsageError: If the technique, model or data set is unknown.
-    """
-    technique = cell.of or cell.technique
-    source = None if technique in CONTROLS else source_digest(registry.load(technique))
-    if cell.technique == "l1-budget":
-        source = f"{source} {source_digest(registry.load('l1-norm'))}"
-    plain = cell.model_dump(mode="json")
-    return digest_of(
-        {
-            "cell": {k: v for k, v in plain.items() if k != "device"},
-            "base": _base_key(cell, plain),
-            "code": code_digest(*CELL_CODE),
-            "technique": source,
-        }
-    )[:40]
-
-
-def _relevant_versions() -> dict[str, str]:
-    return {k: v for k, v in versions().items() if k != "widthbench"}  # our own code is digested
-
-
-_loaded: dict[tuple[Any, ...], splits.Data] = {}
-
-
-def load_data(cell: Cell) -> splits.Data:
-    """The cell's data; the last split stays in memory, since cells of one group follow each
-    other.
-    """
-    view = models.view(cell.model)
-    mean, std = cell.mean, cell.std
-    if cell.pretrained and not mean:
-        mean, std = tuple(view["mean"]), tuple(view["std"])
-    device = device_of(cell)
-    key = (
-        cell.dataset,
-        sources.load(cell.dataset).digest,
-        cell.size,
-        cell.seed,
-        cell.val,
-        device,
-        mean,
-        std,
-        tuple(view.values()),
-    )
-    if key not in _loaded:
-        _loaded.clear()
-        _loaded[key] = splits.load(
-            cell.dataset,
-            cell.size,
-            seed=cell.seed,
-            val=cell.val,
-            device=device,
-            mean=mean,
-            std=std,
-            view=view,
-        )
-    return _loaded[key]
-
-
-def fresh_model(cell: Cell, seed: int) -> nn.Module:
-    """The cell's network at full width, newly initialised, on its device."""
-    source = sources.load(cell.dataset)
-    model = models.create(
-        cell.model,
-        classes=source.classes,
-        channels=source.channels,
-        size=cell.size,
-        seed=seed,
-        **cell.model_args,
-    )
-    return model.to(device_of(cell))
-
-
-def example_input(cell: Cell) -> Tensor:
-    """A fixed random input ``[1, C, H, W]`` on the cell's device."""
-    shape = (1, sources.load(cell.dataset).channels, cell.size, cell.size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device_of(cell))
-
-
-def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
-    """The cell's base network: published weights, or from the cache, or trained once (others wait
-    at the lock) and cached.
-    """
-    model, x = fresh_model(cell, cell.seed), example_input(cell)
-    split = load_data(cell)
-    if not cell.trains_base:
-        digest = load_weights(cell, model)
-        return Base(model, *_known(cell, model, x), split, x, Spent(), digest, loaded=True)
-    key = base_key(cell)
-    path = cache_dir() / "bases" / f"{key}.safetensors"
-    if (
-        spent := _read_weights(path, model)
-    ) is not None and parallel.world() == 1:  # where nothing may be written, too
-        return _based(cell, model, x, split, path, spent)
-    with parallel.held(Lock(path.with_suffix(".lock"))):
-        spent = _read_weights(path, model)
-        parallel.everyone()
-        if spent is None:
-            if (
-                died := cache.read_json(_died(path), "base network")
-            ) is not None:  # the other cells of this base need not find out
-                raise DivergedError(died["reason"])
-            macs = count_macs(model, x)
-            desc = f"base {cell.group}"
-            resume = Resume(_training_path(key))
-            try:
-                spent = fit(
-                    model,
-                    split.train,
-                    cell.base,
-                    macs=macs,
-                    seed=cell.seed,
-                    progress=progress,
-                    desc=desc,
-                    resume=resume,
-                )
-            except DivergedError as error:
-                if parallel.first():
-                    cache.write_json(_died(path), {"reason": f"its base network: {error}"})
-                raise DivergedError(f"its base network: {error}") from error
-            if parallel.first():
-                _write_weights(path, model, spent)
-                resume.discard()
-            parallel.everyone()
-    return _based(cell, model, x, split, path, spent)
-
-
-def _based(
-    cell: Cell, model: nn.Module, x: Tensor, split: splits.Data, path: Path, spent: Spent
-) -> Base:
-    digest = json.loads(path.with_suffix(".json").read_text())[
-        "sha256"
-    ]  # which reading and writing have just made sure of
-    return Base(model, *_known(cell, model, x), split, x, spent, digest)
-
-
-def _died(path: Path) -> Path:
-    """Where it is noted that a base network's training diverged, as it would again: keys hold all
-    that it depends on.
-    """
-    return path.with_suffix(".diverged.json")
-
-
-_groups: dict[str, tuple[Groups, CostModel]] = {}
-
-
-def _known(cell: Cell, model: nn.Module, x: Tensor) -> tuple[Groups, CostModel]:
-    """Groups and cost of a base network; the last ones stay in memory, since cells of one base
-    follow each other.
-    """
-    key = base_key(cell)
-    if key not in _groups:
-        groups = find_groups(model, x)
-        _groups.clear()
-        _groups[key] = groups, CostModel(model, groups, x)
-    return _groups[key]
-
-
-def load_weights(cell: Cell, model: nn.Module) -> str:
-    """Load the published weights of a cell's base network; gives their digest."""
-    if cell.checkpoint:
-        return weights.load_into(model, weights.find(cell.checkpoint), cell.sha256)
-    return weights.pretrained(cell.model, model)
-
-
-def _training_path(key: str) -> Path:
-    """Where an unfinished training run keeps its state."""
-    return cache_dir() / "training" / f"{key}.state"
-
-
-def _write_weights(path: Path, model: nn.Module, spent: Spent) -> None:
-    """Write the weights, and beside them their digest and what they cost (times would make the
-    digest of equal weights differ).
-    """
-    blob = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
-    write_atomic(path, blob)
-    cache.push(path)
-    cache.write_json(
-        path.with_suffix(".json"),
-        {"sha256": hashlib.sha256(blob).hexdigest(), "spent": spent.model_dump()},
-    )
-
-
-def _read_weights(path: Path, model: nn.Module) -> Spent | None:
-    """Load cached weights; None if there are none, or (named in a warning) they are damaged."""
-    side = cache.read_json(path.with_suffix(".json"), "base network's digest")
-    if side is None:
-        return None
-    for last in (False, True):
-        if path.is_file():
-            if hashlib.sha256(blob := path.read_bytes()).hexdigest() == side["sha256"]:
-                model.load_state_dict(load(blob))
-                model.eval()
-                return Spent.model_validate(side["spent"])
-            cache.damaged(path, "base network")
-        if last or not cache.pull(path):  # the store may have a sound one
-            return None
-    return None
 
 
 def batch_of(model: nn.Module, split: splits.Data) -> int:
@@ -569,175 +239,6 @@ def _fit_for(base: Base, cell: Cell, progress: Progress) -> Callable[..., Spent]
     return training
 
 
-def _metered(task: Task, key: str, meter: Meter) -> Task:
-    """A task that bills by a meter, and keeps intermediate states with their bills, so that a
-    killed run does not start over.
-    """
-    samples = max(1, len(task.train)) if isinstance(task.train, Sized) else 1
-
-    def checkpoint(name: str, make: Callable[[], State]) -> State:
-        made = False
-
-        def work() -> tuple[State, Spent]:
-            nonlocal made
-            made = True
-            forward, backward, passes, begin = (
-                meter.forward_macs,
-                meter.backward_macs,
-                meter.passes,
-                meter.elapsed,
-            )
-            state = make()
-            return state, Spent(
-                forward_macs=meter.forward_macs - forward,
-                backward_macs=meter.backward_macs - backward,
-                epochs=(meter.passes - passes) / samples,
-                seconds=meter.elapsed - begin,
-            )
-
-        state, spent = _billed(f"{key}-{digest_of(name)[:8]}", work)
-        if not made:
-            bill = spent.model_dump(include={"forward_macs", "backward_macs", "seconds"})
-            meter.add(**bill, passes=spent.epochs * samples)
-        return state
-
-    def training(
-        model: nn.Module,
-        train: Any,
-        recipe: Any,
-        *,
-        desc: str = "fit",
-        state: Any = None,
-        **options: Any,
-    ) -> Spent:
-        resume = Resume(_training_path(f"{key}-{digest_of(desc)[:8]}"))
-        options["macs"] = meter.uncounted(partial(count_macs, model, task.example_input))
-        with meter.costing(options["macs"]):
-            spent: Spent = task.fit(
-                model,
-                train,
-                recipe,
-                desc=desc,
-                state=_WithBill(state, meter),
-                resume=resume,
-                **options,
-            )
-        resume.discard()
-        return spent
-
-    def regroup(model: nn.Module) -> Groups:
-        return meter.uncounted(partial(task.regroup, model))
-
-    return replace(
-        task,
-        checkpoint=checkpoint,
-        spend=meter.add,
-        fit=training,
-        regroup=regroup,
-        unbilled=meter.uncounted,
-    )
-
-
-class _WithBill:
-    """A training run's state, and what the run has cost by its meter: a resumed one bills its
-    earlier part, too.
-    """
-
-    def __init__(self, state: Stateful | None, meter: Meter) -> None:
-        self._state, self._meter = state, meter
-        self._before = meter.forward_macs, meter.backward_macs, meter.passes, meter.elapsed
-
-    def state_dict(self) -> dict[str, Any]:
-        forward, backward, passes, seconds = self._before
-        meter = self._meter
-        return {
-            "state": None if self._state is None else self._state.state_dict(),
-            "bill": {
-                "forward_macs": meter.forward_macs - forward,
-                "backward_macs": meter.backward_macs - backward,
-                "passes": meter.passes - passes,
-                "seconds": meter.elapsed - seconds,
-            },
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._meter.add(**state["bill"])
-        if self._state is not None:
-            self._state.load_state_dict(state["state"])
-
-
-def _billed(key: str, work: Callable[[], tuple[State, Spent]]) -> tuple[State, Spent]:
-    """A state and what it cost, from the cache or computed now."""
-    bill = cache_dir() / "states" / f"{key}.spent.json"
-
-    def make() -> State:
-        state, spent = work()
-        if parallel.first():
-            cache.write_json(bill, spent.model_dump())
-        return state
-
-    state = _cached_state(key, make)
-    parallel.everyone()
-    if (spent := cache.read_json(bill, "bill")) is None:
-        cache.drop(_cached_path(key))
-        state, spent = _cached_state(key, make), cache.read_json(bill, "bill")
-    return state, Spent.model_validate(spent)
-
-
-def _cached_state(key: str, make: Callable[[], State]) -> State:
-    path = _cached_path(key)
-    if parallel.world() == 1 and (state := _read_state(path)) is not None:
-        return state
-    with parallel.held(Lock(path.with_suffix(".lock"))):
-        if (state := _read_state(path)) is not None:
-            return state
-        parallel.everyone()  # nobody sees the file that the first one is about to write
-        state = make()
-        if parallel.first():
-            buffer = io.BytesIO()
-            torch.save(tree_map_only(Tensor, lambda t: t.detach().cpu(), state), buffer)
-            cache.write(path, buffer.getvalue())
-        return state
-
-
-def _read_state(path: Path) -> State | None:
-    if (blob := cache.read(path, "state")) is None:
-        return None
-    return dict(torch.load(io.BytesIO(blob), weights_only=True))
-
-
-def _prepared(cell: Cell, technique: Technique, task: Task, base: Base) -> tuple[State, Spent]:
-    """What does not depend on the budget: computed once per base, technique, parameters and seed;
-    and its bill.
-    """
-    shared = cell.model_copy(update={"budget": None, "finetune": cell.base, "calibration": 0})
-    key = cell_key(shared)
-
-    def work() -> tuple[State, Spent]:
-        with Meter(task.model, base.cost.original.macs) as meter:
-            state = technique.prepared(_metered(task, key, meter))
-        return state, _bill(meter, base)
-
-    return _billed(key, work)
-
-
-def _cached_path(key: str) -> Path:
-    return cache_dir() / "states" / f"{key}.tensors"
-
-
-def _bill(meter: Meter, base: Base) -> Spent:
-    """What a metered block cost; its epochs are passes over as many samples as there are to train
-    on.
-    """
-    epochs = meter.passes / max(1, len(base.data.train))
-    return Spent(
-        forward_macs=meter.forward_macs,
-        backward_macs=meter.backward_macs,
-        epochs=epochs,
-        seconds=meter.seconds,
-    )
-
-
 def _run_technique(
     cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]
 ) -> Record:
@@ -746,10 +247,10 @@ def _run_technique(
     task = task_of(cell, base, technique, progress=progress)
     if reason := technique.skip(task):
         raise NotApplicableError(f"{technique.id}: {reason}")
-    state, prepared = _prepared(cell, technique, task, base)
+    state, preparing = prepared(cell, technique, task, base)
     try:
         with Meter(task.model, base.cost.original.macs) as meter:
-            outcome = technique.apply(_metered(task, key, meter), state)
+            outcome = technique.apply(metered(task, key, meter), state)
     except InfeasibleBudgetError as error:
         raise NotApplicableError(str(error)) from error
     model = outcome.resized
@@ -778,7 +279,7 @@ def _run_technique(
         base_widths={n: g.channels for n, g in task.groups.items()},
         spent={
             "base": base.spent if technique.start == "trained" else Spent(),
-            "decision": prepared.add(_bill(meter, base)),
+            "decision": preparing.add(bill(meter, base)),
             "adaptation": adaptation,
         },
         series={k: list(v) for k, v in outcome.series.items()} | path,
@@ -871,7 +372,7 @@ def train(
     desc: str,
 ) -> Spent:
     """Train one of a cell's networks on its data, resuming where a killed run stopped."""
-    resume = Resume(_training_path(key))
+    resume = Resume(training_path(key))
     samples = load_data(cell).train
     spent = fit(
         model,

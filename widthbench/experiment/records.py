@@ -13,26 +13,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from widthbench import cache
 from widthbench.cache import canonical, digest_of
 from widthbench.errors import UsageError, first_problem, visible
-from widthbench.paths import Lock, cache_dir, write_atomic
-from widthbench.recipe import Recipe, Spent
-from widthbench.technique.budget import written
+from widthbench.experiment.cell import Cell, Frozen
+from widthbench.paths import write_atomic
+from widthbench.recipe import Spent
 
 SCHEMA = 1
-SOURCED = ("scratch", "scratch-budget", "l1-budget")  # controls of a technique
-CONTROLS = ("base", "uniform-width", *SOURCED)
 
 Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # a network that gives NaN has failed
 Count = Annotated[int, Field(gt=0, lt=2**63)]
@@ -42,161 +36,7 @@ FINAL: tuple[Stage, ...] = ("base", "fine-tuned", "trained")
 HEAD = '{"digest":"'  # of a line of records
 
 
-_seen: dict[Any, Any] = {}
-
-
-def _shared(value: Any, key: Any = None) -> Any:
-    """The first of equal values: 100,000 records have few recipes and machines, and memory is what
-    reading them takes time for.
-    """
-    try:
-        if len(_seen) > 10_000:
-            _seen.clear()
-        return _seen.setdefault(key or (type(value), value), value)
-    except TypeError:  # holds what has no hash
-        return value
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def model_post_init(self, _: Any, /) -> None:
-        """Forget which fields were given, which nobody asks and half of a record's memory holds."""
-        object.__setattr__(self, "__pydantic_fields_set__", _NOT_KEPT)
-
-
-_NOT_KEPT: set[str] = set()
-
-
-WrittenBudget = Annotated[
-    str, Field(pattern=r"^[a-z]+:[0-9.eE+-]*[0-9](:[a-z]+)?$"), AfterValidator(written)
-]
-SharedRecipe = Annotated[Recipe, AfterValidator(_shared)]
-
-
-class Cell(_Frozen):
-    """One decision of the comparison: everything that its result depends on, and nothing else.
-
-    Attributes:
-        dataset: Name of the data set.
-        model: Name of the network.
-        model_args: Further arguments of its constructor.
-        size: Input height and width in pixels.
-        technique: A registered technique, or a control: base, uniform-width, scratch,
-            scratch-budget, l1-budget.
-        params: The technique's parameters; for scratch controls those of the technique whose shape
-            they train.
-        of: For scratch controls, the technique whose shape they train.
-        variant: Tells networks apart that are trained by different recipes.
-        budget: What is kept, ``kind:fraction``, however it is given, in one way
-            (``budget.written``); None for base.
-        seed: Of the split, the base network, the decision and the adaptation.
-        scope: Which groups may be resized.
-        include: Patterns on group names.
-        base: Recipe of the base network.
-        checkpoint: Weights file of the base network, which is then not trained.
-        sha256: What that file's digest must begin with.
-        pretrained: Take the weights that timm publishes.
-        mean: Per-channel mean to normalise with; that of the training images (or of the pretrained
-            network) if empty.
-        std: Per-channel standard deviation likewise.
-        finetune: Recipe after the resize.
-        calibration: Training samples for batch-norm recalibration.
-        val: Fraction of the training part that is held out for choices.
-        longest: The most epochs that a ``scratch-budget`` or ``l1-budget`` control of X trains for,
-            as a multiple of X's.
-        floor: Run a budget below the feasible floor at the floor, and say so, instead of skipping
-            it.
-        threads: CPU threads.
-        device: "auto" takes a GPU where there is one.
-        deterministic: Ask torch for deterministic algorithms.
-        curves: Replay the technique's path of plans, and have it record what makes pictures.
-    """
-
-    dataset: str
-    model: str
-    model_args: dict[str, Any] = Field(default_factory=dict)
-    variant: str = ""
-    size: int
-    technique: str
-    params: dict[str, Any] = Field(default_factory=dict)
-    of: str | None = None
-    budget: WrittenBudget | None = None
-    seed: int = 0
-    scope: Literal["inner", "all"] = "inner"
-    include: tuple[str, ...] = ()
-    base: SharedRecipe
-    checkpoint: str | None = None
-    sha256: str | None = None
-    pretrained: bool = False
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    finetune: SharedRecipe
-    calibration: int = 1024
-    val: float = 0.2
-    longest: float | None = None
-    floor: bool = False
-    threads: int = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    deterministic: bool = True
-    curves: bool = False
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether the base network is trained here, not loaded."""
-        return not (self.checkpoint or self.pretrained)
-
-    @property
-    def label(self) -> str:
-        """The row's name on a leaderboard: technique, its parameters where they were set, and a
-        control's source.
-        """
-        inside = ",".join(f"{k}={v}" for k, v in sorted(self.params.items()))
-        name = (self.of or self.technique) + (f"({inside})" if inside else "")
-        return visible(f"{self.technique}:{name}" if self.of else name)
-
-    @property
-    def network(self) -> str:
-        """The network's name, with the arguments and the variant that the suite gives it:
-        ``vgg16_cifar(act_layer=tanh)``.
-        """
-        inside = ",".join(f"{k}={v}" for k, v in sorted(self.model_args.items()))
-        return visible(
-            self.model
-            + (f"({inside})" if inside else "")
-            + (f", {self.variant}" if self.variant else "")
-        )
-
-    @property
-    def id(self) -> str:
-        """A readable name, unique within a suite."""
-        parts = [self.dataset, self.network, self.label, self.budget or "", f"s{self.seed}"]
-        return "-".join(p for p in parts if p)
-
-    @property
-    def identity(self) -> str:
-        """All of it as text, the same however its parameters are ordered; less the device, which a
-        key leaves out, too.
-        """
-        given = (self.params, self.model_args)
-        if all(
-            len(d) < 2 and not any(isinstance(v, dict | list | tuple) for v in d.values())
-            for d in given
-        ):
-            return self.model_dump_json(exclude={"device"})  # nothing whose order could differ
-        ordered = {
-            k: json.loads(json.dumps(getattr(self, k), sort_keys=True))
-            for k in ("params", "model_args")
-        }
-        return self.model_copy(update=ordered).model_dump_json(exclude={"device"})
-
-    @property
-    def group(self) -> str:
-        """Cells of one group share a base network, so one worker runs them."""
-        return f"{self.dataset}-{self.network}-s{self.seed}"
-
-
-class Row(_Frozen):
+class Row(Frozen):
     """Scores of the network at one stage. Test decides nothing.
 
     Attributes:
@@ -236,17 +76,10 @@ def _facts(value: Any) -> Any:
     return value
 
 
-def _machine(facts: dict[str, Any]) -> dict[str, Any]:
-    for name in ("versions", "hardware"):
-        if name in facts:
-            facts[name] = _shared(facts[name], (name, repr(facts[name])))
-    return facts
+Provenance = Annotated[dict[str, Any], BeforeValidator(_facts)]
 
 
-Provenance = Annotated[dict[str, Any], BeforeValidator(_facts), AfterValidator(_machine)]
-
-
-class Record(_Frozen):
+class Record(Frozen):
     """What one cell left behind.
 
     Attributes:
@@ -333,87 +166,6 @@ class Record(_Frozen):
         for name in ("host", "when"):
             data["provenance"].pop(name, None)
         return data
-
-
-class Store:
-    """Finished cells, one file each, shared by all suites and workers.
-
-    Args:
-        root: Its folder; ``cells`` in the cache if None.
-    """
-
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = root or cache_dir() / "cells"
-
-    def path(self, key: str) -> Path:
-        """Where a record lies."""
-        return self.root / key[:2] / f"{key}.json"
-
-    def lock(self, key: str) -> Lock:
-        """Held while a cell is computed, so that two runs on one cache do its work once."""
-        return Lock(self.root / "locks" / f"{key}.lock")
-
-    def get(self, key: str) -> Record | None:
-        """The finished record, or None; a damaged file is named in a warning and counts as
-        missing.
-        """
-        return self._read(self.path(key), key)
-
-    def _read(self, path: Path, key: str) -> Record | None:
-        content = cache.read_json(path, "record")
-        if content is None:
-            return None
-        try:
-            record = Record.model_validate(content["record"])
-            if record.key == key:
-                return record
-            why = "it is of another cell"
-        except (ValueError, KeyError) as error:
-            why = str(error).splitlines()[0]
-        cache.damaged(path, "record", why)
-        return None
-
-    def put(self, record: Record) -> None:
-        """Keep a record. Failed ones are kept apart: they are reported, and tried again by the next
-        run.
-        """
-        content = {"record": record.model_dump(mode="json")}
-        if record.status == "failed":
-            cache.write_json(self._failed(record.key), content)
-        else:
-            cache.write_json(self.path(record.key), content)
-            cache.drop(self._failed(record.key))
-
-    def failure(self, key: str) -> Record | None:
-        """The record of the last failed attempt, if the cell has not been finished since."""
-        return self._read(self._failed(key), key)
-
-    def cells(self, *, at_most: int | None = None) -> set[str] | None:
-        """Identities of the cells that the store has records of, failures too.
-
-        Args:
-            at_most: Look at no more files than that.
-
-        Returns:
-            None if there are more, or a damaged one (named in a warning), or others may add to it,
-            at a URL.
-        """
-        if cache.shared():
-            return None
-        paths = [p for pattern in ("??", "failed") for p in self.root.glob(f"{pattern}/*.json")]
-        if at_most is not None and len(paths) > at_most:
-            return None
-        found = set()
-        for path in paths:
-            content = cache.read_json(path, "record")
-            if content is None:
-                return None
-            with suppress(ValueError, KeyError, TypeError):  # of a time when cells had other fields
-                found.add(Cell.model_validate(content["record"]["cell"]).identity)
-        return found
-
-    def _failed(self, key: str) -> Path:
-        return self.root / "failed" / f"{key}.json"
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:

@@ -23,9 +23,9 @@ from pydantic import (
 
 from widthbench import toml
 from widthbench.errors import BudgetError, UsageError, did_you_mean, first_problem, visible
-from widthbench.experiment import protocol, recipes
+from widthbench.experiment import bases, recipes
+from widthbench.experiment.cell import CONTROLS, SOURCED, Cell
 from widthbench.experiment.limits import Limits
-from widthbench.experiment.records import CONTROLS, SOURCED, Cell
 from widthbench.paths import cache_dir, require_writable
 from widthbench.recipe import Recipe
 from widthbench.technique import registry
@@ -505,11 +505,11 @@ def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
                 cell = next((c for c in cells if (c.dataset, c.model, c.model_args) == mine), None)
                 if cell is None:
                     continue
-                model = protocol.fresh_model(cell, 0)
+                model = bases.fresh_model(cell, 0)
                 if not cell.trains_base:
-                    protocol.load_weights(cell, model)
-                protocol.load_data(cell)
-                groups = find_groups(model, protocol.example_input(cell))
+                    bases.load_weights(cell, model)
+                bases.load_data(cell)
+                groups = find_groups(model, bases.example_input(cell))
                 groups.select(cell.scope, cell.include or None)
                 for budget in suite.budgets if network.budgets is None else network.budgets:
                     for entry in suite.entries(network):

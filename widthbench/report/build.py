@@ -14,15 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from widthbench.errors import UsageError
-from widthbench.experiment import protocol
-from widthbench.experiment.records import (
-    Line,
-    Record,
-    Store,
-    read_lines,
-    read_records,
-    write_records,
-)
+from widthbench.experiment import keys
+from widthbench.experiment.records import Line, Record, read_lines, read_records, write_records
+from widthbench.experiment.store import Store
 from widthbench.experiment.suites import Suite
 from widthbench.paths import Lock, published_dir, write_atomic
 from widthbench.report import curves, exports, figures, reproduction, tables, trajectories, widths
@@ -103,7 +97,7 @@ def collect(
             and needs not in absent
         ):
             try:
-                key = protocol.cell_key(cell)
+                key = keys.cell_key(cell)
                 record = store.get(key) or _later(store.failure(key), earlier)
             except UsageError:  # a key hashes the data: without them the store cannot be asked
                 absent.add(needs)
@@ -111,7 +105,7 @@ def collect(
             found.append(record)
     if not found:
         for cell in suite.cells()[:1]:
-            protocol.cell_key(cell)  # says what is not at hand
+            keys.cell_key(cell)  # says what is not at hand
     return found
 
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from widthbench.errors import UsageError, visible
-from widthbench.experiment.records import CONTROLS, FINAL, Cell, Record
+from widthbench.experiment.cell import CONTROLS, Cell
+from widthbench.experiment.records import FINAL, Record
 from widthbench.experiment.suites import Suite
 from widthbench.report import tables
 from widthbench.statistics import Summary

@@ -16,7 +16,8 @@ from tabulate import tabulate
 
 from widthbench.cache import digest_of
 from widthbench.errors import visible
-from widthbench.experiment.records import CONTROLS, FINAL, Cell, Record, Stage
+from widthbench.experiment.cell import CONTROLS, Cell
+from widthbench.experiment.records import FINAL, Record, Stage
 from widthbench.experiment.suites import Suite
 from widthbench.recipe import Spent
 from widthbench.statistics import LEAST, Summary, differences, ranks, summarise

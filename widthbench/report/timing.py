@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from widthbench import cache
 from widthbench.errors import UsageError
-from widthbench.experiment import protocol
+from widthbench.experiment import bases, keys, protocol
 from widthbench.experiment.controls import fresh_at
 from widthbench.experiment.records import Record, digest_of
 from widthbench.paths import cache_dir
@@ -173,7 +173,7 @@ def _timing_key(record: Record) -> str:
                 record.widths,
                 cell.threads,
             ],
-            "device": str(protocol.device_of(cell)),
+            "device": str(keys.device_of(cell)),
             "hardware": hardware(),
             "versions": versions(),
             "code": code_digest("training/measuring.py", "networks", "width", "report/timing.py"),
@@ -184,10 +184,10 @@ def _timing_key(record: Record) -> str:
 def _measure(record: Record) -> dict[str, Any]:
     cell = record.cell
     with protocol.pinned(cell):
-        full = protocol.fresh_model(cell, 0).eval()
+        full = bases.fresh_model(cell, 0).eval()
         resized, _, _ = fresh_at(cell, record.widths, 0)
         resized.eval()
-        one = protocol.example_input(cell)
+        one = bases.example_input(cell)
         heavy = (
             one.device.type == "cpu" and cell.size > 64
         )  # a batch of 64 would take a CPU most of an hour
@@ -216,7 +216,7 @@ def _measure(record: Record) -> dict[str, Any]:
             "latency_ms_batch_1": latency_ms(resized, one, rounds=30, limit_s=0.4, warm_up=warm_up),
             "peak_memory_mib": peak_memory_mib(resized, batch),
             "threads": cell.threads,
-            "device": str(protocol.device_of(cell)),
+            "device": str(keys.device_of(cell)),
             "hardware": hardware(),
         }
 

@@ -23,7 +23,8 @@ from widthbench.claims import ledger
 from widthbench.engines import local
 from widthbench.errors import UsageError
 from widthbench.experiment import controls, protocol, suites
-from widthbench.experiment.records import Cell, Line, Record, Row, read_lines
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.records import Line, Record, Row, read_lines
 from widthbench.experiment.suites import Suite
 from widthbench.provenance import hardware
 from widthbench.recipe import Spent

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from widthbench.experiment.records import SOURCED, Record
+from widthbench.experiment.cell import SOURCED
+from widthbench.experiment.records import Record
 from widthbench.report.curves import save
 from widthbench.report.tables import Line, lines, over_bases
 

@@ -1,0 +1,138 @@
+"""Digests of everything that a base network and a record depend on."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from widthbench.data import sources
+from widthbench.errors import UsageError
+from widthbench.experiment.cell import CONTROLS, Cell
+from widthbench.experiment.records import digest_of
+from widthbench.networks import weights
+from widthbench.provenance import code_digest, source_digest, versions
+from widthbench.technique import registry
+
+BASE_CODE = (
+    "randomness.py",
+    "recipe.py",
+    "parallel.py",
+    "_shared_statistics.py",
+    "data",
+    "networks",
+    "training",
+)
+CELL_CODE = (
+    *BASE_CODE,
+    "width",
+    "sensitivity",
+    "technique",
+    *(f"experiment/{room}.py" for room in ("bases", "billing", "controls", "keys", "protocol")),
+)
+
+
+def device_of(cell: Cell) -> torch.device:
+    """The device that a cell runs on.
+
+    Raises:
+        UsageError: If it asks for a GPU and there is none.
+    """
+    available = torch.cuda.is_available()
+    if cell.device == "cuda" and not available:
+        raise UsageError(
+            "the suite asks for device = 'cuda', but torch finds no GPU; use 'auto' or 'cpu'"
+        )
+    return torch.device("cuda" if available and cell.device != "cpu" else "cpu")
+
+
+BASE_FIELDS = (
+    "dataset",
+    "model",
+    "model_args",
+    "size",
+    "seed",
+    "base",
+    "val",
+    "threads",
+    "checkpoint",
+    "pretrained",
+    "mean",
+    "std",
+    "deterministic",
+)
+
+
+def base_key(cell: Cell) -> str:
+    """Digest of everything that the base network depends on."""
+    return _base_key(cell, cell.model_dump(mode="json", include=set(BASE_FIELDS)))
+
+
+def _base_key(cell: Cell, plain: Mapping[str, Any]) -> str:
+    text = json.dumps({name: plain[name] for name in BASE_FIELDS}, sort_keys=True)
+    data_digest, weights_digest = sources.load(cell.dataset).digest, _weights_digest(cell)
+    used = tuple(sorted(_relevant_versions().items()))
+    return _base_digest(
+        text, device_of(cell).type, data_digest, weights_digest, used, code_digest(*BASE_CODE)
+    )
+
+
+@functools.lru_cache(maxsize=1024)  # a base has many cells
+def _base_digest(
+    text: str,
+    device: str,
+    data_digest: str,
+    weights_digest: str | None,
+    used: tuple[tuple[str, str], ...],
+    code: str,
+) -> str:
+    source = {
+        "device": device,
+        "data": data_digest,
+        "weights": weights_digest,
+        "versions": dict(used),
+        "code": code,
+    }
+    return digest_of({**json.loads(text), **source})[:40]
+
+
+def _weights_digest(cell: Cell) -> str | None:
+    """Digest of the file that the base network is loaded from; None where it is trained, or timm
+    downloads it.
+    """
+    path = (
+        weights.find(cell.checkpoint)
+        if cell.checkpoint
+        else weights.published(cell.model)
+        if cell.pretrained
+        else None
+    )
+    return None if path is None else weights.digest(path)
+
+
+def cell_key(cell: Cell) -> str:
+    """Digest of everything that a cell's record depends on.
+
+    Raises:
+        UsageError: If the technique, model or data set is unknown.
+    """
+    technique = cell.of or cell.technique
+    source = None if technique in CONTROLS else source_digest(registry.load(technique))
+    if cell.technique == "l1-budget":
+        source = f"{source} {source_digest(registry.load('l1-norm'))}"
+    plain = cell.model_dump(mode="json")
+    return digest_of(
+        {
+            "cell": {k: v for k, v in plain.items() if k != "device"},
+            "base": _base_key(cell, plain),
+            "code": code_digest(*CELL_CODE),
+            "technique": source,
+        }
+    )[:40]
+
+
+def _relevant_versions() -> dict[str, str]:
+    return {k: v for k, v in versions().items() if k != "widthbench"}  # our own code is digested
