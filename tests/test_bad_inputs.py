@@ -105,7 +105,7 @@ def toml(data):
 def text_of(folder, name):
     import tomllib
 
-    return tomllib.loads((Path(suites.__file__).parent.parent / "bench" / folder / name).read_text())
+    return tomllib.loads((Path(__file__).parent.parent / "bench" / folder / name).read_text())
 
 
 def no_part_is_left(folder):
@@ -118,7 +118,7 @@ def of(data):
 
 
 SUITE = text_of("suites", "smoke.toml")
-CLAIMS = text_of("claims", sorted(p.name for p in (Path(suites.__file__).parent.parent / "bench" / "claims").glob("*.toml"))[0])
+CLAIMS = text_of("claims", sorted(p.name for p in (Path(__file__).parent.parent / "bench" / "claims").glob("*.toml"))[0])
 
 
 @many
