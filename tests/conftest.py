@@ -34,3 +34,13 @@ def fresh_cache(tmp_path, monkeypatch):
     """An empty cache of the test's own."""
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Cells are run in this process, not in one of their own: for tests of what comes before and after them."""
+    from widthbench.engines.worker import Worker
+    from widthbench.protocol import run_cell
+    from widthbench.records import Store
+
+    monkeypatch.setattr(Worker, "run", lambda self, cell, limits=None, *, bar=False: run_cell(cell, Store()))

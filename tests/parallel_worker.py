@@ -28,9 +28,7 @@ class Doubles:
             yield x.double(), y
 
 
-def main(name: str, size: int, out: str) -> None:
-    torch.set_num_threads(1)
-    parallel.start(cpu=True)
+def train(name: str, size: int, out: str) -> None:
     digits = data.load("digits", size)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, in_chans=1, **({"img_size": size} if "vit" in name else {})).double()
@@ -43,8 +41,16 @@ def main(name: str, size: int, out: str) -> None:
     if parallel.first():
         result = {"state": dict(model.state_dict()), "macs": spent.forward_macs, "scores": [scores.top1, scores.loss]}
         torch.save(result, out)
+
+
+def main(out: str, *networks: str) -> None:
+    torch.set_num_threads(1)
+    parallel.start(cpu=True)
+    for network in networks:
+        name, size = network.split(":")
+        train(name, int(size), f"{out}-{name}.pt")
     parallel.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(*sys.argv[1:])

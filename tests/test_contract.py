@@ -3,21 +3,36 @@
 import pytest
 import torch
 
-from widthbench import registry
+from widthbench import contract, registry
 from widthbench.contract import ContractError, check_technique
 from widthbench.technique import Outcome, Technique
 from widthbench.width import keep
 
 SMALL = {  # the contract asks for no more
-    "neuron-removal": {"samples": 32},
-    "autoprune": {"epochs": 0.5},
-    "autoslim": {"epochs": 0.5, "steps": 2, "final_epochs": 0.5},
+    "neuron-removal": {"samples": 16},
+    "autoprune": {"epochs": 0.1},
+    "autoslim": {"epochs": 0.1, "steps": 2, "final_epochs": 0.1, "samples": 64, "calibration": 64},
+    "nmf": {"iterations": 10},
+    "splitting": {"epochs": 0.1, "rounds": 2, "samples": 16},
 }
+# certifies the ResNet ten times for each budget
+LONG = "splitting"
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == LONG else []) for n in registry.names()])
 def test_every_registered_technique_keeps_the_contract(name):
     assert check_technique(registry.load(name), **SMALL.get(name, {})) > 0
+
+
+@pytest.mark.parametrize(
+    ("networks", "budgets"),
+    [(contract.NETWORKS[:2], contract.BUDGETS), (contract.NETWORKS[2:], ("channels:0.5",))],
+    ids=["every budget", "a residual network"],
+)
+def test_the_longest_one_keeps_it_on_every_network_and_at_every_budget(networks, budgets, monkeypatch):
+    monkeypatch.setattr(contract, "NETWORKS", networks)
+    monkeypatch.setattr(contract, "BUDGETS", budgets)
+    assert check_technique(registry.load(LONG), **SMALL[LONG]) == len(networks) * len(budgets)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +44,7 @@ def test_every_registered_technique_keeps_the_contract(name):
     ],
 )
 def test_the_other_rankings_of_neuron_removal_keep_it_too(params):
-    assert check_technique(registry.load("neuron-removal"), samples=32, **params) == 9
+    assert check_technique(registry.load("neuron-removal"), samples=16, **params) == 9
 
 
 @pytest.mark.parametrize("name", ["l1-norm", "random-channels"])

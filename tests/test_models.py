@@ -150,13 +150,31 @@ PUBLIC = [
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "dataset", "size", "mean", "std", "published"), PUBLIC, ids=[p[0] for p in PUBLIC])
-def test_public_weights_score_exactly_what_was_published(name, file, dataset, size, mean, std, published):
+def scored(name, file, dataset, size, mean, std):
+    """(a network with its public weights, the data as it was trained on)."""
     path = zoo.public(file, dataset)
     split = data.load(dataset, size, val=0, mean=mean, std=std)
     model = models.create(name, classes=10, channels=split.channels, size=size)
     weights.load_into(model, path)
+    return model, split
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "dataset", "size", "mean", "std", "published"),
+    [pytest.param(*p, id=p[0], marks=[pytest.mark.slow] if "resnet" in p[0] else []) for p in PUBLIC],
+)
+def test_public_weights_score_exactly_what_was_published(name, file, dataset, size, mean, std, published):
+    model, split = scored(name, file, dataset, size, mean, std)
     assert round(accuracy(model, split.test).top1, 2) == published
+
+
+@pytest.mark.parametrize(("public", "right"), [(PUBLIC[0], 458), (PUBLIC[1], 467)], ids=[p[0] for p in PUBLIC[:2]])
+def test_public_weights_are_right_about_as_many_of_the_first_images_as_when_all_were_scored(public, right):
+    """The quick form of the test above: how many of the first 500 test images were right when all 10,000 gave the number."""
+    model, split = scored(*public[:-1])
+    x, y = next(split.test.batches(500))
+    with torch.no_grad():
+        assert int((model(x).argmax(1) == y).sum()) == right
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,24 @@ def run(*command, cache=None):
     return done
 
 
-@pytest.mark.parametrize(("name", "size"), [("lenet5", 28), ("test_vit", 32), ("test_efficientnet", 32)])
-def test_two_processes_train_and_score_as_one_does(name, size, tmp_path):
-    """In float64, with augmentation, an uneven last batch, an average of weights, and batch norms."""
+NETWORKS = {"lenet5": 28, "test_vit": 32, "test_efficientnet": 32}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where one process, and two together, have put what came of training each network."""
+    folder = tmp_path_factory.mktemp("trained")
     worker = str(HERE / "parallel_worker.py")
-    run(sys.executable, worker, name, str(size), str(tmp_path / "one.pt"))
-    run(*LAUNCH, worker, name, str(size), str(tmp_path / "two.pt"))
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
+    networks = [f"{name}:{size}" for name, size in NETWORKS.items()]
+    run(sys.executable, worker, str(folder / "one"), *networks)
+    run(*LAUNCH, worker, str(folder / "two"), *networks)
+    return folder
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_processes_train_and_score_as_one_does(trained, name):
+    """In float64, with augmentation, an uneven last batch, an average of weights, and batch norms."""
+    one, two = (torch.load(trained / f"{n}-{name}.pt", weights_only=True) for n in ("one", "two"))
     assert one["macs"] == two["macs"]
     assert one["scores"] == pytest.approx(two["scores"], rel=1e-8)
     for key, value in one["state"].items():

@@ -112,7 +112,7 @@ def test_one_changed_digit_is_found_and_named(results, capsys):
     assert "records.jsonl:2" in capsys.readouterr().err
 
 
-def test_a_number_changed_with_all_its_digests_is_found_by_running_the_cell_again(results, capsys):
+def test_a_number_changed_with_all_its_digests_is_found_by_running_the_cell_again(results, in_process, capsys):
     resealed(results, better)
     assert bad(results) == []
     assert check(results, "--sample", "0") == 0
@@ -180,7 +180,7 @@ def test_records_of_other_cells_are_found_and_missing_ones_said(results):
     assert any("2 cells of the suite have none" in c.note for c in checks)
 
 
-def test_a_competitor_that_is_said_to_have_failed_is_found(results, capsys):
+def test_a_competitor_that_is_said_to_have_failed_is_found(results, in_process, capsys):
     resealed(
         results, lambda r: r.model_copy(update={"status": "failed", "reason": "broke"} if r.cell.technique == "l1-norm" else {})
     )
@@ -190,7 +190,7 @@ def test_a_competitor_that_is_said_to_have_failed_is_found(results, capsys):
 
 
 @pytest.mark.parametrize("excuse", [{"key": "0" * 40}, {"hardware": {"cpu": "another"}}])
-def test_what_no_machine_changes_cannot_be_excused(results, capsys, excuse):
+def test_what_no_machine_changes_cannot_be_excused(results, in_process, capsys, excuse):
     def edited(record):
         where = {**record.provenance, **{k: v for k, v in excuse.items() if k == "hardware"}}
         rows = tuple(r.model_copy(update={"samples": 1}) for r in record.rows)
@@ -448,11 +448,15 @@ FORGERIES = {
 }
 
 
-def test_claims_are_judged_anew(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def judged():
+    return verify.claims.judge_all(RESULTS)
+
+
+def test_claims_are_judged_anew(tmp_path, capsys, judged):
     for path in RESULTS.glob("*"):
         if path.name not in FORGERIES:
             (tmp_path / path.name).symlink_to(path)
-    judged = verify.claims.judge_all(RESULTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify.claims, "judge_all", lambda results: judged)
         for name, edits in FORGERIES.items():
@@ -486,7 +490,8 @@ def test_files_that_no_report_writes_are_found(results):
     assert [c.what for c in bad(results)] == ["figures/notes.txt", "paired.md"]
 
 
-def test_the_committed_claims_are_what_the_committed_records_say():
+def test_the_committed_claims_are_what_the_committed_records_say(judged, monkeypatch):
+    monkeypatch.setattr(verify.claims, "judge_all", lambda results: judged if results == RESULTS else None)
     assert [c.plain() for c in verify.check_claims(RESULTS) if not c.ok] == []
 
 

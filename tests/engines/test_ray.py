@@ -23,6 +23,7 @@ from widthbench.engines.worker import code_of
 from widthbench.errors import UsageError
 from widthbench.provenance import stamp
 from widthbench.records import read_records
+from widthbench.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 cluster_needed = pytest.mark.slow
@@ -198,12 +199,20 @@ def test_a_control_that_is_listed_before_its_source_does_not_wait_for_itself():
 
 
 def test_one_process_gives_the_same_as_several(tmp_path, monkeypatch):
-    """The same records, whatever --jobs says."""
-    cells = [c for c in suites.load("smoke").cells() if c.model == "lenet_300_100"]
+    """The same records, whatever --jobs says, of two base networks, which as many processes share."""
+    brief = Recipe(epochs=1, lr=0.02)
+    cells = [
+        c.model_copy(update={"seed": seed, "base": brief, "finetune": brief})
+        for seed in (0, 1)
+        for c in suites.load("smoke").cells()
+        if c.model == "lenet_300_100" and c.technique in ("base", "l1-norm", "uniform-width")
+    ]
+    assert len({c.group for c in cells}) == 2
     found = []
     for jobs in (1, 2):
         monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / str(jobs)))
         records = []
         local.run(cells, jobs=jobs, done=records.append)
-        found.append([r.stable() for r in records])
+        found.append({r.cell.id: r.stable() for r in records})
+    assert len(found[0]) == 6
     assert found[0] == found[1]

@@ -518,7 +518,7 @@ def test_amp_and_layouts_reach_both_kinds_of_steps(layout, monkeypatch):
     _, task = two_prices(torch.float32)
     seen = []
 
-    for place in ("widthbench.training", "widthbench.methods.autoprune"):
+    for place in ("widthbench.training.loop", "widthbench.methods.autoprune"):
         monkeypatch.setattr(f"{place}.fastest_layout", lambda model: layout)
     recipe = task.recipe.model_copy(update={"amp": True})
     outcome = AutoPrune(epochs=2).apply(Task(**{**vars(task), "recipe": recipe, "fit": zoo.watched_fit(seen, layout)}))

@@ -163,9 +163,16 @@ def test_where_gradient_descent_is_stuck_a_split_lowers_the_loss_by_the_law():
 
 
 @pytest.mark.parametrize(
-    "params", [{}, {"select": "random"}, {"select": "width"}, {"per": "neuron"}, {"exact": True, "samples": 16}]
+    ("params", "budget"),
+    [
+        ({}, "macs:0.5"),
+        ({}, "channels:0.4"),
+        ({"select": "random"}, "params:0.3"),
+        ({"select": "width"}, "macs:0.5"),
+        ({"per": "cost"}, "params:0.3"),
+        ({"exact": True, "samples": 16}, "channels:0.4"),
+    ],
 )
-@pytest.mark.parametrize("budget", ["macs:0.5", "params:0.3", "channels:0.4"])
 def test_it_grows_to_the_budget(params, budget):
     record = run_cell(cell(params, budget=budget, size=8), Store())
     assert record.status == "done", record.trace or record.reason
@@ -196,9 +203,10 @@ def test_budgets_above_1_grow_beyond_the_network():
     assert 1.4 < record.kept <= 1.5 * 1.005
 
 
-@pytest.mark.parametrize(("model", "size"), [("lenet5", 20), ("test_resnet", 32), ("test_vit", 32)])
-def test_it_grows_real_networks(model, size):
-    record = run_cell(cell({"narrow": 0.5}, model=model, size=size, budget="macs:0.6"), Store())
+@pytest.mark.parametrize(("model", "size", "args"), [("lenet5", 20, {}), ("test_resnet", 32, {}), ("test_vit", 32, {"depth": 2})])
+def test_it_grows_real_networks(model, size, args):
+    brief = {"narrow": 0.5, "epochs": 0.1}
+    record = run_cell(cell(brief, model=model, size=size, model_args=args, budget="macs:0.6"), Store())
     assert record.status == "done", record.trace or record.reason
     assert record.met
     left = [note.split(":")[0] for note in record.series["left_out"]]

@@ -1,7 +1,6 @@
 """Heads and head dimensions: two groups on the same positions, keys that read queries, fused and plain products alike."""
 
 import pytest
-import timm
 import torch
 import zoo
 from torch import nn
@@ -194,10 +193,19 @@ def test_dense_mixes_of_head_dimensions_meet_in_the_product():
     assert torch.allclose(small(x), model(x), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"])
-def test_transformers_resize_attention_and_mlps(name):
-    size = 32 if name == "test_vit" else 224
-    model = models.create(name, classes=10, channels=3, size=size)
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "args"),
+    [
+        ("test_vit", 32, {}),
+        (SWIN, 56, {"depths": (2, 2), "num_heads": (3, 6)}),
+        *[pytest.param(n, 224, {}, marks=pytest.mark.slow) for n in ("vit_tiny_patch16_224", SWIN, "deit_tiny_patch16_224")],
+    ],
+)
+def test_transformers_resize_attention_and_mlps(name, size, args):
+    model = models.create(name, classes=10, channels=3, size=size, **args)
     x = torch.randn(1, 3, size, size)
     groups = find_groups(model, x)
     inner = groups.select("inner")
@@ -240,8 +248,8 @@ def test_fused_attention_counts_as_many_macs_as_plain():
 
 
 def test_tables_of_relative_positions_lose_the_columns_of_heads():
-    model = timm.create_model("swin_tiny_patch4_window7_224").eval()
-    groups = find_groups(model, torch.randn(1, 3, 224, 224))
+    model = zoo.shorter(SWIN).eval()
+    groups = find_groups(model, torch.randn(1, 3, 56, 56))
     name = "layers.0.blocks.1.attn.qkv.heads"
     table = "layers.0.blocks.1.attn.relative_position_bias_table"
     small = resize(model, groups, {name: keep([0, 2])})
@@ -249,9 +257,10 @@ def test_tables_of_relative_positions_lose_the_columns_of_heads():
     assert small.get_submodule("layers.0.blocks.1.attn").num_heads == 2
 
 
-@pytest.mark.parametrize("name", ["cait_xxs24_224", "beit_base_patch16_224"])
-def test_attention_that_reshapes_to_its_inputs_width_stays_frozen_with_the_reason(name):
-    groups = find_groups(timm.create_model(name).eval(), torch.randn(1, 3, 224, 224))
+@pytest.mark.parametrize(("name", "made"), zoo.lengths("cait_xxs24_224", "beit_base_patch16_224"))
+def test_attention_that_reshapes_to_its_inputs_width_stays_frozen_with_the_reason(name, made):
+    size = zoo.side(name, made)
+    groups = find_groups(made(name).eval(), torch.randn(1, 3, size, size))
     heads = [g for g in groups.values() if g.heads]
     assert heads
     assert all(g.grade == "frozen" and "does not run" in g.reason for g in heads)

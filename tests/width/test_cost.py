@@ -32,10 +32,13 @@ def counted(model, x):
     return count_macs(model, x), sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "densenet121", "test_vit", "test_efficientnet", "regnetx_002"])
-def test_cost_equals_what_is_counted_on_the_resized_network(name):
+@pytest.mark.parametrize(
+    ("name", "made"),
+    zoo.lengths("resnet18", "mobilenetv2_100", "densenet121", "test_vit", "test_efficientnet", "regnetx_002"),
+)
+def test_cost_equals_what_is_counted_on_the_resized_network(name, made):
     size = 160 if name == "test_vit" else 64
-    model, x = timm.create_model(name).eval(), torch.randn(1, 3, size, size)
+    model, x = made(name).eval(), torch.randn(1, 3, size, size)
     groups = find_groups(model, x)
     cost = CostModel(model, groups, x)
     widths, plan = halved(groups.select("all"))

@@ -288,7 +288,7 @@ def test_operations_that_are_no_plain_sums_are_refused_or_right(name):
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "densenet121", "vgg16_cifar", "resnet20_cifar"])
 def test_networks_whose_operations_have_rules(name):
-    kwargs = {"act_layer": "gelu"} if name in ("test_resnet", "vgg16_cifar") else {}
+    kwargs = {"act_layer": "gelu"} if name in ("test_resnet", "vgg16_cifar") else zoo.SHORTER.get(name, {})
     model = models.create(name, classes=4, channels=3, size=32, seed=0, **kwargs).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     groups = find_groups(model, x[:1]).select()

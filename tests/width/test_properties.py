@@ -81,7 +81,7 @@ def test_merging_planted_multiples_is_the_identity(cls, seed):
 
 
 @pytest.mark.parametrize("cls", zoo.ALL)
-@common
+@settings(common, max_examples=8)
 @given(seed=seeds)
 def test_sequences_of_plans_keep_networks_sound(cls, seed):
     model, x, groups = zoo.certified(cls)

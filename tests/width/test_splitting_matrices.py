@@ -158,7 +158,7 @@ def test_least_eigenpairs_are_the_exact_ones(cls, tolerance):
 def test_least_eigenvalues_of_real_networks_in_float32(model, size, channels):
     net = models.create(model, classes=10, channels=channels, size=size, seed=0).eval()
     draw = torch.Generator().manual_seed(1)
-    x, y = torch.randn(128, channels, size, size, generator=draw), torch.randint(0, 10, (128,), generator=draw)
+    x, y = torch.randn(32, channels, size, size, generator=draw), torch.randint(0, 10, (32,), generator=draw)
     groups = find_groups(net, x[:1]).select("inner")
     matrices = SplittingMatrices(net, groups, Sample(x, y))
     values, _ = matrices.smallest()

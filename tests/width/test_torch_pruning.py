@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import timm
 import torch
 import torch_pruning as tp
+import zoo
 from widthbench.baselines.l1_norm import L1Norm
 
 from widthbench.budget import Budget
@@ -32,10 +32,10 @@ def pruned_by_torch_pruning(model, groups, plan, x):
     return model
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "densenet121"])
-def test_same_indices_same_network(name):
+@pytest.mark.parametrize(("name", "made"), zoo.lengths("resnet18", "mobilenetv2_100", "densenet121"))
+def test_same_indices_same_network(name, made):
     torch.manual_seed(0)
-    model, x = timm.create_model(name).eval(), torch.randn(1, 3, 64, 64)
+    model, x = made(name).eval(), torch.randn(1, 3, 64, 64)
     groups = find_groups(model, x)
     plan = l1_plan(model, groups, x)
     ours, theirs = resize(model, groups, plan), pruned_by_torch_pruning(model, groups, plan, x)
