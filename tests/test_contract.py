@@ -13,6 +13,7 @@ SMALL = {  # the contract asks for no more
     "autoprune": {"epochs": 0.1},
     "autoslim": {"epochs": 0.1, "steps": 2, "final_epochs": 0.1, "samples": 64, "calibration": 64},
     "nmf": {"iterations": 10},
+    "torch-pruning:hessian": {"samples": 16},
     "splitting": {"epochs": 0.1, "rounds": 2, "samples": 16},
 }
 # certifies the ResNet ten times for each budget
@@ -38,7 +39,7 @@ def test_the_longest_one_keeps_it_on_every_network_and_at_every_budget(networks,
 @pytest.mark.parametrize(
     "params",
     [
-        {"ranking": "first_order", "rerank": "iterative", "step": 20},
+        {"ranking": "first_order", "rerank": "iterative", "step": 100},
         {"ranking": "second_order", "softplus_beta": 3.0, "allocation": "uniform"},
         {"ranking": "random"},
     ],

@@ -65,14 +65,16 @@ size = 8
 """
 
 
-def test_a_suite_in_two_processes_gives_the_records_of_one(tmp_path):
+def test_a_suite_in_two_processes_gives_the_records_of_one(tmp_path, fresh_cache, in_process, capsys):
     suite = tmp_path / "tiny.toml"
     suite.write_text(SUITE.format())
+    assert main(["run", str(suite), "--no-timing", "--results", str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().err.count("] digits-") == 4
+    command = ("-m", "widthbench", "run", str(suite), "--no-timing", "--results", str(tmp_path / "two"))
+    done = run(*LAUNCH, *command, cache=tmp_path / "cache-two")
+    assert done.stderr.count("] digits-") == 4  # the first process alone says what is done
     found = {}
-    for name, launch in (("one", (sys.executable,)), ("two", LAUNCH)):
-        command = ("-m", "widthbench", "run", str(suite), "--results", str(tmp_path / name))
-        done = run(*launch, *command, cache=tmp_path / f"cache-{name}")
-        assert done.stderr.count("] digits-") == 4  # the first process alone says what is done
+    for name in ("one", "two"):
         lines = (tmp_path / name / "tiny" / "records.jsonl").read_text().splitlines()
         found[name] = {r["cell"]["technique"]: r for r in map(json.loads, lines)}
     for technique, one in found["one"].items():

@@ -131,8 +131,17 @@ def joint(task, whole, name, half, level):
     return found
 
 
-@pytest.mark.parametrize(("model", "steps"), [("mobilenetv2_100_cifar", 30), ("vgg16_cifar", 30), ("test_resnet", 8)])
-def test_every_group_is_a_candidate_and_none_is_closed_unseen(model, steps):
+@pytest.mark.parametrize(
+    ("model", "steps", "taken"),
+    [
+        ("mobilenetv2_100_cifar", 30, 2),
+        ("vgg16_cifar", 30, 3),
+        ("test_resnet", 8, 8),
+        pytest.param("mobilenetv2_100_cifar", 30, 8, marks=pytest.mark.slow),
+        pytest.param("vgg16_cifar", 30, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_every_group_is_a_candidate_and_none_is_closed_unseen(model, steps, taken):
     net, x = models.create(model, classes=10, channels=3, size=32, seed=0).eval(), torch.zeros(1, 3, 32, 32)
     groups = find_groups(net, x).select("inner")
     cost = CostModel(net, groups, x)
@@ -140,7 +149,7 @@ def test_every_group_is_a_candidate_and_none_is_closed_unseen(model, steps):
         model=net, groups=groups, example_input=x, budget=Budget("macs", 0.5), cost=cost, reference=cost, train=None, val=None
     )  # fmt: skip
     draw, last = torch.Generator().manual_seed(0), {n: g.channels for n, g in groups.items()}
-    for step in range(1, min(steps, 8) + 1):
+    for step in range(1, taken + 1):
         level = 0.1 ** (step / steps)
         shapes = slimmer(last, task, level)
         assert len(shapes) >= min(len(groups), sum(last[n] > groups[n].blocks for n in groups)) - 1  # two may be the same shape
@@ -199,18 +208,19 @@ def test_the_group_that_accuracy_misses_least_is_slimmed():
 @pytest.mark.parametrize(("model", "size"), [("lenet_300_100", 16), ("test_resnet", 32)])
 def test_it_slims_real_networks(model, size, params):
     brief = {"calibration": 64, "samples": 32, "epochs": 0.25, "final_epochs": 0.25, **params}
-    records = [run_cell(cell(brief, model=model, size=size, budget=b), Store()) for b in ("macs:0.6", "macs:0.25", "macs:0.1")]
+    budgets = ("macs:0.6", "macs:0.25", "macs:0.1")[:: 1 if "lenet" in model else 2]
+    records = [run_cell(cell(brief, model=model, size=size, budget=b), Store()) for b in budgets]
     for record in records:
         assert record.status == "done", record.reason
         assert record.met
         assert record.series["trajectory.macs"] == sorted(record.series["trajectory.macs"], reverse=True)
         assert len(record.series["trajectory.macs"]) == 5
-    assert records[0].series == records[1].series == records[2].series  # one path for all budgets
+    assert all(r.series == records[0].series for r in records)  # one path for all budgets
     bills = [r.spent["decision"].forward_macs for r in records]
     if params.get("final_epochs") == 0:
         assert bills[0] == bills[1]
     else:  # narrower shapes are cheaper to train
-        assert bills[0] > bills[1] > bills[2]
+        assert bills == sorted(set(bills), reverse=True)
 
 
 def test_the_bill_counts_every_pass(fresh_cache, monkeypatch):

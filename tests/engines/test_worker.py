@@ -131,7 +131,7 @@ def test_a_relative_cache_stays_where_it_was_when_a_plug_in_changes_directory(pl
     assert Store(tmp_path / "kept here" / "cells").get(found["changes-directory"].key)
 
 
-def test_latencies_are_measured_where_no_plug_in_was_imported(plug_ins):
+def test_latencies_are_measured_where_no_plug_in_was_imported(plug_ins, in_process):
     record = run("l1-norm")["l1-norm"]
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # as a plug-in may do when it is imported
@@ -157,7 +157,9 @@ def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins):
         Store().path(alone[name].key).unlink()
     ways = ("leaves-traces", "leaves-traces-and-exits", "leaves-traces-and-interrupts")
     found = run(*(name for pair in zip(ways, ours, strict=True) for name in pair))
-    assert [found[way].reason for way in ways[1:]] == [unruly.WAYS[way] for way in ways[1:]]
+    for way in ways[1:]:
+        assert found[way].status == "failed"
+        assert unruly.WAYS[way] in found[way].reason
     assert {name: found[name].stable() for name in ours} == {name: alone[name].stable() for name in ours}
     assert gone("98764")
 
@@ -282,15 +284,14 @@ def test_waiting_for_another_process_is_not_counted(fresh_cache, monkeypatch, bu
     if busy == "trains its base":
         (fresh_cache / "bases").mkdir(parents=True)
         lock = FileLock(fresh_cache / "bases" / f"{protocol.base_key(cell)}.lock")
-    late, waits = [0.0], threading.Event()
-    enter = worker_module._Clock.enter
+    late, stages, enter = [0.0], [], worker_module._Clock.enter
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
     monkeypatch.setattr(worker_module, "time", clock)
 
     def watched(self, stage, limit):
         enter(self, stage, limit)
-        if stage == "wait":
-            waits.set()
+        late[0] += 1000.0 * (stage == "wait")  # each wait takes so many seconds more
+        stages.append(stage)
 
     monkeypatch.setattr(worker_module._Clock, "enter", watched)
     lock.acquire()
@@ -298,10 +299,11 @@ def test_waiting_for_another_process_is_not_counted(fresh_cache, monkeypatch, bu
     found = []
     hand = threading.Thread(target=lambda: found.append(worker.run(cell, Limits(time_s=120))))
     hand.start()
-    assert waits.wait(240)
-    late[0] = 1000.0  # seconds that pass while it waits
-    hand.join(5 * worker_module.POLL_S)
-    assert hand.is_alive()
+    told = 0
+    while stages[-1:] != ["wait"] or told != len(stages):  # for a second now, at the lock that is held here
+        told = len(stages)
+        hand.join(1)
+        assert hand.is_alive()
     lock.release()
     hand.join()
     assert found[0].status == "done"

@@ -409,7 +409,8 @@ def test_controls_draw_anew_in_each_round_and_by_seed(select, monkeypatch):
     real = splitting.split_neurons
     monkeypatch.setattr(splitting, "split_neurons", lambda m, g, split, e: chosen.append((split, e)) or real(m, g, split, e))
     for seed in (0, 1):
-        assert run_cell(cell({"select": select, "growth": 6, "rounds": 3, "epsilon": 0.03}, seed=seed), Store()).status == "done"
+        assert run_cell(cell({"select": select, "growth": 6, "narrow": 0.9, "epsilon": 0.03}, seed=seed), Store()).status == "done"
+    assert len(chosen) > 4  # rounds, of two seeds
     assert {e for _, e in chosen} == {0.03}
     along = [torch.cat([v.flatten() for _, v in split.values()]) for split, _ in chosen]
     assert len({tuple(a[:4].tolist()) for a in along}) == len(along)

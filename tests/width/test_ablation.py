@@ -94,8 +94,8 @@ def test_losses_are_cross_entropies_also_where_exponentials_overflow(scale):
         assert float(found[channel]) == pytest.approx(float(F.cross_entropy(shut(x), y)), rel=1e-5)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_the_sample(processes):
+def test_processes_share_the_sample():
+    processes = 3
     model, x, groups = zoo.certified(zoo.Plain)
     sample, (gates, candidates) = zoo.sample_for(x, count=7), zoo.started(groups, x)
     alone, told = Ablation(model, groups, sample, way="gates"), []
