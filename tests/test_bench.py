@@ -99,12 +99,8 @@ def test_items_have_readable_ids(bench, tmp_path):
 
 
 def test_bad_input_is_one_line_and_exit_code_2(bench, tmp_path):
-    for options, message in (
-        (("--suite", "digit"), "unknown suite 'digit'; did you mean 'digits'"),
-        (("--suite", str(tmp_path / "bad.toml")), "unknown technique 'l1'; known: autoprune, autoslim, l1-norm"),
-    ):
-        (tmp_path / "bad.toml").write_text(SUITE.replace('"l1-norm"]', '"l1"]').replace("scratch:l1-norm", "scratch:l1"))
-        done = bench(*options)
-        assert done.returncode == 2
-        assert message in done.stderr + done.stdout
-        assert "Traceback" not in done.stderr + done.stdout
+    (tmp_path / "bad.toml").write_text(SUITE.replace('"l1-norm"]', '"l1"]').replace("scratch:l1-norm", "scratch:l1"))
+    done = bench("--suite", str(tmp_path / "bad.toml"))
+    assert done.returncode == 2
+    assert "unknown technique 'l1'; known: autoprune, autoslim, l1-norm" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parallel_worker
 import pytest
 import torch
 
@@ -32,7 +33,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     worker = str(HERE / "parallel_worker.py")
     networks = [f"{name}:{size}" for name, size in NETWORKS.items()]
-    run(sys.executable, worker, str(folder / "one"), *networks)
+    parallel_worker.main(str(folder / "one"), *networks)
     run(*LAUNCH, worker, str(folder / "two"), *networks)
     return folder
 

@@ -15,7 +15,7 @@ name = "with-plugin"
 datasets = ["digits"]
 seeds = [0]
 budgets = ["channels:0.5"]
-techniques = ["keep-first", "l1-norm"]
+techniques = ["keep-first"]
 device = "cpu"
 [base]
 epochs = 1
