@@ -42,18 +42,29 @@ def bench(tmp_path, fresh_cache):
     command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "-p", "no:cacheprovider"]
 
     def call(*args):
-        return subprocess.run([*command, *args], cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [*command, *args], cwd=ROOT, env=clean, capture_output=True, text=True, check=False
+        )
 
     def start(*args):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen([*command, *args], cwd=ROOT, env=clean, start_new_session=True, **quiet)
+        return subprocess.Popen(
+            [*command, *args], cwd=ROOT, env=clean, start_new_session=True, **quiet
+        )
 
     call.start = start
     return call
 
 
 def test_what_one_run_leaves_when_it_is_killed_two_workers_complete(bench, tmp_path, fresh_cache):
-    options = ("--suite", str(tmp_path / "tiny.toml"), "--results", str(tmp_path / "results"), "-n", "2")
+    options = (
+        "--suite",
+        str(tmp_path / "tiny.toml"),
+        "--results",
+        str(tmp_path / "results"),
+        "-n",
+        "2",
+    )
     running = bench.start(*options[:-2])
     while not (finished := list((fresh_cache / "cells").glob("??/*.json"))):
         assert running.poll() is None, "it ended before it could be killed"
@@ -84,7 +95,14 @@ def test_what_one_run_leaves_when_it_is_killed_two_workers_complete(bench, tmp_p
 
 @pytest.mark.slow
 def test_a_run_of_which_nothing_is_missing_gives_the_same_page(bench, tmp_path):
-    options = ("--suite", str(tmp_path / "tiny.toml"), "--results", str(tmp_path / "results"), "-n", "2")
+    options = (
+        "--suite",
+        str(tmp_path / "tiny.toml"),
+        "--results",
+        str(tmp_path / "results"),
+        "-n",
+        "2",
+    )
     pages = []
     for _ in range(2):
         assert bench(*options).returncode == 0
@@ -99,8 +117,12 @@ def test_items_have_readable_ids(bench, tmp_path):
 
 
 def test_bad_input_is_one_line_and_exit_code_2(bench, tmp_path):
-    (tmp_path / "bad.toml").write_text(SUITE.replace('"l1-norm"]', '"l1"]').replace("scratch:l1-norm", "scratch:l1"))
+    (tmp_path / "bad.toml").write_text(
+        SUITE.replace('"l1-norm"]', '"l1"]').replace("scratch:l1-norm", "scratch:l1")
+    )
     done = bench("--suite", str(tmp_path / "bad.toml"))
     assert done.returncode == 2
-    assert "unknown technique 'l1'; known: autoprune, autoslim, l1-norm" in done.stderr + done.stdout
+    assert (
+        "unknown technique 'l1'; known: autoprune, autoslim, l1-norm" in done.stderr + done.stdout
+    )
     assert "Traceback" not in done.stderr + done.stdout

@@ -16,10 +16,17 @@ SMALL = {  # the contract asks for no more
     "torch-pruning:hessian": {"samples": 16},
     "splitting": {"epochs": 0.1, "narrow": 0.9, "rounds": 1, "samples": 16},
 }
-LONG = ("autoslim", "neuron-removal", "splitting")  # on the ResNet, which one budget shows as well as three
+LONG = (
+    "autoslim",
+    "neuron-removal",
+    "splitting",
+)  # on the ResNet, which one budget shows as well as three
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in registry.names()])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in registry.names()],
+)
 def test_every_registered_technique_keeps_the_contract(name):
     assert check_technique(registry.load(name), **SMALL.get(name, {})) > 0
 
@@ -30,7 +37,9 @@ def test_every_registered_technique_keeps_the_contract(name):
     ids=["plain networks", "a residual network"],
 )
 @pytest.mark.parametrize("name", LONG)
-def test_the_longest_keep_it_on_every_network_and_at_every_budget(name, networks, budgets, monkeypatch):
+def test_the_longest_keep_it_on_every_network_and_at_every_budget(
+    name, networks, budgets, monkeypatch
+):
     monkeypatch.setattr(contract, "NETWORKS", networks)
     monkeypatch.setattr(contract, "BUDGETS", budgets)
     assert check_technique(registry.load(name), **SMALL[name]) == len(networks) * len(budgets)
@@ -80,7 +89,9 @@ class Moody(Honest):
     def decide(self, task, state):
         Moody.calls += 1
         plan = {n: list(range(w)) for n, w in task.widths().items()}
-        return Outcome({n: keep(rows[::-1] if Moody.calls % 2 else rows) for n, rows in plan.items()})
+        return Outcome(
+            {n: keep(rows[::-1] if Moody.calls % 2 else rows) for n, rows in plan.items()}
+        )
 
 
 class Eager(Honest):

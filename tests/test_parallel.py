@@ -19,7 +19,9 @@ LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"
 
 def run(*command, cache=None):
     names = {"OMP_NUM_THREADS": "1"} | ({"WIDTHBENCH_CACHE": str(cache)} if cache else {})
-    done = subprocess.run(command, env=os.environ | names, capture_output=True, text=True, check=False, timeout=540)
+    done = subprocess.run(
+        command, env=os.environ | names, capture_output=True, text=True, check=False, timeout=540
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -40,7 +42,8 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_two_processes_train_and_score_as_one_does(trained, name):
-    """In float64, with augmentation, an uneven last batch, an average of weights, and batch norms."""
+    """In float64, with augmentation, an uneven last batch, an average of weights, and batch
+    norms."""
     one, two = (torch.load(trained / f"{n}-{name}.pt", weights_only=True) for n in ("one", "two"))
     assert one["macs"] == two["macs"]
     assert one["scores"] == pytest.approx(two["scores"], rel=1e-8)
@@ -66,12 +69,22 @@ size = 8
 """
 
 
-def test_a_suite_in_two_processes_gives_the_records_of_one(tmp_path, fresh_cache, in_process, capsys):
+def test_a_suite_in_two_processes_gives_the_records_of_one(
+    tmp_path, fresh_cache, in_process, capsys
+):
     suite = tmp_path / "tiny.toml"
     suite.write_text(SUITE.format())
     assert main(["run", str(suite), "--no-timing", "--results", str(tmp_path / "one")]) == 0
     assert capsys.readouterr().err.count("] digits-") == 4
-    command = ("-m", "widthbench", "run", str(suite), "--no-timing", "--results", str(tmp_path / "two"))
+    command = (
+        "-m",
+        "widthbench",
+        "run",
+        str(suite),
+        "--no-timing",
+        "--results",
+        str(tmp_path / "two"),
+    )
     done = run(*LAUNCH, *command, cache=tmp_path / "cache-two")
     assert done.stderr.count("] digits-") == 4  # the first process alone says what is done
     found = {}
@@ -81,10 +94,15 @@ def test_a_suite_in_two_processes_gives_the_records_of_one(tmp_path, fresh_cache
     for technique, one in found["one"].items():
         two = found["two"][technique]
         assert (two["status"], two["macs"], two["params"]) == ("done", one["macs"], one["params"])
-        assert [r["loss"] for r in two["rows"]] == pytest.approx([r["loss"] for r in one["rows"]], rel=1e-3)
+        assert [r["loss"] for r in two["rows"]] == pytest.approx(
+            [r["loss"] for r in one["rows"]], rel=1e-3
+        )
         for phase, spent in one["spent"].items():
             assert two["spent"][phase]["forward_macs"] == spent["forward_macs"], (technique, phase)
-            assert two["spent"][phase]["backward_macs"] == spent["backward_macs"], (technique, phase)
+            assert two["spent"][phase]["backward_macs"] == spent["backward_macs"], (
+                technique,
+                phase,
+            )
         assert two["provenance"]["processes"] == 2
 
 

@@ -1,4 +1,5 @@
-"""A slot of some minutes on another machine: a run that ends in time, and its records taken home."""
+"""A slot of some minutes on another machine: a run that ends in time, and its records taken
+home."""
 
 import json
 
@@ -63,7 +64,9 @@ def on_a_gpu(records):
     return [r.model_copy(update={"provenance": r.provenance | {"device": "cuda"}}) for r in records]
 
 
-def test_records_of_another_machine_are_added_but_replace_none_of_another_device(here, in_process, capsys, monkeypatch):
+def test_records_of_another_machine_are_added_but_replace_none_of_another_device(
+    here, in_process, capsys, monkeypatch
+):
     cache = here / "cache-there"
     assert main(["run", "slot.toml", "--only", "s0", "--no-timing"]) == 0
     with monkeypatch.context() as there:
@@ -89,10 +92,14 @@ def test_records_of_another_machine_are_added_but_replace_none_of_another_device
     assert {r.provenance["device"] for r in read_records(mine)} == {"cuda"}
 
 
-def test_a_finished_record_beats_a_failed_one_in_whatever_order(here, in_process, capsys, monkeypatch):
+def test_a_finished_record_beats_a_failed_one_in_whatever_order(
+    here, in_process, capsys, monkeypatch
+):
     assert main(["run", "slot.toml", "--no-timing", "--results", "there"]) == 0
     done = read_records(here / "there/slot/records.jsonl")
-    failed = [r.model_copy(update={"status": "failed", "reason": "it broke", "rows": ()}) for r in done]
+    failed = [
+        r.model_copy(update={"status": "failed", "reason": "it broke", "rows": ()}) for r in done
+    ]
     write_records(here / "done.jsonl", done)
     write_records(here / "failed.jsonl", failed)
     for name, files in {"a": ("done", "failed"), "b": ("failed", "done")}.items():

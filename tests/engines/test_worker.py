@@ -1,4 +1,5 @@
-"""Whatever a plug-in does to its process ends one cell, with a record that says why; the others go on."""
+"""Whatever a plug-in does to its process ends one cell, with a record that says why; the others go
+on."""
 
 import os
 import signal
@@ -70,7 +71,9 @@ def plug_ins(site, monkeypatch, fresh_cache):
 
 
 def suite(*names, time_limit=6):
-    return suites.parse(SUITE.format(names=", ".join(f'"{n}"' for n in names), time=time_limit), "unruly.toml")
+    return suites.parse(
+        SUITE.format(names=", ".join(f'"{n}"' for n in names), time=time_limit), "unruly.toml"
+    )
 
 
 def run(*names, jobs=1, **changes):
@@ -81,14 +84,25 @@ def run(*names, jobs=1, **changes):
 
 
 HANGING = [w for w, why in unruly.WAYS.items() if "time_limit" in why]
-# one of each kind: the signal, the lock and the exception that others of WAYS share; other tests here have the other kinds
-KINDS = ["segfaults", "is-killed", "nan", "lone-surrogate", "limits-file-sizes", "closes-everything", "eats"]
+# one of each kind: the signal, the lock and the exception that others of WAYS share; other tests
+# here have the other kinds
+KINDS = [
+    "segfaults",
+    "is-killed",
+    "nan",
+    "lone-surrogate",
+    "limits-file-sizes",
+    "closes-everything",
+    "eats",
+]
 
 
 def assert_each_fails_and_the_others_go_on(*ways, time_limit):
     others = ("l1-norm", "random-channels")
     found = run(others[0], *ways, others[1], time_limit=time_limit)
-    assert {n: found[n].status for n in ("base", *others)} == dict.fromkeys(("base", *others), "done")
+    assert {n: found[n].status for n in ("base", *others)} == dict.fromkeys(
+        ("base", *others), "done"
+    )
     for way in ways:
         assert found[way].status == "failed", way
         assert unruly.WAYS[way] in found[way].reason, (way, found[way].reason)
@@ -99,7 +113,11 @@ def assert_each_fails_and_the_others_go_on(*ways, time_limit):
 
 @pytest.mark.parametrize(
     "ways",
-    [KINDS[:3], KINDS[3:], pytest.param([w for w in unruly.WAYS if w not in HANGING], marks=pytest.mark.slow)],
+    [
+        KINDS[:3],
+        KINDS[3:],
+        pytest.param([w for w in unruly.WAYS if w not in HANGING], marks=pytest.mark.slow),
+    ],
     ids=["process", "record", "all"],
 )
 def test_each_way_to_fail_is_a_record_with_its_cause_and_the_others_go_on(plug_ins, ways):
@@ -116,18 +134,24 @@ def test_whatever_hangs_is_ended_and_the_others_go_on(plug_ins, ways):
     assert_each_fails_and_the_others_go_on(*ways, time_limit=6)
 
 
-def test_what_a_plug_in_prints_reaches_nobody_who_reads_records_and_its_input_is_empty(plug_ins, capfd):
+def test_what_a_plug_in_prints_reaches_nobody_who_reads_records_and_its_input_is_empty(
+    plug_ins, capfd
+):
     assert run("prints")["prints"].status == "done"
     out = capfd.readouterr()
     assert "forged" not in out.out
     assert out.err.count("forged") == 3
 
 
-def test_a_relative_cache_stays_where_it_was_when_a_plug_in_changes_directory(plug_ins, monkeypatch, tmp_path):
+def test_a_relative_cache_stays_where_it_was_when_a_plug_in_changes_directory(
+    plug_ins, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WIDTHBENCH_CACHE", "kept here")
     found = run("changes-directory", "l1-norm")
-    assert {n: r.status for n, r in found.items()} == dict.fromkeys(("base", "changes-directory", "l1-norm"), "done")
+    assert {n: r.status for n, r in found.items()} == dict.fromkeys(
+        ("base", "changes-directory", "l1-norm"), "done"
+    )
     assert Store(tmp_path / "kept here" / "cells").get(found["changes-directory"].key)
 
 
@@ -146,7 +170,11 @@ def test_latencies_are_measured_where_no_plug_in_was_imported(plug_ins, in_proce
 @pytest.mark.parametrize("way", ["writes-everywhere", "forks"])
 def test_nobody_but_the_worker_answers(plug_ins, way):
     found = run(way, "l1-norm")
-    assert {n: r.status for n, r in found.items()} == {"base": "done", way: "done", "l1-norm": "done"}
+    assert {n: r.status for n, r in found.items()} == {
+        "base": "done",
+        way: "done",
+        "l1-norm": "done",
+    }
     assert all(r.cell.technique == n for n, r in found.items())
 
 
@@ -160,14 +188,21 @@ def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins):
     for way in ways[1:]:
         assert found[way].status == "failed"
         assert unruly.WAYS[way] in found[way].reason
-    assert {name: found[name].stable() for name in ours} == {name: alone[name].stable() for name in ours}
+    assert {name: found[name].stable() for name in ours} == {
+        name: alone[name].stable() for name in ours
+    }
     assert gone("98764")
 
 
 def test_a_task_of_ray_starts_without_torch():
     names = "sys, widthbench.engines.ray, widthbench.records, widthbench.registry as r"
     code = f"import {names}; r.built_in('l1-norm'); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )
 
 
 def running(argument):
@@ -215,12 +250,24 @@ def test_a_cell_that_was_finished_under_another_device_setting_is_finished(fresh
     ("code", "why"),
     [
         ("raise SystemExit(3)", "fails to import: SystemExit"),
-        ("import os; os._exit(7)", r"importing or making it ends the process \(exit code 7\); mend or uninstall it"),
-        ("import ctypes; ctypes.string_at(0)", r"importing or making it ends the process \(SIGSEGV\)"),
+        (
+            "import os; os._exit(7)",
+            r"importing or making it ends the process \(exit code 7\); mend or uninstall it",
+        ),
+        (
+            "import ctypes; ctypes.string_at(0)",
+            r"importing or making it ends the process \(SIGSEGV\)",
+        ),
         ("import time; time.sleep(1000)", r"importing or making it takes more than 1 s"),
-        (CLASS.format("raise RuntimeError('broke')"), r"cannot be made with {}: RuntimeError: broke"),
+        (
+            CLASS.format("raise RuntimeError('broke')"),
+            r"cannot be made with {}: RuntimeError: broke",
+        ),
         (CLASS.format("raise SystemExit(4)"), r"cannot be made with {}: SystemExit: 4"),
-        (CLASS.format("import os; os._exit(7)"), r"importing or making it ends the process \(exit code 7\)"),
+        (
+            CLASS.format("import os; os._exit(7)"),
+            r"importing or making it ends the process \(exit code 7\)",
+        ),
         (
             CLASS.format("pass").replace("__init__(self", "__init__(self, x: 'Nowhere' = 1"),
             r"cannot be made with {}: NameError: name 'Nowhere'",
@@ -242,8 +289,12 @@ def test_a_plug_in_that_cannot_be_imported_or_made_is_named(tmp_path, monkeypatc
         suites.check(suite("leaves"))
 
 
-def test_a_plug_in_that_leaves_something_running_is_not_taken_for_one_that_hangs(tmp_path, monkeypatch):
-    (tmp_path / "starts.py").write_text("import subprocess; subprocess.Popen(['sleep', '98762'])\n" + CLASS.format("pass"))
+def test_a_plug_in_that_leaves_something_running_is_not_taken_for_one_that_hangs(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "starts.py").write_text(
+        "import subprocess; subprocess.Popen(['sleep', '98762'])\n" + CLASS.format("pass")
+    )
     info = tmp_path / "starts-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: starts\nVersion: 1\n")
@@ -300,7 +351,9 @@ def test_waiting_for_another_process_is_not_counted(fresh_cache, monkeypatch, bu
     hand = threading.Thread(target=lambda: found.append(worker.run(cell, Limits(time_s=120))))
     hand.start()
     told = 0
-    while stages[-1:] != ["wait"] or told != len(stages):  # for a second now, at the lock that is held here
+    while stages[-1:] != ["wait"] or told != len(
+        stages
+    ):  # for a second now, at the lock that is held here
         told = len(stages)
         hand.join(1)
         assert hand.is_alive()
@@ -318,7 +371,15 @@ def test_a_cell_that_makes_no_sense_is_an_error_not_a_record(fresh_cache):
 
 def test_nothing_outlives_a_parent_that_is_killed(plug_ins, tmp_path):
     (tmp_path / "slow.toml").write_text(SUITE.format(names='"starts-others"', time=600))
-    command = [sys.executable, "-m", "widthbench", "run", str(tmp_path / "slow.toml"), "--results", str(tmp_path / "r")]
+    command = [
+        sys.executable,
+        "-m",
+        "widthbench",
+        "run",
+        str(tmp_path / "slow.toml"),
+        "--results",
+        str(tmp_path / "r"),
+    ]
     parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not running("98765"):
         assert parent.poll() is None
@@ -335,7 +396,11 @@ def test_suites_that_share_a_cell_allow_it_what_the_roomier_one_does():
     assert Limits(3, None).roomier(Limits(5, 7)) == Limits(5, None)
     assert Limits(3, 8).roomier(Limits(None, 7)) == Limits(None, 8)
     short, long = suite("l1-norm"), suite("l1-norm", time_limit=9)
-    assert set(suites.limits([short, long]).values()) == set(suites.limits([long, short]).values()) == {Limits(9, 3000)}
+    assert (
+        set(suites.limits([short, long]).values())
+        == set(suites.limits([long, short]).values())
+        == {Limits(9, 3000)}
+    )
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", '"long"'])
