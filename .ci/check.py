@@ -3,18 +3,30 @@
 import subprocess
 import sys
 
-STEPS = (
+CHECKS = (  # at the same time
     ["ruff", "check", "."],
     ["ruff", "format", "--check", "."],
     ["mypy"],
     ["sphinx", "-W", "-q", "docs", "docs/_build"],
-    ["pytest", "tests", "-n", "auto"],
 )
+# a worker with nothing left takes over from another
+TESTS = ["pytest", "tests", "-n", "auto", "--dist", "worksteal"]
 
-failed = []
-for step in STEPS:
+
+def start(step, **output):
+    """Run a module."""
+    return subprocess.Popen([sys.executable, "-m", *step], **output)
+
+
+codes = {}
+output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+running = {tuple(step): start(step, **output) for step in CHECKS}
+for step, process in running.items():
     print("+", *step, flush=True)
-    if subprocess.run([sys.executable, "-m", *step], check=False).returncode:
-        failed.append(" ".join(step))
-if failed:
+    print(process.communicate()[0], end="", flush=True)
+    codes[" ".join(step)] = process.returncode
+print("+", *TESTS, flush=True)
+codes[" ".join(TESTS)] = start(TESTS).wait()
+
+if failed := [step for step, code in codes.items() if code]:
     sys.exit("failed: " + "; ".join(failed))

@@ -1,4 +1,5 @@
-"""One cache for the whole run, one thread per worker, and the small networks that most tests use."""
+"""One cache for the whole run, one thread per worker, and the small networks that most tests
+use."""
 
 import os
 
@@ -12,7 +13,9 @@ import zoo
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory, worker_id):
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if worker_id != "master" else base  # xdist gives each worker a folder below a shared one
+    shared = (
+        base.parent if worker_id != "master" else base
+    )  # xdist gives each worker a folder below a shared one
     before = os.environ.get("WIDTHBENCH_CACHE")
     os.environ["WIDTHBENCH_CACHE"] = str(shared / "widthbench-cache")
     torch.set_num_threads(1)
@@ -25,7 +28,8 @@ def _cache(tmp_path_factory, worker_id):
 
 @pytest.fixture(params=zoo.ALL, ids=lambda c: c.__name__)
 def net(request):
-    """(network, example input, certified groups) of each small network, in float64 with randomised statistics."""
+    """(network, example input, certified groups) of each small network, in float64 with randomised
+    statistics."""
     return zoo.certified(request.param)
 
 
@@ -34,3 +38,17 @@ def fresh_cache(tmp_path, monkeypatch):
     """An empty cache of the test's own."""
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Cells are run in this process, not in one of their own: for tests of what comes before and
+    after them."""
+    from widthbench.protocol import run_cell
+    from widthbench.records import Store
+
+    from widthbench.engines.worker import Worker
+
+    monkeypatch.setattr(
+        Worker, "run", lambda self, cell, limits=None, *, bar=False: run_cell(cell, Store())
+    )

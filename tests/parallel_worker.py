@@ -1,4 +1,5 @@
-"""What each of several processes runs in test_parallel.py: trains and scores, and the first one writes what came out."""
+"""What each of several processes runs in test_parallel.py: trains and scores, and the first one
+writes what came out."""
 
 import sys
 from dataclasses import dataclass
@@ -29,23 +30,44 @@ class Doubles:
             yield x.double(), y
 
 
-def main(name: str, size: int, out: str) -> None:
-    torch.set_num_threads(1)
-    parallel.start(cpu=True)
+def train(name: str, size: int, out: str) -> None:
     digits = splits.load("digits", size)
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10, in_chans=1, **({"img_size": size} if "vit" in name else {})).double()
+    model = timm.create_model(
+        name, num_classes=10, in_chans=1, **({"img_size": size} if "vit" in name else {})
+    ).double()
     # 1077 samples: the last batch of an epoch is a partial one, and 35 do not divide by 2
-    recipe = Recipe(epochs=0.4, batch_size=35, lr=0.05, crop=2, flip=True, cutout=4, label_smoothing=0.1, ema=0.9)
+    recipe = Recipe(
+        epochs=0.4,
+        batch_size=35,
+        lr=0.05,
+        crop=2,
+        flip=True,
+        cutout=4,
+        label_smoothing=0.1,
+        ema=0.9,
+    )
     spent = fit(model, Doubles(digits.train), recipe, macs=1, seed=3)
     scores = accuracy(model, Doubles(digits.test), batch_size=64)
     sums = [p.detach().sum().item() for p in model.parameters()]
     assert parallel.agreed(lambda: sums) == sums
     if parallel.first():
-        result = {"state": dict(model.state_dict()), "macs": spent.forward_macs, "scores": [scores.top1, scores.loss]}
+        result = {
+            "state": dict(model.state_dict()),
+            "macs": spent.forward_macs,
+            "scores": [scores.top1, scores.loss],
+        }
         torch.save(result, out)
+
+
+def main(out: str, *networks: str) -> None:
+    torch.set_num_threads(1)
+    parallel.start(cpu=True)
+    for network in networks:
+        name, size = network.split(":")
+        train(name, int(size), f"{out}-{name}.pt")
     parallel.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(*sys.argv[1:])

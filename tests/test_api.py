@@ -36,7 +36,9 @@ class Learns(widthbench.Technique):
 
     def decide(self, task, state):
         seen = sum(len(y) for _, y in task.val.batches(3))
-        return widthbench.Outcome({n: widthbench.keep(range_of(g.channels, seen)) for n, g in task.groups.items()})
+        return widthbench.Outcome(
+            {n: widthbench.keep(range_of(g.channels, seen)) for n, g in task.groups.items()}
+        )
 
 
 def range_of(channels, seen):
@@ -57,18 +59,24 @@ def test_apply_resizes_a_plain_network():
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_apply_meets_budgets_on_a_timm_network(budget, allocation):
     model, x = timm.create_model("test_resnet"), torch.randn(1, 3, 64, 64)
-    small = widthbench.apply("l1-norm", model, budget=budget, example_input=x, scope="all", allocation=allocation)
+    small = widthbench.apply(
+        "l1-norm", model, budget=budget, example_input=x, scope="all", allocation=allocation
+    )
     kind, fraction = budget.split(":")
     if kind == "macs":
         assert 0.9 < count_macs(small, x) / count_macs(model, x) / float(fraction) <= 1
     if kind == "params":
-        ratio = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+        ratio = sum(p.numel() for p in small.parameters()) / sum(
+            p.numel() for p in model.parameters()
+        )
         assert 0.9 < ratio / float(fraction) <= 1
 
 
 def test_include_limits_what_is_resized():
     model, x = zoo.Plain(), torch.randn(1, 2, 8, 8)
-    small = widthbench.apply("l1-norm", model, budget="channels:0.5", example_input=x, include="conv*")
+    small = widthbench.apply(
+        "l1-norm", model, budget="channels:0.5", example_input=x, include="conv*"
+    )
     assert (small.conv1.out_channels, small.fc1.out_features) == (3, 9)
 
 
@@ -78,13 +86,28 @@ def test_include_limits_what_is_resized():
         ("l1-nrm", {}, UsageError, "did you mean 'l1-norm'"),
         ("l1-norm", {"budget": "macs:2"}, BudgetError, "more than there is"),
         ("l1-norm", {"budget": "macs:0.0001"}, BudgetError, "below the feasible floor"),
-        ("l1-norm", {"example_input": torch.randn(1, 3, 8, 8)}, UsageError, r"does not take an input of shape \[1, 3, 8, 8\]"),
-        ("l1-norm", {"allocation": "best"}, UsageError, "parameter 'allocation': .*'uniform' or 'global' .found 'best'"),
+        (
+            "l1-norm",
+            {"example_input": torch.randn(1, 3, 8, 8)},
+            UsageError,
+            r"does not take an input of shape \[1, 3, 8, 8\]",
+        ),
+        (
+            "l1-norm",
+            {"allocation": "best"},
+            UsageError,
+            "parameter 'allocation': .*'uniform' or 'global' .found 'best'",
+        ),
         (None, {}, UsageError, "technique must be a registered name or an instance, not None"),
         ("l1-norm", {"model": "lenet5"}, UsageError, "must be a torch.nn.Module, not str"),
         ("l1-norm", {"example_input": [torch.zeros(1, 2, 8, 8)]}, UsageError, "one tensor"),
         ("l1-norm", {"example_input": torch.zeros(0, 2, 8, 8)}, UsageError, "B of at least 1"),
-        ("l1-norm", {"example_input": torch.full((1, 2, 8, 8), torch.nan)}, UsageError, "not finite"),
+        (
+            "l1-norm",
+            {"example_input": torch.full((1, 2, 8, 8), torch.nan)},
+            UsageError,
+            "not finite",
+        ),
         ("l1-norm", {"include": 3}, UsageError, "include must be a pattern"),
         ("l1-norm", {"seed": "a"}, UsageError, "seed must be a whole number"),
         (Learns(), {"data": "abc"}, UsageError, "pair of tensors"),
@@ -96,15 +119,30 @@ def test_include_limits_what_is_resized():
             "so there is nothing to resize",
         ),
         (Peeks(), {}, AccessError, "declares access = 'none' but uses task.train"),
-        (Greedy(), {}, BudgetError, "keeps 1.0000 of the channels, more than the budget 'channels:0.5'"),
+        (
+            Greedy(),
+            {},
+            BudgetError,
+            "keeps 1.0000 of the channels, more than the budget 'channels:0.5'",
+        ),
         (Learns(), {}, UsageError, "pass data="),
         (Learns(), {"data": 3}, UsageError, "pair of tensors"),
-        (Learns(), {"data": (torch.zeros(3, 2), torch.zeros(2))}, UsageError, "3 inputs do not match 2 labels"),
+        (
+            Learns(),
+            {"data": (torch.zeros(3, 2), torch.zeros(2))},
+            UsageError,
+            "3 inputs do not match 2 labels",
+        ),
         (Learns(), {"strength": 1}, UsageError, "go into the instance"),
     ],
 )
 def test_bad_input_is_named(technique, options, error, message):
-    arguments = {"model": zoo.Plain(), "budget": "channels:0.5", "example_input": torch.randn(1, 2, 8, 8), **options}
+    arguments = {
+        "model": zoo.Plain(),
+        "budget": "channels:0.5",
+        "example_input": torch.randn(1, 2, 8, 8),
+        **options,
+    }
     with pytest.raises(error, match=message):
         widthbench.apply(technique, arguments.pop("model"), **arguments)
 
@@ -112,14 +150,27 @@ def test_bad_input_is_named(technique, options, error, message):
 @pytest.mark.parametrize("loader", [False, True])
 def test_data_come_as_tensors_or_loaders(loader):
     x, y = torch.randn(3, 2, 8, 8), torch.zeros(3, dtype=torch.long)
-    given = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2) if loader else (x, y)
-    small = widthbench.apply(Learns(), zoo.Plain(), budget="channels:0.5", example_input=x[:1], data=given, include="conv*")
+    given = (
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2)
+        if loader
+        else (x, y)
+    )
+    small = widthbench.apply(
+        Learns(),
+        zoo.Plain(),
+        budget="channels:0.5",
+        example_input=x[:1],
+        data=given,
+        include="conv*",
+    )
     assert small.conv2.out_channels == 3
 
 
 def test_inference_mode_is_named():
     with torch.inference_mode(), pytest.raises(UsageError, match=r"leave torch\.inference_mode"):
-        widthbench.apply("l1-norm", zoo.Plain(), budget="channels:0.5", example_input=torch.randn(1, 2, 8, 8))
+        widthbench.apply(
+            "l1-norm", zoo.Plain(), budget="channels:0.5", example_input=torch.randn(1, 2, 8, 8)
+        )
 
 
 def test_timms_reset_classifier_works_after_the_last_stream_is_resized():
@@ -134,7 +185,9 @@ def test_an_unwritable_cache_costs_time_and_nothing_else(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(UserWarning, match="grades are not cached"):
-        widthbench.apply("l1-norm", zoo.Plain(), budget="channels:0.5", example_input=torch.randn(1, 2, 8, 8))
+        widthbench.apply(
+            "l1-norm", zoo.Plain(), budget="channels:0.5", example_input=torch.randn(1, 2, 8, 8)
+        )
 
 
 def test_importing_the_package_does_not_import_torch():

@@ -25,7 +25,12 @@ def test_a_crop_is_a_window_of_the_padded_image_with_an_offset_of_its_own(dtype)
     assert (out.shape, out.dtype) == (x.shape, x.dtype)
     padded = F.pad(x, (2, 2, 2, 2))
     found = [
-        next((i, j) for i in range(5) for j in range(5) if torch.equal(padded[n, :, i : i + 8, j : j + 6], out[n]))
+        next(
+            (i, j)
+            for i in range(5)
+            for j in range(5)
+            if torch.equal(padded[n, :, i : i + 8, j : j + 6], out[n])
+        )
         for n in range(40)
     ]
     assert len(set(found)) > 10  # one draw for the whole batch would be one offset
@@ -74,4 +79,6 @@ def test_crops_equal_those_of_torchvision_at_the_same_offsets():
     offsets = torch.randint(0, 9, (2, 32), generator=draws(7))
     padded = tv.pad(x, 4)
     for n in range(32):
-        assert torch.equal(out[n], tv.crop(padded[n], int(offsets[0, n]), int(offsets[1, n]), 32, 32))
+        assert torch.equal(
+            out[n], tv.crop(padded[n], int(offsets[0, n]), int(offsets[1, n]), 32, 32)
+        )

@@ -1,7 +1,8 @@
-"""Generated bad inputs, into everything that reads files of others: an error that says so, or a sound result.
+"""Generated bad inputs, into everything that reads files of others: an error that says so, or a
+sound result.
 
-No traceback, no half-written file. By default some of each kind; `WIDTHBENCH_EXAMPLES=2000 pytest tests/test_bad_inputs.py` runs
-10,000 in all.
+No traceback, no half-written file. By default some of each kind; 10,000 in all with
+`WIDTHBENCH_EXAMPLES=2000 pytest tests/test_bad_inputs.py`.
 """
 
 import copy
@@ -33,16 +34,41 @@ from widthbench.technique import registry
 
 EXAMPLES = int(os.environ.get("WIDTHBENCH_EXAMPLES", "60"))
 many = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
-)  # fmt: skip
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.data_too_large,
+    ],
+)
 
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=12),
-    st.sampled_from(["", "../../etc/passwd", "macs:0.5", "channels:nan", "macs:-1", "l1-norm", "\x00", "\u202e", "a" * 5000]),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-3, 3),
+    st.floats(),
+    st.text(max_size=12),
+    st.sampled_from(
+        [
+            "",
+            "../../etc/passwd",
+            "macs:0.5",
+            "channels:nan",
+            "macs:-1",
+            "l1-norm",
+            "\x00",
+            "\u202e",
+            "a" * 5000,
+        ]
+    ),
+)
 values = st.recursive(
-    scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3), max_leaves=8
+    scalars,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3),
+    max_leaves=8,
 )
 
 
@@ -53,7 +79,9 @@ def edited(draw, whole):
     for _ in range(draw(st.integers(1, 3))):
         at, path = data, []
         while isinstance(at, dict | list) and at and (not path or draw(st.booleans())):
-            key = draw(st.sampled_from(sorted(at)) if isinstance(at, dict) else st.integers(0, len(at) - 1))
+            key = draw(
+                st.sampled_from(sorted(at)) if isinstance(at, dict) else st.integers(0, len(at) - 1)
+            )
             path.append((at, key))
             at = at[key]
         if not path:
@@ -77,9 +105,15 @@ def damaged(content):
     @st.composite
     def strategy(draw):
         start = draw(st.integers(0, len(content)))
-        stop = draw(st.integers(start, min(len(content), start + draw(st.sampled_from([1, 8, 200, 10**6])))))
+        stop = draw(
+            st.integers(start, min(len(content), start + draw(st.sampled_from([1, 8, 200, 10**6]))))
+        )
         part = content[start:stop]
-        piece = draw(st.sampled_from([b"", part * 2, bytes(b ^ draw(st.integers(0, 255)) for b in part[:64])]))
+        piece = draw(
+            st.sampled_from(
+                [b"", part * 2, bytes(b ^ draw(st.integers(0, 255)) for b in part[:64])]
+            )
+        )
         return content[:start] + piece + content[stop:]
 
     return strategy()
@@ -114,11 +148,17 @@ def no_part_is_left(folder):
 
 def of(data):
     """TOML of plain data, edited or cut."""
-    return st.one_of(edited(data).map(toml), damaged(toml(data).encode()).map(lambda b: b.decode(errors="replace")))
+    return st.one_of(
+        edited(data).map(toml),
+        damaged(toml(data).encode()).map(lambda b: b.decode(errors="replace")),
+    )
 
 
 SUITE = text_of("suites", "smoke.toml")
-CLAIMS = text_of("claims", sorted(p.name for p in (Path(__file__).parent.parent / "bench" / "claims").glob("*.toml"))[0])
+CLAIMS = text_of(
+    "claims",
+    sorted(p.name for p in (Path(__file__).parent.parent / "bench" / "claims").glob("*.toml"))[0],
+)
 
 
 @many
@@ -152,10 +192,14 @@ TIMING = {"dataset": "digits", "model": "lenet5", "shape": "ab" * 6, "speed_up":
 
 @many
 @given(
-    st.one_of(edited(PLAIN).map(lambda rows: "\n".join(map(json.dumps, rows)).encode(errors="replace")),
-              damaged("\n".join(map(json.dumps, PLAIN)).encode()), damaged("\n".join(map(record_line, RECORDS)).encode())),
-    edited(TIMING), st.booleans(),
-)  # fmt: skip
+    st.one_of(
+        edited(PLAIN).map(lambda rows: "\n".join(map(json.dumps, rows)).encode(errors="replace")),
+        damaged("\n".join(map(json.dumps, PLAIN)).encode()),
+        damaged("\n".join(map(record_line, RECORDS)).encode()),
+    ),
+    edited(TIMING),
+    st.booleans(),
+)
 def test_records_and_timings(tmp_path_factory, content, timing, sealed):
     folder = tmp_path_factory.mktemp("results")
     (folder / "s").mkdir()
@@ -195,7 +239,11 @@ WEIGHTS[".pt"] = _buffer.getvalue()
 
 
 @many
-@given(st.sampled_from(sorted(WEIGHTS)).flatmap(lambda s: st.tuples(st.just(s), damaged(WEIGHTS[s]) | st.binary(max_size=80))))
+@given(
+    st.sampled_from(sorted(WEIGHTS)).flatmap(
+        lambda s: st.tuples(st.just(s), damaged(WEIGHTS[s]) | st.binary(max_size=80))
+    )
+)
 def test_checkpoints(tmp_path_factory, case):
     suffix, content = case
     path = tmp_path_factory.mktemp("weights") / f"mine{suffix}"
@@ -209,8 +257,12 @@ def test_checkpoints(tmp_path_factory, case):
     assert all(torch.isfinite(v.float()).all() for v in model.state_dict().values())
 
 
-names = st.text(string.ascii_letters + string.digits + "-_.:/ \x00[]=%\u202e", min_size=0, max_size=12)
-targets = names | st.sampled_from(["os:path", "json:dumps", "no.such:Thing", "widthbench:Technique", "sys:exit"])
+names = st.text(
+    string.ascii_letters + string.digits + "-_.:/ \x00[]=%\u202e", min_size=0, max_size=12
+)
+targets = names | st.sampled_from(
+    ["os:path", "json:dumps", "no.such:Thing", "widthbench:Technique", "sys:exit"]
+)
 
 
 @many
@@ -220,13 +272,18 @@ def test_plug_in_metadata(tmp_path_factory, points, name, version, noise):
     lines = "\n".join(f"{k} = {v}" for k, v in points.items())
     files = {
         "odd-1.dist-info": f"[widthbench.techniques]\n{lines}\n".encode() + noise,
-        "good-1.dist-info": b"[widthbench.techniques]\nl1-norm = widthbench.baselines.l1_norm:L1Norm\n",
+        "good-1.dist-info": b"[widthbench.techniques]\n"
+        b"l1-norm = widthbench.baselines.l1_norm:L1Norm\n",
     }
     for info, content in files.items():
         (folder / info).mkdir()
         (folder / info / "entry_points.txt").write_bytes(content)
-    (folder / "odd-1.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (folder / "good-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: good\nVersion: 1\n")
+    (folder / "odd-1.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
+    (folder / "good-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: good\nVersion: 1\n"
+    )
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(sys, "path", [str(folder)])  # what is imported already stays so

@@ -23,7 +23,10 @@ GROUPS = {"a": Group("a", 6), "b": Group("b", 12, blocks=3), "c": Group("c", 9)}
 def cost(widths):
     """A chain 5 -> a -> b -> c -> 2 of linear layers."""
     sizes = [5, *(widths.get(n, g.channels) for n, g in GROUPS.items()), 2]
-    return Cost(sum(a * b for a, b in itertools.pairwise(sizes)), sum(a * b + b for a, b in itertools.pairwise(sizes)))
+    return Cost(
+        sum(a * b for a, b in itertools.pairwise(sizes)),
+        sum(a * b + b for a, b in itertools.pairwise(sizes)),
+    )
 
 
 FULL = cost({})
@@ -71,7 +74,9 @@ def test_uniform_widths_stay_within_the_budget_and_use_it(kind, fraction):
     budget = Budget(kind, fraction)
     widths = uniform_widths(GROUPS, budget, cost, FULL)
     assert budget.of(FULL) >= Budget(kind, 1.0).of(cost(widths))
-    assert all(g.blocks <= widths[n] <= g.channels and widths[n] % g.blocks == 0 for n, g in GROUPS.items())
+    assert all(
+        g.blocks <= widths[n] <= g.channels and widths[n] % g.blocks == 0 for n, g in GROUPS.items()
+    )
     # no single step of one more channel per block everywhere would fit as well
     more = {n: min(g.channels, widths[n] + g.blocks) for n, g in GROUPS.items()}
     assert more == widths or Budget(kind, 1.0).of(cost(more)) > budget.of(FULL)
@@ -86,12 +91,18 @@ def test_global_widths_stay_within_the_budget(kind, fraction, seed):
     widths = global_widths(scores, GROUPS, budget, cost, FULL)
     kept = used(budget, widths, GROUPS, cost(widths), FULL)
     check(budget, kept, GROUPS)
-    assert all(g.blocks <= widths[n] <= g.channels and widths[n] % g.blocks == 0 for n, g in GROUPS.items())
+    assert all(
+        g.blocks <= widths[n] <= g.channels and widths[n] % g.blocks == 0 for n, g in GROUPS.items()
+    )
 
 
 def test_global_widths_follow_the_scores():
     scores = {"a": torch.ones(6), "b": torch.zeros(12), "c": torch.ones(9)}
-    assert global_widths(scores, GROUPS, Budget("channels", 18 / 27), cost, FULL) == {"a": 6, "b": 3, "c": 9}
+    assert global_widths(scores, GROUPS, Budget("channels", 18 / 27), cost, FULL) == {
+        "a": 6,
+        "b": 3,
+        "c": 9,
+    }
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
@@ -99,7 +110,9 @@ def test_a_budget_below_the_floor_says_so(allocation):
     scores = {n: torch.rand(g.channels) for n, g in GROUPS.items()}
     arguments = (GROUPS, Budget("macs", 0.01), cost, FULL)
     # one channel per block: 5 + 3 + 3 + 2 = 13 of 30 + 72 + 108 + 18 = 228 MACs
-    with pytest.raises(InfeasibleBudgetError, match=r"below the feasible floor: .* still keeps 0\.057"):
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"below the feasible floor: .* still keeps 0\.057"
+    ):
         uniform_widths(*arguments) if allocation == "uniform" else global_widths(scores, *arguments)
 
 
@@ -108,7 +121,9 @@ def test_check_refuses_more_and_flags_much_less():
     assert check(budget, 0.5, GROUPS)
     assert check(budget, 0.49, GROUPS)
     assert not check(budget, 0.4, GROUPS)
-    with pytest.raises(BudgetError, match=r"keeps 0\.5100 of the macs, more than the budget 'macs:0\.5'"):
+    with pytest.raises(
+        BudgetError, match=r"keeps 0\.5100 of the macs, more than the budget 'macs:0\.5'"
+    ):
         check(budget, 0.51, GROUPS)
 
 

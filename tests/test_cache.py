@@ -1,4 +1,5 @@
-"""Files of the cache are sound or made again; a store at a URL holds what several machines share."""
+"""Files of the cache are sound or made again; a store at a URL holds what several machines
+share."""
 
 import warnings
 
@@ -8,15 +9,21 @@ import pytest
 from widthbench import cache, cli
 from widthbench.errors import UsageError
 from widthbench.experiment.bases import obtain_base
-from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.cell import Cell
+from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 
 CELL = Cell(
-    dataset="digits", model="lenet_300_100", size=8, technique="l1-norm", budget="channels:0.5", device="cpu",
-    base=Recipe(epochs=1, lr=0.05), finetune=Recipe(epochs=0, lr=0.1),
-)  # fmt: skip
+    dataset="digits",
+    model="lenet_300_100",
+    size=8,
+    technique="l1-norm",
+    budget="channels:0.5",
+    device="cpu",
+    base=Recipe(epochs=1, lr=0.05),
+    finetune=Recipe(epochs=0, lr=0.1),
+)
 
 
 def test_every_flipped_bit_is_found_and_named(tmp_path):
@@ -95,7 +102,9 @@ def test_failures_are_shared_and_dropped_like_records(store):
 
 
 @pytest.mark.parametrize("url", ["nothing://x/y", "s3://", "file:///proc/nowhere"])
-def test_a_store_that_cannot_be_used_is_named_before_anything_runs(url, monkeypatch, tmp_path, fresh_cache, capsys):
+def test_a_store_that_cannot_be_used_is_named_before_anything_runs(
+    url, monkeypatch, tmp_path, fresh_cache, capsys
+):
     monkeypatch.setenv("WIDTHBENCH_STORE", "")  # which is put back afterwards
     assert cli.main(["run", "smoke", "--store", url, "--results", str(tmp_path)]) == 2
     assert f"the store {url} cannot be used" in capsys.readouterr().err
@@ -112,6 +121,10 @@ def test_a_store_that_goes_away_costs_nothing(store, monkeypatch):
 
 def test_a_store_that_is_a_folder_is_the_same_from_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for given, meant in (("here/store", f"{tmp_path}/here/store"), ("s3://bucket/x", "s3://bucket/x"), ("", None)):
+    for given, meant in (
+        ("here/store", f"{tmp_path}/here/store"),
+        ("s3://bucket/x", "s3://bucket/x"),
+        ("", None),
+    ):
         monkeypatch.setenv(cache.STORE, given)
         assert cache.url() == meant

@@ -29,7 +29,9 @@ def _tiny(monkeypatch):
     """The suite "tiny" has the cells that its records have, and no others."""
     cells = Evidence.cells
     monkeypatch.setattr(
-        Evidence, "cells", lambda self, name: [r.cell for r in self.of(name)] if name == "tiny" else cells(self, name)
+        Evidence,
+        "cells",
+        lambda self, name: [r.cell for r in self.of(name)] if name == "tiny" else cells(self, name),
     )
 
 
@@ -38,11 +40,29 @@ def claim(*rows):
 
 
 def order(**changes):
-    return Row(**{"what": "a - b", "kind": "order", "direction": ">", "at": pick("a"), "minus": pick("b"), **changes})
+    return Row(
+        **{
+            "what": "a - b",
+            "kind": "order",
+            "direction": ">",
+            "at": pick("a"),
+            "minus": pick("b"),
+            **changes,
+        }
+    )
 
 
 def value(**changes):
-    return Row(**{"what": "a", "kind": "value", "reported": 91.73, "tolerance": 0.01, "at": pick("a"), **changes})
+    return Row(
+        **{
+            "what": "a",
+            "kind": "value",
+            "reported": 91.73,
+            "tolerance": 0.01,
+            "at": pick("a"),
+            **changes,
+        }
+    )
 
 
 def pick(technique):
@@ -52,15 +72,31 @@ def pick(technique):
 def record(technique, seed, top1, budget="macs:0.5", params=None, **provenance):
     recipe = Recipe(epochs=1, lr=0.1)
     cell = Cell(
-        dataset="digits", model="lenet5", size=28, technique=technique, params=params or {}, budget=budget, seed=seed,
-        base=recipe, finetune=recipe,
-    )  # fmt: skip
+        dataset="digits",
+        model="lenet5",
+        size=28,
+        technique=technique,
+        params=params or {},
+        budget=budget,
+        seed=seed,
+        base=recipe,
+        finetune=recipe,
+    )
     row = Scores(stage="resized", top1=top1, loss=0.1, samples=450)
-    return Record(key=f"{technique}{seed}" + "0" * 30, cell=cell, **{**DONE, "rows": (row,)}, provenance=provenance)
+    return Record(
+        key=f"{technique}{seed}" + "0" * 30,
+        cell=cell,
+        **{**DONE, "rows": (row,)},
+        provenance=provenance,
+    )
 
 
 def evidence(tmp_path, scores, **provenance):
-    records = [record(name, seed, top1, **provenance) for name, values in scores.items() for seed, top1 in enumerate(values)]
+    records = [
+        record(name, seed, top1, **provenance)
+        for name, values in scores.items()
+        for seed, top1 in enumerate(values)
+    ]
     write_records(tmp_path / "tiny" / "records.jsonl", records)
     return Evidence(tmp_path)
 
@@ -96,29 +132,48 @@ NAMES = {
     "M1": ("{}, baseline", "{}, pruned", "{}, merged", "{}, gain of merging"),
     "M2": ("{} %, pruned", "{} %, merged", "{} %, gain of merging", "{} %, parameters"),
     "M3": (
-        "{} %, pruned top-1", "{} %, merged top-1", "{} %, gain top-1",
-        "{} %, pruned top-5", "{} %, merged top-5", "{} %, gain top-5",
+        "{} %, pruned top-1",
+        "{} %, merged top-1",
+        "{} %, gain top-1",
+        "{} %, pruned top-5",
+        "{} %, merged top-5",
+        "{} %, gain top-5",
         "{} %, parameters",
     ),
-}  # fmt: skip
+}
 OTHERS = {
-    ("M2", "baseline"): 87.90, ("M2", "baseline, parameters"): 3.2, ("M2", "40 %, parameters"): 1.4,
-    ("M2", "40 %, the one value printed, read as pruned"): 84.52, ("M2", "40 %, the one value printed, read as merged"): 84.52,
-    ("M3", "VGG-16, baseline top-1"): 73.36, ("M3", "VGG-16, baseline top-5"): 91.51, ("M3", "VGG-16, baseline parameters"): 138,
-    ("M3", "ResNet-34, baseline top-1"): 73.31, ("M3", "ResNet-34, baseline top-5"): 91.42,
+    ("M2", "baseline"): 87.90,
+    ("M2", "baseline, parameters"): 3.2,
+    ("M2", "40 %, parameters"): 1.4,
+    ("M2", "40 %, the one value printed, read as pruned"): 84.52,
+    ("M2", "40 %, the one value printed, read as merged"): 84.52,
+    ("M3", "VGG-16, baseline top-1"): 73.36,
+    ("M3", "VGG-16, baseline top-5"): 91.51,
+    ("M3", "VGG-16, baseline parameters"): 138,
+    ("M3", "ResNet-34, baseline top-1"): 73.31,
+    ("M3", "ResNet-34, baseline top-5"): 91.42,
     ("M3", "ResNet-34, baseline parameters"): 21,
-    ("M4", "LeNet-300-100, NMF, mean over ratios"): 15.80, ("M4", "LeNet-300-100, MostSim at 50 %"): 88.69,
-    ("M4", "LeNet-5, NMF, mean over ratios"): 15.80, ("M4", "LeNet-5, MostSim"): 88.69,
-    ("A1", "MobileNetV1 325 M, base, top-1 error"): 31.6, ("A1", "MobileNetV1 325 M, AutoSlim, top-1 error"): 28.5,
-    ("A1", "MobileNetV1 325 M, AutoPrune, top-1 error"): 28.8, ("A1", "MobileNetV1 150 M, base, top-1 error"): 36.7,
-    ("A1", "MobileNetV1 150 M, AutoSlim, top-1 error"): 32.1, ("A1", "MobileNetV1 150 M, AutoPrune, top-1 error"): 31.8,
-    ("A1", "MobileNetV2 300 to 305 M, base, top-1 error"): 28.2, ("A1", "MobileNetV2 300 to 305 M, AutoSlim, top-1 error"): 25.8,
-    ("A1", "MobileNetV2 300 to 305 M, AutoPrune, top-1 error"): 26.1, ("A1", "MobileNetV2 207 to 209 M, base, top-1 error"): 30.2,
-    ("A1", "MobileNetV2 207 to 209 M, AutoSlim, top-1 error"): 27, ("A1", "MobileNetV2 207 to 209 M, AutoPrune, top-1 error"): 26.7,
-    ("S3", "measured exponent of d"): 3, ("S3", "measured exponent of n"): 1,
+    ("M4", "LeNet-300-100, NMF, mean over ratios"): 15.80,
+    ("M4", "LeNet-300-100, MostSim at 50 %"): 88.69,
+    ("M4", "LeNet-5, NMF, mean over ratios"): 15.80,
+    ("M4", "LeNet-5, MostSim"): 88.69,
+    ("A1", "MobileNetV1 325 M, base, top-1 error"): 31.6,
+    ("A1", "MobileNetV1 325 M, AutoSlim, top-1 error"): 28.5,
+    ("A1", "MobileNetV1 325 M, AutoPrune, top-1 error"): 28.8,
+    ("A1", "MobileNetV1 150 M, base, top-1 error"): 36.7,
+    ("A1", "MobileNetV1 150 M, AutoSlim, top-1 error"): 32.1,
+    ("A1", "MobileNetV1 150 M, AutoPrune, top-1 error"): 31.8,
+    ("A1", "MobileNetV2 300 to 305 M, base, top-1 error"): 28.2,
+    ("A1", "MobileNetV2 300 to 305 M, AutoSlim, top-1 error"): 25.8,
+    ("A1", "MobileNetV2 300 to 305 M, AutoPrune, top-1 error"): 26.1,
+    ("A1", "MobileNetV2 207 to 209 M, base, top-1 error"): 30.2,
+    ("A1", "MobileNetV2 207 to 209 M, AutoSlim, top-1 error"): 27,
+    ("A1", "MobileNetV2 207 to 209 M, AutoPrune, top-1 error"): 26.7,
+    ("S3", "measured exponent of d"): 3,
+    ("S3", "measured exponent of n"): 1,
     ("R1", "1 x 100: share removed at the stopping point, in every network"): 40,
     ("R1", "2 x 50: share removed at the stopping point, in every network"): 40,
-}  # fmt: skip
+}
 
 
 def test_reported_numbers_are_those_of_the_documents():
@@ -127,7 +182,9 @@ def test_reported_numbers_are_those_of_the_documents():
         for line in text.strip().splitlines():
             first, *numbers = line.split()
             keys = [n.format(first.replace(",", " ")) for n in NAMES[name]]
-            expected |= {(name, key): float(number) for key, number in zip(keys, numbers, strict=True)}
+            expected |= {
+                (name, key): float(number) for key, number in zip(keys, numbers, strict=True)
+            }
     found = {
         (c.id, r.what): r.reported
         for d in ledger.load()
@@ -138,7 +195,10 @@ def test_reported_numbers_are_those_of_the_documents():
     assert found == expected
 
 
-@pytest.mark.parametrize(("measured", "right"), [(91.73, True), (91.74, True), (91.72, True), (91.75, False), (91.0, False)])
+@pytest.mark.parametrize(
+    ("measured", "right"),
+    [(91.73, True), (91.74, True), (91.72, True), (91.75, False), (91.0, False)],
+)
 def test_a_value_is_reproduced_within_its_tolerance(tmp_path, measured, right):
     judged = judge_row(value(), claim(), evidence(tmp_path, {"a": [measured]}))
     verdict = "reproduced" if right else "not reproduced"
@@ -152,8 +212,16 @@ def test_a_value_is_reproduced_within_its_tolerance(tmp_path, measured, right):
         ([92, 93, 94, 95, 96], [90, 91.1, 92.2, 92.8, 94.1], "reproduced"),
         ([90, 91.1, 92.2, 92.8, 94.1], [92, 93, 94, 95, 96], "not reproduced"),
         ([92, 93, 94, 95, 96], [93, 92, 95, 94, 96], "inconclusive"),
-        ([92, 93, 94, 95], [80, 81, 82, 83], "inconclusive"),  # four bases are too few, however far apart
-        ([92, 92, 92, 92, 92], [91, 91, 91, 91, 91], "reproduced"),  # the same difference everywhere
+        (
+            [92, 93, 94, 95],
+            [80, 81, 82, 83],
+            "inconclusive",
+        ),  # four bases are too few, however far apart
+        (
+            [92, 92, 92, 92, 92],
+            [91, 91, 91, 91, 91],
+            "reproduced",
+        ),  # the same difference everywhere
         ([92, 92, 92, 92, 92], [92, 92, 92, 92, 92], "inconclusive"),
     ],
 )
@@ -162,7 +230,9 @@ def test_an_order_needs_an_interval_beyond_the_bound_over_five_bases(tmp_path, a
 
 
 def test_orders_can_point_down_and_have_a_margin(tmp_path):
-    found = evidence(tmp_path, {"a": [90, 91.1, 92.2, 92.8, 94.1], "b": [90.3, 91.3, 92.4, 93.2, 94.4]})
+    found = evidence(
+        tmp_path, {"a": [90, 91.1, 92.2, 92.8, 94.1], "b": [90.3, 91.3, 92.4, 93.2, 94.4]}
+    )
     assert judge_row(order(direction="<"), claim(), found).verdict == "reproduced"
     assert judge_row(order(bound=-0.5), claim(), found).verdict == "reproduced"
     assert judge_row(order(bound=0.5), claim(), found).verdict == "not reproduced"
@@ -172,27 +242,46 @@ def test_pairs_share_a_base_and_a_checkpoint_counts_once(tmp_path):
     row = Row(what="gain", kind="gain", reported=2.0, tolerance=3.0, at=pick("a"), minus=pick("b"))
     seeds = judge_row(row, claim(), evidence(tmp_path, {"a": [92, 93, 94], "b": [90, 91]}))
     assert (seeds.measured.mean, seeds.measured.n) == (2.0, 2)
-    one = judge_row(row, claim(), evidence(tmp_path, {"a": [92, 92, 92], "b": [90, 90, 90]}, checkpoint="abc"))
+    one = judge_row(
+        row, claim(), evidence(tmp_path, {"a": [92, 92, 92], "b": [90, 90, 90]}, checkpoint="abc")
+    )
     assert (one.measured.n, one.measured.std) == (1, None)
 
 
 def test_a_list_of_budgets_and_seeds_on_one_base_are_averaged(tmp_path):
-    scores = {("macs:0.5", 0): 90.0, ("macs:0.5", 1): 92.0, ("macs:0.25", 0): 80.0, ("macs:0.25", 1): 70.0}
+    scores = {
+        ("macs:0.5", 0): 90.0,
+        ("macs:0.5", 1): 92.0,
+        ("macs:0.25", 0): 80.0,
+        ("macs:0.25", 1): 70.0,
+    }
     row = value(at=Pick(suite="tiny", budget=["macs:0.5", "macs:0.25"]))
     for provenance, expected in (({}, {0: 85.0, 1: 81.0}), ({"checkpoint": "abc"}, {"abc": 83.0})):
-        records = [record("a", seed, top1, budget, **provenance) for (budget, seed), top1 in scores.items()]
+        records = [
+            record("a", seed, top1, budget, **provenance) for (budget, seed), top1 in scores.items()
+        ]
         write_records(tmp_path / "tiny" / "records.jsonl", records)
         assert Evidence(tmp_path).pick(row.at).values == expected
-    write_records(tmp_path / "tiny" / "records.jsonl", [record("a", s, t, b) for (b, s), t in scores.items()][:3])
+    write_records(
+        tmp_path / "tiny" / "records.jsonl",
+        [record("a", s, t, b) for (b, s), t in scores.items()][:3],
+    )
     picked = Evidence(tmp_path).pick(row.at)
     assert picked.values == {0: 85.0}  # a base without all budgets has no mean over them
 
 
 def test_a_pick_knows_the_defaults_of_parameters(tmp_path):
-    rows = [record("neuron-merging", 0, 90.0), record("neuron-merging", 0, 80.0, params={"merge": False})]
+    rows = [
+        record("neuron-merging", 0, 90.0),
+        record("neuron-merging", 0, 80.0, params={"merge": False}),
+    ]
     write_records(tmp_path / "tiny" / "records.jsonl", rows)
     for merge, expected in ((True, 90.0), (False, 80.0)):
-        pick = Pick(suite="tiny", technique="neuron-merging", params={"merge": merge, "bn_scale": "released"})
+        pick = Pick(
+            suite="tiny",
+            technique="neuron-merging",
+            params={"merge": merge, "bn_scale": "released"},
+        )
         assert Evidence(tmp_path).pick(pick).values == {0: expected}
 
 
@@ -202,14 +291,18 @@ def test_a_claim_holds_in_the_reading_that_holds_and_the_page_says_which():
 
     rows = [judged("reproduced", "one"), judged("not reproduced", "two"), judged("reproduced")]
     assert overall(rows) == "reproduced"
-    assert "Read as one: reproduced; Read as two: not reproduced." in page([(ledger.load()[0], claim(value()), rows)])
+    assert "Read as one: reproduced; Read as two: not reproduced." in page(
+        [(ledger.load()[0], claim(value()), rows)]
+    )
     assert overall([*rows, judged("not reproduced")]) == "not reproduced"
     assert overall([judged("not run", "one"), judged("not reproduced", "two")]) == "not reproduced"
     assert overall([judged("not run", "one"), judged("not run", "two")]) == "not run"
 
 
 def test_ambiguous_picks_are_refused_even_where_the_values_agree(tmp_path):
-    with pytest.raises(UsageError, match="matches 2 kinds of cells that differ in more than their seed"):
+    with pytest.raises(
+        UsageError, match="matches 2 kinds of cells that differ in more than their seed"
+    ):
         judge_row(value(at=Pick(suite="tiny")), claim(), evidence(tmp_path, {"a": [91], "b": [91]}))
 
 
@@ -233,18 +326,25 @@ def test_bases_that_failed_leave_an_order_open(tmp_path):
     assert "incomplete: 1 cell(s) without a result" in judged.detail
 
 
-def test_a_part_of_the_cells_reproduces_nothing_and_cells_of_no_suite_do_not_count(tmp_path, monkeypatch):
+def test_a_part_of_the_cells_reproduces_nothing_and_cells_of_no_suite_do_not_count(
+    tmp_path, monkeypatch
+):
     whole = evidence(tmp_path, {"a": [91.73] * 5})
     assert judge_row(value(), claim(), whole).verdict == "reproduced"
     meant = [r.cell for r in whole.of("tiny")]
     monkeypatch.setattr(Evidence, "cells", lambda self, name: meant)
     records = read_records(tmp_path / "tiny" / "records.jsonl")
-    for kept, verdict, missing in ((records[:1], "inconclusive", 4), (records[:4], "inconclusive", 1)):
+    for kept, verdict, missing in (
+        (records[:1], "inconclusive", 4),
+        (records[:4], "inconclusive", 1),
+    ):
         write_records(tmp_path / "tiny" / "records.jsonl", kept)
         judged = judge_row(value(), claim(), Evidence(tmp_path))
         assert judged.verdict == verdict
         assert f"incomplete: {missing} cell(s) without a result" in judged.detail
-    foreign = records[0].model_copy(update={"cell": meant[0].model_copy(update={"base": Recipe(epochs=2, lr=0.1)})})
+    foreign = records[0].model_copy(
+        update={"cell": meant[0].model_copy(update={"base": Recipe(epochs=2, lr=0.1)})}
+    )
     write_records(tmp_path / "tiny" / "records.jsonl", [foreign])
     assert judge_row(value(), claim(), Evidence(tmp_path)).verdict == "not run"
 
@@ -253,14 +353,21 @@ def test_a_verdict_names_what_is_odd_about_its_records(tmp_path):
     judged = judge_row(value(), claim(), evidence(tmp_path, {"a": [91.73]}, dirty=True))
     assert "1 record(s) from uncommitted code" in judged.detail
     assert judged.verdict == "inconclusive"
-    records = [r.model_copy(update={"floor": True, "met": False}) for r in read_records(tmp_path / "tiny" / "records.jsonl")]
+    records = [
+        r.model_copy(update={"floor": True, "met": False})
+        for r in read_records(tmp_path / "tiny" / "records.jsonl")
+    ]
     write_records(tmp_path / "tiny" / "records.jsonl", records)
     detail = judge_row(value(), claim(), Evidence(tmp_path)).detail
     assert "1 record(s) at the feasible floor; 1 record(s) below their budget" in detail
 
 
 def test_without_records_a_claim_is_not_run_and_shows_no_number(tmp_path):
-    judged = judge_row(value(at=Pick(suite="digits", technique="base", model="lenet5")), claim(), Evidence(tmp_path))
+    judged = judge_row(
+        value(at=Pick(suite="digits", technique="base", model="lenet5")),
+        claim(),
+        Evidence(tmp_path),
+    )
     assert (judged.verdict, judged.measured, judged.detail) == ("not run", None, "nothing")
     last = page([(ledger.load()[0], claim(value()), [judged])]).splitlines()[-1].split("|")
     assert [c.strip() for c in last[2:5]] == ["91.73", "–", "**not run**"]
@@ -280,16 +387,25 @@ def test_checks_measure_ratios_and_properties(tmp_path, monkeypatch):
     monkeypatch.setattr(_claims, "numbers", lambda: [1.2, 1.9, 9.0], raising=False)
     monkeypatch.setattr(ledger, "_function", lambda name: _claims.numbers)
     rule = {"what": "x", "check": "some:numbers", "direction": "<=", "bound": 2.0}
-    ratio, held = (judge_row(Row(kind=k, **rule), claim(), Evidence(tmp_path)) for k in ("ratio", "property"))
+    ratio, held = (
+        judge_row(Row(kind=k, **rule), claim(), Evidence(tmp_path)) for k in ("ratio", "property")
+    )
     assert (ratio.verdict, ratio.measured.mean) == ("reproduced", 1.9)
     assert (held.verdict, held.detail) == ("not reproduced", "<= 2 in 2 of 3")
     monkeypatch.setattr(_claims, "numbers", lambda: [1.2, 1.9], raising=False)
-    assert judge_row(Row(kind="ratio", **rule), claim(), Evidence(tmp_path)).verdict == "inconclusive"
+    assert (
+        judge_row(Row(kind="ratio", **rule), claim(), Evidence(tmp_path)).verdict == "inconclusive"
+    )
     monkeypatch.setattr(_claims, "numbers", lambda: [float("nan")], raising=False)
-    assert judge_row(Row(kind="property", **rule), claim(), Evidence(tmp_path)).verdict == "not reproduced"
+    assert (
+        judge_row(Row(kind="property", **rule), claim(), Evidence(tmp_path)).verdict
+        == "not reproduced"
+    )
 
 
-def test_a_check_that_takes_the_evidence_reads_records_and_says_what_is_missing(tmp_path, monkeypatch):
+def test_a_check_that_takes_the_evidence_reads_records_and_says_what_is_missing(
+    tmp_path, monkeypatch
+):
     found = evidence(tmp_path, {"a": [1, 2, 3]}, dirty=True)
 
     def check(evidence):
@@ -297,7 +413,11 @@ def test_a_check_that_takes_the_evidence_reads_records_and_says_what_is_missing(
         return ledger.Picked({0: 0.5, 1: 0.7}, found.of("tiny"), missing=2)
 
     monkeypatch.setattr(ledger, "_function", lambda name: check)
-    judged = judge_row(Row(what="x", kind="property", check="some:check", direction="<=", bound=2.0), claim(), found)
+    judged = judge_row(
+        Row(what="x", kind="property", check="some:check", direction="<=", bound=2.0),
+        claim(),
+        found,
+    )
     assert (judged.verdict, judged.measured.n, len(judged.records)) == ("inconclusive", 2, 3)
     assert "incomplete: 2 cell(s) without a result" in judged.detail
     assert "3 record(s) from uncommitted code" in judged.detail
@@ -305,11 +425,17 @@ def test_a_check_that_takes_the_evidence_reads_records_and_says_what_is_missing(
 
 def test_a_pick_takes_an_entry_of_a_series_and_tells_variants_and_arguments_apart(tmp_path):
     records = []
-    for variant, args in (("", {"widths": [5]}), ("short", {"widths": [5]}), ("", {"widths": [5], "act_layer": "tanh"})):
+    for variant, args in (
+        ("", {"widths": [5]}),
+        ("short", {"widths": [5]}),
+        ("", {"widths": [5], "act_layer": "tanh"}),
+    ):
         old = record("a", 0, 90.0)
         cell = old.cell.model_copy(update={"variant": variant, "model_args": args})
         series = {"loss": [1.0, len(variant), len(args)]}
-        records.append(old.model_copy(update={"key": variant + str(args), "cell": cell, "series": series}))
+        records.append(
+            old.model_copy(update={"key": variant + str(args), "cell": cell, "series": series})
+        )
     write_records(tmp_path / "tiny" / "records.jsonl", records)
     found = Evidence(tmp_path)
 
@@ -330,7 +456,9 @@ def test_a_pick_takes_an_entry_of_a_series_and_tells_variants_and_arguments_apar
 
 
 def test_the_least_entry_leaves_out_those_that_are_not_there():
-    noted = record("a", 0, 90.0).model_copy(update={"series": {"cosine": [0.5, 0.25, 0.75, None], "none": [None]}})
+    noted = record("a", 0, 90.0).model_copy(
+        update={"series": {"cosine": [0.5, 0.25, 0.75, None], "none": [None]}}
+    )
     assert Pick(suite="tiny", metric="series:cosine", entry="least").value(noted) == 0.25
     assert Pick(suite="tiny", metric="series:none", entry="least").value(noted) is None
 
@@ -339,7 +467,10 @@ def test_compression_is_of_parameters_and_an_error_is_what_is_left_of_a_hundred(
     small = record("a", 0, 90.0).model_copy(update={"base_params": 3000, "params": 1200})
     assert Pick(suite="tiny", metric="compression").value(small) == 2.5
     assert Pick(suite="tiny", metric="top1_error").value(small) == 10.0
-    assert Pick(suite="tiny", metric="compression").value(small.model_copy(update={"params": None})) is None
+    assert (
+        Pick(suite="tiny", metric="compression").value(small.model_copy(update={"params": None}))
+        is None
+    )
 
 
 def converging(estimator, seed, accuracy):
@@ -358,12 +489,17 @@ def converging(estimator, seed, accuracy):
         and c.params.get("start") == "fresh"
         and c.params.get("estimator", "softplus") == estimator
     ]
-    series = {"trajectory.step": [10 * (i + 1) for i in range(len(accuracy))], "trajectory.val_top1": accuracy}
+    series = {
+        "trajectory.step": [10 * (i + 1) for i in range(len(accuracy))],
+        "trajectory.val_top1": accuracy,
+    }
     old = record("a", seed, 90.0)
     return old.model_copy(update={"key": f"{estimator} {seed}", "cell": meant[0], "series": series})
 
 
-def test_steps_to_convergence_are_counted_to_the_point_after_which_no_accuracy_is_a_point_short(tmp_path):
+def test_steps_to_convergence_are_counted_to_the_point_after_which_no_accuracy_is_a_point_short(
+    tmp_path,
+):
     from widthbench._claims import autoprune
 
     late, early = [50.0, 97.5, 96.4, 97.0, 98.0, 98.0], [97.0, 99.0, 97.0, 97.0, 97.0, 98.0]
@@ -372,7 +508,9 @@ def test_steps_to_convergence_are_counted_to_the_point_after_which_no_accuracy_i
     assert autoprune.steps(converging("softplus", 0, [98.0])) == 10
     assert autoprune.steps(record("a", 0, 90.0)) is None
     runs = [("softplus", 0, late), ("leaky_relu", 0, early), ("softplus", 1, late)]
-    write_records(tmp_path / "autoprune-lenet" / "records.jsonl", [converging(*run) for run in runs])
+    write_records(
+        tmp_path / "autoprune-lenet" / "records.jsonl", [converging(*run) for run in runs]
+    )
     found = autoprune.softplus_over_leaky_relu_lenet5(Evidence(tmp_path))
     assert (found.values, len(found.records), found.missing) == ({0: 30.0}, 3, 7)
 
@@ -385,12 +523,15 @@ def test_recoverability_is_recoveries_per_chance(tmp_path):
         (meant,) = [
             c
             for c in cells
-            if (c.model, c.variant, c.technique, c.seed) == ("lenet5", "fixed mu", "autoprune", seed)
+            if (c.model, c.variant, c.technique, c.seed)
+            == ("lenet5", "fixed mu", "autoprune", seed)
             and c.params.get("weight_decay") == decay
             and "decoupling" not in c.params
         ]
         series = {"trajectory.recoveries": [0, recoveries], "trajectory.shut": [0, shut]}
-        return record("a", seed, 90.0).model_copy(update={"key": f"{decay} {seed}", "cell": meant, "series": series})
+        return record("a", seed, 90.0).model_copy(
+            update={"key": f"{decay} {seed}", "cell": meant, "series": series}
+        )
 
     assert autoprune.rate(gated(0, 0, 3, 600)) == 5.0
     assert autoprune.rate(gated(0, 0, 0, 0)) is None
@@ -432,7 +573,9 @@ def test_a_claim_is_as_good_as_its_rows(verdicts, expected):
 def test_rows_at_proxy_scale_stand_in_for_those_at_full_scale_that_were_not_run(proxies, expected):
     rows = [Judged(value(proxy=True), v, summarise({0: 1.0})) for v in proxies]
     assert overall([*rows, Judged(value(), "not run")]) == expected
-    assert overall([*rows, Judged(value(), "not reproduced", summarise({0: 1.0}))]) == "not reproduced"
+    assert (
+        overall([*rows, Judged(value(), "not reproduced", summarise({0: 1.0}))]) == "not reproduced"
+    )
 
 
 @pytest.mark.parametrize(
@@ -460,7 +603,9 @@ def test_splittings_costs_are_read_as_ratios_of_their_pairs(tmp_path):
     from widthbench._claims import splitting
 
     pairs = [
-        {"what": "cost", "network": n, "backward": 2.0, "product": p, "all": 7 * p} for n in ("lenet5", "x") for p in (1.0, 3.0)
+        {"what": "cost", "network": n, "backward": 2.0, "product": p, "all": 7 * p}
+        for n in ("lenet5", "x")
+        for p in (1.0, 3.0)
     ]
     times = [{"what": "exact", "n": 4, "d": d, "seconds": d**2.5} for d in (128, 256, 512)]
     times += [{"what": "exact", "n": n, "d": 200, "seconds": 3 * n} for n in (8, 16, 32)]
@@ -476,8 +621,15 @@ def test_splittings_costs_are_read_as_ratios_of_their_pairs(tmp_path):
 def test_splittings_law_is_read_at_one_epsilon(tmp_path):
     from widthbench._claims import splitting
 
-    laws = [{"what": "law", "seed": s, "epsilon": e, "fall": 0.9 * e, "law": e} for s in (0, 1) for e in (0.05, 0.1)]
-    finals = [{"what": "final", "select": n, "losses": v} for n, v in (("eigen", [0.1, 0.4]), ("none", [0.3, 0.3]))]
+    laws = [
+        {"what": "law", "seed": s, "epsilon": e, "fall": 0.9 * e, "law": e}
+        for s in (0, 1)
+        for e in (0.05, 0.1)
+    ]
+    finals = [
+        {"what": "final", "select": n, "losses": v}
+        for n, v in (("eigen", [0.1, 0.4]), ("none", [0.3, 0.3]))
+    ]
     _write(tmp_path, "splitting-law.jsonl", laws + finals)
     found = Evidence(tmp_path)
     assert splitting.fall(found).values == pytest.approx({0: 0.045, 1: 0.045})
@@ -490,10 +642,18 @@ def test_rounds_are_held_against_widths_only_where_all_sizes_are_there(tmp_path)
     from widthbench._claims import splitting
 
     def grown(cell, rounds):
-        series = {"trajectory.open": [20 + 12 * rounds], "trajectory.step": [rounds], "trajectory.splits": [12 * rounds]}
-        return Record(key=f"{cell.budget}{cell.seed}".ljust(40, "0"), cell=cell, **DONE, series=series)
+        series = {
+            "trajectory.open": [20 + 12 * rounds],
+            "trajectory.step": [rounds],
+            "trajectory.splits": [12 * rounds],
+        }
+        return Record(
+            key=f"{cell.budget}{cell.seed}".ljust(40, "0"), cell=cell, **DONE, series=series
+        )
 
-    cells = [c for c in ledger.suites.load("growing").cells() if c.variant == "rounds" and c.seed < 2]
+    cells = [
+        c for c in ledger.suites.load("growing").cells() if c.variant == "rounds" and c.seed < 2
+    ]
     assert len(cells) == 10
     records = [grown(c, 3 + i) for i, c in enumerate(cells)]
     write_records(tmp_path / "growing" / "records.jsonl", records[:-1])
@@ -505,7 +665,9 @@ def test_rounds_are_held_against_widths_only_where_all_sizes_are_there(tmp_path)
     found = splitting.rounds_against_width(Evidence(tmp_path))
     assert found.values[0] < 0.95
     assert found.values[1] == pytest.approx(1.0)
-    assert splitting.splits_against_width(Evidence(tmp_path)).values == pytest.approx({0: 1.0, 1: 1.0})
+    assert splitting.splits_against_width(Evidence(tmp_path)).values == pytest.approx(
+        {0: 1.0, 1: 1.0}
+    )
 
 
 def test_a_pipelines_cost_is_all_that_it_spent(tmp_path):
@@ -515,7 +677,11 @@ def test_a_pipelines_cost_is_all_that_it_spent(tmp_path):
         bills = {k: Spent(forward_macs=v, backward_macs=2 * v) for k, v in parts.items()}
         return Record(key=cell.id.ljust(40, "0"), cell=cell, **DONE, spent=bills)
 
-    cells = [c for c in ledger.suites.load("growing").cells() if c.model == "lenet5" and c.dataset == "mnist" and c.seed == 0]
+    cells = [
+        c
+        for c in ledger.suites.load("growing").cells()
+        if c.model == "lenet5" and c.dataset == "mnist" and c.seed == 0
+    ]
     split = [c for c in cells if c.technique == "splitting" and "select" not in c.params]
     prune = [c for c in cells if c.technique == "l1-norm"]
     assert len(split) == len(prune) == 2
@@ -530,7 +696,10 @@ def test_a_pipelines_cost_is_all_that_it_spent(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("document =", "x.toml: not valid TOML"), ('document = "a"\ntitle = "b"\n', "x.toml: claims: Field required")],
+    [
+        ("document =", "x.toml: not valid TOML"),
+        ('document = "a"\ntitle = "b"\n', "x.toml: claims: Field required"),
+    ],
 )
 def test_malformed_files_are_named(text, message):
     with pytest.raises(UsageError, match=message):
@@ -544,7 +713,11 @@ def test_unknown_ids_suggest_others():
 
 def test_the_committed_page_says_what_the_committed_records_say():
     found = Evidence(ROOT / "results" / "published")
-    judged = [(d, c, ledger.judge(c, found)) for d, c in ledger.choose(ledger.load()) if not any(r.check for r in c.rows)]
+    judged = [
+        (d, c, ledger.judge(c, found))
+        for d, c in ledger.choose(ledger.load())
+        if not any(r.check for r in c.rows)
+    ]
     committed = (ROOT / "results" / "published" / "claims.md").read_text()
     for document, one, rows in judged:
         section = page([(document, one, rows)]).partition(f"### {one.id}: ")[2]
@@ -565,23 +738,35 @@ def test_a_reported_number_never_fills_a_measured_column():
 
 
 def test_whatever_a_document_reports_leaves_every_measured_column_as_it_is(tmp_path):
-    """The reported numbers of all claims are put up to nonsense: nothing measured moves, and without records nothing is there."""
+    """The reported numbers of all claims are put up to nonsense: nothing measured moves, and
+    without records nothing is there."""
     found, nothing = Evidence(ROOT / "results" / "published"), Evidence(tmp_path)
     for document in ledger.load():
         for one in document.claims:
-            rows = tuple(r for r in one.rows if not r.check)  # checks take neither the row nor the document
+            rows = tuple(
+                r for r in one.rows if not r.check
+            )  # checks take neither the row nor the document
             if not rows:
                 continue
             honest = one.model_copy(update={"rows": rows})
-            moved = tuple(r if r.reported is None else r.model_copy(update={"reported": 987654.0}) for r in rows)
+            moved = tuple(
+                r if r.reported is None else r.model_copy(update={"reported": 987654.0})
+                for r in rows
+            )
             absurd = one.model_copy(update={"rows": moved})
-            columns = [[r["measured"] for r in plain([(document, c, ledger.judge(c, found))])[0]["rows"]] for c in (honest, absurd)]
+            columns = [
+                [r["measured"] for r in plain([(document, c, ledger.judge(c, found))])[0]["rows"]]
+                for c in (honest, absurd)
+            ]
             assert columns[0] == columns[1], one.id
             text = page([(document, absurd, ledger.judge(absurd, found))])
             for line in text.splitlines():
                 cells = line.split("|")
                 assert "987654" not in "".join(cells[3:4]), line
-            assert {r["measured"] for r in plain([(document, one, ledger.judge(honest, nothing))])[0]["rows"]} == {"–"}
+            assert {
+                r["measured"]
+                for r in plain([(document, one, ledger.judge(honest, nothing))])[0]["rows"]
+            } == {"–"}
 
 
 def test_the_committed_data_are_those_of_the_committed_page():
@@ -600,18 +785,33 @@ def test_parameters_follow_from_structure_as_the_resized_network_has_them():
     from widthbench.experiment import suites
     from widthbench.networks import models
 
-    (cell, *_) = [c for c in suites.load("merging-cifar10").cells() if c.model == "mobilenetv1_100_cifar" and c.budget]
+    (cell, *_) = [
+        c
+        for c in suites.load("merging-cifar10").cells()
+        if c.model == "mobilenetv1_100_cifar" and c.budget
+    ]
     net = models.create(cell.model, classes=10, channels=3, size=cell.size)
     x = torch.randn(1, 3, cell.size, cell.size)
-    small = widthbench.apply("l1-norm", net, budget=cell.budget, example_input=x, include=list(cell.include))
+    small = widthbench.apply(
+        "l1-norm", net, budget=cell.budget, example_input=x, include=list(cell.include)
+    )
     (counted,) = parameters("merging-cifar10", cell.model, cell.budget)
     assert counted == sum(p.numel() for p in small.parameters()) / 1e6
-    assert parameters("merging-cifar10", cell.model) == [sum(p.numel() for p in net.parameters()) / 1e6]
+    assert parameters("merging-cifar10", cell.model) == [
+        sum(p.numel() for p in net.parameters()) / 1e6
+    ]
 
 
 def test_arguments_of_a_check_are_given_to_it_and_need_one(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "_function", lambda name: lambda number: [number])
-    row = Row(what="x", kind="value", reported=2.0, tolerance=0.5, check="some:thing", given={"number": 2.25})
+    row = Row(
+        what="x",
+        kind="value",
+        reported=2.0,
+        tolerance=0.5,
+        check="some:thing",
+        given={"number": 2.25},
+    )
     assert judge_row(row, claim(), Evidence(tmp_path)).verdict == "reproduced"
     with pytest.raises(ValueError, match="given needs check"):
         Row(what="x", kind="value", reported=2.0, tolerance=0.5, given={"number": 2.25})

@@ -3,33 +3,59 @@
 import pytest
 import torch
 
+from widthbench import contract
 from widthbench.contract import ContractError, check_technique
 from widthbench.technique import registry
 from widthbench.technique.base import Outcome, Technique
 from widthbench.width import keep
 
 SMALL = {  # the contract asks for no more
-    "neuron-removal": {"samples": 32},
-    "autoprune": {"epochs": 0.5},
-    "autoslim": {"epochs": 0.5, "steps": 2, "final_epochs": 0.5},
+    "neuron-removal": {"samples": 16},
+    "autoprune": {"epochs": 0.1},
+    "autoslim": {"epochs": 0.1, "steps": 2, "final_epochs": 0.1, "samples": 64, "calibration": 64},
+    "nmf": {"iterations": 10},
+    "torch-pruning:hessian": {"samples": 16},
+    "splitting": {"epochs": 0.1, "narrow": 0.9, "rounds": 1, "samples": 16},
 }
+LONG = (
+    "autoslim",
+    "neuron-removal",
+    "splitting",
+)  # on the ResNet, which one budget shows as well as three
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in registry.names()],
+)
 def test_every_registered_technique_keeps_the_contract(name):
     assert check_technique(registry.load(name), **SMALL.get(name, {})) > 0
 
 
 @pytest.mark.parametrize(
+    ("networks", "budgets"),
+    [(contract.NETWORKS[:2], contract.BUDGETS), (contract.NETWORKS[2:], ("channels:0.5",))],
+    ids=["plain networks", "a residual network"],
+)
+@pytest.mark.parametrize("name", LONG)
+def test_the_longest_keep_it_on_every_network_and_at_every_budget(
+    name, networks, budgets, monkeypatch
+):
+    monkeypatch.setattr(contract, "NETWORKS", networks)
+    monkeypatch.setattr(contract, "BUDGETS", budgets)
+    assert check_technique(registry.load(name), **SMALL[name]) == len(networks) * len(budgets)
+
+
+@pytest.mark.parametrize(
     "params",
     [
-        {"ranking": "first_order", "rerank": "iterative", "step": 20},
+        {"ranking": "first_order", "rerank": "iterative", "step": 100},
         {"ranking": "second_order", "softplus_beta": 3.0, "allocation": "uniform"},
         {"ranking": "random"},
     ],
 )
 def test_the_other_rankings_of_neuron_removal_keep_it_too(params):
-    assert check_technique(registry.load("neuron-removal"), samples=32, **params) == 9
+    assert check_technique(registry.load("neuron-removal"), samples=16, **params) == 9
 
 
 @pytest.mark.parametrize("name", ["l1-norm", "random-channels"])
@@ -64,7 +90,9 @@ class Moody(Honest):
     def decide(self, task, state):
         Moody.calls += 1
         plan = {n: list(range(w)) for n, w in task.widths().items()}
-        return Outcome({n: keep(rows[::-1] if Moody.calls % 2 else rows) for n, rows in plan.items()})
+        return Outcome(
+            {n: keep(rows[::-1] if Moody.calls % 2 else rows) for n, rows in plan.items()}
+        )
 
 
 class Eager(Honest):

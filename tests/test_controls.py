@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from widthbench.experiment.controls import FRESH, first_channels, fresh_at
 from widthbench.experiment.bases import obtain_base
-from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.cell import Cell
+from widthbench.experiment.controls import FRESH, first_channels, fresh_at
+from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 from widthbench.training.measuring import accuracy
@@ -13,8 +13,19 @@ BASE, TUNE = Recipe(epochs=2, lr=0.05), Recipe(epochs=1, lr=0.01)
 
 
 def cell(technique, **changes):
-    return Cell(**{"dataset": "digits", "model": "lenet_300_100", "size": 8, "technique": technique, "budget": "macs:0.5",
-                   "base": BASE, "finetune": TUNE, "device": "cpu", **changes})  # fmt: skip
+    return Cell(
+        **{
+            "dataset": "digits",
+            "model": "lenet_300_100",
+            "size": 8,
+            "technique": technique,
+            "budget": "macs:0.5",
+            "base": BASE,
+            "finetune": TUNE,
+            "device": "cpu",
+            **changes,
+        }
+    )
 
 
 def run(technique, **changes):
@@ -45,8 +56,11 @@ def test_scratch_trains_the_found_shape_for_as_many_epochs():
 
 
 def test_controls_of_one_shape_draw_different_weights():
-    """Uniformly spread budgets give `scratch` and `uniform-width` the same widths: they must not be the same experiment."""
-    drawn = [fresh_at(cell("scratch"), {"ip1": 75}, seed=FRESH[name])[0].ip1.weight for name in FRESH]
+    """Uniformly spread budgets give `scratch` and `uniform-width` the same widths: they must not be
+    the same experiment."""
+    drawn = [
+        fresh_at(cell("scratch"), {"ip1": 75}, seed=FRESH[name])[0].ip1.weight for name in FRESH
+    ]
     base = obtain_base(cell("l1-norm")).model.ip1.weight[:75]
     assert len({w.detach().numpy().tobytes() for w in [*drawn, base]}) == 4
 
@@ -56,7 +70,9 @@ def test_scratch_budget_trains_it_for_as_many_macs():
     whole = sum(s.forward_macs + s.backward_macs for s in source.spent.values())
     own = record.spent["adaptation"].forward_macs + record.spent["adaptation"].backward_macs
     assert own == pytest.approx(whole, rel=0.02)  # in whole steps
-    assert record.spent["adaptation"].epochs > run("scratch", of="l1-norm").spent["adaptation"].epochs
+    assert (
+        record.spent["adaptation"].epochs > run("scratch", of="l1-norm").spent["adaptation"].epochs
+    )
 
 
 @pytest.mark.parametrize("params", [{"epochs": 2}, {"epochs": 4, "start": "fresh"}])
@@ -66,7 +82,9 @@ def test_l1_budget_fine_tunes_until_it_has_cost_as_much(params):
     assert record.source == source.key
     assert record.widths == plain.widths
     assert record.rows[0] == plain.rows[0]  # the same channels
-    costs = [sum(s.forward_macs + s.backward_macs for s in r.spent.values()) for r in (source, record)]
+    costs = [
+        sum(s.forward_macs + s.backward_macs for s in r.spent.values()) for r in (source, record)
+    ]
     assert costs[1] == pytest.approx(costs[0], rel=0.02)  # in whole steps
     assert record.rows[-1].stage == "fine-tuned"
     held = run("l1-budget", of="autoprune", params=params, longest=1)
@@ -79,11 +97,16 @@ def test_l1_budget_shortens_its_base_where_the_source_never_trained_one():
     params = {"epochs": 0.25, "rounds": 2, "select": "random"}
     source = run("splitting", params=params)
     record = run("l1-budget", of="splitting", params=params)
-    costs = [sum(s.forward_macs + s.backward_macs for s in r.spent.values()) for r in (source, record)]
+    costs = [
+        sum(s.forward_macs + s.backward_macs for s in r.spent.values()) for r in (source, record)
+    ]
     assert costs[0] < 3 * 1077 * BASE.epochs * record.base_macs  # less than the base alone
     assert costs[1] == pytest.approx(costs[0], rel=0.03)  # in whole steps
     assert record.spent["base"].epochs < BASE.epochs
-    shares = record.spent["base"].epochs / BASE.epochs, record.spent["adaptation"].epochs / TUNE.epochs
+    shares = (
+        record.spent["base"].epochs / BASE.epochs,
+        record.spent["adaptation"].epochs / TUNE.epochs,
+    )
     assert shares[0] == pytest.approx(shares[1], rel=0.15)
     assert record.rows[-1].stage == "fine-tuned"
 
@@ -108,7 +131,9 @@ def test_fresh_weights_are_not_the_bases_and_are_drawn_for_the_new_shape():
     base = obtain_base(cell("l1-norm")).model
     assert model.ip1.out_features == model.ip2.in_features == 75
     assert not torch.equal(model.ip1.weight, base.ip1.weight[:75])
-    assert float(model.ip2.weight.detach().abs().max()) == pytest.approx(75**-0.5, rel=0.01)  # torch draws from ±1/sqrt(fan in)
+    assert float(model.ip2.weight.detach().abs().max()) == pytest.approx(
+        75**-0.5, rel=0.01
+    )  # torch draws from ±1/sqrt(fan in)
 
 
 def test_first_channels_takes_them_from_every_block_and_repeats_when_growing():
@@ -119,7 +144,10 @@ def test_first_channels_takes_them_from_every_block_and_repeats_when_growing():
 
 def test_a_control_whose_source_failed_has_failed_and_is_tried_again(fresh_cache, monkeypatch):
     """It would otherwise stay skipped for good, though the source is fine the next time."""
-    monkeypatch.setattr("widthbench.baselines.l1_norm.L1Norm.decide", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "widthbench.baselines.l1_norm.L1Norm.decide",
+        lambda *a: (_ for _ in ()).throw(OSError("disk full")),
+    )
     control = cell("scratch", of="l1-norm", budget="channels:0.5")
     first = run_cell(control, Store())
     assert first.status == "failed"

@@ -43,10 +43,14 @@ RECIPE = Recipe(epochs=1.5, batch_size=32, lr=0.02, crop=1, flip=True, cutout=2,
 
 def distance(one, other):
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return max(float((p.double() - q.double()).norm() / (q.double().norm() + 1e-3)) for p, q in pairs)
+    return max(
+        float((p.double() - q.double()).norm() / (q.double().norm() + 1e-3)) for p, q in pairs
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"amp": True}, {"optimizer": "adamw", "lr": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"amp": True}, {"optimizer": "adamw", "lr": 1e-3}], ids=str
+)
 def test_a_graphed_training_is_the_plain_one(digits, float32, monkeypatch, changes):
     recipe = RECIPE.model_copy(update=changes)
     replays = []
@@ -97,21 +101,34 @@ def test_every_technique_runs_on_a_gpu(technique):
     model = models.create("test_resnet", classes=10, channels=1, size=16).cuda()
     x = torch.randn(1, 1, 16, 16, device="cuda")
     pair = torch.rand(256, 1, 16, 16, device="cuda"), torch.randint(10, (256,), device="cuda")
-    out = api.outcome(technique, model, budget="macs:0.5", example_input=x, data=pair, **TECHNIQUES[technique])
+    out = api.outcome(
+        technique, model, budget="macs:0.5", example_input=x, data=pair, **TECHNIQUES[technique]
+    )
     assert next(out.resized.parameters()).is_cuda
     assert out.resized(x).isfinite().all()
 
 
 SUITE = {
-    "name": "gpu", "datasets": ["digits"], "seeds": [0], "budgets": ["macs:0.5"],
-    "techniques": [{"id": n, "params": p} for n, p in TECHNIQUES.items() if n in ("splitting", "autoprune", "autoslim")],
-    "base": RECIPE, "finetune": RECIPE, "models": [{"name": "test_resnet", "size": 8}], "device": "cuda",
-}  # fmt: skip
+    "name": "gpu",
+    "datasets": ["digits"],
+    "seeds": [0],
+    "budgets": ["macs:0.5"],
+    "techniques": [
+        {"id": n, "params": p}
+        for n, p in TECHNIQUES.items()
+        if n in ("splitting", "autoprune", "autoslim")
+    ],
+    "base": RECIPE,
+    "finetune": RECIPE,
+    "models": [{"name": "test_resnet", "size": 8}],
+    "device": "cuda",
+}
 
 
 def test_a_killed_technique_goes_on_from_what_it_had_kept(fresh_cache, monkeypatch):
-    """Splitting keeps its optimizer's state after a round: it comes back from a file, which is on the CPU."""
-    from widthbench.experiment.store import Store
+    """Splitting keeps its optimizer's state after a round: it comes back from a file, which is on
+    the CPU."""
+    from widthbench.records import Store
 
     cell = next(c for c in Suite(**SUITE).cells() if c.technique == "splitting")
     rounds = []
@@ -143,7 +160,9 @@ def test_float32_means_float32():
 
 
 def test_peak_memory_and_latency_are_those_of_the_network_itself():
-    wide, narrow = (nn.Sequential(nn.Conv2d(3, n, 3), nn.Conv2d(n, 8, 3)).cuda().eval() for n in (256, 16))
+    wide, narrow = (
+        nn.Sequential(nn.Conv2d(3, n, 3), nn.Conv2d(n, 8, 3)).cuda().eval() for n in (256, 16)
+    )
     x = torch.randn(64, 3, 32, 32, device="cuda")
     alone = peak_memory_mib(narrow, x)
     ballast = torch.zeros(2**26, device="cuda")  # 256 MiB that are not the network's

@@ -14,13 +14,19 @@ def test_digits_splits_are_stratified_disjoint_and_complete():
     for part in (split.train, split.val, split.test):
         counts = torch.bincount(part.labels)
         assert counts.max() - counts.min() <= 0.1 * len(part) / 10 + 2
-    together = torch.cat([split.train.images, split.val.images, split.test.images]).flatten(1).numpy()
+    together = (
+        torch.cat([split.train.images, split.val.images, split.test.images]).flatten(1).numpy()
+    )
     whole = np.rint(load_digits().data / 16 * 255).astype(np.uint8)
     assert sorted(map(bytes, together)) == sorted(map(bytes, whole))
 
 
 def test_seeds_redraw_val_and_never_test():
-    a, b, again = splits.load("digits", 8, seed=0), splits.load("digits", 8, seed=1), splits.load("digits", 8, seed=0)
+    a, b, again = (
+        splits.load("digits", 8, seed=0),
+        splits.load("digits", 8, seed=1),
+        splits.load("digits", 8, seed=0),
+    )
     assert torch.equal(a.test.images, b.test.images)
     assert not torch.equal(a.val.images, b.val.images)
     assert torch.equal(a.val.images, again.val.images)
@@ -33,7 +39,9 @@ def test_batches_are_normalised_by_the_training_part_and_cover_every_sample_once
     assert x.shape == (1077, 1, 28, 28)
     assert abs(float(x.mean())) < 1e-3
     assert abs(float(x.std()) - 1) < 1e-3
-    shuffled = torch.cat([y for _, y in split.train.batches(100, generator=torch.Generator().manual_seed(0))])
+    shuffled = torch.cat(
+        [y for _, y in split.train.batches(100, generator=torch.Generator().manual_seed(0))]
+    )
     assert not torch.equal(shuffled, split.train.labels)
     assert torch.equal(shuffled.sort().values, split.train.labels.sort().values)
 

@@ -25,7 +25,13 @@ def test_unknown_families_are_named():
 
 def test_a_row_has_grades_errors_and_a_half_that_runs():
     row = families.survey("test_vit")
-    assert (row["exact"], row["heads"], row["coupled"], row["frozen"], row["problem"]) == (18, 6, 1, 0, "")
+    assert (row["exact"], row["heads"], row["coupled"], row["frozen"], row["problem"]) == (
+        18,
+        6,
+        1,
+        0,
+        "",
+    )
     assert float(row["split error"]) < 1e-9
     assert float(row["gates vs removal"]) < 1e-9
     assert 0.2 < row["half MACs"] < 0.3
@@ -87,14 +93,27 @@ def test_a_network_that_takes_too_long_or_kills_its_process_is_a_row():
 
 
 def test_the_page_counts_what_passes_and_names_the_rest():
-    good = {"family": "a", "members": 3, "model": "a_s", "exact": 2, "split error": "1e-15", "gates vs removal": "2e-15"}
+    good = {
+        "family": "a",
+        "members": 3,
+        "model": "a_s",
+        "exact": 2,
+        "split error": "1e-15",
+        "gates vs removal": "2e-15",
+    }
     good |= {
         "problem": "",
         "half MACs": 0.25,
         "alone": 0.3,
         "reasons": {"splitting it changes the output by 1e-3": 2},
     }
-    bad = {"family": "b", "members": 1, "model": "b_s", "problem": "does not load: weights", "alone": "raises ValueError: no"}
+    bad = {
+        "family": "b",
+        "members": 1,
+        "model": "b_s",
+        "problem": "does not load: weights",
+        "alone": "raises ValueError: no",
+    }
     page = " ".join(families.page([good, bad]).split())
     assert "1 of 2 (50 %) load" in page
     assert "- b (`b_s`): does not load: weights" in page

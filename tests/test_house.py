@@ -23,7 +23,9 @@ def test_nothing_in_the_package_imports_a_technique():
         if p.name != "__main__.py"
     ]
     code = "import sys\nfor n in ('methods', 'baselines'): sys.modules[f'widthbench.{n}'] = None\n"
-    code += "".join(f"import {m.removesuffix('.__init__')}\n" for m in modules if "engines.ray" not in m)
+    code += "".join(
+        f"import {m.removesuffix('.__init__')}\n" for m in modules if "engines.ray" not in m
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -54,11 +54,15 @@ class Hundred:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_accuracy_runs_in_the_fastest_layout_and_puts_the_old_one_back(layout):
-    model = models.create("resnet20_cifar", classes=10, channels=3, size=32).to(memory_format=layout)
+    model = models.create("resnet20_cifar", classes=10, channels=3, size=32).to(
+        memory_format=layout
+    )
     seen = []
     fast = {"memory_format": torch.channels_last}
     model.conv1.register_forward_hook(
-        lambda m, args, out: seen.append(m.weight.is_contiguous(**fast) and args[0].is_contiguous(**fast))
+        lambda m, args, out: seen.append(
+            m.weight.is_contiguous(**fast) and args[0].is_contiguous(**fast)
+        )
     )
     x, y = torch.randn(6, 3, 32, 32), torch.arange(6)
     strides = [p.stride() for p in model.parameters()]
@@ -103,7 +107,9 @@ def test_meter_counts_passes_of_a_network_and_its_copies():
 
 
 def test_peak_memory_of_a_hand_computed_network():
-    model = nn.Sequential(nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 1024, bias=False)).eval()
+    model = nn.Sequential(
+        nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 1024, bias=False)
+    ).eval()
     x = torch.zeros(1024, 1024)
     # two weights, the input, and both outputs: the first is still read while the second is made
     assert peak_memory_mib(model, x) == pytest.approx(5 * 1024 * 1024 * 4 / MIB, rel=0.01)
@@ -114,7 +120,8 @@ def test_latency_is_a_time():
 
 
 def test_a_replay_keeps_what_its_recording_reads(monkeypatch):
-    """A graph reads memory by its address: the network and the batch must live as long as the replay."""
+    """A graph reads memory by its address: the network and the batch must live as long as the
+    replay."""
     import contextlib
     import gc
     import weakref

@@ -28,7 +28,10 @@ def test_every_built_in_technique_is_measured():
 def test_names_tell_items_apart():
     names = [str(i) for i in measuring.items()]
     assert len(set(names)) == len(names)
-    assert str(Item("inference", "lenet5", budget="macs:0.5", batch=4, device="cuda")) == "inference lenet5 macs:0.5 batch=4 cuda"
+    assert (
+        str(Item("inference", "lenet5", budget="macs:0.5", batch=4, device="cuda"))
+        == "inference lenet5 macs:0.5 batch=4 cuda"
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,19 +56,27 @@ def test_each_kind_gives_milliseconds_and_memory(worker, item):
 
 
 def test_larger_batches_take_longer(worker):
-    small, large = (min(worker.ask(Item("inference", "lenet5", batch=b), rounds=5, least=0.02)["ms"]) for b in (1, 64))
+    small, large = (
+        min(worker.ask(Item("inference", "lenet5", batch=b), rounds=5, least=0.02)["ms"])
+        for b in (1, 64)
+    )
     assert large > 2 * small
 
 
 def test_memory_is_that_of_the_work(tmp_path):
-    """A block of 64 MiB that a call makes and drops is its peak, with allocation that hands memory back."""
+    """A block of 64 MiB that a call makes and drops is its peak, with allocation that hands memory
+    back."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\nfrom speed import measuring\nimport torch\n"
         "print(measuring.memory(lambda: torch.ones(2**24).sum(), 'cpu')['peak'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "bench")], capture_output=True, text=True, check=True, env=measuring.FRUGAL
-    )  # fmt: skip
+        [sys.executable, "-c", code, str(ROOT / "bench")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=measuring.FRUGAL,
+    )
     assert 60 < float(done.stdout) < 80
 
 
@@ -73,8 +84,14 @@ def test_memory_is_that_of_the_work(tmp_path):
     ("item", "reason"),
     [
         (Item("inference", "lenet5", device="cuda"), "torch finds no GPU"),
-        (Item("technique", "lenet5", technique="torch-pruning:bn-scale", budget="macs:0.5"), "has none of the layers"),
-        (Item("technique", "lenet5", technique="not-there", budget="macs:0.5"), "has no technique 'not-there'"),
+        (
+            Item("technique", "lenet5", technique="torch-pruning:bn-scale", budget="macs:0.5"),
+            "has none of the layers",
+        ),
+        (
+            Item("technique", "lenet5", technique="not-there", budget="macs:0.5"),
+            "has no technique 'not-there'",
+        ),
     ],
     ids=str,
 )
@@ -89,7 +106,9 @@ def test_what_is_not_here_is_skipped_with_the_reason(worker, item, reason):
 
 
 def test_what_fails_says_why_and_the_next_item_works(worker):
-    assert "KeyError: 'no such network'" in worker.ask(Item("inference", "no such network"))["error"]
+    assert (
+        "KeyError: 'no such network'" in worker.ask(Item("inference", "no such network"))["error"]
+    )
     assert "ms" in worker.ask(Item("inference", "lenet5"))
     with pytest.raises(RuntimeError, match="boom"):
         measuring.number({"discovery lenet5": {"error": "boom"}}, Item("discovery", "lenet5"), "ms")
@@ -97,7 +116,10 @@ def test_what_fails_says_why_and_the_next_item_works(worker):
 
 def test_a_process_that_hangs_or_dies_is_replaced(worker):
     item = Item("inference", "lenet5")
-    assert "took longer than 0.001 s" in worker.ask(Item("discovery", "test_resnet"), timeout=0.001)["error"]
+    assert (
+        "took longer than 0.001 s"
+        in worker.ask(Item("discovery", "test_resnet"), timeout=0.001)["error"]
+    )
     assert "ms" in worker.ask(item)
     worker._process.kill()
     assert "exit code -9" in worker.ask(item)["error"]
@@ -105,6 +127,12 @@ def test_a_process_that_hangs_or_dies_is_replaced(worker):
 
 
 def test_asv_finds_nothing_wrong_with_the_benchmarks():
-    done = subprocess.run([sys.executable, "-m", "asv", "check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "asv", "check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No problems found" in done.stdout

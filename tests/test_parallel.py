@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parallel_worker
 import pytest
 import torch
 
@@ -18,18 +19,32 @@ LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"
 
 def run(*command, cache=None):
     names = {"OMP_NUM_THREADS": "1"} | ({"WIDTHBENCH_CACHE": str(cache)} if cache else {})
-    done = subprocess.run(command, env=os.environ | names, capture_output=True, text=True, check=False, timeout=540)
+    done = subprocess.run(
+        command, env=os.environ | names, capture_output=True, text=True, check=False, timeout=540
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
 
-@pytest.mark.parametrize(("name", "size"), [("lenet5", 28), ("test_vit", 32), ("test_efficientnet", 32)])
-def test_two_processes_train_and_score_as_one_does(name, size, tmp_path):
-    """In float64, with augmentation, an uneven last batch, an average of weights, and batch norms."""
+NETWORKS = {"lenet5": 28, "test_vit": 32, "test_efficientnet": 32}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where one process, and two together, have put what came of training each network."""
+    folder = tmp_path_factory.mktemp("trained")
     worker = str(HERE / "parallel_worker.py")
-    run(sys.executable, worker, name, str(size), str(tmp_path / "one.pt"))
-    run(*LAUNCH, worker, name, str(size), str(tmp_path / "two.pt"))
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
+    networks = [f"{name}:{size}" for name, size in NETWORKS.items()]
+    parallel_worker.main(str(folder / "one"), *networks)
+    run(*LAUNCH, worker, str(folder / "two"), *networks)
+    return folder
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_processes_train_and_score_as_one_does(trained, name):
+    """In float64, with augmentation, an uneven last batch, an average of weights, and batch
+    norms."""
+    one, two = (torch.load(trained / f"{n}-{name}.pt", weights_only=True) for n in ("one", "two"))
     assert one["macs"] == two["macs"]
     assert one["scores"] == pytest.approx(two["scores"], rel=1e-8)
     for key, value in one["state"].items():
@@ -54,23 +69,40 @@ size = 8
 """
 
 
-def test_a_suite_in_two_processes_gives_the_records_of_one(tmp_path):
+def test_a_suite_in_two_processes_gives_the_records_of_one(
+    tmp_path, fresh_cache, in_process, capsys
+):
     suite = tmp_path / "tiny.toml"
     suite.write_text(SUITE.format())
+    assert main(["run", str(suite), "--no-timing", "--results", str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().err.count("] digits-") == 4
+    command = (
+        "-m",
+        "widthbench",
+        "run",
+        str(suite),
+        "--no-timing",
+        "--results",
+        str(tmp_path / "two"),
+    )
+    done = run(*LAUNCH, *command, cache=tmp_path / "cache-two")
+    assert done.stderr.count("] digits-") == 4  # the first process alone says what is done
     found = {}
-    for name, launch in (("one", (sys.executable,)), ("two", LAUNCH)):
-        command = ("-m", "widthbench", "run", str(suite), "--results", str(tmp_path / name))
-        done = run(*launch, *command, cache=tmp_path / f"cache-{name}")
-        assert done.stderr.count("] digits-") == 4  # the first process alone says what is done
+    for name in ("one", "two"):
         lines = (tmp_path / name / "tiny" / "records.jsonl").read_text().splitlines()
         found[name] = {r["cell"]["technique"]: r for r in map(json.loads, lines)}
     for technique, one in found["one"].items():
         two = found["two"][technique]
         assert (two["status"], two["macs"], two["params"]) == ("done", one["macs"], one["params"])
-        assert [r["loss"] for r in two["rows"]] == pytest.approx([r["loss"] for r in one["rows"]], rel=1e-3)
+        assert [r["loss"] for r in two["rows"]] == pytest.approx(
+            [r["loss"] for r in one["rows"]], rel=1e-3
+        )
         for phase, spent in one["spent"].items():
             assert two["spent"][phase]["forward_macs"] == spent["forward_macs"], (technique, phase)
-            assert two["spent"][phase]["backward_macs"] == spent["backward_macs"], (technique, phase)
+            assert two["spent"][phase]["backward_macs"] == spent["backward_macs"], (
+                technique,
+                phase,
+            )
         assert two["provenance"]["processes"] == 2
 
 

@@ -9,11 +9,11 @@ from widthbench.baselines.l1_norm import L1Norm
 from widthbench import paths
 from widthbench.data import splits
 from widthbench.errors import DivergedError, UsageError
-from widthbench.experiment import protocol, bases, keys
-from widthbench.experiment.keys import base_key, cell_key
+from widthbench.experiment import bases, keys, protocol
 from widthbench.experiment.bases import obtain_base
-from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.cell import Cell
+from widthbench.experiment.keys import base_key, cell_key
+from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.store import Store
 from widthbench.networks import models, weights
 from widthbench.paths import cache_dir
@@ -30,8 +30,19 @@ BASE, TUNE = Recipe(epochs=2, lr=0.05), Recipe(epochs=1, lr=0.01)
 
 
 def cell(**changes):
-    return Cell(**{"dataset": "digits", "model": "lenet_300_100", "size": 8, "technique": "l1-norm", "budget": "macs:0.5",
-                   "base": BASE, "finetune": TUNE, "device": "cpu", **changes})  # fmt: skip
+    return Cell(
+        **{
+            "dataset": "digits",
+            "model": "lenet_300_100",
+            "size": 8,
+            "technique": "l1-norm",
+            "budget": "macs:0.5",
+            "base": BASE,
+            "finetune": TUNE,
+            "device": "cpu",
+            **changes,
+        }
+    )
 
 
 @pytest.fixture
@@ -52,7 +63,17 @@ def test_a_cell_leaves_a_complete_record(store):
     assert record.spent["adaptation"].backward_macs == 2 * record.macs * 1077
     assert record.spent["adaptation"].forward_macs == record.macs * (1077 + 1024)
     p = record.provenance
-    assert {"versions", "commit", "dirty", "hardware", "threads", "dtype", "seed", "dataset_digest", "base_digest"} <= set(p)
+    assert {
+        "versions",
+        "commit",
+        "dirty",
+        "hardware",
+        "threads",
+        "dtype",
+        "seed",
+        "dataset_digest",
+        "base_digest",
+    } <= set(p)
     assert len(p["dataset_digest"]) == len(p["base_digest"]) == 64
 
 
@@ -93,7 +114,10 @@ def test_a_damaged_base_is_named_and_trained_again(store):
     with pytest.warns(UserWarning, match="damaged base network .*digest"):
         again = obtain_base(cell())
     assert again.digest == first.digest
-    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +137,12 @@ def test_a_bases_key_holds_everything_that_it_depends_on(change):
 
 
 def test_a_base_does_not_depend_on_what_comes_after_it():
-    for change in ({"budget": "macs:0.25"}, {"technique": "random-channels"}, {"finetune": BASE}, {"scope": "all"}):
+    for change in (
+        {"budget": "macs:0.25"},
+        {"technique": "random-channels"},
+        {"finetune": BASE},
+        {"scope": "all"},
+    ):
         assert base_key(cell(**change)) == base_key(cell())
         assert cell_key(cell(**change)) != cell_key(cell())
 
@@ -230,7 +259,9 @@ class Recording(Failing):
         return {"seen": torch.zeros(1)}
 
     def decide(self, task, state):
-        Recording.seen = {n: torch.cat([x for x, _ in getattr(task, n).batches(100)]) for n in ("train", "val")}
+        Recording.seen = {
+            n: torch.cat([x for x, _ in getattr(task, n).batches(100)]) for n in ("train", "val")
+        }
         return Outcome({n: keep(list(range(w))) for n, w in task.widths().items()})
 
 
@@ -240,11 +271,15 @@ def test_a_technique_is_shown_train_and_val_and_nothing_of_test(store, using):
     assert record.status == "done", record.trace
     split = splits.load("digits", 8)
     for name in ("train", "val"):
-        assert torch.equal(Recording.seen[name], torch.cat([x for x, _ in getattr(split, name).batches(50)]))
+        assert torch.equal(
+            Recording.seen[name], torch.cat([x for x, _ in getattr(split, name).batches(50)])
+        )
     test = {x.numpy().tobytes() for x in torch.cat([x for x, _ in split.test.batches(50)])}
     shown = {x.numpy().tobytes() for part in Recording.seen.values() for x in part}
     assert len(test & shown) <= 2  # the set itself holds a few identical scans at 8 x 8
-    assert record.spent["decision"].forward_macs == record.base_macs  # what prepare spent is on the bill
+    assert (
+        record.spent["decision"].forward_macs == record.base_macs
+    )  # what prepare spent is on the bill
 
 
 class Looks(Failing):
@@ -258,10 +293,15 @@ class Talks(Failing):
     """Puts a tensor into its series."""
 
     def decide(self, task, state):
-        return Outcome({n: keep(list(range(w))) for n, w in task.widths().items()}, series={"x": [torch.ones(2)]})
+        return Outcome(
+            {n: keep(list(range(w))) for n, w in task.widths().items()},
+            series={"x": [torch.ones(2)]},
+        )
 
 
-@pytest.mark.parametrize(("cls", "reason"), [(Looks, r"asks for the budget in prepare\(\)"), (Talks, "serialize")])
+@pytest.mark.parametrize(
+    ("cls", "reason"), [(Looks, r"asks for the budget in prepare\(\)"), (Talks, "serialize")]
+)
 def test_a_plug_in_that_misbehaves_is_a_failed_record(store, using, cls, reason):
     using(cls)
     record = run_cell(cell(technique="failing"), store)
@@ -313,7 +353,9 @@ def test_a_plug_ins_source_is_its_whole_package(tmp_path, monkeypatch):
 
 def test_threads_are_pinned_and_given_back(store, monkeypatch):
     seen = []
-    monkeypatch.setattr(protocol, "_compute", lambda *a: seen.append(torch.get_num_threads()) or 1 / 0)
+    monkeypatch.setattr(
+        protocol, "_compute", lambda *a: seen.append(torch.get_num_threads()) or 1 / 0
+    )
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
         run_cell(cell(threads=2), store)
@@ -353,7 +395,12 @@ def published(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_the_base_of_all_its_cells_and_says_so(store, published):
-    where = {"checkpoint": "public", "mean": (0.5,), "std": (0.5,), "finetune": Recipe(epochs=0, lr=0.1)}
+    where = {
+        "checkpoint": "public",
+        "mean": (0.5,),
+        "std": (0.5,),
+        "finetune": Recipe(epochs=0, lr=0.1),
+    }
     base = run_cell(cell(technique="base", budget=None, **where), store)
     assert base.status == "done", base.trace
     assert base.row("base").top1 == published
@@ -361,7 +408,11 @@ def test_a_checkpoint_is_the_base_of_all_its_cells_and_says_so(store, published)
     assert [r.stage for r in pruned.rows] == ["resized", "recalibrated"]
     for record in (base, pruned):
         assert record.provenance["val_seen"] is True
-        assert record.provenance["checkpoint"] == record.provenance["base_digest"] == weights.digest(weights.find("public"))
+        assert (
+            record.provenance["checkpoint"]
+            == record.provenance["base_digest"]
+            == weights.digest(weights.find("public"))
+        )
         assert record.spent["base"].forward_macs == 0
 
 
@@ -369,7 +420,8 @@ def test_another_file_under_the_same_name_is_another_base(store, published, tmp_
     one = cell(checkpoint="public", sha256=None)
     before = cell_key(one)
     save_file(
-        models.create("lenet_300_100", classes=10, channels=1, size=8).state_dict(), tmp_path / "weights" / "public.safetensors"
+        models.create("lenet_300_100", classes=10, channels=1, size=8).state_dict(),
+        tmp_path / "weights" / "public.safetensors",
     )
     assert cell_key(one) != before
     wrong = run_cell(cell(checkpoint="public", sha256="0" * 12), store)
@@ -383,9 +435,16 @@ def test_scratch_of_a_checkpoint_trains_by_the_bases_recipe(store, published):
 
 
 def test_scratch_budget_can_be_held_to_a_multiple_of_its_sources_epochs(store):
-    free, held = (run_cell(cell(technique="scratch-budget", of="l1-norm", budget="macs:0.25", longest=n), store) for n in (None, 2))
+    free, held = (
+        run_cell(
+            cell(technique="scratch-budget", of="l1-norm", budget="macs:0.25", longest=n), store
+        )
+        for n in (None, 2)
+    )
     assert free.spent["adaptation"].epochs > 8
-    assert held.spent["adaptation"].epochs == pytest.approx(2 * (BASE.epochs + TUNE.epochs), abs=0.1)
+    assert held.spent["adaptation"].epochs == pytest.approx(
+        2 * (BASE.epochs + TUNE.epochs), abs=0.1
+    )
 
 
 @pytest.mark.parametrize("technique", ["l1-norm", "uniform-width", "random-channels"])
@@ -444,11 +503,17 @@ def test_cells_ask_for_deterministic_algorithms_and_leave_the_setting_as_it_was(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mean": (0.5,), "std": (0.5,)}, {"deterministic": False}, {"seed": 1}, {"val": 0.1}, {"threads": 2}, {"size": 9},
-        {"model_args": {"act_layer": "tanh"}}, {"base": BASE.model_copy(update={"crop": 1})},
+        {"mean": (0.5,), "std": (0.5,)},
+        {"deterministic": False},
+        {"seed": 1},
+        {"val": 0.1},
+        {"threads": 2},
+        {"size": 9},
+        {"model_args": {"act_layer": "tanh"}},
+        {"base": BASE.model_copy(update={"crop": 1})},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_everything_that_a_base_depends_on_is_in_its_key(changes):
     assert base_key(cell(**changes)) != base_key(cell())
 
@@ -462,7 +527,9 @@ def test_seeding_and_image_decoding_are_in_the_keys(monkeypatch):
 
 
 def test_pretrained_networks_see_images_as_they_were_trained():
-    plain, published = (bases.load_data(cell(model="lenet5", size=28, pretrained=p)).test for p in (False, True))
+    plain, published = (
+        protocol.load_data(cell(model="lenet5", size=28, pretrained=p)).test for p in (False, True)
+    )
     assert (published.mean, published.std) == ((0.5,), (0.5,))
     assert plain.mean != published.mean
 
@@ -474,9 +541,18 @@ def test_networks_that_differ_in_their_arguments_have_names_of_their_own():
 
 
 def test_val_alone_chooses_the_stopping_point():
-    path = {"path.channels": [10, 8, 6, 4], "path.top1": [90, 50, 91, 92], "path.val_top1": [95.0, 94.75, 94.7, 20]}
+    path = {
+        "path.channels": [10, 8, 6, 4],
+        "path.top1": [90, 50, 91, 92],
+        "path.val_top1": [95.0, 94.75, 94.7, 20],
+    }
     found = protocol.stopping_point(path)
-    assert found == {"stop.channels": [8], "stop.top1": [50], "stop.val_top1": [94.75], "stop.removed": [20.0]}
+    assert found == {
+        "stop.channels": [8],
+        "stop.top1": [50],
+        "stop.val_top1": [94.75],
+        "stop.removed": [20.0],
+    }
     dip = {**path, "path.val_top1": [95.0, 90, 94.8, 20]}  # the last such point, not the first drop
     assert protocol.stopping_point(dip)["stop.channels"] == [6]
     assert protocol.stopping_point({**path, "path.channels": [4, 6, 8, 10]}) == {}
@@ -494,7 +570,11 @@ def test_a_base_that_diverges_is_trained_once_and_fails_all_its_cells(store, mon
 
     monkeypatch.setattr(protocol, "fit", counted)
     hot = BASE.model_copy(update={"lr": 1e6, "epochs": 1})
-    for technique, budget in (("base", None), ("l1-norm", "macs:0.5"), ("random-channels", "macs:0.5")):
+    for technique, budget in (
+        ("base", None),
+        ("l1-norm", "macs:0.5"),
+        ("random-channels", "macs:0.5"),
+    ):
         record = run_cell(cell(technique=technique, budget=budget, base=hot), store)
         assert record.status == "failed"
         assert record.reason.startswith("its base network: training diverged: ")
@@ -515,7 +595,10 @@ def test_what_is_finished_is_read_without_a_lock(store, monkeypatch):
 
 
 def test_keys_hash_what_code_does_not_how_it_is_told(tmp_path):
-    before = meaning(b'"""One."""\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n        return 1  # four\n')
+    before = meaning(
+        b'"""One."""\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n       '
+        b" return 1  # four\n"
+    )
     assert meaning(b'class A:\n    "2"\n\n    def f(self):\n        return (1)\n') == before
     for other in (
         b"class A:\n    def f(self):\n        return 2\n",
@@ -524,10 +607,14 @@ def test_keys_hash_what_code_does_not_how_it_is_told(tmp_path):
         assert meaning(other) != before
     assert meaning(b"def f(x):\n    return x\n") != meaning(b"def f(y):\n    return y\n")
     assert meaning(b"not python at all (") == b"not python at all ("
-    assert meaning(b'def f():\n    """Only told."""\n') == meaning(b'def f():\n    """Told otherwise."""\n')
+    assert meaning(b'def f():\n    """Only told."""\n') == meaning(
+        b'def f():\n    """Told otherwise."""\n'
+    )
 
 
-@pytest.mark.parametrize("text", ["macs:0.5", "macs:.5", "macs:0.50", "macs:5e-1", "macs:0.5:nearest"])
+@pytest.mark.parametrize(
+    "text", ["macs:0.5", "macs:.5", "macs:0.50", "macs:5e-1", "macs:0.5:nearest"]
+)
 def test_equal_budgets_are_one_cell(text):
     assert cell(budget=text).identity == cell(budget="macs:0.5").identity
     assert cell(budget=text).id.endswith("-macs:0.5-s0")
@@ -540,7 +627,9 @@ def test_a_network_that_computes_more_in_a_batch_is_refused(store, using):
         def decide(self, task, state):
             outcome = super().decide(task, state)
             model, whole = copy.deepcopy(task.model), [copy.deepcopy(task.model)]
-            model.register_forward_hook(lambda m, args, output: output if len(args[0]) == 1 else whole[0](args[0]))
+            model.register_forward_hook(
+                lambda m, args, output: output if len(args[0]) == 1 else whole[0](args[0])
+            )
             return Outcome(outcome.plan, model)
 
     using(Hidden)
@@ -567,5 +656,7 @@ def test_outputs_that_are_not_finite_on_the_data_are_named(store, using):
     broken = models.create("lenet_300_100", classes=10, channels=1, size=8)
     with torch.no_grad():
         broken.ip1.weight.fill_(torch.nan)
-    with pytest.raises(DivergedError, match=r"outputs on test data are not finite \(stage 'resized': loss nan\)"):
-        protocol.score(broken, bases.load_data(cell()), "resized")
+    with pytest.raises(
+        DivergedError, match=r"outputs on test data are not finite \(stage 'resized': loss nan\)"
+    ):
+        protocol.score(broken, protocol.load_data(cell()), "resized")

@@ -21,12 +21,16 @@ def excerpt_from(board: str) -> str:
     """The part of the leaderboard that the README shows: one network, the base and one budget."""
     (block,) = re.findall(r"^## lenet_300_100 on mnist\n\n(.*?)\n\n", board, flags=re.S | re.M)
     head, rule, *rows = block.splitlines()
-    return "\n".join([head, rule, *(row for row in rows if row.split("|")[3].strip() in ("–", "macs:0.25"))])
+    return "\n".join(
+        [head, rule, *(row for row in rows if row.split("|")[3].strip() in ("–", "macs:0.25"))]
+    )
 
 
 def committed(path: str) -> str:
     """A file as it was committed: running the suite rewrites the one in the working tree."""
-    done = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip("not a git checkout")
     return done.stdout
@@ -34,7 +38,9 @@ def committed(path: str) -> str:
 
 def test_the_excerpt_is_the_committed_leaderboards():
     board = committed("results/published/lenet/leaderboard.md")
-    (shown,) = re.findall(r"<!-- excerpt -->\n(.*?)\n<!-- /excerpt -->", committed("README.md"), flags=re.S)
+    (shown,) = re.findall(
+        r"<!-- excerpt -->\n(.*?)\n<!-- /excerpt -->", committed("README.md"), flags=re.S
+    )
     assert shown == excerpt_from(board)
 
 
@@ -51,7 +57,9 @@ def test_controls_lead_as_often_as_it_says():
 
 
 def test_its_table_of_claims_is_the_committed_one():
-    (shown,) = re.findall(r"<!-- claims -->\n(.*?)\n<!-- /claims -->", committed("README.md"), flags=re.S)
+    (shown,) = re.findall(
+        r"<!-- claims -->\n(.*?)\n<!-- /claims -->", committed("README.md"), flags=re.S
+    )
     assert shown == summary(json.loads(committed("results/published/claims.json"))), (
         "run `widthbench claims`, and put its verdicts here"
     )
@@ -70,19 +78,28 @@ def test_files_that_it_links_to_are_there():
 def test_its_technique_in_ten_lines_keeps_the_contract(page):
     from widthbench.contract import check_technique
 
-    (code,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S) if "class MaxNorm" in b]
+    (code,) = [
+        b
+        for b in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+        if "class MaxNorm" in b
+    ]
     scope = {"__name__": "mytechnique"}
     exec(code, scope)
     assert check_technique(scope["MaxNorm"]) == 9
 
 
 def test_its_call_in_your_own_code_runs():
-    (code,) = [b for b in re.findall(r"```python\n(.*?)```", README, flags=re.S) if "widthbench.apply" in b]
+    (code,) = [
+        b for b in re.findall(r"```python\n(.*?)```", README, flags=re.S) if "widthbench.apply" in b
+    ]
     scope = {}
     exec(code, scope)
     assert isinstance(scope["small"], torch.nn.Module)
 
 
 def test_suites_have_as_many_cells_as_it_says():
-    said = {name: int(cells) for name, cells in re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) \|$", README, flags=re.M)}
+    said = {
+        name: int(cells)
+        for name, cells in re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) \|$", README, flags=re.M)
+    }
     assert said == {name: len(suites.load(name).cells()) for name in suites.names()}

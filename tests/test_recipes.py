@@ -35,9 +35,18 @@ def test_a_recipe_of_ones_own_is_a_file(tmp_path):
     [
         ("title = ", "not valid TOML"),
         ('title = "a"\n', r"recipe: Field required"),
-        ('title = "a"\n[recipe]\nepochs = 3\nlr = 0.1\ncorp = 2\n', r"recipe.corp: unknown key; did you mean 'crop'"),
-        ('title = "a"\n[recipe]\nepochs = -3\nlr = 0.1\n', r"recipe.epochs: .*greater than or equal to 0"),
-        ('titel = "a"\n[recipe]\nepochs = 3\nlr = 0.1\n', r"titel: unknown key; did you mean 'title'|title: Field required"),
+        (
+            'title = "a"\n[recipe]\nepochs = 3\nlr = 0.1\ncorp = 2\n',
+            r"recipe.corp: unknown key; did you mean 'crop'",
+        ),
+        (
+            'title = "a"\n[recipe]\nepochs = -3\nlr = 0.1\n',
+            r"recipe.epochs: .*greater than or equal to 0",
+        ),
+        (
+            'titel = "a"\n[recipe]\nepochs = 3\nlr = 0.1\n',
+            r"titel: unknown key; did you mean 'title'|title: Field required",
+        ),
     ],
 )
 def test_malformed_recipes_name_file_and_key(tmp_path, text, message):
@@ -77,16 +86,23 @@ def test_suites_name_recipes_and_override_single_settings():
     assert five.finetune.epochs == 0
     assert five.finetune.lr == five.base.lr
     assert three.base == recipes.load("lenet_300_100").recipe.model_copy(update={"epochs": 2})
-    with pytest.raises(UsageError, match=r"tiny\.toml: base: unknown recipe 'lenet6'; did you mean 'lenet5'"):
+    with pytest.raises(
+        UsageError, match=r"tiny\.toml: base: unknown recipe 'lenet6'; did you mean 'lenet5'"
+    ):
         suites.parse(SUITE.replace('base = "lenet5"', 'base = "lenet6"'), "tiny.toml")
 
 
 def test_a_byte_order_mark_is_passed_over_and_other_encodings_are_named(tmp_path):
-    path, text = tmp_path / "mine.toml", 'title = "größer"\r\n[recipe]\r\nepochs = 3\r\nlr = 0.1\r\n'
+    path, text = (
+        tmp_path / "mine.toml",
+        'title = "größer"\r\n[recipe]\r\nepochs = 3\r\nlr = 0.1\r\n',
+    )
     path.write_bytes(text.encode("utf-8-sig"))
     assert recipes.load(str(path)).title == "größer"
     path.write_bytes(text.encode("utf-16"))
-    with pytest.raises(UsageError, match=r"cannot read recipe .*mine.toml: it is UTF-16.*save it as UTF-8"):
+    with pytest.raises(
+        UsageError, match=r"cannot read recipe .*mine.toml: it is UTF-16.*save it as UTF-8"
+    ):
         recipes.load(str(path))
 
 
@@ -95,5 +111,7 @@ def test_a_recipe_that_trains_needs_a_rate(tmp_path):
     path.write_text('title = "none"\n[recipe]\nepochs = 0\n')
     assert recipes.load(str(path)).recipe.epochs == 0
     path.write_text('title = "some"\n[recipe]\nepochs = 1\n')
-    with pytest.raises(UsageError, match=r"mine.toml: recipe: lr: Field required, since there are epochs"):
+    with pytest.raises(
+        UsageError, match=r"mine.toml: recipe: lr: Field required, since there are epochs"
+    ):
         recipes.load(str(path))

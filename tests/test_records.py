@@ -8,7 +8,15 @@ from made import DONE
 from widthbench import cache
 from widthbench.errors import UsageError
 from widthbench.experiment.cell import Cell
-from widthbench.experiment.records import Record, Row, digest_of, read_lines, read_records, record_line, write_records
+from widthbench.experiment.records import (
+    Record,
+    Row,
+    digest_of,
+    read_lines,
+    read_records,
+    record_line,
+    write_records,
+)
 from widthbench.experiment.store import Store
 from widthbench.paths import write_atomic
 from widthbench.recipe import Recipe, Spent
@@ -17,8 +25,18 @@ BRIEF = Recipe(epochs=1, lr=0.1)
 
 
 def cell(**changes):
-    return Cell(**{"dataset": "digits", "model": "lenet5", "size": 20, "technique": "l1-norm", "budget": "macs:0.5",
-                   "base": BRIEF, "finetune": BRIEF, **changes})  # fmt: skip
+    return Cell(
+        **{
+            "dataset": "digits",
+            "model": "lenet5",
+            "size": 20,
+            "technique": "l1-norm",
+            "budget": "macs:0.5",
+            "base": BRIEF,
+            "finetune": BRIEF,
+            **changes,
+        }
+    )
 
 
 def record(key="k" * 40, **changes):
@@ -29,8 +47,14 @@ def record(key="k" * 40, **changes):
 
 def test_a_cells_id_names_what_it_is():
     assert cell().id == "digits-lenet5-l1-norm-macs:0.5-s0"
-    assert cell(params={"allocation": "global"}).id == "digits-lenet5-l1-norm(allocation=global)-macs:0.5-s0"
-    assert cell(technique="scratch", of="l1-norm", seed=2).id == "digits-lenet5-scratch:l1-norm-macs:0.5-s2"
+    assert (
+        cell(params={"allocation": "global"}).id
+        == "digits-lenet5-l1-norm(allocation=global)-macs:0.5-s0"
+    )
+    assert (
+        cell(technique="scratch", of="l1-norm", seed=2).id
+        == "digits-lenet5-scratch:l1-norm-macs:0.5-s2"
+    )
 
 
 def test_the_store_gives_back_what_it_was_given(tmp_path):
@@ -69,7 +93,11 @@ def test_failures_are_kept_apart_and_forgotten_once_the_cell_is_done(tmp_path):
 
 
 def test_a_cell_is_the_same_after_reading_whatever_its_parameters_hold(tmp_path):
-    one = record(cell=cell(params={"layers": [{"name": "x", "keep": 0.5}]}, model_args={"b": {"z": 1, "a": [2]}}))
+    one = record(
+        cell=cell(
+            params={"layers": [{"name": "x", "keep": 0.5}]}, model_args={"b": {"z": 1, "a": [2]}}
+        )
+    )
     (back,) = read_lines_of(tmp_path, one)
     assert back.cell.identity == one.cell.identity
     assert one.cell.identity != cell(params={"layers": [{"name": "x", "keep": 0.25}]}).identity
@@ -91,7 +119,12 @@ def test_machines_that_differ_in_kind_only_are_told_apart(tmp_path):
 def test_a_flipped_bit_anywhere_in_a_line_is_named(tmp_path):
     line = record_line(record())
     path = tmp_path / "records.jsonl"
-    path.write_bytes(b"\n".join(line[:i].encode() + bytes([ord(line[i]) ^ 1]) + line[i + 1 :].encode() for i in range(len(line))))
+    path.write_bytes(
+        b"\n".join(
+            line[:i].encode() + bytes([ord(line[i]) ^ 1]) + line[i + 1 :].encode()
+            for i in range(len(line))
+        )
+    )
     lines = read_lines(path)
     assert len(lines) >= len(line)
     assert all(found.problem for found in lines)
@@ -109,7 +142,10 @@ def test_lines_are_read_however_their_json_is_written(tmp_path):
 
 def test_a_store_says_which_cells_it_has(tmp_path):
     store = Store(tmp_path)
-    one, failed = record(key="a" * 40), record(key="b" * 40, cell=cell(seed=1), status="failed", reason="boom", rows=())
+    one, failed = (
+        record(key="a" * 40),
+        record(key="b" * 40, cell=cell(seed=1), status="failed", reason="boom", rows=()),
+    )
     assert store.cells() == set()
     store.put(one)
     store.put(failed)
@@ -137,13 +173,20 @@ def test_records_are_written_sorted_and_read_back(tmp_path):
 
 def test_what_is_stable_leaves_times_and_hosts_out():
     a = record(provenance={"host": "x", "when": "now", "threads": 1})
-    b = record(provenance={"host": "y", "when": "then", "threads": 1}, spent={"base": Spent(forward_macs=3, seconds=9)})
+    b = record(
+        provenance={"host": "y", "when": "then", "threads": 1},
+        spent={"base": Spent(forward_macs=3, seconds=9)},
+    )
     assert a.stable() == b.stable()
     assert a.stable() != record(provenance={"threads": 2}).stable()
 
 
 def test_digests_do_not_depend_on_the_order_of_keys():
-    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+    assert (
+        digest_of({"a": 1, "b": [2]})
+        == digest_of({"b": [2], "a": 1})
+        != digest_of({"a": 1, "b": [3]})
+    )
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -210,8 +253,17 @@ def test_a_cell_is_the_same_however_its_parameters_are_ordered():
     from widthbench.recipe import Recipe
 
     recipe = Recipe(epochs=1, lr=0.1)
-    shared = {"dataset": "digits", "model": "mlp_sigmoid", "size": 8, "technique": "l1-norm", "base": recipe, "finetune": recipe}
+    shared = {
+        "dataset": "digits",
+        "model": "mlp_sigmoid",
+        "size": 8,
+        "technique": "l1-norm",
+        "base": recipe,
+        "finetune": recipe,
+    }
     args = {"widths": [5], "act_layer": "tanh"}
-    one, two = (Cell(model_args=dict(pairs), **shared) for pairs in (args.items(), sorted(args.items())))
+    one, two = (
+        Cell(model_args=dict(pairs), **shared) for pairs in (args.items(), sorted(args.items()))
+    )
     assert list(one.model_args) != list(two.model_args)
     assert one.identity == two.identity != one.model_copy(update={"seed": 1}).identity

@@ -80,7 +80,9 @@ def test_an_unknown_name_gets_a_suggestion():
 
 def test_a_collision_names_both_owners(declare):
     declare(point("toy", "toy_plugin:Toy", "one"), point("toy", "other:Toy", "two"))
-    with pytest.raises(UsageError, match=r"registered by one 1.0 \(toy_plugin:Toy\) and two 1.0 \(other:Toy\)"):
+    with pytest.raises(
+        UsageError, match=r"registered by one 1.0 \(toy_plugin:Toy\) and two 1.0 \(other:Toy\)"
+    ):
         registry.load("toy")
 
 
@@ -94,7 +96,11 @@ def test_the_same_entry_seen_twice_is_no_collision(declare):
     [
         ("number", "toy_plugin:NOT_A_TECHNIQUE", "is not a subclass of widthbench.Technique"),
         ("other-id", "toy_plugin:Toy", "its class says id = 'toy'"),
-        ("no-access", "toy_plugin:NoAccess", "set access to one of none, unlabelled, labelled, training"),
+        (
+            "no-access",
+            "toy_plugin:NoAccess",
+            "set access to one of none, unlabelled, labelled, training",
+        ),
         ("missing", "toy_plugin:Missing", "fails to import: AttributeError"),
         ("gone", "no_such_module:X", "of a-plugin 1.0 fails to import: ModuleNotFoundError"),
     ],

@@ -24,7 +24,8 @@ def items(device):
     return [Item(n) for n in ("alpha", "beta", "gamma")]
 
 class Worker:
-    """Says what the installed package's file says: one answer per request and process, the last one again and again."""
+    """Says what the installed package's file says: one answer per request and process, the last one
+    again and again."""
     made = 0
 
     def __init__(self, path, *, frugal=False, environment=None):
@@ -68,7 +69,9 @@ package-data = { toy = ["*.json"] }
 
 def git(root, *words):
     identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
-    return subprocess.run(["git", *identity, *words], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *identity, *words], cwd=root, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def committed(root: Path, numbers, measuring=MEASURING):
@@ -93,7 +96,9 @@ def copied(monkeypatch):
 
     def install(root, commit, folder):
         folder.mkdir(parents=True)
-        packed = subprocess.run(["git", "archive", commit], cwd=root, check=True, capture_output=True).stdout
+        packed = subprocess.run(
+            ["git", "archive", commit], cwd=root, check=True, capture_output=True
+        ).stdout
         (folder / "source").mkdir()
         subprocess.run(["tar", "-x", "-C", str(folder / "source")], input=packed, check=True)
         return folder / "source"
@@ -133,7 +138,9 @@ def test_a_slowdown_beyond_the_factor_is_called_so_after_twice_as_many_pairs(tmp
     assert "**slower**" in text
 
 
-@pytest.mark.parametrize(("ms", "verdict"), [(14.9, "same"), (15.1, "slower"), (6.0, "faster"), (7.0, "same")])
+@pytest.mark.parametrize(
+    ("ms", "verdict"), [(14.9, "same"), (15.1, "slower"), (6.0, "faster"), (7.0, "same")]
+)
 def test_the_factor_is_the_border(tmp_path, copied, ms, verdict):
     assert verdicts(compared(tmp_path, EVEN, EVEN | {"alpha": {"ms": ms}}))["alpha"] == verdict
 
@@ -146,8 +153,12 @@ def test_what_a_second_look_does_not_confirm_is_noise(tmp_path, copied):
 
 
 def test_memory_counts_beyond_the_factor_and_what_allocators_differ_by(tmp_path, copied):
-    base = {n: {"ms": 10.0, "peak": p} for n, p in (("alpha", 2.0), ("beta", 40.0), ("gamma", 100.0))}
-    head = {n: {"ms": 10.0, "peak": p} for n, p in (("alpha", 12.0), ("beta", 90.0), ("gamma", 140.0))}
+    base = {
+        n: {"ms": 10.0, "peak": p} for n, p in (("alpha", 2.0), ("beta", 40.0), ("gamma", 100.0))
+    }
+    head = {
+        n: {"ms": 10.0, "peak": p} for n, p in (("alpha", 12.0), ("beta", 90.0), ("gamma", 140.0))
+    }
     found = compared(tmp_path, base, head)
     assert verdicts(found) == {"alpha": "same", "beta": "more memory", "gamma": "same"}
     assert found.exit_code == 1
@@ -155,7 +166,11 @@ def test_memory_counts_beyond_the_factor_and_what_allocators_differ_by(tmp_path,
 
 def test_broken_benchmarks_outweigh_slow_ones_and_new_ones_are_no_fault(tmp_path, copied):
     base = {"alpha": {"ms": 10.0}, "beta": {"ms": 10.0}}
-    head = {"alpha": {"error": "Traceback\nValueError: no"}, "beta": {"ms": 90.0}, "gamma": {"ms": 10.0}}
+    head = {
+        "alpha": {"error": "Traceback\nValueError: no"},
+        "beta": {"ms": 90.0},
+        "gamma": {"ms": 10.0},
+    }
     found = compared(tmp_path, base, head)
     assert verdicts(found) == {"alpha": "broken", "beta": "slower", "gamma": "new"}
     assert found.exit_code == 2
@@ -183,9 +198,13 @@ def test_a_base_that_breaks_is_no_new_benchmark(tmp_path, copied):
 def test_a_head_that_dies_where_memory_is_measured_is_broken(tmp_path, copied):
     dying = MEASURING.replace(
         "assert self.frugal\n",
-        'assert self.frugal\n            if found.get("dies"):\n                return {"error": "killed"}\n',
+        'assert self.frugal\n            if found.get("dies"):\n                return '
+        '{"error": "killed"}\n',
     )
-    first, second = committed(tmp_path, EVEN), committed(tmp_path, EVEN | {"beta": {"ms": 10.0, "dies": True}}, measuring=dying)
+    first, second = (
+        committed(tmp_path, EVEN),
+        committed(tmp_path, EVEN | {"beta": {"ms": 10.0, "dies": True}}, measuring=dying),
+    )
     found = regress.compare(first, second, root=tmp_path)
     assert verdicts(found)["beta"] == "broken"
     assert found.exit_code == 2
@@ -206,9 +225,17 @@ def test_a_measured_commit_borrows_nothing_from_an_editable_installation(tmp_pat
     measuring = regress._loaded(root / regress.MEASURING)
     site = tmp_path / "site"
     site.mkdir()
-    for name, source in {"": "widthbench", "methods": "methods", "baselines": "baselines", "_suites": "bench/suites",
-                         "_recipes": "bench/recipes", "_claims": "bench/claims"}.items():  # fmt: skip
-        subprocess.run(["cp", "-r", str(root / source), str(site / "widthbench" / name)], check=True)
+    for name, source in {
+        "": "widthbench",
+        "methods": "methods",
+        "baselines": "baselines",
+        "_suites": "bench/suites",
+        "_recipes": "bench/recipes",
+        "_claims": "bench/claims",
+    }.items():
+        subprocess.run(
+            ["cp", "-r", str(root / source), str(site / "widthbench" / name)], check=True
+        )
     lenet = next(i for i in measuring.items() if str(i).startswith("technique l1-norm"))
     environment = {"WIDTHBENCH_CACHE": str(tmp_path / "cache")}
     with measuring.Worker([site], environment=environment) as worker:
@@ -238,16 +265,24 @@ def test_bad_input_is_named(tmp_path, copied):
 
 
 def test_processes_that_measure_another_installation_are_refused(tmp_path, copied):
-    elsewhere = MEASURING.replace('str(self.site / "toy" / "__init__.py")', "'/usr/lib/toy/__init__.py'")
+    elsewhere = MEASURING.replace(
+        'str(self.site / "toy" / "__init__.py")', "'/usr/lib/toy/__init__.py'"
+    )
     one = committed(tmp_path, EVEN, measuring=elsewhere)
     with pytest.raises(UsageError, match="not the commit under"):
         regress.compare(one, root=tmp_path)
 
 
 def test_commits_are_built_by_pip_apart_from_each_other(tmp_path):
-    one, two = committed(tmp_path / "here", {"alpha": {"ms": 1.0}}), committed(tmp_path / "here", {"alpha": {"ms": 2.0}})
+    one, two = (
+        committed(tmp_path / "here", {"alpha": {"ms": 1.0}}),
+        committed(tmp_path / "here", {"alpha": {"ms": 2.0}}),
+    )
     sites = [regress.install(tmp_path / "here", c, tmp_path / c) for c in (one, two)]
-    assert [json.loads((s / "toy" / "numbers.json").read_text())["alpha"]["ms"] for s in sites] == [1.0, 2.0]
+    assert [json.loads((s / "toy" / "numbers.json").read_text())["alpha"]["ms"] for s in sites] == [
+        1.0,
+        2.0,
+    ]
     assert all(list(s.glob("toy-1.dist-info")) for s in sites)
 
 
@@ -260,11 +295,15 @@ def test_a_commit_that_cannot_be_built_is_named(tmp_path):
         regress.install(tmp_path / "here", commit, tmp_path / "out")
 
 
-def test_the_command_prints_and_writes_a_table_and_gives_the_exit_code(tmp_path, copied, monkeypatch, capsys):
+def test_the_command_prints_and_writes_a_table_and_gives_the_exit_code(
+    tmp_path, copied, monkeypatch, capsys
+):
     base = committed(tmp_path / "here", EVEN)
     committed(tmp_path / "here", EVEN | {"alpha": {"ms": 25.0}})
     monkeypatch.chdir(tmp_path / "here")
-    assert cli.main(["regress", base, "--only", "alpha", "--write", str(tmp_path / "table.md")]) == 1
+    assert (
+        cli.main(["regress", base, "--only", "alpha", "--write", str(tmp_path / "table.md")]) == 1
+    )
     out = capsys.readouterr()
     assert "**slower**" in out.out
     assert "[1/1] alpha: 2.5 slower" in out.err
@@ -286,6 +325,10 @@ def test_a_planted_slowdown_of_one_technique_fails_the_gate_and_its_removal_is_f
     root = Path(__file__).resolve().parent.parent
     script = root / "bench" / "gate.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--unchanged", "1"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, str(script), "--unchanged", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,7 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 def run(script, *arguments):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / script), *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "bench" / script), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -36,7 +40,7 @@ def test_kills():
 @pytest.mark.parametrize("layout", ["folders", "tars"])
 def test_imagenet_generated(tmp_path, layout):
     out = run(
-        "studies/imagenet_generated.py",
+        "imagenet_generated.py",
         str(tmp_path),
         "--brief",
         "--layout",
@@ -50,7 +54,15 @@ def test_imagenet_generated(tmp_path, layout):
 
 @pytest.mark.slow
 def test_latency(tmp_path):
-    out = run("studies/latency.py", "--models", "resnet20_cifar", "--device", "cpu", "--write", str(tmp_path / "latency"))
+    out = run(
+        "latency.py",
+        "--models",
+        "resnet20_cifar",
+        "--device",
+        "cpu",
+        "--write",
+        str(tmp_path / "latency"),
+    )
     assert out.count("| resnet20_cifar ") == 8
     assert "speed-up, theory" in (tmp_path / "latency.md").read_text()
     assert (tmp_path / "latency.png").stat().st_size > 10_000

@@ -1,4 +1,5 @@
-"""A slot of some minutes on another machine: a run that ends in time, and its records taken home."""
+"""A slot of some minutes on another machine: a run that ends in time, and its records taken
+home."""
 
 import json
 
@@ -53,7 +54,7 @@ def test_a_time_that_is_none_is_refused(here, capsys, seconds):
     assert "must be a number of seconds above 0" in capsys.readouterr().err
 
 
-def test_one_seed_of_all_networks_comes_first_where_that_is_asked_for(here, capsys):
+def test_one_seed_of_all_networks_comes_first_where_that_is_asked_for(here, in_process, capsys):
     assert main(["run", "slot.toml", "--order", "seed", "--no-timing"]) == 0
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("[")]
     assert [x.rpartition("-s")[2][0] for x in lines] == list("00001111")
@@ -63,7 +64,9 @@ def on_a_gpu(records):
     return [r.model_copy(update={"provenance": r.provenance | {"device": "cuda"}}) for r in records]
 
 
-def test_records_of_another_machine_are_added_but_replace_none_of_another_device(here, capsys, monkeypatch):
+def test_records_of_another_machine_are_added_but_replace_none_of_another_device(
+    here, in_process, capsys, monkeypatch
+):
     cache = here / "cache-there"
     assert main(["run", "slot.toml", "--only", "s0", "--no-timing"]) == 0
     with monkeypatch.context() as there:
@@ -89,10 +92,14 @@ def test_records_of_another_machine_are_added_but_replace_none_of_another_device
     assert {r.provenance["device"] for r in read_records(mine)} == {"cuda"}
 
 
-def test_a_finished_record_beats_a_failed_one_in_whatever_order(here, capsys, monkeypatch):
+def test_a_finished_record_beats_a_failed_one_in_whatever_order(
+    here, in_process, capsys, monkeypatch
+):
     assert main(["run", "slot.toml", "--no-timing", "--results", "there"]) == 0
     done = read_records(here / "there/slot/records.jsonl")
-    failed = [r.model_copy(update={"status": "failed", "reason": "it broke", "rows": ()}) for r in done]
+    failed = [
+        r.model_copy(update={"status": "failed", "reason": "it broke", "rows": ()}) for r in done
+    ]
     write_records(here / "done.jsonl", done)
     write_records(here / "failed.jsonl", failed)
     for name, files in {"a": ("done", "failed"), "b": ("failed", "done")}.items():
@@ -104,7 +111,7 @@ def test_a_finished_record_beats_a_failed_one_in_whatever_order(here, capsys, mo
         assert [r.status for r in kept] == ["done"] * 8
 
 
-def test_a_file_of_another_suite_is_named(here, capsys):
+def test_a_file_of_another_suite_is_named(here, in_process, capsys):
     assert main(["run", "slot.toml", "--only", "s0", "--no-timing"]) == 0
     line = json.loads((here / "results/slot/records.jsonl").read_text().splitlines()[0])
     other = read_records(here / "results/slot/records.jsonl")[0]

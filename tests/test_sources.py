@@ -30,7 +30,15 @@ def picture(label, index, size=(20, 20)):
 
 
 def folder(
-    root, name="own", *, suffix=".png", classes=("ant", "bee", "cat"), train=6, test=3, size=(20, 20), parts=("train", "test")
+    root,
+    name="own",
+    *,
+    suffix=".png",
+    classes=("ant", "bee", "cat"),
+    train=6,
+    test=3,
+    size=(20, 20),
+    parts=("train", "test"),
 ):
     for part, count in zip(parts, (train, test), strict=True):
         for label, one in enumerate(classes):
@@ -60,7 +68,8 @@ def idx(root, cls="MNIST", train=40, test=20, zipped=False):
         images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
         content = {
-            f"{stem}-images-idx3-ubyte": struct.pack(">IIII", 0x803, count, 28, 28) + images.tobytes(),
+            f"{stem}-images-idx3-ubyte": struct.pack(">IIII", 0x803, count, 28, 28)
+            + images.tobytes(),
             f"{stem}-labels-idx1-ubyte": struct.pack(">II", 0x801, count) + labels.tobytes(),
         }
         for name, blob in content.items():
@@ -75,7 +84,10 @@ def idx(root, cls="MNIST", train=40, test=20, zipped=False):
 def test_idx_files_are_read_through_torchvision(root, cls):
     idx(root, cls)
     source = sources.load(cls.lower())
-    assert (source.train.images.shape, source.test.images.shape) == ((40, 1, 28, 28), (20, 1, 28, 28))
+    assert (source.train.images.shape, source.test.images.shape) == (
+        (40, 1, 28, 28),
+        (20, 1, 28, 28),
+    )
     assert (source.classes, source.channels, source.layout) == (10, 1, "idx files")
     assert source.train.labels.tolist() == [n % 10 for n in range(40)]
     assert len(source.digest) == 64
@@ -99,10 +111,14 @@ def test_a_set_that_is_not_there_and_cannot_be_downloaded_says_what_to_put_where
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", offline)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
     with pytest.raises(
-        UsageError, match=r"'mnist' is not there and could not be downloaded .*train-images-idx3-ubyte.*MNIST/raw.*WIDTHBENCH_DATA"
+        UsageError,
+        match=r"'mnist' is not there and could not be downloaded "
+        r".*train-images-idx3-ubyte.*MNIST/raw.*WIDTHBENCH_DATA",
     ):
         sources.load("mnist")
-    with pytest.raises(UsageError, match=r"'cifar100'.*cifar-100-python.tar.gz.*train.tar and test.tar"):
+    with pytest.raises(
+        UsageError, match=r"'cifar100'.*cifar-100-python.tar.gz.*train.tar and test.tar"
+    ):
         sources.load("cifar100")
     with pytest.raises(UsageError, match=r"'imagenet' is not there: put train and val folders"):
         sources.load("imagenet")
@@ -116,14 +132,26 @@ def test_folders_and_tars_of_small_images_give_the_same_arrays(root, suffix):
     sources._load.cache_clear()
     tars = sources.load("own")
     assert (folders.layout, tars.layout) == ("folders", "tars")
-    assert (folders.classes, folders.channels, len(folders.train), len(folders.test)) == (3, 3, 18, 9)
+    assert (folders.classes, folders.channels, len(folders.train), len(folders.test)) == (
+        3,
+        3,
+        18,
+        9,
+    )
     # a tar's own order may differ from the folder's: compare as sets
     for a, b in ((folders.train, tars.train), (folders.test, tars.test)):
-        pairs = [sorted((bytes(x.numpy()), int(y)) for x, y in zip(p.images, p.labels, strict=True)) for p in (a, b)]
+        pairs = [
+            sorted((bytes(x.numpy()), int(y)) for x, y in zip(p.images, p.labels, strict=True))
+            for p in (a, b)
+        ]
         assert pairs[0] == pairs[1]
     if suffix != ".jpg":
         want = torch.tensor(np.asarray(picture(1, 0))).permute(2, 0, 1)
-        assert any(torch.equal(want, x) for x, y in zip(folders.train.images, folders.train.labels, strict=True) if y == 1)
+        assert any(
+            torch.equal(want, x)
+            for x, y in zip(folders.train.images, folders.train.labels, strict=True)
+            if y == 1
+        )
 
 
 def test_decoded_images_are_kept_and_a_changed_folder_is_read_anew(root, monkeypatch):
@@ -159,7 +187,9 @@ def test_a_damaged_image_in_a_tar_is_named(root):
 def test_parts_must_have_the_same_classes(root):
     place = folder(root)
     shutil.rmtree(place / "test" / "bee")
-    with pytest.raises(UsageError, match=r"test has no images of class 'bee', which the training part has"):
+    with pytest.raises(
+        UsageError, match=r"test has no images of class 'bee', which the training part has"
+    ):
         sources.load("own")
 
 
@@ -172,7 +202,9 @@ def test_names_do_not_leave_the_folder(root, name):
 
 def test_an_unknown_name_suggests_what_there_is(root):
     folder(root, "flowers")
-    with pytest.raises(UsageError, match=r"unknown dataset 'flower'; did you mean 'flowers'.*put train and test"):
+    with pytest.raises(
+        UsageError, match=r"unknown dataset 'flower'; did you mean 'flowers'.*put train and test"
+    ):
         sources.load("flower")
     assert "flowers" in sources.names()
 
@@ -241,7 +273,9 @@ def test_unsorted_validation_images_without_a_list_are_refused(root):
         one.rename(place / "val" / f"{one.parent.name}{one.name}")
     for empty in [p for p in (place / "val").iterdir() if p.is_dir()]:
         empty.rmdir()
-    with pytest.raises(UsageError, match=r"not sorted into classes: put the competition's LOC_val_solution.csv"):
+    with pytest.raises(
+        UsageError, match=r"not sorted into classes: put the competition's LOC_val_solution.csv"
+    ):
         sources.load("imagenet")
 
 
@@ -265,14 +299,18 @@ def test_large_images_are_read_by_workers_whose_number_changes_nothing(root, tar
         train = large(root, workers, tars).train
         assert isinstance(train, splits.FileSamples)
         state = torch.get_rng_state()
-        passes.append(list(train.batches(7, generator=torch.Generator().manual_seed(0), augment=recipe)))
+        passes.append(
+            list(train.batches(7, generator=torch.Generator().manual_seed(0), augment=recipe))
+        )
         assert torch.equal(state, torch.get_rng_state())
     assert [len(y) for _, y in passes[0]] == [7, 7, 7, 3]
     for other in passes[1:]:
         for (xa, ya), (xb, yb) in zip(passes[0], other, strict=True):
             assert torch.equal(xa, xb)
             assert torch.equal(ya, yb)
-    plain = torch.cat([x for x, _ in large(root).train.batches(7, generator=torch.Generator().manual_seed(0))])
+    plain = torch.cat(
+        [x for x, _ in large(root).train.batches(7, generator=torch.Generator().manual_seed(0))]
+    )
     assert not torch.equal(plain, torch.cat([x for x, _ in passes[0]]))
 
 
@@ -282,7 +320,12 @@ def test_large_images_are_resized_and_cropped_as_timm_does_it(root):
     split = large(root)
     part = split.test
     reference = create_transform(
-        48, is_training=False, mean=part.mean, std=part.std, interpolation=part.interpolation, crop_pct=part.crop_pct
+        48,
+        is_training=False,
+        mean=part.mean,
+        std=part.std,
+        interpolation=part.interpolation,
+        crop_pct=part.crop_pct,
     )
     x, y = next(part.batches(4))
     for n in range(4):
@@ -293,7 +336,11 @@ def test_large_images_are_resized_and_cropped_as_timm_does_it(root):
 def test_a_random_resized_crop_of_images_in_memory_is_refused(root):
     samples = splits.load("digits", 8).train
     with pytest.raises(UsageError, match="resized_crop is for images that are read from files"):
-        next(samples.batches(4, generator=torch.Generator(), augment=Recipe(epochs=1, lr=0.1, resized_crop=0.5)))
+        next(
+            samples.batches(
+                4, generator=torch.Generator(), augment=Recipe(epochs=1, lr=0.1, resized_crop=0.5)
+            )
+        )
     with pytest.raises(UsageError, match="give batches"):
         next(samples.batches(4, augment=Recipe(epochs=1, lr=0.1, flip=True)))
 
@@ -302,7 +349,9 @@ def test_a_class_that_only_the_test_part_has_is_not_dropped_in_silence(root):
     place = folder(root)
     (place / "test" / "wasp").mkdir()
     picture(9, 9).save(place / "test" / "wasp" / "0.png")
-    with pytest.raises(UsageError, match=r"test has an image class 'wasp', which the training part lacks"):
+    with pytest.raises(
+        UsageError, match=r"test has an image class 'wasp', which the training part lacks"
+    ):
         sources.load("own")
 
 
@@ -312,7 +361,11 @@ def test_labels_follow_class_names_not_positions(root):
     source = sources.load("own")
     for index, label in enumerate(("ant", "bee", "cat")):
         want = torch.tensor(np.asarray(picture(index, 100))).permute(2, 0, 1)
-        found = [int(y) for x, y in zip(source.test.images, source.test.labels, strict=True) if torch.equal(x, want)]
+        found = [
+            int(y)
+            for x, y in zip(source.test.images, source.test.labels, strict=True)
+            if torch.equal(x, want)
+        ]
         assert found == [source.train.labels.unique().tolist()[index]], label
 
 
@@ -339,7 +392,10 @@ def test_the_digest_of_a_large_set_does_not_hang_on_dates_or_places(root, tmp_pa
     assert place.is_dir()
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("MNIST", "mnist"), ("Fashion-MNIST", "fashionmnist"), ("CIFAR-10", "cifar10")])
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("MNIST", "mnist"), ("Fashion-MNIST", "fashionmnist"), ("CIFAR-10", "cifar10")],
+)
 def test_names_as_people_write_them_lead_to_ours(root, typed, meant):
     with pytest.raises(UsageError, match=f"unknown dataset '{typed}'; did you mean '{meant}'"):
         sources.load(typed)
@@ -379,7 +435,9 @@ def alike(place):
 
 
 def sixteen(place):
-    Image.fromarray(np.full((20, 20), 40_000, dtype=np.uint16)).save(place / "train" / "ant" / "0.png")
+    Image.fromarray(np.full((20, 20), 40_000, dtype=np.uint16)).save(
+        place / "train" / "ant" / "0.png"
+    )
 
 
 def unreadable(place):
@@ -424,11 +482,20 @@ def test_images_that_would_be_mislabelled_or_left_out_are_refused(root, spoil, m
         sources.load("own")
 
 
-@pytest.mark.parametrize(("setting", "value"), [("crop", 8), ("flip", True), ("cutout", 20), ("resized_crop", 0.2)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("crop", 8), ("flip", True), ("cutout", 20), ("resized_crop", 0.2)]
+)
 def test_each_augmentation_reaches_images_that_are_read_from_files(root, setting, value):
     train = large(root, 0).train
     plain, changed = (
-        torch.cat([x for x, _ in train.batches(10, generator=torch.Generator().manual_seed(0), augment=recipe)])
+        torch.cat(
+            [
+                x
+                for x, _ in train.batches(
+                    10, generator=torch.Generator().manual_seed(0), augment=recipe
+                )
+            ]
+        )
         for recipe in (None, Recipe(epochs=1, lr=0.1, **{setting: value}))
     )
     assert not torch.equal(plain, changed)
@@ -436,15 +503,24 @@ def test_each_augmentation_reaches_images_that_are_read_from_files(root, setting
 
 def test_images_from_files_are_viewed_as_their_network_was_trained(root):
     folder(root, "big", train=10, test=5, **LARGE)
-    settings = (("bicubic", 0.9, 0.5), ("bilinear", 0.9, 0.5), ("bicubic", 0.7, 0.5), ("bicubic", 0.9, 0.4))
-    views = [{"interpolation": i, "crop_pct": c, "mean": (m,) * 3, "std": (0.5,) * 3} for i, c, m in settings]
+    settings = (
+        ("bicubic", 0.9, 0.5),
+        ("bilinear", 0.9, 0.5),
+        ("bicubic", 0.7, 0.5),
+        ("bicubic", 0.9, 0.4),
+    )
+    views = [
+        {"interpolation": i, "crop_pct": c, "mean": (m,) * 3, "std": (0.5,) * 3}
+        for i, c, m in settings
+    ]
     batches = [next(splits.load("big", 48, view=view).test.batches(4))[0] for view in views]
     assert len({x.sum().item() for x in batches}) == 4
     assert torch.allclose(batches[0] + 0.2, batches[3], atol=1e-5)
 
 
 def test_workers_leave_gpus_alone(root, monkeypatch):
-    """A forked worker cannot initialise CUDA: with a GPU in the parent, seeding it there would end the run."""
+    """A forked worker cannot initialise CUDA: with a GPU in the parent, seeding it there would end
+    the run."""
 
     def touched(*args, **kwargs):
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
@@ -467,7 +543,9 @@ def test_a_damaged_image_is_named_in_one_line_from_a_worker_too(root):
 def pixels(place, seed):
     generator = np.random.default_rng(seed)
     for file in sorted(place.rglob("*.png")):
-        Image.fromarray(generator.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(file, compress_level=0)
+        Image.fromarray(generator.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(
+            file, compress_level=0
+        )
 
 
 @pytest.mark.parametrize("tars", [False, True])
@@ -498,7 +576,9 @@ def test_contents_are_read_once_as_long_as_files_stay(root, monkeypatch):
     sources._load.cache_clear()
     assert sources.load("big").digest == digest
     assert not [name for name in opened if name.endswith(".png")]
-    (place / "train" / "ant" / "0.png").write_bytes((place / "train" / "ant" / "1.png").read_bytes())
+    (place / "train" / "ant" / "0.png").write_bytes(
+        (place / "train" / "ant" / "1.png").read_bytes()
+    )
     opened.clear()
     sources._load.cache_clear()
     assert sources.load("big").digest != digest
@@ -616,8 +696,14 @@ def tar_of(change):
         (link(tarfile.SYMTYPE), "train.tar:ant/9.png is a link to ant/0.png: pack the file itself"),
         (link(tarfile.FIFOTYPE), "train.tar:ant/9.png is not a file"),
         (file("ant/9.bmp"), "train.tar:ant/9.bmp is neither PNG, JPEG nor WebP"),
-        (file("dog.tar", tar_of(link(tarfile.LNKTYPE))), "train.tar:dog.tar:ant/9.png is a link to ant/0.png"),
-        (file("dog.tar", tar_of(file("cat.tar", tar_of(file("1.png"))))), "train.tar:dog.tar:cat.tar is a tar in a tar in a tar"),
+        (
+            file("dog.tar", tar_of(link(tarfile.LNKTYPE))),
+            "train.tar:dog.tar:ant/9.png is a link to ant/0.png",
+        ),
+        (
+            file("dog.tar", tar_of(file("cat.tar", tar_of(file("1.png"))))),
+            "train.tar:dog.tar:cat.tar is a tar in a tar in a tar",
+        ),
     ],
 )
 def test_what_would_be_left_out_of_a_tar_is_named(root, change, message):
@@ -638,18 +724,31 @@ def test_leftovers_are_no_images(root, name):
 
 def sixteen_bit_png(kind, channels, side=80):
     def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     rows = b"".join(b"\0" + bytes(side * channels * 2) for _ in range(side))
     size = struct.pack(">IIBBBBB", side, side, 16, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", size)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(("kind", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_sound_images_of_more_bits_are_not_called_damaged(root, kind, channels):
     place = folder(root, size=(80, 80))
     (place / "train" / "bee" / "1.png").write_bytes(sixteen_bit_png(kind, channels))
-    with pytest.raises(UsageError, match=r"^\S*train/bee/1.png has more than 8 bits per channel: convert it to 8 bits$"):
+    with pytest.raises(
+        UsageError,
+        match=r"^\S*train/bee/1.png has more than 8 bits per channel: convert it to 8 bits$",
+    ):
         sources.verify(sources.load("own"))
 
 
@@ -660,12 +759,18 @@ def test_large_images_are_read_and_absurd_ones_named(root, monkeypatch, recwarn)
     assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
     limit = Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(sources, "PIXELS", 10**6)
-    with pytest.raises(UsageError, match=r"train/ant/0.png has 15000 x 12700 pixels, more than 1,000,000: make it smaller"):
+    with pytest.raises(
+        UsageError,
+        match=r"train/ant/0.png has 15000 x 12700 pixels, more than 1,000,000: make it smaller",
+    ):
         sources.load("own").train.open(0)
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("CMYK", ".jpg"), ("P", ".png"), ("LA", ".png"), ("RGBA", ".webp"), ("1", ".png")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("CMYK", ".jpg"), ("P", ".png"), ("LA", ".png"), ("RGBA", ".webp"), ("1", ".png")],
+)
 def test_images_of_every_usual_mode_are_read(root, mode, suffix, recwarn):
     place = folder(root, size=(80, 80), suffix=suffix)
     options = {"transparency": bytes([0, 128, 255])} if mode == "P" else {}
@@ -685,5 +790,9 @@ def test_paths_that_no_system_knows_are_refused(root, monkeypatch):
     for folder_name in ("/" + "a" * 300, "~nosuchuser/data"):
         monkeypatch.setenv("WIDTHBENCH_DATA", folder_name)
         for name in ("own", "mnist", "cifar10", "imagenet"):
-            with pytest.raises(UsageError, match=r"unknown dataset|does not exist|is not there|no home folder of '~nosuchuser'"):
+            with pytest.raises(
+                UsageError,
+                match=r"unknown dataset|does not exist|is not there|no home folder of "
+                r"'~nosuchuser'",
+            ):
                 sources.load(name)

@@ -63,28 +63,40 @@ def test_one_step_equals_nesterov_sgd_written_out(digits):
 
 def test_fractional_epochs_and_single_leftover_samples(digits):
     assert steps_of(Recipe(epochs=0.5, batch_size=64, lr=0.1), 1077) == (17, 8)
-    assert steps_of(Recipe(epochs=2, batch_size=4, lr=0.1), 9) == (2, 4)  # a batch of one cannot be normalised
+    assert steps_of(Recipe(epochs=2, batch_size=4, lr=0.1), 9) == (
+        2,
+        4,
+    )  # a batch of one cannot be normalised
     assert steps_of(Recipe(epochs=2, batch_size=4, lr=0.1), 10) == (3, 6)
     done = fit(small(), digits.train, Recipe(epochs=0.5, lr=0.05), macs=1)
     assert done.epochs == pytest.approx(0.5, abs=0.05)
 
 
 def test_divergence_is_named(digits):
-    with pytest.raises(UsageError, match=r"training diverged: the loss is (nan|inf) at step \d+ of 34; lower lr = 1e\+12"):
+    with pytest.raises(
+        UsageError,
+        match=r"training diverged: the loss is (nan|inf) at step \d+ of 34; lower lr = 1e\+12",
+    ):
         fit(small(), digits.train, Recipe(epochs=2, lr=1e12), macs=1)
 
 
 def test_the_learning_rate_warms_up_and_ends_with_a_cosine(digits, monkeypatch):
     seen = []
     real = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: seen.append(self.param_groups[0]["lr"]) or real(self, *a))
+    monkeypatch.setattr(
+        torch.optim.SGD,
+        "step",
+        lambda self, *a: seen.append(self.param_groups[0]["lr"]) or real(self, *a),
+    )
     recipe = Recipe(epochs=4, batch_size=64, lr=0.1, warmup_epochs=1)
     fit(small(), digits.train, recipe, macs=1)
     per_epoch, total = steps_of(recipe, len(digits.train))
     assert len(seen) == total
     assert seen[0] == pytest.approx(0.001)
     assert seen[per_epoch] == pytest.approx(0.1)
-    expected = [0.05 * (1 + math.cos(math.pi * t / (total - per_epoch))) for t in range(total - per_epoch)]
+    expected = [
+        0.05 * (1 + math.cos(math.pi * t / (total - per_epoch))) for t in range(total - per_epoch)
+    ]
     assert seen[per_epoch:] == pytest.approx(expected, abs=1e-9)
 
 
@@ -103,7 +115,11 @@ def test_recalibration_gives_the_statistics_of_the_training_data(digits):
     assert spent.forward_macs == 7 * 1077
     assert all(m.momentum == 0.1 for m in batch_norms(model))
     after = model.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before if "running" not in k and "num_batches" not in k)
+    assert all(
+        torch.equal(before[k], after[k])
+        for k in before
+        if "running" not in k and "num_batches" not in k
+    )
 
 
 def test_recalibration_without_batch_norm_is_free(digits):
@@ -116,8 +132,11 @@ class Killed(Exception):
 
 
 def trained(digits, path, stop_after=None, **changes):
-    """A network trained with a state after every epoch; "killed" after an epoch if that is asked for."""
-    recipe = Recipe(**{"epochs": 5, "batch_size": 64, "lr": 0.02, "crop": 1, "warmup_epochs": 1, **changes})
+    """A network trained with a state after every epoch; "killed" after an epoch if that is asked
+    for."""
+    recipe = Recipe(
+        **{"epochs": 5, "batch_size": 64, "lr": 0.02, "crop": 1, "warmup_epochs": 1, **changes}
+    )
     model = models.create("test_resnet", classes=10, channels=1, size=8)
     model.add_module("drop", nn.Dropout(0.1))  # draws on the global generator
     plain = type(model).forward
@@ -127,7 +146,15 @@ def trained(digits, path, stop_after=None, **changes):
         if epoch == stop_after:
             raise Killed
 
-    spent = fit(model, digits.train, recipe, macs=1, seed=4, after_epoch=after, resume=Resume(path, every_s=0))
+    spent = fit(
+        model,
+        digits.train,
+        recipe,
+        macs=1,
+        seed=4,
+        after_epoch=after,
+        resume=Resume(path, every_s=0),
+    )
     return model, spent
 
 
@@ -151,7 +178,9 @@ def test_states_that_are_damaged_or_of_another_run_are_named_and_not_used(digits
     content = bytearray((tmp_path / "a").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "a").write_bytes(content)
-    with pytest.warns(UserWarning, match=r"damaged training state .*a \(its digest does not match\)"):
+    with pytest.warns(
+        UserWarning, match=r"damaged training state .*a \(its digest does not match\)"
+    ):
         again, _ = trained(digits, tmp_path / "a")
     assert torch.equal(again.fc.weight, whole.fc.weight)
     with pytest.raises(Killed):
@@ -183,17 +212,31 @@ def test_accuracy_is_the_same_at_any_batch_size(name):
 
 def test_one_adamw_step_with_label_smoothing_equals_torchs_own(digits):
     model, reference = small(), small()
-    recipe = Recipe(epochs=1, batch_size=len(digits.train), optimizer="adamw", lr=0.01, weight_decay=0.1, label_smoothing=0.2)
+    recipe = Recipe(
+        epochs=1,
+        batch_size=len(digits.train),
+        optimizer="adamw",
+        lr=0.01,
+        weight_decay=0.1,
+        label_smoothing=0.2,
+    )
     fit(model, digits.train, recipe, macs=1, seed=3)
     ((x, y),) = digits.train.batches(len(digits.train), generator=torch.Generator().manual_seed(3))
     matrices = [p for p in reference.parameters() if p.dim() > 1]
     vectors = [p for p in reference.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], lr=0.01)
-    loss = -(0.8 * F.log_softmax(reference(x), 1)[range(len(y)), y] + 0.02 * F.log_softmax(reference(x), 1).sum(1)).mean()
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], lr=0.01
+    )
+    loss = -(
+        0.8 * F.log_softmax(reference(x), 1)[range(len(y)), y]
+        + 0.02 * F.log_softmax(reference(x), 1).sum(1)
+    ).mean()
     loss.backward()
     optimizer.step()
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)  # a gradient near AdamW's epsilon, 1e-8, makes a step of lr g / (g + epsilon)
+        assert torch.allclose(
+            a, b, atol=1e-5
+        )  # a gradient near AdamW's epsilon, 1e-8, makes a step of lr g / (g + epsilon)
 
 
 def test_batches_of_one_are_refused():
@@ -210,7 +253,10 @@ def test_accumulated_parts_make_the_whole_batchs_step(digits, parts):
     """Without batch norm; 64 do not divide by 3."""
     one, two = small(), small()
     recipe = Recipe(epochs=0.5, batch_size=64, lr=0.05, label_smoothing=0.1)
-    bills = [fit(m, digits.train, r, macs=7) for m, r in ((one, recipe), (two, recipe.model_copy(update={"accumulate": parts})))]
+    bills = [
+        fit(m, digits.train, r, macs=7)
+        for m, r in ((one, recipe), (two, recipe.model_copy(update={"accumulate": parts})))
+    ]
     assert bills[0].forward_macs == bills[1].forward_macs
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
@@ -253,7 +299,9 @@ def test_a_resumed_average_goes_on(digits, tmp_path):
         fit(torn, digits.train, recipe, macs=1, resume=Resume(tmp_path / "a", 0), after_epoch=stop)
     again = small()
     fit(again, digits.train, recipe, macs=1, resume=Resume(tmp_path / "a", 0))
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True)
+    )
 
 
 class Hungry(torch.nn.Module):
@@ -275,7 +323,9 @@ def test_out_of_memory_halves_the_batch_once_and_says_so(digits):
     recipe = Recipe(epochs=0.2, batch_size=64, lr=0.05)
     reference, hungry = small(), Hungry(40)
     fit(reference, digits.train, recipe, macs=1)
-    with pytest.warns(UserWarning, match="out of memory: batches of 64 are computed in 2 parts from here on"):
+    with pytest.warns(
+        UserWarning, match="out of memory: batches of 64 are computed in 2 parts from here on"
+    ):
         spent = fit(hungry, digits.train, recipe, macs=1)
     assert spent.halved == 1
     assert hungry.sizes == [64, *[32] * 2 * steps_of(recipe, len(digits.train))[1]]
@@ -296,7 +346,13 @@ def test_a_techniques_own_steps_are_neither_halved_nor_accumulated(digits):
     with pytest.raises(UsageError, match=r"64 samples in 1 part.*lower batch_size = 64$"):
         fit(Hungry(40), digits.train, recipe, macs=1, losses=losses)
     with pytest.raises(UsageError, match="accumulate = 2 is for plain steps"):
-        fit(small(), digits.train, recipe.model_copy(update={"accumulate": 2}), macs=1, losses=losses)
+        fit(
+            small(),
+            digits.train,
+            recipe.model_copy(update={"accumulate": 2}),
+            macs=1,
+            losses=losses,
+        )
 
 
 @pytest.mark.slow
@@ -315,7 +371,10 @@ def test_a_run_that_ends_at_chance_has_diverged(digits):
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()  # no gradient reaches anything but the last bias
-    with pytest.raises(DivergedError, match=r"its loss ends at chance \(2\.3\d\d\d nats over the last epoch; .* has 2\.302\d\)"):
+    with pytest.raises(
+        DivergedError,
+        match=r"its loss ends at chance \(2\.3\d\d\d nats over the last epoch; .* has 2\.302\d\)",
+    ):
         fit(model, digits.train, Recipe(epochs=2, batch_size=64, lr=0.01), macs=1)
 
 

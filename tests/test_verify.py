@@ -1,4 +1,5 @@
-"""Edits, truncations and numbers that no run gives are found; what was run is equal bit by bit when it is run again."""
+"""Edits, truncations and numbers that no run gives are found; what was run is equal bit by bit when
+it is run again."""
 
 import json
 import subprocess
@@ -37,7 +38,9 @@ def ran(tmp_path_factory):
     (folder / "tiny.toml").write_text(SUITE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WIDTHBENCH_CACHE", str(folder / "cache"))
-        assert cli.main(["run", str(folder / "tiny.toml"), "--results", str(folder / "results")]) == 0
+        assert (
+            cli.main(["run", str(folder / "tiny.toml"), "--results", str(folder / "results")]) == 0
+        )
     return folder
 
 
@@ -50,7 +53,9 @@ def results(ran, tmp_path, monkeypatch):
 
 
 def check(results, *args):
-    return cli.main(["verify", str(results / "tiny.toml"), "--results", str(results / "results"), *args])
+    return cli.main(
+        ["verify", str(results / "tiny.toml"), "--results", str(results / "results"), *args]
+    )
 
 
 def bad(results):
@@ -75,12 +80,17 @@ def resummed(path, *, tables=True):
     sums = path.parent / verify.SUMS
     if tables:
         suite = suites.load(str(path.parents[2] / "tiny.toml"))
-        timings = [json.loads(line) for line in path.with_name("timings.jsonl").read_text().splitlines()]
+        timings = [
+            json.loads(line) for line in path.with_name("timings.jsonl").read_text().splitlines()
+        ]
         for name, text in verify.texts(
             suite, verify.in_order(suite, read_records(path)), timings, verify.file_digest(path)
         ).items():
             path.with_name(name).write_text(text)
-    lines = [f"{verify.file_digest(path.parent / n)}  {n}" for n in (ln.partition("  ")[2] for ln in sums.read_text().splitlines())]
+    lines = [
+        f"{verify.file_digest(path.parent / n)}  {n}"
+        for n in (ln.partition("  ")[2] for ln in sums.read_text().splitlines())
+    ]
     sums.write_text("\n".join(lines) + "\n")
 
 
@@ -98,23 +108,31 @@ def test_cells_run_again_are_equal_bit_by_bit(results, capsys):
 
 
 def test_the_sums_are_as_sha256sum_reads_them(results):
-    subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=records_file(results).parent, check=True)
+    subprocess.run(
+        ["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=records_file(results).parent, check=True
+    )
 
 
 def test_one_changed_digit_is_found_and_named(results, capsys):
     path = records_file(results)
     lines = path.read_text().splitlines()
     number = json.loads(lines[1])["rows"][0]["loss"]
-    lines[1] = lines[1].replace(str(number), str(number)[:4] + str((int(str(number)[4]) + 1) % 10) + str(number)[5:])
+    lines[1] = lines[1].replace(
+        str(number), str(number)[:4] + str((int(str(number)[4]) + 1) % 10) + str(number)[5:]
+    )
     path.write_text("\n".join(lines) + "\n")
     assert {"records.jsonl", "records.jsonl:2"} <= {c.what for c in bad(results)}
     assert check(results, "--sample", "0") == 1
     assert "was changed after it was written" in capsys.readouterr().out
-    assert cli.main(["cite", str(results / "tiny.toml"), "--results", str(results / "results")]) == 2
+    assert (
+        cli.main(["cite", str(results / "tiny.toml"), "--results", str(results / "results")]) == 2
+    )
     assert "records.jsonl:2" in capsys.readouterr().err
 
 
-def test_a_number_changed_with_all_its_digests_is_found_by_running_the_cell_again(results, capsys):
+def test_a_number_changed_with_all_its_digests_is_found_by_running_the_cell_again(
+    results, in_process, capsys
+):
     resealed(results, better)
     assert bad(results) == []
     assert check(results, "--sample", "0") == 0
@@ -126,18 +144,36 @@ def test_a_number_changed_with_all_its_digests_is_found_by_running_the_cell_agai
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (lambda p: p.write_text("".join(p.read_text().splitlines(keepends=True)[:-1])), "was changed after"),
+        (
+            lambda p: p.write_text("".join(p.read_text().splitlines(keepends=True)[:-1])),
+            "was changed after",
+        ),
         (lambda p: p.write_text(p.read_text()[:-40]), "not a record"),
-        (lambda p: p.write_bytes(p.read_bytes()[:900] + b"\xff" + p.read_bytes()[901:]), "records.jsonl:1"),
+        (
+            lambda p: p.write_bytes(p.read_bytes()[:900] + b"\xff" + p.read_bytes()[901:]),
+            "records.jsonl:1",
+        ),
         (lambda p: p.write_text(p.read_text() + p.read_text()), "more than one record"),
         (lambda p: p.with_name("SHA256SUMS").unlink(), "there is none"),
         (lambda p: p.with_name("leaderboard.md").unlink(), "the file is gone"),
-        (lambda p: p.with_name("SHA256SUMS").write_text("00  ../../tiny.toml\n"), "not a line of digest and file"),
+        (
+            lambda p: p.with_name("SHA256SUMS").write_text("00  ../../tiny.toml\n"),
+            "not a line of digest and file",
+        ),
         (lambda p: p.with_name("SHA256SUMS").write_text(""), "is not in SHA256SUMS"),
         (lambda p: p.with_name("extra.md").write_text("x"), "extra.md is not in SHA256SUMS"),
-        (lambda p: p.with_name("SHA256SUMS").write_text("00  a\0b\n"), "not a line of digest and file"),
-        (lambda p: p.with_name("SHA256SUMS").write_text("00  " + "x" * 5000 + "\n"), "not a line of digest and file"),
-        (lambda p: p.with_name("SHA256SUMS").write_text("00  figures\n"), "not a line of digest and file"),
+        (
+            lambda p: p.with_name("SHA256SUMS").write_text("00  a\0b\n"),
+            "not a line of digest and file",
+        ),
+        (
+            lambda p: p.with_name("SHA256SUMS").write_text("00  " + "x" * 5000 + "\n"),
+            "not a line of digest and file",
+        ),
+        (
+            lambda p: p.with_name("SHA256SUMS").write_text("00  figures\n"),
+            "not a line of digest and file",
+        ),
         (lambda p: p.with_name("timings.jsonl").write_text("{"), "timings.jsonl:1 is no timing"),
         (lambda p: p.with_name("timings.jsonl").unlink(), "timings.jsonl cannot be read"),
     ],
@@ -149,7 +185,10 @@ def test_damage_is_found(results, damage, found):
 
 def test_records_without_digests_are_refused(results):
     path = records_file(results)
-    lines = [{k: v for k, v in json.loads(line).items() if k != "digest"} for line in path.read_text().splitlines()]
+    lines = [
+        {k: v for k, v in json.loads(line).items() if k != "digest"}
+        for line in path.read_text().splitlines()
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert sum("carries no digest" in c.note for c in bad(results)) == 3
     with pytest.raises(verify.UsageError, match=r"records.jsonl:1: .* carries no digest"):
@@ -177,14 +216,18 @@ def test_records_of_other_cells_are_found_and_missing_ones_said(results):
     suite = suites.load(str(results / "tiny.toml"))
     checks = verify.check_files(suite, records_file(results).parent)
     assert [c.note for c in checks if not c.ok] == [
-        "1 records are of cells that the suite does not have, the first of digits-lenet_300_100-l1-norm-channels:0.5-s0"
+        "1 records are of cells that the suite does not have, the first of "
+        "digits-lenet_300_100-l1-norm-channels:0.5-s0"
     ]
     assert any("2 cells of the suite have none" in c.note for c in checks)
 
 
-def test_a_competitor_that_is_said_to_have_failed_is_found(results, capsys):
+def test_a_competitor_that_is_said_to_have_failed_is_found(results, in_process, capsys):
     resealed(
-        results, lambda r: r.model_copy(update={"status": "failed", "reason": "broke"} if r.cell.technique == "l1-norm" else {})
+        results,
+        lambda r: r.model_copy(
+            update={"status": "failed", "reason": "broke"} if r.cell.technique == "l1-norm" else {}
+        ),
     )
     assert check(results, "--sample", "0") == 0
     assert check(results, "--only", "l1-norm") == 1
@@ -192,11 +235,18 @@ def test_a_competitor_that_is_said_to_have_failed_is_found(results, capsys):
 
 
 @pytest.mark.parametrize("excuse", [{"key": "0" * 40}, {"hardware": {"cpu": "another"}}])
-def test_what_no_machine_changes_cannot_be_excused(results, capsys, excuse):
+def test_what_no_machine_changes_cannot_be_excused(results, in_process, capsys, excuse):
     def edited(record):
         where = {**record.provenance, **{k: v for k, v in excuse.items() if k == "hardware"}}
         rows = tuple(r.model_copy(update={"samples": 1}) for r in record.rows)
-        return record.model_copy(update={"provenance": where, "rows": rows, "params": 10, "key": excuse.get("key", record.key)})
+        return record.model_copy(
+            update={
+                "provenance": where,
+                "rows": rows,
+                "params": 10,
+                "key": excuse.get("key", record.key),
+            }
+        )
 
     resealed(results, edited)
     assert check(results, "--only", "l1-norm") == 1
@@ -211,8 +261,15 @@ def test_a_report_takes_over_what_is_sound_and_keeps_the_rest_aside(results, mon
     path.write_text(changed)
     (first, *_) = changed.splitlines()
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(results / "empty"))
-    with pytest.warns(UserWarning, match=r"1 of 3 earlier records are not taken over, the first at .*records.jsonl:1|are kept in"):
-        assert cli.main(["report", str(results / "tiny.toml"), "--results", str(results / "results")]) == 0
+    with pytest.warns(
+        UserWarning,
+        match=r"1 of 3 earlier records are not taken over, the first at .*records.jsonl:1|are "
+        r"kept in",
+    ):
+        assert (
+            cli.main(["report", str(results / "tiny.toml"), "--results", str(results / "results")])
+            == 0
+        )
     assert read_records(path) == before[1:]
     assert path.with_name(ASIDE).read_text() == f"{first}\n"
 
@@ -221,10 +278,14 @@ def test_elsewhere_a_rerun_must_lie_within_the_tolerance(ran):
     (_, old, _) = read_records(ran / "results" / "tiny" / "records.jsonl")
     assert verify.compare(old, old).by == "bit-equal"
     clean = old.model_copy(update={"provenance": {**old.provenance, "dirty": False}})
-    assert "key: recorded" in verify.compare(clean, clean.model_copy(update={"key": "0" * 40})).note  # nothing explains it
+    assert (
+        "key: recorded" in verify.compare(clean, clean.model_copy(update={"key": "0" * 40})).note
+    )  # nothing explains it
     elsewhere = {**old.provenance, "commit": "0" * 40, "dirty": False}
     other = old.model_copy(update={"key": "0" * 40, "provenance": elsewhere})
-    assert verify.compare(old, other) == verify.Check(old.cell.id, "tolerance", True, verify.compare(old, other).note)
+    assert verify.compare(old, other) == verify.Check(
+        old.cell.id, "tolerance", True, verify.compare(old, other).note
+    )
     assert "other code or data" in verify.compare(old, other).note
     last = old.rows[-1]
     allowed = verify.tolerance(last.top1, last.samples)
@@ -232,13 +293,17 @@ def test_elsewhere_a_rerun_must_lie_within_the_tolerance(ran):
         rows = (*old.rows[:-1], last.model_copy(update={"top1": last.top1 - apart}))
         assert verify.compare(old, other.model_copy(update={"rows": rows})).ok is holds
     assert not verify.compare(old, other.model_copy(update={"macs": int(old.macs * 1.06)})).ok
-    assert not verify.compare(old, other.model_copy(update={"status": "failed", "reason": "broke"})).ok
+    assert not verify.compare(
+        old, other.model_copy(update={"status": "failed", "reason": "broke"})
+    ).ok
     gpu = old.model_copy(update={"provenance": {**old.provenance, "hardware": {"gpu": "H200"}}})
     assert "other hardware" in verify.compare(gpu, old).note
 
 
 def test_the_tolerance_is_a_point_or_three_standard_errors():
-    assert verify.tolerance(93.4, 10_000) == pytest.approx(3 * 100 * (2 * 0.934 * 0.066 / 10_000) ** 0.5)
+    assert verify.tolerance(93.4, 10_000) == pytest.approx(
+        3 * 100 * (2 * 0.934 * 0.066 / 10_000) ** 0.5
+    )
     assert verify.tolerance(93.4, 10_000) > 1
     assert verify.tolerance(99.9, 50_000) == 1.0
     assert verify.tolerance(100.0, 9) == 1.0
@@ -246,7 +311,11 @@ def test_the_tolerance_is_a_point_or_three_standard_errors():
 
 def test_the_sample_is_the_same_for_one_seed_and_spares_nothing(ran):
     records = read_records(ran / "results" / "tiny" / "records.jsonl")
-    many = [r.model_copy(update={"cell": r.cell.model_copy(update={"seed": s})}) for r in records for s in range(20)]
+    many = [
+        r.model_copy(update={"cell": r.cell.model_copy(update={"seed": s})})
+        for r in records
+        for s in range(20)
+    ]
     drawn = verify.sample(many, 10)
     assert drawn == verify.sample(many[::-1], 10)
     assert drawn != verify.sample(many, 10, seed=1)
@@ -287,11 +356,23 @@ def test_a_report_of_earlier_records_needs_no_data(tmp_path, monkeypatch, capsys
     """Who has cloned the results can write their tables again."""
     text = SUITE.replace('"tiny"', '"elsewhere"').replace('["digits"]', '["not-here"]')
     (tmp_path / "elsewhere.toml").write_text(text)
-    arguments = ["report", str(tmp_path / "elsewhere.toml"), "--results", str(tmp_path / "results"), "--no-timing"]
+    arguments = [
+        "report",
+        str(tmp_path / "elsewhere.toml"),
+        "--results",
+        str(tmp_path / "results"),
+        "--no-timing",
+    ]
     assert cli.main(arguments) == 2
     assert "not-here" in capsys.readouterr().err
     (one, *_) = suites.load(str(tmp_path / "elsewhere.toml")).cells()
-    done = verify.Record(key="k" * 40, cell=one, status="skipped", reason="why", provenance={"versions": {}, "hardware": {}})
+    done = verify.Record(
+        key="k" * 40,
+        cell=one,
+        status="skipped",
+        reason="why",
+        provenance={"versions": {}, "hardware": {}},
+    )
     write_records(tmp_path / "results" / "elsewhere" / "records.jsonl", [done])
     assert cli.main(arguments) == 0
     assert "skipped" in (tmp_path / "results" / "elsewhere" / "leaderboard.md").read_text()
@@ -302,8 +383,11 @@ RESULTS = Path(__file__).parent.parent / "results" / "published"
 
 @pytest.mark.parametrize("name", sorted(p.parent.name for p in RESULTS.glob("*/records.jsonl")))
 def test_committed_results_hold(name):
-    """Digests, sums, and tables that say what the records say; a change of the tables' form wants `widthbench report NAME`."""
-    assert [c.plain() for c in verify.check_files(suites.load(name), RESULTS / name) if not c.ok] == []
+    """Digests, sums, and tables that say what the records say; a change of the tables' form wants
+    `widthbench report NAME`."""
+    assert [
+        c.plain() for c in verify.check_files(suites.load(name), RESULTS / name) if not c.ok
+    ] == []
 
 
 def elsewhere(record, **changes):
@@ -328,10 +412,15 @@ def one(ran):
         (lambda r: {"widths": {n: w - 1 for n, w in r.widths.items()}}, "its widths give"),
         (lambda r: {"widths": {"nothing": 3}}, "no network of the kind has them"),
         (
-            lambda r: {"spent": r.spent | {"base": r.spent["base"].model_copy(update={"forward_macs": 7})}},
+            lambda r: {
+                "spent": r.spent | {"base": r.spent["base"].model_copy(update={"forward_macs": 7})}
+            },
             "spent.base.forward_macs",
         ),
-        (lambda r: {"spent": r.spent | {"adaptation": verify.Spent()}}, "spent.adaptation.epochs: recorded 0, now 1"),
+        (
+            lambda r: {"spent": r.spent | {"adaptation": verify.Spent()}},
+            "spent.adaptation.epochs: recorded 0, now 1",
+        ),
         (lambda r: {"floor": True}, "floor: recorded True"),
         (lambda r: {"coupled": True}, "coupled: recorded True"),
     ],
@@ -355,12 +444,19 @@ def test_elsewhere_earlier_stages_must_lie_within_what_seeds_differ_by(one):
 def test_numbers_do_not_widen_the_tolerance_that_they_are_judged_by(one):
     def at(technique, seed, top1):
         cell = one.cell.model_copy(update={"technique": technique, "seed": seed})
-        return one.model_copy(update={"cell": cell, "rows": (one.rows[0].model_copy(update={"top1": top1}), *one.rows[1:])})
+        return one.model_copy(
+            update={
+                "cell": cell,
+                "rows": (one.rows[0].model_copy(update={"top1": top1}), *one.rows[1:]),
+            }
+        )
 
     honest = [at("nmf", 0, 50.0), at("nmf", 1, 54.0)]
     forged = [at("l1-norm", 0, 10.0), at("l1-norm", 1, 98.0)]
     found = verify.spreads([*honest, *forged])
-    assert found["digits", "lenet_300_100", "l1-norm", "channels:0.5"]["resized"] == pytest.approx(8**0.5)
+    assert found["digits", "lenet_300_100", "l1-norm", "channels:0.5"]["resized"] == pytest.approx(
+        8**0.5
+    )
     assert verify.spreads(forged) == {}
 
 
@@ -369,12 +465,16 @@ def test_what_moves_all_cells_the_same_way_is_found_though_none_is_beyond_its_to
         cell = one.cell.model_copy(update={"technique": technique, "seed": seed})
         rows = tuple(r.model_copy(update={"top1": 90.0, "samples": 450}) for r in one.rows)
         new = one.model_copy(update={"cell": cell, "rows": rows})
-        return elsewhere(new, rows=tuple(r.model_copy(update={"top1": 90.0 + apart}) for r in rows)), new
+        return elsewhere(
+            new, rows=tuple(r.model_copy(update={"top1": 90.0 + apart}) for r in rows)
+        ), new
 
     pairs = [pair("l1-norm", s, 3.0) for s in range(10)]
     assert all(verify.compare(*p).ok for p in pairs)
     assert [c.ok for c in verify.means(pairs, {})] == [False]
-    mixed = [pair("l1-norm", s, (-1) ** s * 3.0) for s in range(10)] + [pair("nmf", s, 2.9) for s in range(6)]
+    mixed = [pair("l1-norm", s, (-1) ** s * 3.0) for s in range(10)] + [
+        pair("nmf", s, 2.9) for s in range(6)
+    ]
     assert {c.what: c.ok for c in verify.means(mixed, {})} == {
         "digits lenet_300_100 l1-norm channels:0.5: mean of 10": True,
         "digits lenet_300_100 nmf channels:0.5: mean of 6": False,
@@ -395,12 +495,23 @@ def test_the_bibtex_of_techniques_may_differ_and_nothing_else(results):
     board = records_file(results).with_name("leaderboard.md")
     text = board.read_text()
     for ok, changed in (
-        (True, text.replace("% random-channels: names no paper", "@misc{another,\n  title = {x}\n}")),
+        (
+            True,
+            text.replace("% random-channels: names no paper", "@misc{another,\n  title = {x}\n}"),
+        ),
         (False, text.replace("SHA-256 of the records ", "SHA-256 of the records 0")),
         (False, text + "| l1-norm | 100.00 |\n"),
         (False, text.replace("\n```bibtex", "\nThe best.\n```bibtex")),
-        (False, text.replace("% random-channels", "```\n| l1-norm | 100.00 |\n```\n% random-channels")),
-        (False, text.replace("% random-channels", "  ```\n| l1-norm | 100.00 |\n  ```bibtex\n% random-channels")),
+        (
+            False,
+            text.replace("% random-channels", "```\n| l1-norm | 100.00 |\n```\n% random-channels"),
+        ),
+        (
+            False,
+            text.replace(
+                "% random-channels", "  ```\n| l1-norm | 100.00 |\n  ```bibtex\n% random-channels"
+            ),
+        ),
     ):
         assert changed != text
         board.write_text(changed)
@@ -412,7 +523,11 @@ def test_other_pages_are_held_to_the_records_too():
     suite = suites.load("autoprune-lenet")
     folder = RESULTS / suite.name
     lines = [line.record for line in verify.read_lines(folder / "records.jsonl")]
-    assert {c.what for c in verify._tables(suite, folder, lines)} >= {"leaderboard.tex", "paired.md", "trajectories.md"}
+    assert {c.what for c in verify._tables(suite, folder, lines)} >= {
+        "leaderboard.tex",
+        "paired.md",
+        "trajectories.md",
+    }
 
 
 def test_what_an_earlier_report_wrote_and_this_one_does_not_is_removed(results, monkeypatch):
@@ -421,10 +536,23 @@ def test_what_an_earlier_report_wrote_and_this_one_does_not_is_removed(results, 
     old.write_text("old"), mine.write_text("mine")
     sums = path.with_name("SHA256SUMS")
     sums.write_text(
-        sums.read_text() + f"{verify.file_digest(old)}  paired.md\n{'0' * 64}  curves.md\n{'0' * 64}  ../../tiny.toml\n"
+        sums.read_text()
+        + f"{verify.file_digest(old)}  paired.md\n{'0' * 64}  curves.md\n{'0' * 64}  "
+        f"../../tiny.toml\n"
     )
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(results / "empty"))
-    assert cli.main(["report", str(results / "tiny.toml"), "--results", str(results / "results"), "--no-timing"]) == 0
+    assert (
+        cli.main(
+            [
+                "report",
+                str(results / "tiny.toml"),
+                "--results",
+                str(results / "results"),
+                "--no-timing",
+            ]
+        )
+        == 0
+    )
     assert not old.exists()
     assert mine.read_text() == "mine"  # somebody's by now
     assert (results / "tiny.toml").exists()
@@ -446,15 +574,23 @@ FORGERIES = {
         ("(n=1)", "(n=500)"),
         ('"rule": "', '"rule": "x'),
     ],
-    "claims.md": [("not reproduced", "reproduced"), ("| check `", "| exact | check `"), ("# Claims", "# All reproduced")],
+    "claims.md": [
+        ("not reproduced", "reproduced"),
+        ("| check `", "| exact | check `"),
+        ("# Claims", "# All reproduced"),
+    ],
 }
 
 
-def test_claims_are_judged_anew(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def judged():
+    return verify.claims.judge_all(RESULTS)
+
+
+def test_claims_are_judged_anew(tmp_path, capsys, judged):
     for path in RESULTS.glob("*"):
         if path.name not in FORGERIES:
             (tmp_path / path.name).symlink_to(path)
-    judged = verify.claims.judge_all(RESULTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify.claims, "judge_all", lambda results: judged)
         for name, edits in FORGERIES.items():
@@ -463,7 +599,9 @@ def test_claims_are_judged_anew(tmp_path, capsys):
                     text = (RESULTS / each).read_text()
                     assert each != name or old in text, old
                     (tmp_path / each).write_text(text.replace(old, new) if each == name else text)
-                assert {c.what: c.ok for c in verify.check_claims(tmp_path)} == {n: n != name for n in FORGERIES}, old
+                assert {c.what: c.ok for c in verify.check_claims(tmp_path)} == {
+                    n: n != name for n in FORGERIES
+                }, old
                 assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2
                 assert f"{name} is not what the records say" in capsys.readouterr().err
         (tmp_path / "claims.json").unlink()
@@ -474,7 +612,9 @@ def test_claims_are_judged_anew(tmp_path, capsys):
 def test_numbers_that_a_check_measures_may_differ_a_little():
     assert verify.report_claims.close("| 0.2035 (n=3) | **x** |", "| 0.2036  (n=3) | **x** |")
     assert not verify.report_claims.close("| 0.2035 (n=3) |", "| 0.3 (n=3) |")
-    assert not verify.report_claims.close("| x | 90 | 91 |", "| x | 91 | 91 |")  # what a document reports is no measurement
+    assert not verify.report_claims.close(
+        "| x | 90 | 91 |", "| x | 91 | 91 |"
+    )  # what a document reports is no measurement
     assert not verify.report_claims.close("| 0.2035 (n=3) |", "| 0.2035 (n=3) exact |")
 
 
@@ -483,18 +623,27 @@ def test_files_that_no_report_writes_are_found(results):
     path.with_name("paired.md").write_text("| mine | 100.00 |")
     (path.parent / "figures" / "notes.txt").write_text("x")
     sums = path.with_name("SHA256SUMS")
-    more = [f"{verify.file_digest(path.parent / n)}  {n}" for n in ("paired.md", "figures/notes.txt")]
+    more = [
+        f"{verify.file_digest(path.parent / n)}  {n}" for n in ("paired.md", "figures/notes.txt")
+    ]
     sums.write_text(sums.read_text() + "\n".join(more) + "\n")
     assert [c.what for c in bad(results)] == ["figures/notes.txt", "paired.md"]
 
 
-def test_the_committed_claims_are_what_the_committed_records_say():
+def test_the_committed_claims_are_what_the_committed_records_say(judged, monkeypatch):
+    monkeypatch.setattr(
+        verify.claims, "judge_all", lambda results: judged if results == RESULTS else None
+    )
     assert [c.plain() for c in verify.check_claims(RESULTS) if not c.ok] == []
 
 
 def test_committed_sizes_follow_from_widths():
-    """One record for each technique, network and budget of `digits`: a network of its widths has its MACs and parameters."""
-    found = {(r.cell.network, r.cell.label, r.cell.budget): r for r in read_records(RESULTS / "digits" / "records.jsonl")}
-    assert {r.cell.id: list(verify._size_differences(r)) for r in found.values() if r.status == "done"} == {
-        r.cell.id: [] for r in found.values() if r.status == "done"
+    """One record for each technique, network and budget of `digits`: a network of its widths has
+    its MACs and parameters."""
+    found = {
+        (r.cell.network, r.cell.label, r.cell.budget): r
+        for r in read_records(RESULTS / "digits" / "records.jsonl")
     }
+    assert {
+        r.cell.id: list(verify._size_differences(r)) for r in found.values() if r.status == "done"
+    } == {r.cell.id: [] for r in found.values() if r.status == "done"}

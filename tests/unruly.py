@@ -58,7 +58,11 @@ class Unruly(Technique):
 
     def decide(self, task, state):
         getattr(self, self.id.replace("-", "_"))(task)
-        return Outcome(task.keep_best({n: torch.arange(g.channels, dtype=torch.float) for n, g in task.groups.items()}))
+        return Outcome(
+            task.keep_best(
+                {n: torch.arange(g.channels, dtype=torch.float) for n, g in task.groups.items()}
+            )
+        )
 
     def raises(self, task):
         raise RuntimeError("on purpose")
@@ -67,7 +71,9 @@ class Unruly(Technique):
         time.sleep(1000)
 
     def hangs_in_c(self, task):
-        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}
+        )
         ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock held
 
     def segfaults(self, task):
@@ -170,7 +176,15 @@ class Unruly(Technique):
         subprocess.Popen(["sleep", "98764"], start_new_session=True)
 
 
-ALL = [*WAYS, "changes-directory", "prints", "starts-others", "writes-everywhere", "forks", "leaves-traces"]
+ALL = [
+    *WAYS,
+    "changes-directory",
+    "prints",
+    "starts-others",
+    "writes-everywhere",
+    "forks",
+    "leaves-traces",
+]
 for _name in ALL:
     _attributes = {"id": _name, "__module__": __name__, "__doc__": Unruly.__doc__}
     globals()[_name.replace("-", "_").title()] = type(_name, (Unruly,), _attributes)

@@ -1,11 +1,14 @@
 """Small networks that between them have every kind of layer and index map."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from timm.models import cspnet
 from torch import nn
 
 from widthbench.data import sources, splits
@@ -61,7 +64,10 @@ class Residual(nn.Module):
         super().__init__()
         self.stem, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.expand, self.bn1 = nn.Conv2d(6, 12, 1, bias=False), nn.BatchNorm2d(12)
-        self.depth, self.bn2 = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.BatchNorm2d(12)
+        self.depth, self.bn2 = (
+            nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False),
+            nn.BatchNorm2d(12),
+        )
         self.project, self.bn3 = nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6)
         self.head = nn.Linear(6, 5)
 
@@ -196,12 +202,17 @@ class Shuffled:
         return len(self.y)
 
     def batches(self, size, *, generator=None, augment=None):
-        order = torch.arange(len(self.y)) if generator is None else torch.randperm(len(self.y), generator=generator)
+        order = (
+            torch.arange(len(self.y))
+            if generator is None
+            else torch.randperm(len(self.y), generator=generator)
+        )
         return ((self.x[some], self.y[some]) for some in order.split(size))
 
 
 def watched_fit(seen, layout):
-    """``task.fit`` that notes of each convolution's pass its output's dtype and whether its input has a memory layout."""
+    """``task.fit`` that notes of each convolution's pass its output's dtype and whether its input
+    has a memory layout."""
 
     def fitted(model, train, recipe, **more):
         note = lambda m, a, out: seen.append((out.dtype, a[0].is_contiguous(memory_format=layout)))  # noqa: E731
@@ -238,7 +249,8 @@ def public(file, dataset):
 
 
 class PublicLenet(nn.Module):
-    """The LeNet-300-100 as anybody would write it, with the tensor names of the published weights."""
+    """The LeNet-300-100 as anybody would write it, with the tensor names of the published
+    weights."""
 
     def __init__(self):
         super().__init__()
@@ -259,3 +271,40 @@ def public_lenet():
 def first(split):
     """The first test image, ``[1, C, H, W]``."""
     return next(split.test.batches(1))[0]
+
+
+SHORTER = {
+    "beit_base_patch16_224": {"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": 64},
+    "cait_xxs24_224": {"depth": 2, "img_size": 64},
+    "coat_tiny": {"serial_depths": [1, 1, 1, 1], "parallel_depth": 1, "img_size": 64},
+    "cspresnet50": {
+        "stages": dataclasses.replace(cspnet.model_cfgs["cspresnet50"].stages, depth=(1, 1, 1, 1))
+    },
+    "densenet121": {"block_config": (2, 2, 2, 2)},
+    "levit_128s": {"depth": (1, 1, 1)},
+    "pit_ti_224": {"depth": [1, 1, 1]},
+    "rexnet_100": {"depth_mult": 0.3},
+    "swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (3, 6), "img_size": 56},
+}
+
+
+def shorter(name, **options):
+    """A network of timm's with each kind of block that the whole one has, but fewer of them."""
+    return timm.create_model(name, **SHORTER.get(name, {}) | options)
+
+
+def lengths(*names):
+    """(name, what makes it) of networks of timm's: shorter ones, and whole ones where there is
+    time."""
+    whole = [
+        pytest.param(n, timm.create_model, id=f"{n}-whole", marks=pytest.mark.slow)
+        for n in names
+        if n in SHORTER
+    ]
+    return [pytest.param(n, shorter, id=n) for n in names] + whole
+
+
+def side(name, made):
+    """Pixels along a side of the images that a network of 224 pixels takes, be it whole or
+    shorter."""
+    return SHORTER[name].get("img_size", 224) if made is shorter else 224

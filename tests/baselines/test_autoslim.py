@@ -12,8 +12,8 @@ from widthbench.baselines.autoslim import AutoSlim, First, Slimmable, at_budget,
 from widthbench.errors import UsageError
 from widthbench.experiment import protocol
 from widthbench.experiment.bases import load_data, obtain_base
-from widthbench.experiment.protocol import run_cell, task_of
 from widthbench.experiment.cell import Cell
+from widthbench.experiment.protocol import run_cell, task_of
 from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.recipe import Recipe
@@ -30,9 +30,16 @@ BRIEF = {"epochs": 1, "steps": 4, "least": 0.2}
 
 def cell(params=None, **fields):
     given = {
-        "dataset": "digits", "technique": "autoslim", "params": BRIEF | (params or {}), "budget": "macs:0.5", "base": BASE,
-        "finetune": BASE, "model": "lenet_300_100", "size": 16, "seed": 0,
-    }  # fmt: skip
+        "dataset": "digits",
+        "technique": "autoslim",
+        "params": BRIEF | (params or {}),
+        "budget": "macs:0.5",
+        "base": BASE,
+        "finetune": BASE,
+        "model": "lenet_300_100",
+        "size": 16,
+        "seed": 0,
+    }
     return Cell(**given | fields)
 
 
@@ -42,9 +49,17 @@ def task_on(cls=zoo.Plain, budget="macs:0.5"):
     sample = zoo.sample_for(x, count=12)
     recipe = Recipe(epochs=1, batch_size=6, lr=0.01)
     return Task(
-        model=model, groups=groups, example_input=x, budget=Budget.parse(budget), cost=cost, reference=cost, train=sample,
-        val=sample, recipe=recipe, fit=lambda m, t, r, **more: fit(m, t, r, macs=1, **more),
-    )  # fmt: skip
+        model=model,
+        groups=groups,
+        example_input=x,
+        budget=Budget.parse(budget),
+        cost=cost,
+        reference=cost,
+        train=sample,
+        val=sample,
+        recipe=recipe,
+        fit=lambda m, t, r, **more: fit(m, t, r, macs=1, **more),
+    )
 
 
 def by_index(task):
@@ -67,13 +82,17 @@ def test_a_step_follows_the_sandwich_rule():
     assert seen[0] == whole
     assert seen[1] == {n: max(1, round(0.25 * c)) for n, c in whole.items()}
     assert len(seen) == len(losses) == 4
-    assert all(round(0.25 * whole[n]) <= w <= whole[n] for widths in seen[2:] for n, w in widths.items())
+    assert all(
+        round(0.25 * whole[n]) <= w <= whole[n] for widths in seen[2:] for n, w in widths.items()
+    )
     assert seen[2] != seen[3]
     with torch.no_grad():
         logits = model(x)
     assert torch.allclose(losses[0], F.cross_entropy(logits, y))
     soft = logits.softmax(1)
-    assert torch.allclose(losses[1], -(soft * logits.log_softmax(1)).sum(1).mean())  # the spy's network is not gated
+    assert torch.allclose(
+        losses[1], -(soft * logits.log_softmax(1)).sum(1).mean()
+    )  # the spy's network is not gated
     assert not soft.requires_grad
 
 
@@ -84,7 +103,9 @@ def test_gates_open_the_first_channels_as_a_cut_network_would_have_them():
     rows = {n: g.nonzero().flatten() for n, g in slimmable.gates.items()}
     for name, group in task.groups.items():
         size = group.channels // group.blocks
-        expected = [b * size + i for b in range(group.blocks) for i in range(max(1, round(size / 2)))]
+        expected = [
+            b * size + i for b in range(group.blocks) for i in range(max(1, round(size / 2)))
+        ]
         assert rows[name].tolist() == expected
     x = task.train.x
     cut = resize(task.model, task.groups, {n: keep(r) for n, r in rows.items()})
@@ -93,7 +114,8 @@ def test_gates_open_the_first_channels_as_a_cut_network_would_have_them():
 
 
 def brute_force(widths, task, level, name):
-    """The widest that brings the MACs to the level while one group alone gives up half of its channels at most; or None."""
+    """The widest that brings the MACs to the level while one group alone gives up half of its
+    channels at most; or None."""
     blocks = task.groups[name].blocks
     for width in range(widths[name], max(1, widths[name] // blocks // 2) * blocks - 1, -blocks):
         if task.cost({**widths, name: width}).macs <= level * task.reference.macs:
@@ -118,37 +140,68 @@ def test_shapes_at_a_level_are_those_of_brute_force(cls, level):
 
 
 def joint(task, whole, name, half, level):
-    """One group at half of its channels, the others at the largest common share that brings the MACs to the level, filled up."""
+    """One group at half of its channels, the others at the largest common share that brings the
+    MACs to the level, filled up."""
     groups, found = task.groups, None
     others = [n for n in groups if n != name]
     for share in torch.linspace(0, 1, 4001).tolist():
-        shape = {n: groups[n].blocks * max(1, math.floor(share * whole[n] / groups[n].blocks + 0.5)) for n in others} | {name: half}
+        shape = {
+            n: groups[n].blocks * max(1, math.floor(share * whole[n] / groups[n].blocks + 0.5))
+            for n in others
+        } | {name: half}
         if task.cost(shape).macs <= level * task.reference.macs:
             found = shape
     if found is None:
         return {n: g.blocks for n, g in groups.items()}
-    for other in sorted(others, key=lambda n: (found[n] / groups[n].blocks + 0.5) * groups[n].blocks / whole[n]):
+    for other in sorted(
+        others, key=lambda n: (found[n] / groups[n].blocks + 0.5) * groups[n].blocks / whole[n]
+    ):
         more = {**found, other: found[other] + groups[other].blocks}
         if found[other] < whole[other] and task.cost(more).macs <= level * task.reference.macs:
             found = more
     return found
 
 
-@pytest.mark.parametrize(("model", "steps"), [("mobilenetv2_100_cifar", 30), ("vgg16_cifar", 30), ("test_resnet", 8)])
-def test_every_group_is_a_candidate_and_none_is_closed_unseen(model, steps):
-    net, x = models.create(model, classes=10, channels=3, size=32, seed=0).eval(), torch.zeros(1, 3, 32, 32)
+@pytest.mark.parametrize(
+    ("model", "steps", "taken"),
+    [
+        ("mobilenetv2_100_cifar", 30, 2),
+        ("vgg16_cifar", 30, 3),
+        ("test_resnet", 8, 8),
+        pytest.param("mobilenetv2_100_cifar", 30, 8, marks=pytest.mark.slow),
+        pytest.param("vgg16_cifar", 30, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_every_group_is_a_candidate_and_none_is_closed_unseen(model, steps, taken):
+    net, x = (
+        models.create(model, classes=10, channels=3, size=32, seed=0).eval(),
+        torch.zeros(1, 3, 32, 32),
+    )
     groups = find_groups(net, x).select("inner")
     cost = CostModel(net, groups, x)
     task = Task(
-        model=net, groups=groups, example_input=x, budget=Budget("macs", 0.5), cost=cost, reference=cost, train=None, val=None
-    )  # fmt: skip
+        model=net,
+        groups=groups,
+        example_input=x,
+        budget=Budget("macs", 0.5),
+        cost=cost,
+        reference=cost,
+        train=None,
+        val=None,
+    )
     draw, last = torch.Generator().manual_seed(0), {n: g.channels for n, g in groups.items()}
-    for step in range(1, min(steps, 8) + 1):
+    for step in range(1, taken + 1):
         level = 0.1 ** (step / steps)
         shapes = slimmer(last, task, level)
-        assert len(shapes) >= min(len(groups), sum(last[n] > groups[n].blocks for n in groups)) - 1  # two may be the same shape
+        assert (
+            len(shapes) >= min(len(groups), sum(last[n] > groups[n].blocks for n in groups)) - 1
+        )  # two may be the same shape
         for shape in shapes:
-            assert all(shape[n] >= last[n] // 2 // groups[n].blocks * groups[n].blocks * 0.75 - groups[n].blocks for n in groups)
+            assert all(
+                shape[n]
+                >= last[n] // 2 // groups[n].blocks * groups[n].blocks * 0.75 - groups[n].blocks
+                for n in groups
+            )
             assert cost(shape).macs <= level * cost.macs
             assert cost(shape).macs > 0.85 * level * cost.macs
         last = shapes[int(torch.randint(len(shapes), (), generator=draw))]
@@ -156,7 +209,10 @@ def test_every_group_is_a_candidate_and_none_is_closed_unseen(model, steps):
 
 def test_where_nothing_can_shrink_further_the_shape_stays():
     task = task_on(zoo.Plain)
-    whole, floor = ({n: w(g) for n, g in task.groups.items()} for w in (lambda g: g.channels, lambda g: g.blocks))
+    whole, floor = (
+        {n: w(g) for n, g in task.groups.items()}
+        for w in (lambda g: g.channels, lambda g: g.blocks)
+    )
     assert slimmer(whole, task, 0.0) == [floor]
     assert slimmer(floor, task, 0.0) == [floor]
 
@@ -196,22 +252,27 @@ def test_the_group_that_accuracy_misses_least_is_slimmed():
     assert task.cost(widths).macs <= 0.25**0.25 * task.reference.macs
 
 
-@pytest.mark.parametrize("params", [{}, {"final": "fresh", "final_epochs": 4}, {"final_epochs": 0, "order": "index"}])
+@pytest.mark.parametrize(
+    "params", [{}, {"final": "fresh", "final_epochs": 0.5}, {"final_epochs": 0, "order": "index"}]
+)
 @pytest.mark.parametrize(("model", "size"), [("lenet_300_100", 16), ("test_resnet", 32)])
 def test_it_slims_real_networks(model, size, params):
-    brief = {"calibration": 128, "samples": 64, **params}
-    records = [run_cell(cell(brief, model=model, size=size, budget=b), Store()) for b in ("macs:0.6", "macs:0.25", "macs:0.1")]
+    brief = {"calibration": 64, "samples": 32, "epochs": 0.25, "final_epochs": 0.25, **params}
+    budgets = ("macs:0.6", "macs:0.25", "macs:0.1")[:: 1 if "lenet" in model else 2]
+    records = [run_cell(cell(brief, model=model, size=size, budget=b), Store()) for b in budgets]
     for record in records:
         assert record.status == "done", record.reason
         assert record.met
-        assert record.series["trajectory.macs"] == sorted(record.series["trajectory.macs"], reverse=True)
+        assert record.series["trajectory.macs"] == sorted(
+            record.series["trajectory.macs"], reverse=True
+        )
         assert len(record.series["trajectory.macs"]) == 5
-    assert records[0].series == records[1].series == records[2].series  # one path for all budgets
+    assert all(r.series == records[0].series for r in records)  # one path for all budgets
     bills = [r.spent["decision"].forward_macs for r in records]
     if params.get("final_epochs") == 0:
         assert bills[0] == bills[1]
     else:  # narrower shapes are cheaper to train
-        assert bills[0] > bills[1] > bills[2]
+        assert bills == sorted(set(bills), reverse=True)
 
 
 def test_the_bill_counts_every_pass(fresh_cache, monkeypatch):

@@ -1,4 +1,5 @@
-"""NMF: what it puts into a network against hand computation and scikit-learn; on public weights, near the document's average."""
+"""NMF: what it puts into a network against hand computation and scikit-learn; on public weights,
+near the document's average."""
 
 import numpy as np
 import pytest
@@ -16,10 +17,17 @@ from widthbench.width import find_groups, resize
 
 
 def factorised(cls, name, width=3):
-    """(network, input, groups, mix, filters, resized network) of one factorised group of a small network."""
+    """(network, input, groups, mix, filters, resized network) of one factorised group of a small
+    network."""
     net, x, groups = zoo.certified(cls)
     mix, filters, _ = NMF().factorise(non_negative(net, groups, name), width, seed=0)
-    return net, x, mix, filters, resize(net, groups, {name: replaced(net, groups, name, mix, filters)})
+    return (
+        net,
+        x,
+        mix,
+        filters,
+        resize(net, groups, {name: replaced(net, groups, name, mix, filters)}),
+    )
 
 
 def test_residual_is_that_of_scikit_learn():
@@ -33,7 +41,9 @@ def test_residual_on_public_weights_is_that_of_scikit_learn():
 
 def test_linear_layer_by_hand():
     net, x, mix, filters, small = factorised(zoo.Mlp, "fc1")
-    y = F.relu(x.flatten(1) @ torch.from_numpy(filters[:, :-1].T) + torch.from_numpy(filters[:, -1]))
+    y = F.relu(
+        x.flatten(1) @ torch.from_numpy(filters[:, :-1].T) + torch.from_numpy(filters[:, -1])
+    )
     expected = net.fc3(net.act2(y @ torch.from_numpy(mix).T @ net.fc2.weight.T + net.fc2.bias))
     assert torch.allclose(small(x), expected, rtol=1e-10, atol=1e-12)
 
@@ -50,7 +60,12 @@ def test_convolution_with_a_folded_norm_by_hand():
 def test_norms_without_affine_and_convolutions_with_bias(affine, bias):
     """A factorisation of full rank gives the network with its negative weights set to zero."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, bias=bias), nn.BatchNorm2d(6, affine=affine), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=bias),
+        nn.BatchNorm2d(6, affine=affine),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+    )
     net = net.double().eval()
     net[1].running_mean.normal_()
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
@@ -65,14 +80,25 @@ def test_norms_without_affine_and_convolutions_with_bias(affine, bias):
 def test_weights_are_folded_before_they_are_clamped():
     net, _, groups = zoo.certified(zoo.Plain)
     factor = net.bn2.weight / (net.bn2.running_var + net.bn2.eps).sqrt()
-    rows = torch.cat([factor[:, None] * net.conv2.weight.flatten(1), (net.bn2.bias - factor * net.bn2.running_mean)[:, None]], 1)
-    assert np.allclose(non_negative(net, groups, "conv2"), rows.detach().clamp_min(0).numpy(), rtol=1e-12)
+    rows = torch.cat(
+        [
+            factor[:, None] * net.conv2.weight.flatten(1),
+            (net.bn2.bias - factor * net.bn2.running_mean)[:, None],
+        ],
+        1,
+    )
+    assert np.allclose(
+        non_negative(net, groups, "conv2"), rows.detach().clamp_min(0).numpy(), rtol=1e-12
+    )
 
 
 def test_seeds_draw_different_starts_and_repeat():
     net, x, _ = zoo.certified(zoo.Mlp)
     one, again, other = (
-        widthbench.apply("nmf", net, budget="channels:0.5", example_input=x, include="fc1", seed=seed)(x) for seed in (0, 0, 1)
+        widthbench.apply(
+            "nmf", net, budget="channels:0.5", example_input=x, include="fc1", seed=seed
+        )(x)
+        for seed in (0, 0, 1)
     )
     assert torch.equal(one, again)
     assert not torch.allclose(one, other)
@@ -80,7 +106,9 @@ def test_seeds_draw_different_starts_and_repeat():
 
 def test_full_width_is_left_alone():
     net, x, _ = zoo.certified(zoo.Plain)
-    assert torch.equal(widthbench.apply("nmf", net, budget="channels:1.0", example_input=x)(x), net(x))
+    assert torch.equal(
+        widthbench.apply("nmf", net, budget="channels:1.0", example_input=x)(x), net(x)
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,25 +124,37 @@ def test_full_width_is_left_alone():
 def test_what_cannot_be_factorised_is_named(cls, name, reason):
     net, x, groups = zoo.certified(cls)
     assert reason.replace("\\", "") in (obstacle(net, groups, name) or "")
-    with pytest.raises(UsageError, match=f"technique 'nmf' cannot run here: channel group '{name}': .*{reason}"):
-        widthbench.apply("nmf", net, budget="channels:0.5", example_input=x, include=name, scope="all")
+    with pytest.raises(
+        UsageError, match=f"technique 'nmf' cannot run here: channel group '{name}': .*{reason}"
+    ):
+        widthbench.apply(
+            "nmf", net, budget="channels:0.5", example_input=x, include=name, scope="all"
+        )
 
 
 @pytest.mark.parametrize(("name", "value"), [("iterations", 0), ("tolerance", -1.0)])
 def test_bad_parameters_are_named(name, value):
     net, x, _ = zoo.certified(zoo.Plain)
-    with pytest.raises(UsageError, match=f"technique 'nmf': parameter '{name}': Input should be greater"):
+    with pytest.raises(
+        UsageError, match=f"technique 'nmf': parameter '{name}': Input should be greater"
+    ):
         widthbench.apply("nmf", net, budget="channels:0.5", example_input=x, **{name: value})
 
 
 def test_norms_without_statistics_cannot_be_folded():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+    ).eval()
     groups = find_groups(net, torch.randn(2, 3, 8, 8))
     assert obstacle(net, groups, "0") == "layer 1 keeps no running statistics that could be folded"
 
 
 def test_public_network_falls_to_chance():
-    """The document has 15.80 on average over ratios; all ratios and ten starts are a claim (M4), one of each is a test."""
+    """The document has 15.80 on average over ratios; all ratios and ten starts are a claim (M4),
+    one of each is a test."""
     net, split = zoo.public_lenet()
     small = widthbench.apply("nmf", net, budget="channels:0.2", example_input=zoo.first(split))
     assert 10 < accuracy(small, split.test).top1 < 22

@@ -1,4 +1,5 @@
-"""Torch-Pruning's importances on our groups: the scores that Torch-Pruning itself gives, where it finds the same group."""
+"""Torch-Pruning's importances on our groups: the scores that Torch-Pruning itself gives, where it
+finds the same group."""
 
 import warnings
 
@@ -25,7 +26,9 @@ IMPORTANCES = [
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES, ids=lambda i: i.__name__)
-@pytest.mark.parametrize("cls", [zoo.Plain, zoo.Residual, zoo.Dense, zoo.Grouped], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [zoo.Plain, zoo.Residual, zoo.Dense, zoo.Grouped], ids=lambda c: c.__name__
+)
 def test_scores_are_torch_prunings_own(cls, importance):
     model, x, groups = zoo.certified(cls)
     model = model.float()
@@ -34,10 +37,16 @@ def test_scores_are_torch_prunings_own(cls, importance):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph.build_dependency(model, (x.float(),), verbose=False)
-    grouped = cls is zoo.Grouped and importance is tp.importance.FPGMImportance  # its own code fails on grouped convolutions
+    grouped = (
+        cls is zoo.Grouped and importance is tp.importance.FPGMImportance
+    )  # its own code fails on grouped convolutions
     for name, group in () if grouped else groups.items():
         layer = model.get_submodule(group.producers[0])
-        pruning = tp.prune_linear_out_channels if isinstance(layer, torch.nn.Linear) else tp.prune_conv_out_channels
+        pruning = (
+            tp.prune_linear_out_channels
+            if isinstance(layer, torch.nn.Linear)
+            else tp.prune_conv_out_channels
+        )
         theirs = importance()(graph.get_pruning_group(layer, pruning, list(range(group.channels))))
         ours = importance()(as_group(model, groups, name))
         assert torch.allclose(ours, theirs, rtol=1e-5), name
@@ -52,7 +61,8 @@ def test_heads_are_scored_by_everything_that_they_have():
     score = importance(as_group(model, groups, "blocks.0.attn.qkv.heads"))[:2]
     each = [model.blocks[0].attn.qkv.weight.view(3, 2, -1).square().sum(-1)[:, h] for h in (0, 1)]
     assert score[1] / score[0] == pytest.approx(
-        float(each[1].sum() / (each[0].sum() + model.blocks[0].attn.proj.weight.square().sum())), rel=1e-4
+        float(each[1].sum() / (each[0].sum() + model.blocks[0].attn.proj.weight.square().sum())),
+        rel=1e-4,
     )
 
 
@@ -60,7 +70,9 @@ def test_gradients_are_those_of_the_mean_loss_and_squares_those_of_single_sample
     model, x, _ = zoo.certified(zoo.Plain)
     sample = zoo.sample_for(x, count=5)
     Taylor().fill(model, sample)
-    expected = torch.autograd.grad(F.cross_entropy(model(sample.x), sample.y), model.conv1.weight)[0]
+    expected = torch.autograd.grad(F.cross_entropy(model(sample.x), sample.y), model.conv1.weight)[
+        0
+    ]
     assert torch.allclose(model.conv1.weight.grad, expected)
     Hessian().fill(model, sample)
     squares = [
@@ -77,7 +89,10 @@ def test_groups_without_a_batch_norm_are_named():
 
 
 def test_grouped_convolutions_are_named():
-    for cls, reason in ((zoo.Grouped, "fails on grouped convolutions, such as 'conv2'"), (zoo.Plain, None)):
+    for cls, reason in (
+        (zoo.Grouped, "fails on grouped convolutions, such as 'conv2'"),
+        (zoo.Plain, None),
+    ):
         model, _, groups = zoo.certified(cls)
         found = FPGM().skip(type("Task", (), {"model": model, "groups": groups}))
         assert found is None if reason is None else reason in found

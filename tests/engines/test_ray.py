@@ -1,4 +1,5 @@
-"""A Ray cluster of three nodes on this machine gives the records that one process gives, whatever is lost on the way.
+"""A Ray cluster of three nodes on this machine gives the records that one process gives, whatever
+is lost on the way.
 
 Needs `pip install 'widthbench[ray]'`.
 """
@@ -23,6 +24,7 @@ from widthbench.errors import UsageError
 from widthbench.experiment import suites
 from widthbench.experiment.records import read_records
 from widthbench.provenance import stamp
+from widthbench.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 cluster_needed = pytest.mark.slow
@@ -36,7 +38,19 @@ def stable(folder):
 def expected(tmp_path_factory):
     """What `pytest bench` makes of the smoke suite."""
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "-n", "2", "-q", "--suite", "smoke", "--results", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(ROOT / "bench"),
+        "-n",
+        "2",
+        "-q",
+        "--suite",
+        "smoke",
+        "--results",
+        str(folder),
+    ]
     env = {**os.environ, "WIDTHBENCH_CACHE": str(folder / "cache")}
     subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     found = stable(folder)
@@ -58,11 +72,22 @@ def cluster(monkeypatch):
 
 
 def command(cluster, folder):
-    return ["run", "smoke", "--engine", "ray", "--address", cluster.address, "--results", str(folder)]
+    return [
+        "run",
+        "smoke",
+        "--engine",
+        "ray",
+        "--address",
+        cluster.address,
+        "--results",
+        str(folder),
+    ]
 
 
 @cluster_needed
-def test_three_nodes_give_the_records_that_pytest_bench_gives(cluster, expected, fresh_cache, tmp_path):
+def test_three_nodes_give_the_records_that_pytest_bench_gives(
+    cluster, expected, fresh_cache, tmp_path
+):
     assert main(command(cluster, tmp_path)) == 0
     assert stable(tmp_path) == expected
 
@@ -82,8 +107,12 @@ def test_a_node_that_is_lost_half_way_costs_nothing(cluster, expected, fresh_cac
 
 
 @cluster_needed
-def test_a_driver_that_is_killed_and_started_again_loses_nothing(cluster, expected, fresh_cache, tmp_path):
-    driver = subprocess.Popen([sys.executable, "-m", "widthbench", *command(cluster, tmp_path)], stderr=subprocess.PIPE)
+def test_a_driver_that_is_killed_and_started_again_loses_nothing(
+    cluster, expected, fresh_cache, tmp_path
+):
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "widthbench", *command(cluster, tmp_path)], stderr=subprocess.PIPE
+    )
     while len(list((fresh_cache / "cells").glob("*/*.json"))) < 5:
         assert driver.poll() is None
         time.sleep(0.1)
@@ -92,12 +121,18 @@ def test_a_driver_that_is_killed_and_started_again_loses_nothing(cluster, expect
     kept = {p.name: p.read_bytes() for p in (fresh_cache / "cells").glob("*/*.json")}
     assert main(command(cluster, tmp_path)) == 0
     assert stable(tmp_path) == expected
-    assert {p.name: p.read_bytes() for p in (fresh_cache / "cells").glob("*/*.json") if p.name in kept} == kept
+    assert {
+        p.name: p.read_bytes() for p in (fresh_cache / "cells").glob("*/*.json") if p.name in kept
+    } == kept
 
 
 @cluster_needed
 def test_ctrl_c_ends_a_run_that_goes_on_later(cluster, expected, fresh_cache, tmp_path):
-    driver = subprocess.Popen([sys.executable, "-m", "widthbench", *command(cluster, tmp_path)], stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "widthbench", *command(cluster, tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while len(list((fresh_cache / "cells").glob("*/*.json"))) < 3:
         assert driver.poll() is None
         time.sleep(0.1)
@@ -111,8 +146,11 @@ def test_ctrl_c_ends_a_run_that_goes_on_later(cluster, expected, fresh_cache, tm
 
 
 @cluster_needed
-def test_nodes_whose_caches_are_apart_share_a_store(cluster, expected, fresh_cache, tmp_path, monkeypatch):
-    """The driver has a cache of its own, and the tasks' cache is emptied of everything but what comes from the store."""
+def test_nodes_whose_caches_are_apart_share_a_store(
+    cluster, expected, fresh_cache, tmp_path, monkeypatch
+):
+    """The driver has a cache of its own, and the tasks' cache is emptied of everything but what
+    comes from the store."""
     monkeypatch.setenv("WIDTHBENCH_STORE", f"file://{tmp_path}/store")
     assert main([*command(cluster, tmp_path), "--only", "lenet_300_100"]) == 0
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "another"))
@@ -120,17 +158,39 @@ def test_nodes_whose_caches_are_apart_share_a_store(cluster, expected, fresh_cac
     assert stable(tmp_path) == expected
     from widthbench.experiment.store import Store
 
-    whens = [r.provenance["when"] for r in read_records(tmp_path / "smoke" / "records.jsonl") if "lenet" in r.cell.id]
+    whens = [
+        r.provenance["when"]
+        for r in read_records(tmp_path / "smoke" / "records.jsonl")
+        if "lenet" in r.cell.id
+    ]
     first = fresh_cache / "cells"
-    assert sorted(whens) == sorted(Store(first).get(p.stem).provenance["when"] for p in first.glob("*/*.json"))
+    assert sorted(whens) == sorted(
+        Store(first).get(p.stem).provenance["when"] for p in first.glob("*/*.json")
+    )
 
 
 @cluster_needed
 def test_what_no_node_has_is_named_before_anything_runs(cluster, fresh_cache, tmp_path, capsys):
-    text = (ROOT / "bench" / "suites" / "smoke.toml").read_text().replace("citable = false", "citable = false\nthreads = 7")
+    text = (
+        (ROOT / "bench" / "suites" / "smoke.toml")
+        .read_text()
+        .replace("citable = false", "citable = false\nthreads = 7")
+    )
     (tmp_path / "wide.toml").write_text(text)
     assert (
-        main(["run", str(tmp_path / "wide.toml"), "--engine", "ray", "--address", cluster.address, "--results", str(tmp_path)]) == 2
+        main(
+            [
+                "run",
+                str(tmp_path / "wide.toml"),
+                "--engine",
+                "ray",
+                "--address",
+                cluster.address,
+                "--results",
+                str(tmp_path),
+            ]
+        )
+        == 2
     )
     assert "no node of the cluster has 7 CPU" in capsys.readouterr().err
 
@@ -139,9 +199,13 @@ def test_a_node_with_other_code_or_versions_is_named():
     cell = next(c for c in suites.load("smoke").cells() if c.technique == "l1-norm")
     made = record(provenance=stamp()).model_copy(update={"cell": cell})
     engine._same_code(made, "node1", code_of(cell))
-    with pytest.raises(UsageError, match="node node1 has another code of widthbench; install the same on all nodes"):
+    with pytest.raises(
+        UsageError, match="node node1 has another code of widthbench; install the same on all nodes"
+    ):
         engine._same_code(made, "node1", "0" * 64)
-    other = made.model_copy(update={"provenance": {**stamp(), "versions": {**stamp()["versions"], "timm": "0.1"}}})
+    other = made.model_copy(
+        update={"provenance": {**stamp(), "versions": {**stamp()["versions"], "timm": "0.1"}}}
+    )
     with pytest.raises(UsageError, match=r"node node1 has another timm 0\.1 \(here "):
         engine._same_code(other, "node1", code_of(cell))
 
@@ -185,7 +249,11 @@ def test_bases_and_sources_come_before_what_needs_them():
 
 
 def test_a_control_that_is_listed_before_its_source_does_not_wait_for_itself():
-    cells = [c for c in suites.load("smoke").cells() if "lenet" in c.id and (c.of or c.technique == "l1-norm")][::-1]
+    cells = [
+        c
+        for c in suites.load("smoke").cells()
+        if "lenet" in c.id and (c.of or c.technique == "l1-norm")
+    ][::-1]
     assert cells[0].of
     plan, given = _Plan(cells), []
     while plan:
@@ -198,12 +266,21 @@ def test_a_control_that_is_listed_before_its_source_does_not_wait_for_itself():
 
 
 def test_one_process_gives_the_same_as_several(tmp_path, monkeypatch):
-    """The same records, whatever --jobs says."""
-    cells = [c for c in suites.load("smoke").cells() if c.model == "lenet_300_100"]
+    """The same records, whatever --jobs says, of two base networks, which as many processes
+    share."""
+    brief = Recipe(epochs=1, lr=0.02)
+    cells = [
+        c.model_copy(update={"seed": seed, "base": brief, "finetune": brief})
+        for seed in (0, 1)
+        for c in suites.load("smoke").cells()
+        if c.model == "lenet_300_100" and c.technique in ("base", "l1-norm", "uniform-width")
+    ]
+    assert len({c.group for c in cells}) == 2
     found = []
     for jobs in (1, 2):
         monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / str(jobs)))
         records = []
         local.run(cells, jobs=jobs, done=records.append)
-        found.append([r.stable() for r in records])
+        found.append({r.cell.id: r.stable() for r in records})
+    assert len(found[0]) == 6
     assert found[0] == found[1]

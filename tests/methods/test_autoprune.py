@@ -16,8 +16,8 @@ from widthbench.methods.autoprune import (
 )
 
 from widthbench.errors import InfeasibleBudgetError, UsageError
-from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.cell import Cell
+from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 from widthbench.technique.budget import Budget
@@ -30,17 +30,27 @@ BASE = Recipe(epochs=3, batch_size=32, lr=0.02)
 
 def cell(params=None, **fields):
     given = {
-        "dataset": "digits", "technique": "autoprune", "params": {"epochs": 2} | (params or {}), "budget": "macs:0.5", "base": BASE,
-        "finetune": BASE, "model": "lenet_300_100", "size": 16, "seed": 0,
-    }  # fmt: skip
+        "dataset": "digits",
+        "technique": "autoprune",
+        "params": {"epochs": 2} | (params or {}),
+        "budget": "macs:0.5",
+        "base": BASE,
+        "finetune": BASE,
+        "model": "lenet_300_100",
+        "size": 16,
+        "seed": 0,
+    }
     return Cell(**given | fields)
 
 
 def test_an_update_by_hand():
     m = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64)
     s = torch.tensor([0.5, -1.0, -3.0], dtype=torch.float64)
-    # m - 0.1 (s + 0.25) ĥ'(m), with σ(0) = 0.5, σ(2) = 0.8807970779778823, σ(-1) = 0.2689414213699951
-    soft = torch.tensor([-0.0375, 2.0 + 0.1 * 0.75 * 0.8807970779778823, -1.0 + 0.1 * 2.75 * 0.2689414213699951])
+    # m - 0.1 (s + 0.25) ĥ'(m), with
+    # σ(0) = 0.5, σ(2) = 0.8807970779778823, σ(-1) = 0.2689414213699951
+    soft = torch.tensor(
+        [-0.0375, 2.0 + 0.1 * 0.75 * 0.8807970779778823, -1.0 + 0.1 * 2.75 * 0.2689414213699951]
+    )
     assert torch.allclose(updated(m, s, 0.25, 0.1, "softplus"), soft.double(), atol=1e-7)
     linear = torch.tensor([-0.075, 2.075, -0.725], dtype=torch.float64)
     assert torch.allclose(updated(m, s, 0.25, 0.1, "linear"), linear)
@@ -70,7 +80,9 @@ def slopes_of(model, groups, gates, sample):
     with gated(model, groups, gates, on="weight", products=products):
         loss = F.cross_entropy(model(sample.x), sample.y)
     layers = list(products)
-    return dict(zip(layers, torch.autograd.grad(loss, [products[n][0] for n in layers]), strict=True))
+    return dict(
+        zip(layers, torch.autograd.grad(loss, [products[n][0] for n in layers]), strict=True)
+    )
 
 
 @pytest.mark.parametrize("cls", zoo.EXACT)
@@ -87,7 +99,9 @@ def test_coupled_sensitivities_are_the_gradient_of_gates_by_finite_differences(c
                 moved[name][channel] += step
                 with torch.no_grad(), gated(model, groups, moved, on="weight"):
                     losses.append(float(F.cross_entropy(model(sample.x), sample.y)))
-            assert float(found[name][channel]) == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-4, abs=1e-8)
+            assert float(found[name][channel]) == pytest.approx(
+                (losses[0] - losses[1]) / 2e-6, rel=1e-4, abs=1e-8
+            )
 
 
 def test_at_fixed_slopes_only_the_decoupled_rule_ignores_the_size_of_weights():
@@ -117,7 +131,10 @@ def test_under_function_preserving_rescaling_only_the_coupled_rule_stays():
     scaled[2].weight.data /= 4
     assert zoo.error(scaled(x), model(x)) < 1e-12
     for decoupling, ratio in {"none": 1.0, "sgn": 4.0, "unit": 4.0}.items():
-        one, other = (sensitivities(m, groups, slopes_of(m, groups, gates, sample), decoupling)["0"] for m in (model, scaled))
+        one, other = (
+            sensitivities(m, groups, slopes_of(m, groups, gates, sample), decoupling)["0"]
+            for m in (model, scaled)
+        )
         assert torch.allclose(other, ratio * one), decoupling
 
 
@@ -151,9 +168,17 @@ def planted(**params):
     cost = CostModel(model, groups, x[:1])
     recipe = Recipe(epochs=10, batch_size=4, lr=1e-6, momentum=0, weight_decay=0)
     task = Task(
-        model=model, groups=groups, example_input=x[:1], budget=Budget("channels", 0.34), cost=cost, reference=cost, train=data,
-        val=data, recipe=recipe, fit=lambda m, t, r, **more: fit(m, t, r, macs=1, **more),
-    )  # fmt: skip
+        model=model,
+        groups=groups,
+        example_input=x[:1],
+        budget=Budget("channels", 0.34),
+        cost=cost,
+        reference=cost,
+        train=data,
+        val=data,
+        recipe=recipe,
+        fit=lambda m, t, r, **more: fit(m, t, r, macs=1, **more),
+    )
     return AutoPrune(**{"epochs": 10, "eta": 0.3} | params), task
 
 
@@ -172,18 +197,26 @@ def test_a_channel_that_the_loss_needs_recovers():
     assert gates.trajectory.series["freeze"] == [40]
 
 
-def test_recoveries_and_the_chances_for_them_are_counted_by_gate_and_after_a_while_only(monkeypatch):
+def test_recoveries_and_the_chances_for_them_are_counted_by_gate_and_after_a_while_only(
+    monkeypatch,
+):
     monkeypatch.setattr(autoprune, "CLOSED", 3)
     method, task = planted(mu=0.0)
     gates = Gates(method, task, task.recipe)
     # flickers; returns after two steps; after four; stays closed
     history = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]
-    gates.open["0"], gates.shut["0"], gates.long["0"] = torch.ones(4), torch.zeros(4), torch.zeros(4, dtype=torch.bool)
+    gates.open["0"], gates.shut["0"], gates.long["0"] = (
+        torch.ones(4),
+        torch.zeros(4),
+        torch.zeros(4, dtype=torch.bool),
+    )
     for row in history:
         gates.open["0"] = torch.tensor(row, dtype=torch.float32)
         gates._note("0")
     assert int(gates.told["recoveries"]) == 1
-    assert int(gates.told["shut"]) == 2 + 3  # the third channel at steps 4 and 5, the fourth at steps 4 to 6
+    assert (
+        int(gates.told["shut"]) == 2 + 3
+    )  # the third channel at steps 4 and 5, the fourth at steps 4 to 6
 
 
 def test_the_channel_that_the_labels_need_is_kept():
@@ -205,10 +238,16 @@ def test_the_frozen_gates_equal_the_resized_network(model, monkeypatch):
         return outcomes[-1][1]
 
     monkeypatch.setattr(AutoPrune, "decide", watched)
-    assert run_cell(cell(model=model, size=32 if "res" in model else 16, seed=5), Store()).status == "done"
+    assert (
+        run_cell(cell(model=model, size=32 if "res" in model else 16, seed=5), Store()).status
+        == "done"
+    )
     task, outcome = outcomes[0]
     model, x = outcome.model.eval(), torch.randn(8, *task.example_input.shape[1:])
-    gates = {n: torch.zeros(g.channels).index_fill(0, outcome.plan[n].rows, 1.0) for n, g in task.groups.items()}
+    gates = {
+        n: torch.zeros(g.channels).index_fill(0, outcome.plan[n].rows, 1.0)
+        for n, g in task.groups.items()
+    }
     with torch.no_grad():
         expected = resize(model, task.groups, {n: keep(p.rows) for n, p in outcome.plan.items()})(x)
         with gated(model, task.groups, gates, on="weight"):
@@ -240,16 +279,26 @@ def test_trajectories_go_from_everything_to_the_budget(params):
         assert min(c for c in series["trajectory.cosine"] if c is not None) > 0.999
     assert (record.spent["base"].forward_macs == 0) == (params.get("start") == "fresh")
     passes = record.spent["decision"].forward_macs / record.base_macs / 32
-    assert passes == pytest.approx(1.75 * series["trajectory.step"][-1], rel=0.03)  # all but the last quarter with a batch of val
-    assert record.spent["decision"].backward_macs == pytest.approx(2 * record.spent["decision"].forward_macs, rel=0.01)
+    assert passes == pytest.approx(
+        1.75 * series["trajectory.step"][-1], rel=0.03
+    )  # all but the last quarter with a batch of val
+    assert record.spent["decision"].backward_macs == pytest.approx(
+        2 * record.spent["decision"].forward_macs, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("budget", ["macs:0.5", "macs:0.25", "params:0.3"])
 def test_mu_brings_the_open_channels_to_the_budget_before_gates_are_frozen(budget):
     series = run_cell(cell({"epochs": 4, "penalty": "channels"}, budget=budget), Store()).series
     what, target = budget.split(":")[0], float(budget.split(":")[1])
-    gated_points = [v for v, mu in zip(series[f"trajectory.{what}"], series["trajectory.mu"], strict=True) if mu is not None]
-    settled = gated_points[2 * len(gated_points) // 3 :]  # the ramp ends at half of the steps, the gates at three quarters
+    gated_points = [
+        v
+        for v, mu in zip(series[f"trajectory.{what}"], series["trajectory.mu"], strict=True)
+        if mu is not None
+    ]
+    settled = gated_points[
+        2 * len(gated_points) // 3 :
+    ]  # the ramp ends at half of the steps, the gates at three quarters
     assert sum(settled) / len(settled) == pytest.approx(target, rel=0.15)
     assert max(mu for mu in series["trajectory.mu"] if mu is not None) > 0
 
@@ -257,17 +306,30 @@ def test_mu_brings_the_open_channels_to_the_budget_before_gates_are_frozen(budge
 def test_prices_are_what_a_channel_adds_to_what_the_budget_counts():
     model, x, groups = zoo.certified(zoo.Plain)
     cost, sample = CostModel(model, groups, x), zoo.sample_for(x)
-    shared = {"model": model, "groups": groups, "example_input": x, "cost": cost, "reference": cost, "train": sample, "val": sample}
+    shared = {
+        "model": model,
+        "groups": groups,
+        "example_input": x,
+        "cost": cost,
+        "reference": cost,
+        "train": sample,
+        "val": sample,
+    }
     recipe = Recipe(epochs=1, batch_size=4, lr=0.01)
     whole = {n: g.channels for n, g in groups.items()}
     for kind in ("macs", "params"):
         prices = Gates(AutoPrune(), Task(**shared, budget=Budget(kind, 0.5)), recipe)._prices()
-        saved = {n: getattr(cost(whole), kind) - getattr(cost(whole | {n: w - groups[n].blocks}), kind) for n, w in whole.items()}
+        saved = {
+            n: getattr(cost(whole), kind) - getattr(cost(whole | {n: w - groups[n].blocks}), kind)
+            for n, w in whole.items()
+        }
         each = {n: s / groups[n].blocks for n, s in saved.items()}
         mean = sum(each[n] * whole[n] for n in whole) / sum(whole.values())
         assert prices == pytest.approx({n: e / mean for n, e in each.items()})
     assert len({round(p, 6) for p in prices.values()}) > 1
-    alike = Gates(AutoPrune(penalty="channels"), Task(**shared, budget=Budget("macs", 0.5)), recipe)._prices()
+    alike = Gates(
+        AutoPrune(penalty="channels"), Task(**shared, budget=Budget("macs", 0.5)), recipe
+    )._prices()
     assert set(alike.values()) == {1.0}
 
 
@@ -290,11 +352,18 @@ def test_gates_learn_from_val_and_weights_from_train():
         with gated(model, task.groups, gates.open, on="weight", products=gates.products):
             gates._learn(model)
         outcomes[name] = gates.m["0"].clone()
-    assert outcomes["train"][0] > 1 > outcomes["val"][0]  # channel 0 makes the labels of train, and does harm on those of val
+    assert (
+        outcomes["train"][0] > 1 > outcomes["val"][0]
+    )  # channel 0 makes the labels of train, and does harm on those of val
     model = copy.deepcopy(task.model)
     gates = Gates(method, Task(**{**vars(task), "train": train, "val": val}), task.recipe)
     with gated(model, task.groups, gates.open, on="weight", products=gates.products):
-        fit_(model, train, task.recipe.model_copy(update={"epochs": 3.0, "lr": 0.1}), losses=gates.losses)
+        fit_(
+            model,
+            train,
+            task.recipe.model_copy(update={"epochs": 3.0, "lr": 0.1}),
+            losses=gates.losses,
+        )
     assert model[1].weight[0, 0] < task.model[1].weight[0, 0]  # further towards the labels of train
     assert set(seen) == {"train", "val"}
 
@@ -312,22 +381,39 @@ def test_the_weights_loss_is_smoothed_as_the_recipe_says():
 
 def test_the_least_cosine_and_mean_losses_since_the_last_point_are_told(monkeypatch):
     cosines, losses, similarity, entropy = [], [], F.cosine_similarity, F.cross_entropy
-    monkeypatch.setattr(autoprune.F, "cosine_similarity", lambda *a, **k: cosines.append(similarity(*a, **k)) or cosines[-1])
-    monkeypatch.setattr(autoprune.F, "cross_entropy", lambda *a, **k: losses.append(entropy(*a, **k)) or losses[-1])
+    monkeypatch.setattr(
+        autoprune.F,
+        "cosine_similarity",
+        lambda *a, **k: cosines.append(similarity(*a, **k)) or cosines[-1],
+    )
+    monkeypatch.setattr(
+        autoprune.F, "cross_entropy", lambda *a, **k: losses.append(entropy(*a, **k)) or losses[-1]
+    )
     series = run_cell(cell({"epochs": 3.7}), Store()).series
     gated_steps, begin = len(cosines), 0
-    told = zip(*(series[f"trajectory.{n}"] for n in ("step", "cosine", "val_loss", "loss")), strict=True)
-    val, train = losses[: 2 * gated_steps : 2], [*losses[1 : 2 * gated_steps : 2], *losses[2 * gated_steps :]]
+    told = zip(
+        *(series[f"trajectory.{n}"] for n in ("step", "cosine", "val_loss", "loss")), strict=True
+    )
+    val, train = (
+        losses[: 2 * gated_steps : 2],
+        [*losses[1 : 2 * gated_steps : 2], *losses[2 * gated_steps :]],
+    )
     for step, cosine, val_loss, loss in told:
         some = cosines[begin:step]
         assert (cosine is None) == (not some)
         if some:
             assert cosine == pytest.approx(float(min(some)), rel=1e-4)
-            assert val_loss == pytest.approx(sum(float(v.detach()) for v in val[begin:step]) / len(some), rel=1e-4)
-        assert loss == pytest.approx(sum(float(v.detach()) for v in train[begin:step]) / (step - begin), rel=1e-4)
+            assert val_loss == pytest.approx(
+                sum(float(v.detach()) for v in val[begin:step]) / len(some), rel=1e-4
+            )
+        assert loss == pytest.approx(
+            sum(float(v.detach()) for v in train[begin:step]) / (step - begin), rel=1e-4
+        )
         begin = step
     assert series["trajectory.step"][-1] == begin
-    assert gated_steps not in series["trajectory.step"]  # the interval in which gates are frozen holds gated steps too
+    assert (
+        gated_steps not in series["trajectory.step"]
+    )  # the interval in which gates are frozen holds gated steps too
 
 
 def test_val_batches_leave_batch_norms_statistics_alone():
@@ -349,9 +435,16 @@ def two_prices(dtype=torch.float64):
     model, x = model.to(dtype), x.to(dtype)
     cost, sample = CostModel(model, groups, x), zoo.Shuffled(x, count=12)
     task = Task(
-        model=model, groups=groups, example_input=x, budget=Budget("macs", 0.5), cost=cost, reference=cost, train=sample,
-        val=sample, recipe=Recipe(epochs=1, batch_size=4, lr=0.01),
-    )  # fmt: skip
+        model=model,
+        groups=groups,
+        example_input=x,
+        budget=Budget("macs", 0.5),
+        cost=cost,
+        reference=cost,
+        train=sample,
+        val=sample,
+        recipe=Recipe(epochs=1, batch_size=4, lr=0.01),
+    )
     return AutoPrune(mu=0.3, eta=0.2), task
 
 
@@ -362,7 +455,10 @@ def test_a_step_on_val_is_the_rule_with_each_channels_price_and_leaves_statistic
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = []
     real = autoprune.sensitivities
-    with gated(model, task.groups, gates.open, on="weight", products=gates.products), pytest.MonkeyPatch.context() as patch:
+    with (
+        gated(model, task.groups, gates.open, on="weight", products=gates.products),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(autoprune, "sensitivities", lambda *a: found.append(real(*a)) or found[-1])
         gates._learn(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -371,14 +467,18 @@ def test_a_step_on_val_is_the_rule_with_each_channels_price_and_leaves_statistic
     rms = torch.cat(list(s.values())).square().mean().sqrt()
     whole = Gates(method, task, task.recipe)._prices()
     for name, m in gates.m.items():
-        expected = 1 - 0.2 * (s[name] / rms + 0.3 * whole[name]) * derivative(torch.ones_like(m), "softplus")
+        expected = 1 - 0.2 * (s[name] / rms + 0.3 * whole[name]) * derivative(
+            torch.ones_like(m), "softplus"
+        )
         assert torch.allclose(m, expected)
     assert prices.keys() == whole.keys()
 
 
 def test_mu_is_what_closes_the_channels_that_the_line_asks_for_by_the_next_choice():
     _, task = two_prices()
-    gates = Gates(AutoPrune(eta=0.2, ramp=0.5), task, task.recipe.model_copy(update={"epochs": 100.0}))
+    gates = Gates(
+        AutoPrune(eta=0.2, ramp=0.5), task, task.recipe.model_copy(update={"epochs": 100.0})
+    )
     gates.step, gates.drawn = 60, 60
     draw = torch.Generator().manual_seed(0)
     for name, m in gates.m.items():
@@ -393,7 +493,9 @@ def test_mu_is_what_closes_the_channels_that_the_line_asks_for_by_the_next_choic
         there = {}
         for name, m in gates.m.items():
             fall = autoprune.EVERY * 0.2 * derivative(m, "softplus")
-            after = m - fall * (gates.drift[name] / (1 - autoprune.RECENT**60) + mu * gates.price[name])
+            after = m - fall * (
+                gates.drift[name] / (1 - autoprune.RECENT**60) + mu * gates.price[name]
+            )
             there[name] = max(1, int((after > 1e-9).sum()))
         return task.cost(there).macs / task.reference.macs
 
@@ -458,7 +560,9 @@ def test_a_fixed_mu_keeps_what_ends_open():
 
 def test_curves_note_val_accuracy():
     record = run_cell(cell(curves=True), Store())
-    assert record.series["trajectory.val_top1"][-1] == pytest.approx(record.rows[0].val_top1, abs=1e-3)
+    assert record.series["trajectory.val_top1"][-1] == pytest.approx(
+        record.rows[0].val_top1, abs=1e-3
+    )
 
 
 class Killed(Exception):
@@ -492,14 +596,17 @@ def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypa
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"ramp": 0.9, "freeze": 0.5}, "ramp must not be above freeze"),
-        ({"epochs": 0}, "'epochs': Input should be greater than 0"),
-        ({"eta": -1}, "'eta': Input should be greater than 0"),
-        ({"eta": float("inf")}, "'eta': Input should be a finite number"),
-        ({"mu": -1}, "'mu': Input should be greater than or equal to 0"),
-        ({"weight_decay": -1}, "'weight_decay': Input should be greater than or equal to 0"),
-        ({"estimator": "relu"}, "'estimator': Input should be 'softplus', 'leaky_relu' or 'linear'"),
-        ({"decoupling": "sign"}, "'decoupling': Input should be 'sgn', 'unit' or 'none'"),
+        ({"ramp": 0.9, "freeze": 0.5}, "0 < ramp <= freeze <= 1"),
+        ({"epochs": 0}, "epochs must be a number above 0"),
+        ({"eta": -1}, "eta must be a number above 0"),
+        ({"eta": float("inf")}, "eta must be a number above 0"),
+        ({"mu": -1}, "mu must be a number from 0 on"),
+        ({"weight_decay": -1}, "weight_decay must be a number from 0 on"),
+        (
+            {"estimator": "relu"},
+            "estimator must be one of softplus, leaky_relu, linear, not 'relu'",
+        ),
+        ({"decoupling": "sign"}, "decoupling must be one of sgn, unit, none, not 'sign'"),
     ],
 )
 def test_parameters_that_make_no_sense(params, message):
@@ -529,7 +636,11 @@ def test_amp_and_layouts_reach_both_kinds_of_steps(layout, monkeypatch):
     for place in ("widthbench.training.loop", "widthbench.methods.autoprune"):
         monkeypatch.setattr(f"{place}.fastest_layout", lambda model: layout)
     recipe = task.recipe.model_copy(update={"amp": True})
-    outcome = AutoPrune(epochs=2).apply(Task(**{**vars(task), "recipe": recipe, "fit": zoo.watched_fit(seen, layout)}))
+    outcome = AutoPrune(epochs=2).apply(
+        Task(**{**vars(task), "recipe": recipe, "fit": zoo.watched_fit(seen, layout)})
+    )
     assert set(seen) == {(torch.bfloat16, True)}
-    assert len(seen) == 2 * (6 + 4)  # two convolutions, six steps, the first four with a batch of val
+    assert len(seen) == 2 * (
+        6 + 4
+    )  # two convolutions, six steps, the first four with a batch of val
     assert {p.dtype for p in outcome.resized.parameters()} == {torch.float32}

@@ -1,4 +1,5 @@
-"""Neuron merging against loops, explicit outer products and planted networks; on public weights, against the published table."""
+"""Neuron merging against loops, explicit outer products and planted networks; on public weights,
+against the published table."""
 
 import itertools
 import math
@@ -29,9 +30,12 @@ BN_SCALES = ("released", "derived")
 
 @pytest.fixture
 def block():
-    """A convolution with BatchNorm in a small network, γ of both signs: (network, input, groups, the group's name)."""
+    """A convolution with BatchNorm in a small network, γ of both signs: (network, input, groups,
+    the group's name)."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 3)).double()
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 3)
+    ).double()
     net = randomised(net)
     with torch.no_grad():
         net[1].weight[[2, 7]] *= -1
@@ -44,7 +48,9 @@ def test_planted_multiples_merge_exactly(check):
     assert max(check()) < 1e-9
 
 
-@pytest.mark.parametrize("activation", ["tanh", "softsign", "elu", "selu", "leaky_relu", "hardswish", "gelu", "sigmoid"])
+@pytest.mark.parametrize(
+    "activation", ["tanh", "softsign", "elu", "selu", "leaky_relu", "hardswish", "gelu", "sigmoid"]
+)
 def test_any_activation_merges_and_exactly_where_it_is_positively_homogeneous(activation):
     errors = checks.planted(activation)
     assert max(errors) < (1e-9 if activation == "leaky_relu" else 1)
@@ -90,17 +96,24 @@ def test_opposite_filters_of_a_depthwise_block_are_no_multiples():
 @pytest.mark.parametrize("threshold", [-1.0, 0.1, 0.3])
 def test_equals_a_loop_over_pairs(block, bn_scale, lam, threshold):
     net, _, groups, name = block
-    norm = {k: getattr(net[1], k).detach() for k in ("weight", "bias", "running_mean", "running_var")}
+    norm = {
+        k: getattr(net[1], k).detach() for k in ("weight", "bias", "running_mean", "running_var")
+    }
     technique = NeuronMerging(bn_scale=bn_scale, lam=lam, threshold=threshold)
     for kept in ([0, 1, 2, 3, 4, 5], [2, 5, 7, 11], [6]):
         change = technique.merged(net, groups, name, torch.tensor(kept))
-        expected = loop(net[0].weight.detach().flatten(1), norm, net[1].eps, kept, bn_scale, threshold, lam)
+        expected = loop(
+            net[0].weight.detach().flatten(1), norm, net[1].eps, kept, bn_scale, threshold, lam
+        )
         assert torch.allclose(change.mix, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
 
 
 def test_derived_and_released_differ_and_only_released_may_turn_signs(block):
     net, _, groups, name = block
-    mixes = {b: NeuronMerging(bn_scale=b, threshold=-1.0).merged(net, groups, name, torch.arange(6)).mix for b in BN_SCALES}
+    mixes = {
+        b: NeuronMerging(bn_scale=b, threshold=-1.0).merged(net, groups, name, torch.arange(6)).mix
+        for b in BN_SCALES
+    }
     assert not torch.allclose(mixes["released"], mixes["derived"])
     assert (mixes["derived"] >= 0).all()
     assert (mixes["released"] < 0).any()
@@ -116,7 +129,10 @@ def test_bias_of_a_convolution_before_a_norm_counts_as_part_of_the_mean(block):
     for bn_scale in BN_SCALES:
         ours = NeuronMerging(bn_scale=bn_scale).merged(biased, groups, name, torch.arange(5))
         net[1].running_mean -= shift
-        assert torch.equal(NeuronMerging(bn_scale=bn_scale).merged(net, groups, name, torch.arange(5)).mix, ours.mix)
+        assert torch.equal(
+            NeuronMerging(bn_scale=bn_scale).merged(net, groups, name, torch.arange(5)).mix,
+            ours.mix,
+        )
         net[1].running_mean += shift
 
 
@@ -125,7 +141,9 @@ def test_criteria_equal_brute_force_on_explicit_outer_products(criterion):
     a, b = (torch.randn(7, d, dtype=torch.float64) for d in (5, 4))
     outer = torch.einsum("ni,nj->nij", a, b).flatten(1)
     assert torch.allclose(score([a, b], criterion), brute_force(outer, criterion), rtol=1e-10)
-    if criterion == "geometric-median":  # duplicates lie at distance 0, not at that of rounding errors
+    if (
+        criterion == "geometric-median"
+    ):  # duplicates lie at distance 0, not at that of rounding errors
         twice = score([torch.ones(3, 5).double() * math.pi], criterion)
         assert torch.allclose(twice, torch.zeros(3).double(), atol=1e-6)
 
@@ -140,28 +158,50 @@ def brute_force(filters, criterion):
 def test_depthwise_blocks_are_ranked_by_the_outer_product(criterion):
     net, x, _ = zoo.certified(zoo.Residual)
     with torch.no_grad():
-        net.depth.weight *= torch.linspace(3, 0.3, 12).double().view(-1, 1, 1, 1)  # so that the 1x1 alone would rank otherwise
-    outer = torch.einsum("ni,nj->nij", net.expand.weight.detach().flatten(1), net.depth.weight.detach().flatten(1)).flatten(1)
+        net.depth.weight *= (
+            torch.linspace(3, 0.3, 12).double().view(-1, 1, 1, 1)
+        )  # so that the 1x1 alone would rank otherwise
+    outer = torch.einsum(
+        "ni,nj->nij", net.expand.weight.detach().flatten(1), net.depth.weight.detach().flatten(1)
+    ).flatten(1)
     best = brute_force(outer, criterion).topk(6).indices.sort().values
-    small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, include="expand", criterion=criterion)
+    small = widthbench.apply(
+        "neuron-merging",
+        net,
+        budget="channels:0.5",
+        example_input=x,
+        include="expand",
+        criterion=criterion,
+    )
     assert torch.equal(small.expand.weight, net.expand.weight[best])
-    assert not torch.equal(best, brute_force(net.expand.weight.detach().flatten(1), criterion).topk(6).indices.sort().values)
+    assert not torch.equal(
+        best,
+        brute_force(net.expand.weight.detach().flatten(1), criterion).topk(6).indices.sort().values,
+    )
 
 
 def test_the_criterion_decides_what_is_kept():
     net, x, groups = zoo.certified(zoo.Plain)
     for criterion in ("l1", "l2", "geometric-median"):
-        small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, criterion=criterion)
+        small = widthbench.apply(
+            "neuron-merging", net, budget="channels:0.5", example_input=x, criterion=criterion
+        )
         best = score(filters(net, groups, "conv1"), criterion).topk(3).indices.sort().values
         assert torch.equal(small.conv1.weight, net.conv1.weight[best])
 
 
 def test_depthwise_similarity_is_that_of_the_outer_product():
     net, _, groups = zoo.certified(zoo.Residual)
-    outer = torch.einsum("ni,nj->nij", net.expand.weight.detach().flatten(1), net.depth.weight.detach().flatten(1)).flatten(1)
+    outer = torch.einsum(
+        "ni,nj->nij", net.expand.weight.detach().flatten(1), net.depth.weight.detach().flatten(1)
+    ).flatten(1)
     removed, kept = torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5, 6])
     pairs = compare(net, groups, "expand", removed, kept, "released")
-    assert torch.allclose(pairs.cosine, torch.cosine_similarity(outer[removed][:, None], outer[kept][None], dim=2), rtol=1e-12)
+    assert torch.allclose(
+        pairs.cosine,
+        torch.cosine_similarity(outer[removed][:, None], outer[kept][None], dim=2),
+        rtol=1e-12,
+    )
     norm = net.bn2
     expected = loop(outer, vars_of(norm), norm.eps, kept.tolist(), "released", -1.0, 0.85)
     ours = NeuronMerging(threshold=-1.0).merged(net, groups, "expand", kept).mix
@@ -183,7 +223,14 @@ def test_derived_passes_both_norms_of_a_depthwise_block_as_a_loop_does():
                 sigma = (norm.running_var + norm.eps).sqrt()
                 gain_n, gain_p = norm.weight[n] / sigma[n], norm.weight[p] / sigma[p]
                 # y_n = gain_n (s x_p - mean_n) + beta_n with x_p = (y_p - beta_p) / gain_p + mean_p
-                rest = gain_n * (scale * (norm.running_mean[p] - norm.bias[p] / gain_p) - norm.running_mean[n]) + norm.bias[n]
+                rest = (
+                    gain_n
+                    * (
+                        scale * (norm.running_mean[p] - norm.bias[p] / gain_p)
+                        - norm.running_mean[n]
+                    )
+                    + norm.bias[n]
+                )
                 left = left * gain_n.abs() + rest.abs()
                 scale = scale * gain_n / gain_p
             if not pairs.scale[at, p].isnan():
@@ -196,7 +243,9 @@ def test_derived_passes_both_norms_of_a_depthwise_block_as_a_loop_does():
 def test_a_depthwise_bias_without_a_norm_merges_exactly(relu):
     act = nn.ReLU() if relu else nn.Identity()
     with seeded(0):
-        net = nn.Sequential(nn.Conv2d(3, 8, 1), act, nn.Conv2d(8, 8, 3, groups=8), act, nn.Conv2d(8, 4, 1)).double()
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 1), act, nn.Conv2d(8, 8, 3, groups=8), act, nn.Conv2d(8, 4, 1)
+        ).double()
     with torch.no_grad():
         for layer, scale in ((net[0], 0.05), (net[2], 0.3)):
             layer.weight[4:] = scale * layer.weight[:4]
@@ -204,14 +253,27 @@ def test_a_depthwise_bias_without_a_norm_merges_exactly(relu):
         net[2].bias[4:] = 0.05 * 0.3 * net[2].bias[:4]
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     for bn_scale in BN_SCALES:
-        small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, bn_scale=bn_scale, threshold=0.9)
+        small = widthbench.apply(
+            "neuron-merging",
+            net,
+            budget="channels:0.5",
+            example_input=x,
+            bn_scale=bn_scale,
+            threshold=0.9,
+        )
         assert error(small(x), net(x)) < 1e-9
 
 
 def test_a_depthwise_bias_is_a_mismatch_without_a_norm_and_part_of_its_mean_with_one():
     removed, kept = torch.arange(4, 8), torch.arange(4)
     with seeded(0):
-        bare = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        bare = nn.Sequential(
+            nn.Conv2d(3, 8, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1),
+        )
         normed = nn.Sequential(*list(bare)[:3], nn.BatchNorm2d(8), *list(bare)[3:]).double().eval()
     bare = bare.double()
     with torch.no_grad():
@@ -255,11 +317,15 @@ def test_norms_side_by_side_are_averaged(bn_scale):
     removed, kept = torch.arange(4, 8), torch.arange(4)
     pairs = compare(net, groups, "a", removed, kept, bn_scale)
     single = [
-        Pairs.of([filter_rows(net, groups, "a", "a")], removed, kept).through_norm(norm_of(net, groups, "a", norm), bn_scale)
+        Pairs.of([filter_rows(net, groups, "a", "a")], removed, kept).through_norm(
+            norm_of(net, groups, "a", norm), bn_scale
+        )
         for norm in ("bn1", "bn2")
     ]
     assert torch.allclose(pairs.scale, (single[0].scale + single[1].scale) / 2, equal_nan=True)
-    assert torch.allclose(pairs.mismatch, (single[0].mismatch + single[1].mismatch) / 2, equal_nan=True)
+    assert torch.allclose(
+        pairs.mismatch, (single[0].mismatch + single[1].mismatch) / 2, equal_nan=True
+    )
     assert not torch.allclose(single[0].scale, single[1].scale, equal_nan=True)
 
 
@@ -271,7 +337,9 @@ def test_norms_that_read_a_residual_stream_count():
             layer.weight[4:], layer.bias[4:] = 0.02 * layer.weight[:4], 0.02 * layer.bias[:4]
         for norm in (net.bn1, net.bn3):
             sigma = (norm.running_var + norm.eps).sqrt()
-            norm.weight[4:] = 0.7 * norm.weight[:4] / sigma[:4] * sigma[4:] / 0.02  # S = 0.7 through both
+            norm.weight[4:] = (
+                0.7 * norm.weight[:4] / sigma[:4] * sigma[4:] / 0.02
+            )  # S = 0.7 through both
             checks.agree(norm, 0.02, half)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     groups = find_groups(net, x, cache=False)
@@ -284,7 +352,8 @@ def test_norms_that_read_a_residual_stream_count():
 
 
 class Gated(nn.Module):
-    """Channels that are a product: of two layers, or of one and its squeeze-excite, which is registered first."""
+    """Channels that are a product: of two layers, or of one and its squeeze-excite, which is
+    registered first."""
 
     def __init__(self, excite):
         super().__init__()
@@ -305,7 +374,10 @@ def test_products_merge_by_what_is_multiplied_and_not_by_squeeze_excite(excite):
         net = Gated(excite).double()
         x = torch.randn(4, 5, dtype=torch.float64)
     with torch.no_grad():
-        net.value.weight[4:], net.value.bias[4:] = 0.01 * net.value.weight[:4], 0.01 * net.value.bias[:4]
+        net.value.weight[4:], net.value.bias[4:] = (
+            0.01 * net.value.weight[:4],
+            0.01 * net.value.bias[:4],
+        )
         if not excite:
             net.gate.weight[4:], net.gate.bias[4:] = net.gate.weight[:4], net.gate.bias[:4]
     groups = find_groups(net, x, cache=False)
@@ -318,7 +390,9 @@ def test_products_merge_by_what_is_multiplied_and_not_by_squeeze_excite(excite):
         for layer in (net.value, net.gate):  # one equal factor does not make equal channels
             with torch.no_grad():
                 layer.weight[4:] = layer.weight[4:].flip(0, 1)
-            assert not torch.allclose(NeuronMerging().merged(net, groups, name, torch.arange(4)).mix, mix)
+            assert not torch.allclose(
+                NeuronMerging().merged(net, groups, name, torch.arange(4)).mix, mix
+            )
             with torch.no_grad():
                 layer.weight[4:] = layer.weight[4:].flip(0, 1)
 
@@ -358,7 +432,10 @@ def test_mostsim_without_a_norm_takes_the_bias_as_a_weight():
 def test_lam_weighs_nothing_where_no_norm_is():
     net, _, groups = zoo.certified(zoo.Mlp)
     kept = torch.arange(5)
-    mixes = [NeuronMerging(lam=lam, threshold=0.0).merged(net, groups, "fc1", kept).mix for lam in (0.0, 0.85)]
+    mixes = [
+        NeuronMerging(lam=lam, threshold=0.0).merged(net, groups, "fc1", kept).mix
+        for lam in (0.0, 0.85)
+    ]
     assert torch.equal(*mixes)
 
 
@@ -366,10 +443,13 @@ def test_published_thresholds_are_the_defaults(block):
     net, _, groups, name = block
     kept = torch.arange(5)
     assert torch.equal(
-        NeuronMerging().merged(net, groups, name, kept).mix, NeuronMerging(threshold=0.1).merged(net, groups, name, kept).mix
+        NeuronMerging().merged(net, groups, name, kept).mix,
+        NeuronMerging(threshold=0.1).merged(net, groups, name, kept).mix,
     )
     mlp, _, found = zoo.certified(zoo.Mlp)
-    own, published = (NeuronMerging(threshold=t).merged(mlp, found, "fc1", kept).mix for t in (None, 0.45))
+    own, published = (
+        NeuronMerging(threshold=t).merged(mlp, found, "fc1", kept).mix for t in (None, 0.45)
+    )
     assert torch.equal(own, published)
     assert not torch.equal(own, NeuronMerging(threshold=0.1).merged(mlp, found, "fc1", kept).mix)
 
@@ -382,7 +462,8 @@ def test_blocks_do_not_mix():
 
 
 def test_added_branches_are_compared_by_their_effective_filters():
-    """Channels of a residual stream merge exactly where every branch into it is planted, its norm included."""
+    """Channels of a residual stream merge exactly where every branch into it is planted, its norm
+    included."""
     net, x, groups = zoo.certified(zoo.Residual)
     with torch.no_grad():
         for layer, norm, raw in ((net.stem, net.bn, 0.01), (net.project, net.bn3, 0.03)):
@@ -393,14 +474,19 @@ def test_added_branches_are_compared_by_their_effective_filters():
             norm.bias[3:] = 0.02 * kept + norm.weight[3:] / sigma[3:] * norm.running_mean[3:]
     mix = NeuronMerging().merged(net, groups, "stem", torch.arange(3)).mix
     assert torch.allclose(mix[3:], 0.02 * torch.eye(3).double(), rtol=1e-9)
-    small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, scope="all", include="stem")
+    small = widthbench.apply(
+        "neuron-merging", net, budget="channels:0.5", example_input=x, scope="all", include="stem"
+    )
     assert small.stem.weight.shape[0] == 3
     assert error(small(x), net(x)) < 1e-9
 
 
 def test_streams_with_norms_have_their_threshold():
     net, _, groups = zoo.certified(zoo.Residual)
-    own, published, other = (NeuronMerging(threshold=t).merged(net, groups, "stem", torch.arange(2)).mix for t in (None, 0.1, 0.45))
+    own, published, other = (
+        NeuronMerging(threshold=t).merged(net, groups, "stem", torch.arange(2)).mix
+        for t in (None, 0.1, 0.45)
+    )
     assert torch.equal(own, published)
     assert not torch.equal(own, other)
 
@@ -415,9 +501,19 @@ def test_degenerate_channels_give_no_nan(block, bn_scale):
         net[1].weight[3] = net[1].weight[10] = 0
         net[1].running_var[4] = net[1].running_var[11] = 0
     for kept in ([0, 1, 2, 3, 4, 5, 6], [0], [3], [4]):
-        change = NeuronMerging(bn_scale=bn_scale, threshold=-1.0).merged(net, groups, name, torch.tensor(kept))
+        change = NeuronMerging(bn_scale=bn_scale, threshold=-1.0).merged(
+            net, groups, name, torch.tensor(kept)
+        )
         assert change.mix.isfinite().all()
-        expected = loop(net[0].weight.detach().flatten(1), vars_of(net[1]), net[1].eps, kept, bn_scale, -1.0, 0.85)
+        expected = loop(
+            net[0].weight.detach().flatten(1),
+            vars_of(net[1]),
+            net[1].eps,
+            kept,
+            bn_scale,
+            -1.0,
+            0.85,
+        )
         assert torch.allclose(change.mix, torch.from_numpy(expected), rtol=1e-10)
         assert resize(net, groups, {name: change})(torch.ones(1, 3, 8, 8).double()).isfinite().all()
         assert (change.mix[8] == 0).all()  # a channel without weights has nothing to give
@@ -456,29 +552,60 @@ def test_bad_parameters_are_named(params, message):
 
 
 def test_norms_without_statistics_are_named():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+    )
     kwargs = {"budget": "channels:0.5", "example_input": torch.randn(2, 3, 8, 8)}
-    with pytest.raises(UsageError, match=r"technique 'neuron-merging' cannot run here: layer 1 \(BatchNorm2d\) keeps no running"):
+    with pytest.raises(
+        UsageError,
+        match=r"technique 'neuron-merging' cannot run here: layer 1 \(BatchNorm2d\) keeps no "
+        r"running",
+    ):
         widthbench.apply("neuron-merging", net, **kwargs)
-    assert widthbench.apply("neuron-merging", net, merge=False, **kwargs)[0].out_channels == 4  # nothing is merged
+    assert (
+        widthbench.apply("neuron-merging", net, merge=False, **kwargs)[0].out_channels == 4
+    )  # nothing is merged
 
 
-MODELS = ("test_resnet", "test_efficientnet", "test_vit", "resnetv2_18", "mobilenetv3_small_050", "regnetx_002")
+MODELS = (
+    "test_resnet",
+    "test_efficientnet",
+    "test_vit",
+    "resnetv2_18",
+    "mobilenetv3_small_050",
+    "regnetx_002",
+)
 
 
-@pytest.mark.parametrize(("name", "scope", "bn_scale"), list(itertools.product(MODELS, ("inner", "all"), BN_SCALES)))
+@pytest.mark.parametrize(
+    ("name", "scope", "bn_scale"), list(itertools.product(MODELS, ("inner", "all"), BN_SCALES))
+)
 def test_merges_any_certified_group_of_timm_models(name, scope, bn_scale):
     if (name, scope) == ("test_vit", "all"):  # embeddings of positions lie on its residual stream
-        with pytest.raises(UsageError, match=r"channel group 'patch_embed.proj': tensor '\w+' rides along with \d+ layers"):
+        with pytest.raises(
+            UsageError,
+            match=r"channel group 'patch_embed.proj': tensor '\w+' rides along with \d+ layers",
+        ):
             check_model(name, scope, bn_scale)
     else:
         check_model(name, scope, bn_scale)
 
 
 LARGER = (
-    "densenet121", "inception_v3", "efficientnet_b0", "mobilenetv1_100", "repvgg_a0", "resnext50_32x4d", "hrnet_w18_small",
-    "vgg11_bn", "convnext_atto", "dla34",
-)  # fmt: skip
+    "densenet121",
+    "inception_v3",
+    "efficientnet_b0",
+    "mobilenetv1_100",
+    "repvgg_a0",
+    "resnext50_32x4d",
+    "hrnet_w18_small",
+    "vgg11_bn",
+    "convnext_atto",
+    "dla34",
+)
 
 
 @pytest.mark.slow
@@ -499,12 +626,27 @@ def check_model(name, scope, bn_scale, size=64):
         chosen = groups.select(scope)
     except UsageError as reason:
         pytest.skip(str(reason))
-    small = widthbench.apply("neuron-merging", model, budget="channels:0.5", example_input=x, scope=scope, bn_scale=bn_scale)
+    small = widthbench.apply(
+        "neuron-merging",
+        model,
+        budget="channels:0.5",
+        example_input=x,
+        scope=scope,
+        bn_scale=bn_scale,
+    )
     assert small(x).shape == model(x).shape
     merged = 0
     for group in chosen.values():
-        kept = torch.arange(group.channels).view(group.blocks, -1)[:, : max(1, group.channels // group.blocks // 2)].flatten()
-        mix = NeuronMerging(bn_scale=bn_scale, threshold=-1.0).merged(model, groups, group.name, kept).mix
+        kept = (
+            torch.arange(group.channels)
+            .view(group.blocks, -1)[:, : max(1, group.channels // group.blocks // 2)]
+            .flatten()
+        )
+        mix = (
+            NeuronMerging(bn_scale=bn_scale, threshold=-1.0)
+            .merged(model, groups, group.name, kept)
+            .mix
+        )
         assert mix.isfinite().all()
         assert ((mix != 0).sum(dim=1) <= 1).all()
         assert bn_scale == "released" or (mix >= 0).all()
@@ -518,10 +660,15 @@ def test_decides_the_same_on_a_gpu(block):
     kept = torch.tensor([0, 3, 5, 8])
     for bn_scale in BN_SCALES:
         there = NeuronMerging(bn_scale=bn_scale).merged(net.cuda(), groups, name, kept).mix.cpu()
-        assert torch.allclose(there, NeuronMerging(bn_scale=bn_scale).merged(net.cpu(), groups, name, kept).mix, rtol=1e-9)
+        assert torch.allclose(
+            there,
+            NeuronMerging(bn_scale=bn_scale).merged(net.cpu(), groups, name, kept).mix,
+            rtol=1e-9,
+        )
 
 
-# Kim et al.'s repository, LeNet-300-100 on Fashion-MNIST, L1, no fine-tuning: share kept, pruned, merged
+# Kim et al.'s repository, LeNet-300-100 on Fashion-MNIST, L1, no fine-tuning: share kept, pruned,
+# merged
 PUBLISHED = [(0.5, 88.40, 88.69), (0.4, 85.17, 86.92), (0.3, 71.26, 82.75), (0.2, 66.76, 80.02)]
 
 
@@ -530,20 +677,30 @@ def test_public_lenet_gives_the_published_table_to_the_hundredth(kept, pruned, m
     net, split = zoo.public_lenet()
     for merge, published in ((False, pruned), (True, merged)):
         small = widthbench.apply(
-            "neuron-merging", net, budget=f"channels:{kept}", example_input=zoo.first(split), threshold=0.45, merge=merge
+            "neuron-merging",
+            net,
+            budget=f"channels:{kept}",
+            example_input=zoo.first(split),
+            threshold=0.45,
+            merge=merge,
         )
         assert round(accuracy(small, split.test).top1, 2) == published
 
 
-# measured with this code on the public ResNet-56 of CIFAR-10, inner channels, floor rounding; see results/merging-cifar10
+# measured with this code on the public ResNet-56 of CIFAR-10, inner channels, floor rounding; see
+# results/merging-cifar10
 @pytest.mark.slow
-@pytest.mark.parametrize(("params", "at_80"), [({"merge": False}, 89.86), ({}, 91.06), ({"bn_scale": "derived"}, 91.47)])
+@pytest.mark.parametrize(
+    ("params", "at_80"), [({"merge": False}, 89.86), ({}, 91.06), ({"bn_scale": "derived"}, 91.47)]
+)
 def test_public_resnet_56_at_20_percent(params, at_80):
     path = zoo.public("resnet56-cifar10", "cifar10")
     split = splits.load("cifar10", 32, val=0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     net = models.create("resnet56_cifar", classes=10, channels=3, size=32)
     weights.load_into(net, path)
-    small = widthbench.apply("neuron-merging", net, budget="channels:0.8:floor", example_input=zoo.first(split), **params)
+    small = widthbench.apply(
+        "neuron-merging", net, budget="channels:0.8:floor", example_input=zoo.first(split), **params
+    )
     assert accuracy(small, split.test).top1 == pytest.approx(at_80, abs=0.03)
 
 
@@ -568,8 +725,16 @@ class Shifted(Scaled):
 
 
 def planted_behind(module, place):
-    """Channels 4 to 7 of the first layer are 1.5 times channels 0 to 3; the module scales them, and what it adds fits."""
-    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    """Channels 4 to 7 of the first layer are 1.5 times channels 0 to 3; the module scales them, and
+    what it adds fits."""
+    layers = [
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
     net = nn.Sequential(*layers[:place], module, *layers[place:], nn.Linear(6, 4)).eval()
     with torch.no_grad():
         net[0].weight[4:] = 1.5 * net[0].weight[:4]
@@ -580,7 +745,9 @@ def planted_behind(module, place):
 
 
 def error_of(technique, net, x, **params):
-    small = widthbench.apply(technique, net, budget="channels:0.5", example_input=x, include="0", **params)
+    small = widthbench.apply(
+        technique, net, budget="channels:0.5", example_input=x, include="0", **params
+    )
     with torch.no_grad():
         return float((small(x) - net(x)).norm() / net(x).norm())
 
@@ -603,7 +770,9 @@ def test_bare_scales_have_their_part_in_what_is_merged(make, place, bn_scale):
 
 def test_a_scale_of_the_last_dimension_counts_too():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 8, bias=False), Scaled(8, last=True), nn.ReLU(), nn.Linear(8, 3)).eval()
+    net = nn.Sequential(
+        nn.Linear(5, 8, bias=False), Scaled(8, last=True), nn.ReLU(), nn.Linear(8, 3)
+    ).eval()
     with torch.no_grad():
         net[0].weight /= net[0].weight.norm(p=1, dim=1, keepdim=True)
         net[0].weight[4:] = 1.5 * net[0].weight[:4]
@@ -615,42 +784,72 @@ class Inside(nn.Module):
 
     def __init__(self, own):
         super().__init__()
-        self.a, self.b, self.c, self.h = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1), nn.Linear(12, 4)
+        self.a, self.b, self.c, self.h = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 6, 1),
+            nn.Conv2d(8, 6, 1),
+            nn.Linear(12, 4),
+        )
         self.gamma = None if own else nn.Parameter(torch.rand(8, 1, 1) + 0.5)
         self.scale = Scaled(8) if own else None
 
     def forward(self, x):
         y = self.a(x).relu()
-        y = torch.cat([self.b(self.scale(y) if self.scale is not None else y * self.gamma), self.c(y)], 1)
+        y = torch.cat(
+            [self.b(self.scale(y) if self.scale is not None else y * self.gamma), self.c(y)], 1
+        )
         return self.h(y.relu().mean((2, 3)))
 
 
 @pytest.mark.parametrize(
     ("own", "why"),
-    [(False, "tensor 'gamma' rides along, and no module of its own"), (True, "layer c reads it around module scale")],
+    [
+        (False, "tensor 'gamma' rides along, and no module of its own"),
+        (True, "layer c reads it around module scale"),
+    ],
 )
 def test_scales_that_cannot_be_told_are_refused_by_name(own, why):
     with pytest.raises(UsageError, match=f"channel group 'a': {why}"):
-        widthbench.apply("neuron-merging", Inside(own), budget="channels:0.5", example_input=torch.randn(2, 3, 8, 8), include="a")
+        widthbench.apply(
+            "neuron-merging",
+            Inside(own),
+            budget="channels:0.5",
+            example_input=torch.randn(2, 3, 8, 8),
+            include="a",
+        )
 
 
 def test_the_affine_of_a_norm_across_channels_counts_too():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 8, bias=False), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    net = nn.Sequential(
+        nn.Linear(5, 8, bias=False), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)
+    ).eval()
     with torch.no_grad():
         net[0].weight /= net[0].weight.norm(p=1, dim=1, keepdim=True)
         net[0].weight[4:] = 1.0001 * net[0].weight[:4]  # so that these are kept
         net[1].weight.copy_(torch.rand(8) + 0.5)
     x = torch.randn(6, 5)
-    small = widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, scope="all")
+    small = widthbench.apply(
+        "neuron-merging", net, budget="channels:0.5", example_input=x, scope="all"
+    )
     with torch.no_grad():  # equal halves: mean and variance stay, so that merging is exact
         assert torch.allclose(small(x), net(x), atol=1e-3)
 
 
 def test_a_scale_that_runs_twice_is_refused():
     scale = Scaled(8)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), scale, nn.ReLU(), scale, nn.Conv2d(8, 6, 3), nn.Flatten(), nn.LazyLinear(4)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        scale,
+        nn.ReLU(),
+        scale,
+        nn.Conv2d(8, 6, 3),
+        nn.Flatten(),
+        nn.LazyLinear(4),
+    ).eval()
     x = torch.randn(2, 3, 8, 8)
     net(x)
-    with pytest.raises(UsageError, match="channel group '0': module 1, which scales it, runs 2 times"):
+    with pytest.raises(
+        UsageError, match="channel group '0': module 1, which scales it, runs 2 times"
+    ):
         widthbench.apply("neuron-merging", net, budget="channels:0.5", example_input=x, include="0")

@@ -14,8 +14,8 @@ import widthbench
 from widthbench.claims import ledger
 from widthbench.errors import UsageError
 from widthbench.experiment.bases import obtain_base
-from widthbench.experiment.protocol import run_cell, task_of
 from widthbench.experiment.cell import Cell
+from widthbench.experiment.protocol import run_cell, task_of
 from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.recipe import Recipe
@@ -27,10 +27,21 @@ TAYLOR = [("first_order", {}), ("second_order", {}), ("second_order", {"diagonal
 
 def cell(**changes):
     params = {"samples": 200, "rerank": "iterative", **changes.pop("params", {})}
-    return Cell(**{"dataset": "digits", "model": "mlp_sigmoid", "model_args": {"widths": (7, 6)}, "size": 8,
-                   "technique": "neuron-removal", "params": params, "budget": "channels:0.5",
-                   "base": Recipe(epochs=3, batch_size=32, lr=0.1), "finetune": Recipe(epochs=0, lr=0.1), "device": "cpu",
-                   **changes})  # fmt: skip
+    return Cell(
+        **{
+            "dataset": "digits",
+            "model": "mlp_sigmoid",
+            "model_args": {"widths": (7, 6)},
+            "size": 8,
+            "technique": "neuron-removal",
+            "params": params,
+            "budget": "channels:0.5",
+            "base": Recipe(epochs=3, batch_size=32, lr=0.1),
+            "finetune": Recipe(epochs=0, lr=0.1),
+            "device": "cpu",
+            **changes,
+        }
+    )
 
 
 def task(technique, **changes):
@@ -50,7 +61,9 @@ def loss(on, plan, sample):
 
 def order_of(state, groups):
     """(group, channel) in the order of removal, and what stays."""
-    rows = sorted((float(p), n, c) for n in groups for c, p in enumerate(state["order"][n]) if p.isfinite())
+    rows = sorted(
+        (float(p), n, c) for n in groups for c, p in enumerate(state["order"][n]) if p.isfinite()
+    )
     assert [r[0] for r in rows] == list(range(len(rows)))
     return [r[1:] for r in rows]
 
@@ -83,7 +96,11 @@ def test_single_brute_force_sorts_the_first_changes():
     on = task(technique)
     sample = drawn(technique, on)
     whole = {n: list(range(g.channels)) for n, g in on.groups.items()}
-    alone = {(n, c): loss(on, {n: widthbench.width.keep([k for k in whole[n] if k != c])}, sample) for n in whole for c in whole[n]}
+    alone = {
+        (n, c): loss(on, {n: widthbench.width.keep([k for k in whole[n] if k != c])}, sample)
+        for n in whole
+        for c in whole[n]
+    }
     order = order_of(technique.prepared(on), on.groups)
     assert len(order) == 11
     assert [alone[u] for u in order] == sorted(alone[u] for u in order)
@@ -95,13 +112,16 @@ def test_single_brute_force_sorts_the_first_changes():
 
 @pytest.mark.parametrize(("ranking", "more"), TAYLOR)
 def test_taylor_rankings_follow_their_formulas_at_every_step(ranking, more):
-    """Predicted changes against derivatives by finite differences of the gated loss, on the network that is left."""
+    """Predicted changes against derivatives by finite differences of the gated loss, on the network
+    that is left."""
     technique = NeuronRemoval(ranking=ranking, rerank="iterative", samples=200, **more)
     on = task(technique)
     sample = drawn(technique, on)
     on.model.double()
     sample = Sample(sample.x.double(), sample.y)
-    order = {n: torch.full((g.channels,), math.inf, dtype=torch.float64) for n, g in on.groups.items()}
+    order = {
+        n: torch.full((g.channels,), math.inf, dtype=torch.float64) for n, g in on.groups.items()
+    }
     order["ip1"][2], order["ip2"][3] = 0, 1
     with widthbench.sensitivity.ablation.Ablation(on.model, on.groups, sample) as brute:
         found = Ranker(technique, on, sample, brute).changes(order)
@@ -125,7 +145,9 @@ def test_random_is_drawn_by_the_seed_and_bills_nothing():
     orders = []
     for seed in (0, 0, 1):
         technique = NeuronRemoval(ranking="random", samples=200)
-        orders.append(order_of(technique.prepared(task(technique, seed=seed)), task(technique).groups))
+        orders.append(
+            order_of(technique.prepared(task(technique, seed=seed)), task(technique).groups)
+        )
     assert orders[0] == orders[1] != orders[2]
     record = run_cell(cell(params={"ranking": "random"}), Store())
     assert record.spent["decision"].forward_macs == 0
@@ -154,7 +176,10 @@ def test_blocks_lose_one_channel_each_at_a_time():
         small = resize(model, groups, kept_after(order, k))  # refuses unequal blocks
         assert torch.isfinite(small(x)).all()
     for name in blocked:
-        table, costs = order[name].view(groups[name].blocks, -1), changes[name].view(groups[name].blocks, -1)
+        table, costs = (
+            order[name].view(groups[name].blocks, -1),
+            changes[name].view(groups[name].blocks, -1),
+        )
         assert all(set(row.tolist()) == set(table[0].tolist()) for row in table)
         goes = table[0][table[0].isfinite()].sort().values
         sums = [sum(float(c[p == at]) for c, p in zip(costs, table, strict=True)) for at in goes]
@@ -166,14 +191,26 @@ def test_a_network_with_blocks_and_residual_streams_is_shrunk(params):
     model, x, _ = zoo.certified(zoo.Grouped)
     params = {**params, "softplus_beta": 2.0} if params.get("ranking") else params
     small = widthbench.apply(
-        "neuron-removal", model, budget="channels:0.5", example_input=x, data=(x, torch.arange(2)), scope="all", **params
-    )  # fmt: skip
+        "neuron-removal",
+        model,
+        budget="channels:0.5",
+        example_input=x,
+        data=(x, torch.arange(2)),
+        scope="all",
+        **params,
+    )
     assert small(x).shape == model(x).shape
 
 
 def test_predictions_that_are_not_finite_are_named():
-    with pytest.raises(UsageError, match="channel group 'a': the loss or its derivatives are not finite"):
-        remove({"a": torch.full((3,), math.inf)}, {"a": torch.tensor([0.0, math.nan, 1])}, {"a": type("G", (), {"blocks": 1})})
+    with pytest.raises(
+        UsageError, match="channel group 'a': the loss or its derivatives are not finite"
+    ):
+        remove(
+            {"a": torch.full((3,), math.inf)},
+            {"a": torch.tensor([0.0, math.nan, 1])},
+            {"a": type("G", (), {"blocks": 1})},
+        )
 
 
 class Killed(Exception):
@@ -259,9 +296,9 @@ def test_curves_are_what_the_resized_networks_score(fresh_cache):
             predicted = -s[f"first {name}"][channel] + 0.5 * s[f"second {name}"][channel]
             assert s[f"score {name}"][channel] == pytest.approx(predicted, rel=1e-4, abs=1e-9)
     assert 0.3 < s["correlation"][0] <= 1
-    assert record.spent["decision"] == run_cell(cell(params=params), Store()).spent["decision"].model_copy(
-        update={"seconds": record.spent["decision"].seconds}
-    )
+    assert record.spent["decision"] == run_cell(cell(params=params), Store()).spent[
+        "decision"
+    ].model_copy(update={"seconds": record.spent["decision"].seconds})
     json.dumps(s)
 
 
@@ -276,9 +313,10 @@ def test_the_stopping_point_is_chosen_on_val(fresh_cache):
 
 def test_exact_derivatives_through_relu_are_marked(fresh_cache):
     given = cell(
-        model_args={"widths": (7, 6), "act_layer": "relu"}, curves=True,
+        model_args={"widths": (7, 6), "act_layer": "relu"},
+        curves=True,
         params={"ranking": "second_order", "diagonal": "exact", "rerank": "single"},
-    )  # fmt: skip
+    )
     assert run_cell(given, Store()).series["almost_everywhere"] == ["act1", "act2"]
 
 
@@ -287,8 +325,15 @@ def test_relu_behind_a_gate_is_skipped_with_the_remedy_and_softplus_is_one(fresh
     record = run_cell(cell(params={"ranking": "second_order"}, **relu), Store())
     assert record.status == "skipped"
     assert "layer 'act2' (ReLU) has no second derivative: pass softplus_beta=" in record.reason
-    assert run_cell(cell(params={"ranking": "second_order", "softplus_beta": 3.0}, **relu), Store()).status == "done"
-    one = {"model_args": {"widths": (7,), "act_layer": "relu"}}  # nothing bends behind the only gates
+    assert (
+        run_cell(
+            cell(params={"ranking": "second_order", "softplus_beta": 3.0}, **relu), Store()
+        ).status
+        == "done"
+    )
+    one = {
+        "model_args": {"widths": (7,), "act_layer": "relu"}
+    }  # nothing bends behind the only gates
     assert run_cell(cell(params={"ranking": "second_order"}, **one), Store()).status == "done"
 
 
@@ -296,12 +341,15 @@ def test_relu_behind_a_gate_is_skipped_with_the_remedy_and_softplus_is_one(fresh
     ("params", "message"),
     [
         ({"ranking": "third_order"}, "parameter 'ranking'"),
-        ({"samples": 0}, "'samples': Input should be greater than or equal to 1"),
-        ({"step": 0}, "'step': Input should be greater than or equal to 1"),
-        ({"processes": 0}, "'processes': Input should be greater than or equal to 1"),
-        ({"memory_mib": 0}, "'memory_mib': Input should be greater than 0"),
-        ({"softplus_beta": 1.0}, "softplus_beta needs ranking='second_order'"),
-        ({"softplus_beta": 1.0, "ranking": "second_order", "diagonal": "exact"}, "softplus_beta needs"),
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"step": 0}, "step must be at least 1"),
+        ({"processes": 0}, "processes must be at least 1"),
+        ({"memory_mib": 0}, "memory_mib must be above 0"),
+        ({"softplus_beta": 1.0}, "softplus_beta must be above 0, and needs ranking='second_order'"),
+        (
+            {"softplus_beta": 1.0, "ranking": "second_order", "diagonal": "exact"},
+            "softplus_beta must be above 0, and needs",
+        ),
     ],
 )
 def test_bad_parameters_are_named(params, message):
@@ -310,26 +358,44 @@ def test_bad_parameters_are_named(params, message):
 
 
 def test_no_samples_is_an_error():
-    net, x = models.create("mlp_sigmoid", classes=3, channels=1, size=8, seed=0), torch.randn(1, 1, 8, 8)
+    net, x = (
+        models.create("mlp_sigmoid", classes=3, channels=1, size=8, seed=0),
+        torch.randn(1, 1, 8, 8),
+    )
     with pytest.raises(UsageError, match="there are none"):
         widthbench.apply(
-            "neuron-removal", net, budget="channels:0.5", example_input=x, data=(x[:0], torch.zeros(0, dtype=torch.long))
+            "neuron-removal",
+            net,
+            budget="channels:0.5",
+            example_input=x,
+            data=(x[:0], torch.zeros(0, dtype=torch.long)),
         )
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.rand(2), torch.zeros(2, 3).long()])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.rand(2), torch.zeros(2, 3).long()]
+)
 def test_labels_that_are_no_classes_are_an_error(labels):
-    net, x = models.create("mlp_sigmoid", classes=3, channels=1, size=8, seed=0), torch.randn(2, 1, 8, 8)
+    net, x = (
+        models.create("mlp_sigmoid", classes=3, channels=1, size=8, seed=0),
+        torch.randn(2, 1, 8, 8),
+    )
     with pytest.raises(UsageError, match=r"labels \[B\] must be whole numbers in 0\.\.2"):
-        widthbench.apply("neuron-removal", net, budget="channels:0.5", example_input=x, data=(x, labels))
+        widthbench.apply(
+            "neuron-removal", net, budget="channels:0.5", example_input=x, data=(x, labels)
+        )
 
 
 def test_equal_predictions_have_no_correlation(fresh_cache, monkeypatch):
     first = neuron_removal.GateDerivatives.first
     monkeypatch.setattr(
-        neuron_removal.GateDerivatives, "first", lambda self, gates: {n: 0 * d for n, d in first(self, gates).items()}
-    )  # fmt: skip
-    record = run_cell(cell(params={"ranking": "first_order", "rerank": "single"}, curves=True), Store())
+        neuron_removal.GateDerivatives,
+        "first",
+        lambda self, gates: {n: 0 * d for n, d in first(self, gates).items()},
+    )
+    record = run_cell(
+        cell(params={"ranking": "first_order", "rerank": "single"}, curves=True), Store()
+    )
     assert record.series["correlation"] == []
 
 
@@ -344,7 +410,10 @@ def test_at_most_the_wanted_number_of_samples_is_drawn_by_the_seed():
 
 
 def test_worker_processes_find_the_same_order():
-    alone, shared = NeuronRemoval(rerank="iterative", samples=100), NeuronRemoval(rerank="iterative", samples=100, processes=2)
+    alone, shared = (
+        NeuronRemoval(rerank="iterative", samples=100),
+        NeuronRemoval(rerank="iterative", samples=100, processes=2),
+    )
     on = task(alone)
     assert order_of(alone.prepared(on), on.groups) == order_of(shared.prepared(on), on.groups)
 
@@ -372,24 +441,37 @@ def test_uniform_allocation_keeps_the_same_fraction_of_each_group():
         technique = NeuronRemoval(rerank="iterative", samples=100, allocation=allocation)
         widths = technique.apply(task(technique)).widths
         assert sum(widths.values()) == 7
-        assert (widths == {"ip1": 4, "ip2": 3}) is (allocation == "uniform") or allocation == "global"
+        assert (widths == {"ip1": 4, "ip2": 3}) is (
+            allocation == "uniform"
+        ) or allocation == "global"
 
 
 def test_checks_read_records_and_measurements(tmp_path):
     evidence = ledger.Evidence(tmp_path)
     assert checks.speed_up(evidence).values == {}
-    rows = [{"what": "greedy curve, one process over two", "one": 4.0, "two": 2.0}, {"what": "other", "one": 1, "two": 1}]
-    (tmp_path / "neuron-removal-speed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows = [
+        {"what": "greedy curve, one process over two", "one": 4.0, "two": 2.0},
+        {"what": "other", "one": 1, "two": 1},
+    ]
+    (tmp_path / "neuron-removal-speed.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows)
+    )
     assert list(checks.speed_up(evidence).values.values()) == [2.0]
     evidence._read["shrinking"] = [
-        widthbench.experiment.records.Record(key=c.id, cell=c, **DONE, series={"stop.channels": [10 + 0.1 * width + c.seed]})
+        widthbench.records.Record(
+            key=c.id, cell=c, **DONE, series={"stop.channels": [10 + 0.1 * width + c.seed]}
+        )
         for c in evidence.cells("shrinking")
         for width in (c.model_args["widths"][0],)
-        if c.params == {"ranking": "oracle", "rerank": "iterative"} and not c.variant and (c.seed, width) != (4, 400)
+        if c.params == {"ranking": "oracle", "rerank": "iterative"}
+        and not c.variant
+        and (c.seed, width) != (4, 400)
     ]
     found = checks.slope(evidence)
     assert found.missing == 1
     assert found.values == {seed: pytest.approx(0.1) for seed in range(4)}
     assert len(found.records) == 19
     needed = ledger.cells([c for _, c in ledger.choose(ledger.load(), ["R8"])])["shrinking"]
-    assert {(c.model_args["widths"][0], c.seed) for c in needed} == {(w, s) for w in checks.WIDTHS for s in range(5)}
+    assert {(c.model_args["widths"][0], c.seed) for c in needed} == {
+        (w, s) for w in checks.WIDTHS for s in range(5)
+    }

@@ -12,8 +12,8 @@ from widthbench.methods.splitting import Splitting, carried, copies, split_neuro
 
 import widthbench
 from widthbench.errors import UsageError
-from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.cell import Cell
+from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 from widthbench.sensitivity.ablation import Sample
@@ -33,9 +33,16 @@ BRIEF = {"epochs": 0.5, "rounds": 2, "samples": 64}
 
 def cell(params=None, **fields):
     given = {
-        "dataset": "digits", "technique": "splitting", "params": BRIEF | (params or {}), "budget": "macs:0.5", "base": BASE,
-        "finetune": BASE, "model": "lenet_300_100", "size": 16, "seed": 0,
-    }  # fmt: skip
+        "dataset": "digits",
+        "technique": "splitting",
+        "params": BRIEF | (params or {}),
+        "budget": "macs:0.5",
+        "base": BASE,
+        "finetune": BASE,
+        "model": "lenet_300_100",
+        "size": 16,
+        "seed": 0,
+    }
     return Cell(**given | fields)
 
 
@@ -53,7 +60,9 @@ def test_a_split_by_hand():
     groups = find_groups(model, torch.randn(1, 2, dtype=torch.float64), cache=False)
     v = torch.tensor([[0.6, 0.0, 0.8]], dtype=torch.float64)
     new = split_neurons(model, groups, {"0": (torch.tensor([1]), v)}, 0.1)
-    assert torch.allclose(new[0].weight, torch.tensor([[1.0, 2.0], [3.06, 4.0], [2.94, 4.0]], dtype=torch.float64))
+    assert torch.allclose(
+        new[0].weight, torch.tensor([[1.0, 2.0], [3.06, 4.0], [2.94, 4.0]], dtype=torch.float64)
+    )
     assert torch.allclose(new[0].bias, torch.tensor([0.5, -0.42, -0.58], dtype=torch.float64))
     assert torch.allclose(new[2].weight, torch.tensor([[6.0, 4.0, 4.0]], dtype=torch.float64))
 
@@ -61,7 +70,11 @@ def test_a_split_by_hand():
 def gradients(model, sample):
     model.zero_grad()
     F.cross_entropy(model(sample.x), sample.y).backward()
-    return {n: {"momentum_buffer": p.grad.clone(), "step": 3} for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        n: {"momentum_buffer": p.grad.clone(), "step": 3}
+        for n, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("cls", [zoo.Mlp, zoo.Plain, zoo.Dense, zoo.Residual])
@@ -72,7 +85,10 @@ def test_the_optimizers_state_follows_as_gradients_do(cls):
     split = {}
     for name, neurons in found.items():
         d = neuron_parameters(model.get_submodule(neurons.layer)).shape[1]
-        split[name] = torch.tensor([0, 2]), F.normalize(torch.ones(2, d, dtype=torch.float64), dim=1)
+        split[name] = (
+            torch.tensor([0, 2]),
+            F.normalize(torch.ones(2, d, dtype=torch.float64), dim=1),
+        )
     new = split_neurons(model, groups, split, 0.0)
     after = find_groups(new, x, cache=False)
     state = carried(gradients(model, sample), model, groups, split, after)
@@ -81,14 +97,25 @@ def test_the_optimizers_state_follows_as_gradients_do(cls):
     assert state.keys() == expected.keys()
     for name, kept in state.items():
         assert kept["step"] == 3
-        assert torch.allclose(kept["momentum_buffer"], expected[name]["momentum_buffer"], atol=1e-12), name
+        assert torch.allclose(
+            kept["momentum_buffer"], expected[name]["momentum_buffer"], atol=1e-12
+        ), name
 
 
 def test_squares_of_gradients_scale_by_a_quarter():
     model, x, groups = zoo.certified(zoo.Mlp)
     split = {"fc1": (torch.tensor([1]), torch.zeros(1, 17, dtype=torch.float64))}
-    state = {n: {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)} for n, p in model.named_parameters()}
-    new = carried(state, model, groups, split, find_groups(split_neurons(model, groups, split, 0.0), x, cache=False))
+    state = {
+        n: {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+        for n, p in model.named_parameters()
+    }
+    new = carried(
+        state,
+        model,
+        groups,
+        split,
+        find_groups(split_neurons(model, groups, split, 0.0), x, cache=False),
+    )
     assert new["fc1.weight"]["exp_avg"][:, 0].tolist() == [1.0, 0.5, *[1.0] * 10, 0.5]
     assert new["fc1.weight"]["exp_avg_sq"][:, 0].tolist() == [1.0, 0.25, *[1.0] * 10, 0.25]
     assert new["fc2.weight"]["exp_avg_sq"].unique().tolist() == [1.0]
@@ -134,7 +161,11 @@ def stuck_on_a_sine():
 
 def descend(model, sample, steps=60):
     optimizer = torch.optim.LBFGS(
-        model.parameters(), max_iter=100, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+        model.parameters(),
+        max_iter=100,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure():
@@ -159,18 +190,31 @@ def test_where_gradient_descent_is_stuck_a_split_lowers_the_loss_by_the_law():
     one = {"0": (torch.tensor([0]), vectors)}
     for epsilon in (0.05, 0.02, 0.01):
         with torch.no_grad():
-            after = float(sample.criterion(split_neurons(model, groups, one, epsilon)(sample.x), sample.y).mean())
+            after = float(
+                sample.criterion(
+                    split_neurons(model, groups, one, epsilon)(sample.x), sample.y
+                ).mean()
+            )
         assert after - before == pytest.approx(epsilon**2 * float(values[0]) / 2, rel=0.1)
     grown = split_neurons(model, groups, one, 0.05)
     assert descend(grown, sample) < 0.97 * before
     same = split_neurons(model, groups, one, 0.0)
-    assert descend(same, sample) == pytest.approx(before, rel=1e-6)  # without a split to leave by, it stays
+    assert descend(same, sample) == pytest.approx(
+        before, rel=1e-6
+    )  # without a split to leave by, it stays
 
 
 @pytest.mark.parametrize(
-    "params", [{}, {"select": "random"}, {"select": "width"}, {"per": "neuron"}, {"exact": True, "samples": 16}]
+    ("params", "budget"),
+    [
+        ({}, "macs:0.5"),
+        ({}, "channels:0.4"),
+        ({"select": "random"}, "params:0.3"),
+        ({"select": "width"}, "macs:0.5"),
+        ({"per": "cost"}, "params:0.3"),
+        ({"exact": True, "samples": 16}, "channels:0.4"),
+    ],
 )
-@pytest.mark.parametrize("budget", ["macs:0.5", "params:0.3", "channels:0.4"])
 def test_it_grows_to_the_budget(params, budget):
     record = run_cell(cell(params, budget=budget, size=8), Store())
     assert record.status == "done", record.trace or record.reason
@@ -181,7 +225,10 @@ def test_it_grows_to_the_budget(params, budget):
     assert along == sorted(along)
     assert len(along) >= 3
     assert series["trajectory.splits"][0] == 0
-    assert series["trajectory.splits"][-1] == sum(record.widths.values()) - series["trajectory.open"][0]
+    assert (
+        series["trajectory.splits"][-1]
+        == sum(record.widths.values()) - series["trajectory.open"][0]
+    )
     assert {n: series[f"width.{n}"][-1] for n in record.widths} == record.widths
     assert record.spent["base"].forward_macs == 0
 
@@ -201,9 +248,15 @@ def test_budgets_above_1_grow_beyond_the_network():
     assert 1.4 < record.kept <= 1.5 * 1.005
 
 
-@pytest.mark.parametrize(("model", "size"), [("lenet5", 20), ("test_resnet", 32), ("test_vit", 32)])
-def test_it_grows_real_networks(model, size):
-    record = run_cell(cell({"narrow": 0.5}, model=model, size=size, budget="macs:0.6"), Store())
+@pytest.mark.parametrize(
+    ("model", "size", "args"),
+    [("lenet5", 20, {}), ("test_resnet", 32, {}), ("test_vit", 32, {"depth": 2})],
+)
+def test_it_grows_real_networks(model, size, args):
+    brief = {"narrow": 0.5, "epochs": 0.1}
+    record = run_cell(
+        cell(brief, model=model, size=size, model_args=args, budget="macs:0.6"), Store()
+    )
     assert record.status == "done", record.trace or record.reason
     assert record.met
     left = [note.split(":")[0] for note in record.series["left_out"]]
@@ -214,7 +267,11 @@ def test_it_grows_real_networks(model, size):
 @pytest.mark.parametrize("per", ["neuron", "cost"])
 def test_eigen_splits_what_lowers_the_loss_most(per, monkeypatch):
     found, chosen, tasks = [], [], []
-    smallest, split_, init = SplittingMatrices.smallest, splitting.split_neurons, splitting.Growing.__init__
+    smallest, split_, init = (
+        SplittingMatrices.smallest,
+        splitting.split_neurons,
+        splitting.Growing.__init__,
+    )
 
     def watched(self, **options):
         found.append(smallest(self, **options))
@@ -226,14 +283,25 @@ def test_eigen_splits_what_lowers_the_loss_most(per, monkeypatch):
 
     monkeypatch.setattr(SplittingMatrices, "smallest", watched)
     monkeypatch.setattr(splitting, "split_neurons", splitting_up)
-    monkeypatch.setattr(splitting.Growing, "__init__", lambda self, method, task: tasks.append(task) or init(self, method, task))
+    monkeypatch.setattr(
+        splitting.Growing,
+        "__init__",
+        lambda self, method, task: tasks.append(task) or init(self, method, task),
+    )
     record = run_cell(cell({"per": per, "growth": 5, "narrow": 0.9}, seed=3), Store())
     assert record.status == "done", record.trace or record.reason
     assert len(chosen) >= 3
     cost = tasks[0].cost
-    for (values, vectors), (split, widths) in zip(found[:2], chosen[:2], strict=True):  # before the budget is near
-        price = {n: cost(widths | {n: w + 1}).macs - cost(widths).macs if per == "cost" else 1 for n, w in widths.items()}
-        every = sorted((float(v) / price[n], n, i) for n, vs in values.items() for i, v in enumerate(vs))
+    for (values, vectors), (split, widths) in zip(
+        found[:2], chosen[:2], strict=True
+    ):  # before the budget is near
+        price = {
+            n: cost(widths | {n: w + 1}).macs - cost(widths).macs if per == "cost" else 1
+            for n, w in widths.items()
+        }
+        every = sorted(
+            (float(v) / price[n], n, i) for n, vs in values.items() for i, v in enumerate(vs)
+        )
         expected = {(n, i) for v, n, i in every[:5]}
         assert every[4][0] < 0
         assert {(n, i) for n, (rows, _) in split.items() for i in rows.tolist()} == expected
@@ -262,7 +330,9 @@ def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypa
     assert "Killed" in run_cell(given, Store()).reason
     again = run_cell(given, Store())
     assert again.status == "done", again.trace
-    assert len(calls) == 3 + len(whole.series["trajectory.step"]) - 3  # the last round chooses nothing
+    assert (
+        len(calls) == 3 + len(whole.series["trajectory.step"]) - 3
+    )  # the last round chooses nothing
     assert again.rows == whole.rows
     assert again.series == whole.series
     assert again.spent["decision"].forward_macs == whole.spent["decision"].forward_macs
@@ -314,15 +384,25 @@ def test_a_network_without_neurons_to_split_is_skipped():
     groups, sample = find_groups(model, x, cache=False), zoo.sample_for(x)
     cost = CostModel(model, groups, x)
     task = Task(
-        model=model, groups=groups, example_input=x, budget=Budget("macs", 0.5), cost=cost, reference=cost, train=sample, val=sample
-    )  # fmt: skip
-    with pytest.raises(UsageError, match="no channel group has neurons to split \\(a: no elementwise activation"):
+        model=model,
+        groups=groups,
+        example_input=x,
+        budget=Budget("macs", 0.5),
+        cost=cost,
+        reference=cost,
+        train=sample,
+        val=sample,
+    )
+    with pytest.raises(
+        UsageError, match="no channel group has neurons to split \\(a: no elementwise activation"
+    ):
         Splitting().apply(task)
 
 
 @pytest.fixture
 def rounds(monkeypatch):
-    """What each round of training was given: [(network's weights, optimizer's state, recipe, seed)]."""
+    """What each round of training was given: [(network's weights, optimizer's state, recipe,
+    seed)]."""
     seen = []
     real = splitting.Growing.round
 
@@ -331,10 +411,15 @@ def rounds(monkeypatch):
 
         def training(model, train, recipe, *, seed=None, optimizer_state=None, **options):
             state = {
-                n: {k: torch.as_tensor(v).clone() for k, v in kept.items() if v is not None} for n, kept in optimizer_state.items()
+                n: {k: torch.as_tensor(v).clone() for k, v in kept.items() if v is not None}
+                for n, kept in optimizer_state.items()
             }
-            seen.append(({n: p.detach().clone() for n, p in model.named_parameters()}, state, recipe, seed))
-            return given.fit(model, train, recipe, seed=seed, optimizer_state=optimizer_state, **options)
+            seen.append(
+                ({n: p.detach().clone() for n, p in model.named_parameters()}, state, recipe, seed)
+            )
+            return given.fit(
+                model, train, recipe, seed=seed, optimizer_state=optimizer_state, **options
+            )
 
         self.task = dataclasses.replace(given, fit=training)
         try:
@@ -348,7 +433,9 @@ def rounds(monkeypatch):
 
 def test_each_round_trains_as_it_was_asked_to(rounds):
     base = BASE.model_copy(update={"warmup_epochs": 0.25, "momentum": 0.9})
-    record = run_cell(cell({"rounds": 3, "lr": 0.03, "final_epochs": 1.5}, base=base, seed=5), Store())
+    record = run_cell(
+        cell({"rounds": 3, "lr": 0.03, "final_epochs": 1.5}, base=base, seed=5), Store()
+    )
     assert record.status == "done", record.trace or record.reason
     assert len(rounds) == len(record.series["trajectory.step"]) >= 3
     recipes = [recipe for _, _, recipe, _ in rounds]
@@ -367,15 +454,22 @@ def test_each_round_trains_as_it_was_asked_to(rounds):
 
 
 def test_training_costs_what_was_trained(rounds):
-    """Epochs are passes over the data, however narrow the network is; MACs are those of the narrow network."""
+    """Epochs are passes over the data, however narrow the network is; MACs are those of the narrow
+    network."""
     record = run_cell(cell({"rounds": 3, "select": "random", "final_epochs": 2}, seed=11), Store())
     assert record.status == "done", record.trace or record.reason
-    assert record.spent["decision"].epochs == pytest.approx(sum(r.epochs for _, _, r, _ in rounds), rel=0.01)
+    assert record.spent["decision"].epochs == pytest.approx(
+        sum(r.epochs for _, _, r, _ in rounds), rel=0.01
+    )
     shares = record.series["trajectory.macs"]
-    by_hand = sum(r.epochs * s for (_, _, r, _), s in zip(rounds, shares, strict=True)) / sum(r.epochs for _, _, r, _ in rounds)
+    by_hand = sum(r.epochs * s for (_, _, r, _), s in zip(rounds, shares, strict=True)) / sum(
+        r.epochs for _, _, r, _ in rounds
+    )
     samples = 1077  # of digits, to train on
     forward = record.spent["decision"].forward_macs
-    assert forward == pytest.approx(record.spent["decision"].epochs * samples * record.base_macs * by_hand, rel=0.02)
+    assert forward == pytest.approx(
+        record.spent["decision"].epochs * samples * record.base_macs * by_hand, rel=0.02
+    )
     assert record.spent["decision"].backward_macs == pytest.approx(2 * forward, rel=0.01)
 
 
@@ -404,9 +498,20 @@ def test_it_starts_from_fresh_weights_of_its_own_seed(rounds):
 def test_controls_draw_anew_in_each_round_and_by_seed(select, monkeypatch):
     chosen = []
     real = splitting.split_neurons
-    monkeypatch.setattr(splitting, "split_neurons", lambda m, g, split, e: chosen.append((split, e)) or real(m, g, split, e))
+    monkeypatch.setattr(
+        splitting,
+        "split_neurons",
+        lambda m, g, split, e: chosen.append((split, e)) or real(m, g, split, e),
+    )
     for seed in (0, 1):
-        assert run_cell(cell({"select": select, "growth": 6, "rounds": 3, "epsilon": 0.03}, seed=seed), Store()).status == "done"
+        assert (
+            run_cell(
+                cell({"select": select, "growth": 6, "narrow": 0.9, "epsilon": 0.03}, seed=seed),
+                Store(),
+            ).status
+            == "done"
+        )
+    assert len(chosen) > 4  # rounds, of two seeds
     assert {e for _, e in chosen} == {0.03}
     along = [torch.cat([v.flatten() for _, v in split.values()]) for split, _ in chosen]
     assert len({tuple(a[:4].tolist()) for a in along}) == len(along)
@@ -424,12 +529,20 @@ def test_width_keeps_the_groups_shares_alike():
     assert max(shares) - min(shares) > 0.05
 
 
-@pytest.mark.parametrize(("params", "called"), [({"exact": True, "samples": 16}, True), ({"tolerance": 0.02}, False)])
+@pytest.mark.parametrize(
+    ("params", "called"), [({"exact": True, "samples": 16}, True), ({"tolerance": 0.02}, False)]
+)
 def test_eigenpairs_are_found_as_asked(params, called, monkeypatch):
     exact, asked = [], []
     smallest, exactly = SplittingMatrices.smallest, SplittingMatrices.smallest_exactly
-    monkeypatch.setattr(SplittingMatrices, "smallest_exactly", lambda self, n: exact.append(n) or exactly(self, n))
-    monkeypatch.setattr(SplittingMatrices, "smallest", lambda self, **o: asked.append(o["tolerance"]) or smallest(self, **o))
+    monkeypatch.setattr(
+        SplittingMatrices, "smallest_exactly", lambda self, n: exact.append(n) or exactly(self, n)
+    )
+    monkeypatch.setattr(
+        SplittingMatrices,
+        "smallest",
+        lambda self, **o: asked.append(o["tolerance"]) or smallest(self, **o),
+    )
     assert run_cell(cell(params, size=8, seed=21), Store()).status == "done"
     assert bool(exact) == called
     assert set(asked) == (set() if called else {0.02})
@@ -443,7 +556,9 @@ def test_where_nothing_is_left_to_split_the_last_round_still_runs(monkeypatch, r
 
 
 def test_rounds_are_added_where_doubling_is_not_enough():
-    record = run_cell(cell({"rounds": 1, "narrow": 0.2, "select": "random", "epochs": 0.25}), Store())
+    record = run_cell(
+        cell({"rounds": 1, "narrow": 0.2, "select": "random", "epochs": 0.25}), Store()
+    )
     assert record.status == "done", record.reason
     assert len(record.series["trajectory.step"]) > 2
     assert record.met
@@ -452,7 +567,15 @@ def test_rounds_are_added_where_doubling_is_not_enough():
 def test_apply_says_when_a_network_stops_growing_short_of_the_budget(monkeypatch):
     monkeypatch.setattr(splitting.Growing, "_chosen", lambda self, *args: {})
     model, x = zoo.Mlp(), torch.randn(8, 1, 4, 4)
-    with pytest.warns(UserWarning, match=r"'splitting' leaves part of the budget macs:0.9 unused: it keeps 0\.[0-9]+"):
+    with pytest.warns(
+        UserWarning,
+        match=r"'splitting' leaves part of the budget macs:0.9 unused: it keeps 0\.[0-9]+",
+    ):
         widthbench.apply(
-            "splitting", model, budget="macs:0.9", example_input=x[:1], data=(x, torch.randint(0, 5, (8,))), epochs=0.5
+            "splitting",
+            model,
+            budget="macs:0.9",
+            example_input=x[:1],
+            data=(x, torch.randint(0, 5, (8,))),
+            epochs=0.5,
         )

@@ -1,4 +1,5 @@
-"""Two machines that were made up: what one published, what the other measures, and what is then shown."""
+"""Two machines that were made up: what one published, what the other measures, and what is then
+shown."""
 
 import shutil
 import threading
@@ -10,12 +11,20 @@ from made import WHERE, record, suite
 from widthbench import cli
 from widthbench.errors import UsageError
 from widthbench.experiment import suites
-from widthbench.experiment.store import Store
 from widthbench.experiment.records import read_records, write_records
+from widthbench.experiment.store import Store
 from widthbench.report import build, reproduction, tables
 
-THEIRS = {**WHERE, "hardware": {"cpu": "Their Processor", "cores": 64}, "when": "2026-01-01T00:00:00+00:00"}
-OURS = {**WHERE, "hardware": {"cpu": "Our Processor", "cores": 2}, "when": "2026-02-01T00:00:00+00:00"}
+THEIRS = {
+    **WHERE,
+    "hardware": {"cpu": "Their Processor", "cores": 64},
+    "when": "2026-01-01T00:00:00+00:00",
+}
+OURS = {
+    **WHERE,
+    "hardware": {"cpu": "Our Processor", "cores": 2},
+    "when": "2026-02-01T00:00:00+00:00",
+}
 
 
 @pytest.fixture
@@ -30,21 +39,35 @@ def published(made, tmp_path, monkeypatch):
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "pyproject.toml").write_text("")
     monkeypatch.setattr(build, "published_dir", lambda: folder)
-    records = [record(cell=c, key=f"key{c.seed}", top1=80.0 + c.seed, provenance=THEIRS) for c in made.cells()]
+    records = [
+        record(cell=c, key=f"key{c.seed}", top1=80.0 + c.seed, provenance=THEIRS)
+        for c in made.cells()
+    ]
     write_records(folder / made.name / "records.jsonl", records)
     return records
 
 
 def ours(made, top1=(80.0, 81.5, 83.0), **changes):
     cells = zip(made.cells(), top1, strict=True)
-    return [record(cell=c, key=f"key{c.seed}", top1=t, provenance=OURS, **changes) for c, t in cells]
+    return [
+        record(cell=c, key=f"key{c.seed}", top1=t, provenance=OURS, **changes) for c, t in cells
+    ]
 
 
 def built(made, tmp_path, fresh=(), store=None, **options):
-    return build.build(made, tmp_path / "results", store or Store(tmp_path / "cells"), time_shapes=False, fresh=fresh, **options)
+    return build.build(
+        made,
+        tmp_path / "results",
+        store or Store(tmp_path / "cells"),
+        time_shapes=False,
+        fresh=fresh,
+        **options,
+    )
 
 
-def test_a_run_shows_what_it_measured_and_compares_it_with_what_was_published(made, published, tmp_path):
+def test_a_run_shows_what_it_measured_and_compares_it_with_what_was_published(
+    made, published, tmp_path
+):
     report = built(made, tmp_path, ours(made))
     assert read_records(report.folder / "records.jsonl") == report.records == ours(made)
     assert "81.50 ± 1.50" in report.text
@@ -59,26 +82,41 @@ def test_a_run_shows_what_it_measured_and_compares_it_with_what_was_published(ma
     cells = [c.strip() for c in row.strip("|").split("|")]
     assert cells[2:] == ["81.00 ± 1.00", "81.50 ± 1.50", "+0.50", "+0.4", "+1.00", "1 of 3"]
     assert "| hardware " in page
-    for name in ("Their Processor", "Our Processor", "1 of 1 rows lie within one standard deviation"):
+    for name in (
+        "Their Processor",
+        "Our Processor",
+        "1 of 1 rows lie within one standard deviation",
+    ):
         assert name in page
-    assert read_records(build.published_dir() / made.name / "records.jsonl") == published  # it stays as it is
+    assert (
+        read_records(build.published_dir() / made.name / "records.jsonl") == published
+    )  # it stays as it is
 
 
-def test_a_report_shows_what_this_machine_computed_not_a_record_of_the_same_key(made, published, tmp_path, monkeypatch):
+def test_a_report_shows_what_this_machine_computed_not_a_record_of_the_same_key(
+    made, published, tmp_path, monkeypatch
+):
     store = Store(tmp_path / "cells")
     for one in ours(made):
         store.put(one)
     keys = {r.cell.identity: r.key for r in ours(made)}
     monkeypatch.setattr(build.protocol, "cell_key", lambda cell: keys[cell.identity])
-    write_records(tmp_path / "results" / made.name / "records.jsonl", published)  # a folder that somebody copied here
+    write_records(
+        tmp_path / "results" / made.name / "records.jsonl", published
+    )  # a folder that somebody copied here
     assert [r.key for r in published] == list(keys.values())
     assert built(made, tmp_path, store=store).records == ours(made)
 
 
 def test_a_run_whose_cells_fail_shows_that_and_loses_nothing(made, published, tmp_path):
     first = built(made, tmp_path, ours(made))
-    failing = [r.model_copy(update={"status": "failed", "reason": "took 5 MiB", "rows": ()}) for r in ours(made)[:2]]
-    with pytest.warns(UserWarning, match="2 cells failed that had results|2 earlier records are kept in"):
+    failing = [
+        r.model_copy(update={"status": "failed", "reason": "took 5 MiB", "rows": ()})
+        for r in ours(made)[:2]
+    ]
+    with pytest.warns(
+        UserWarning, match="2 cells failed that had results|2 earlier records are kept in"
+    ):
         report = built(made, tmp_path, failing)
     assert [r.status for r in report.records] == ["failed", "failed", "done"]
     assert len(report.failed) == 2
@@ -93,7 +131,10 @@ def test_a_run_whose_cells_fail_shows_that_and_loses_nothing(made, published, tm
 
 
 def test_a_row_of_failures_says_how_many(made, tmp_path):
-    failing = [r.model_copy(update={"status": "failed", "reason": "training diverged", "rows": ()}) for r in ours(made)]
+    failing = [
+        r.model_copy(update={"status": "failed", "reason": "training diverged", "rows": ()})
+        for r in ours(made)
+    ]
     page = tables.leaderboard(made, failing, [], 3)
     assert "3 of 3 failed" in page
     assert page.count("training diverged") == 3
@@ -103,7 +144,9 @@ def test_a_suite_of_the_same_name_with_other_cells_drops_nothing_in_silence(made
     built(made, tmp_path, ours(made))
     other = suite(techniques=["l1-norm"], controls=[], seeds=[7])
     with pytest.warns(
-        UserWarning, match=f"3 earlier records in .* are of cells that suite '{made.name}' does not have|are kept in"
+        UserWarning,
+        match=f"3 earlier records in .* are of cells that suite '{made.name}' does not "
+        f"have|are kept in",
     ):
         report = built(other, tmp_path, [record(cell=other.cells()[0], provenance=OURS)])
     assert len(report.records) == 1
@@ -115,7 +158,18 @@ def test_two_suites_of_one_name_in_a_call_are_refused(tmp_path, capsys):
     (tmp_path / "a.toml").write_text(text)
     (tmp_path / "b.toml").write_text(text.replace("epochs = ", "epochs = 1"))
     for verb in ("run", "report"):
-        assert cli.main([verb, str(tmp_path / "a.toml"), str(tmp_path / "b.toml"), "--results", str(tmp_path)]) == 2
+        assert (
+            cli.main(
+                [
+                    verb,
+                    str(tmp_path / "a.toml"),
+                    str(tmp_path / "b.toml"),
+                    "--results",
+                    str(tmp_path),
+                ]
+            )
+            == 2
+        )
         assert "two different suites are named 'smoke', the second in" in capsys.readouterr().err
     assert [s.name for s in suites.load_all(["smoke", "digits", "smoke"])] == ["smoke", "digits"]
 
@@ -130,7 +184,10 @@ def test_two_runs_into_one_folder_keep_the_cells_of_both(made, tmp_path, monkeyp
 
     monkeypatch.setattr(build, "collect", later)
     (tmp_path / "results" / made.name).mkdir(parents=True)
-    runs = [threading.Thread(target=built, args=(made, tmp_path, [r], Store(tmp_path / str(i)))) for i, r in enumerate(ours(made))]
+    runs = [
+        threading.Thread(target=built, args=(made, tmp_path, [r], Store(tmp_path / str(i))))
+        for i, r in enumerate(ours(made))
+    ]
     for run in runs:
         run.start()
     for run in runs:

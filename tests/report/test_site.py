@@ -1,4 +1,5 @@
-"""The static page carries every row, claim and record, and nothing that a plug-in says can act in it."""
+"""The static page carries every row, claim and record, and nothing that a plug-in says can act in
+it."""
 
 import base64
 import gzip
@@ -20,7 +21,9 @@ def shown(records, name="s", **changes):
 
 
 def packed(page, name):
-    (text,) = re.findall(rf'<script type="application/gzip" data-records="{name}">([^<]*)</script>', page)
+    (text,) = re.findall(
+        rf'<script type="application/gzip" data-records="{name}">([^<]*)</script>', page
+    )
     return json.loads(gzip.decompress(base64.b64decode(text)))
 
 
@@ -50,9 +53,17 @@ def test_text_of_plug_ins_is_escaped():
     broken = record("x", status="failed", reason=EVIL, key="b" * 40)
     claim = {
         **dict.fromkeys(("document", "title", "technique", "text", "note", "needs"), EVIL),
-        "id": "M1", "verdict": "not run", "readings": {EVIL: "not run"},
-        "rows": [{**dict.fromkeys(("what", "reported", "measured", "rule", "check"), EVIL), "verdict": "not run", "records": []}],
-    }  # fmt: skip
+        "id": "M1",
+        "verdict": "not run",
+        "readings": {EVIL: "not run"},
+        "rows": [
+            {
+                **dict.fromkeys(("what", "reported", "measured", "rule", "check"), EVIL),
+                "verdict": "not run",
+                "records": [],
+            }
+        ],
+    }
     page = site.html([shown([evil, broken], name=EVIL, title=EVIL)], [claim])
     assert "<img src=x" not in page
     assert page.count("<script") == page.count("</script>")
@@ -60,7 +71,9 @@ def test_text_of_plug_ins_is_escaped():
 
 def test_nothing_is_fetched():
     page = site.html([shown([record()])])
-    ours = re.sub(r"<style>.*?</style>|<script type=.application/gzip.*?</script>", "", page, flags=re.DOTALL)
+    ours = re.sub(
+        r"<style>.*?</style>|<script type=.application/gzip.*?</script>", "", page, flags=re.DOTALL
+    )
     assert not re.search(r"(src|href|action)=[\"'](?!#|data:)", ours)
     assert "default-src 'none'" in page
     assert "connect-src" not in page
@@ -69,13 +82,26 @@ def test_nothing_is_fetched():
 def test_claims_lead_to_the_records_that_are_there():
     one = record()
     row = {
-        "what": "x", "reported": "1%", "measured": "2%", "verdict": "reproduced", "rule": "r", "check": "",
+        "what": "x",
+        "reported": "1%",
+        "measured": "2%",
+        "verdict": "reproduced",
+        "rule": "r",
+        "check": "",
         "records": [one.key, "gone"],
-    }  # fmt: skip
+    }
     claim = {
-        "document": "000", "title": "t", "technique": "", "id": "M1", "text": "t", "note": "", "needs": "", "verdict": "reproduced",
-        "readings": {}, "rows": [row],
-    }  # fmt: skip
+        "document": "000",
+        "title": "t",
+        "technique": "",
+        "id": "M1",
+        "text": "t",
+        "note": "",
+        "needs": "",
+        "verdict": "reproduced",
+        "readings": {},
+        "rows": [row],
+    }
     page = site.html([shown([one])], [claim])
     assert f'href="#record/s/{one.key}"' in page
     assert "/gone" not in page
@@ -84,7 +110,9 @@ def test_claims_lead_to_the_records_that_are_there():
 
 def test_what_is_not_finite_does_not_break_the_page():
     bad = record()
-    bad = bad.model_copy(update={"rows": tuple(r.model_copy(update={"loss": float("nan")}) for r in bad.rows)})
+    bad = bad.model_copy(
+        update={"rows": tuple(r.model_copy(update={"loss": float("nan")}) for r in bad.rows)}
+    )
     assert packed(site.html([shown([bad])]), "s")[bad.key]["record"]["rows"][0]["loss"] is None
 
 
@@ -95,13 +123,19 @@ def test_curves_are_left_out_and_said():
     assert "series" not in found["record"]
 
 
-def test_the_command_writes_it(tmp_path, capsys):
+def test_the_command_writes_it(tmp_path, capsys, monkeypatch):
     assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2
     assert "widthbench run digits" in capsys.readouterr().err
     assert cli.main(["report", "--results", str(tmp_path)]) == 2
     assert "--site" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     write_records(tmp_path / "mine" / "records.jsonl", [record()])
+    nothing = site.claims.Evidence(tmp_path)
+    judged = [
+        (d, c, site.claims.judge(c, nothing))
+        for d, c in site.claims.choose(site.claims.load(), ["M1"])
+    ]
+    monkeypatch.setattr(site.claims, "judge_all", lambda results: judged)
     for damaged in ("[", "{}3", "7", "[7]", '[{"id": "M1"}]'):
         (tmp_path / "claims.json").write_text(damaged)
         assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2, damaged
@@ -115,13 +149,19 @@ def test_the_command_writes_it(tmp_path, capsys):
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setattr(site, "files", lambda package: (_ for _ in ()).throw(ModuleNotFoundError(package)))
+    monkeypatch.setattr(
+        site, "files", lambda package: (_ for _ in ()).throw(ModuleNotFoundError(package))
+    )
     with pytest.raises(site.UsageError, match=r"widthbench\[site\]"):
         site.html([shown([record()])])
 
 
 def test_ranks_stand_where_statistics_carry_them():
-    records = [record(t, s, top1=p + 0.1 * s, key=f"{t}{s}") for t, p in (("l1-norm", 90), ("nmf", 80)) for s in range(5)]
+    records = [
+        record(t, s, top1=p + 0.1 * s, key=f"{t}{s}")
+        for t, p in (("l1-norm", 90), ("nmf", 80))
+        for s in range(5)
+    ]
     rows = site._suite(shown(records, citable=True))["rows"]
     assert {r["technique"]: r["rank"] for r in rows} == {"l1-norm": 1, "nmf": 2, "base": None}
     assert ">rank</th>" in site.html([shown(records, citable=True)])

@@ -1,6 +1,8 @@
-"""The static page in a browser: it sorts, filters, goes by keyboard, fits a phone, keeps silent, and asks for nothing.
+"""The static page in a browser: it sorts, filters, goes by keyboard, fits a phone, keeps silent,
+and asks for nothing.
 
-Needs Chromium and `pip install 'widthbench[browser]'`. Set WIDTHBENCH_SHOTS to a folder to keep screenshots.
+Needs Chromium and `pip install 'widthbench[browser]'`. Set WIDTHBENCH_SHOTS to a folder to keep
+screenshots.
 """
 
 import os
@@ -13,10 +15,20 @@ from made import record, suite
 from widthbench.report import site
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")  # fmt: skip
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 EVIL = "<img src=x onerror=window.hit=1>"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +39,32 @@ def address(tmp_path_factory):
     names = ["base", "l1-norm", "nmf", "random-channels", EVIL]
     records = [
         record(t, s, top1=60.0 + 5 * i + s, budget=b, macs=sizes[b], key=f"{i}{j}{s}" * 10)
-        for i, t in enumerate(names) for j, b in enumerate(budgets) for s in range(3)
-    ]  # fmt: skip
+        for i, t in enumerate(names)
+        for j, b in enumerate(budgets)
+        for s in range(3)
+    ]
     records.append(record("broken", status="failed", reason=EVIL, key="f" * 40))
-    row = {"what": "x", "reported": "90%", "measured": "91% (n=5)", "verdict": "reproduced", "rule": "±1", "check": "",
-           "records": [records[4].key]}  # fmt: skip
+    row = {
+        "what": "x",
+        "reported": "90%",
+        "measured": "91% (n=5)",
+        "verdict": "reproduced",
+        "rule": "±1",
+        "check": "",
+        "records": [records[4].key],
+    }
     claim = {
-        "document": "000", "title": "t", "technique": "l1-norm", "id": "M1", "text": "says so", "note": EVIL, "needs": "",
-        "readings": {}, "verdict": "reproduced", "rows": [row, {**row, "what": "y", "verdict": "not run", "measured": "–"}],
-    }  # fmt: skip
+        "document": "000",
+        "title": "t",
+        "technique": "l1-norm",
+        "id": "M1",
+        "text": "says so",
+        "note": EVIL,
+        "needs": "",
+        "readings": {},
+        "verdict": "reproduced",
+        "rows": [row, {**row, "what": "y", "verdict": "not run", "measured": "–"}],
+    }
     shown = site.Shown("s", suite(), records, [], "ab" * 32)
     path = tmp_path_factory.mktemp("site") / "site.html"
     path.write_text(site.html([shown], [claim]))
@@ -44,7 +73,9 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs pip install 'widthbench[browser]'")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="needs pip install 'widthbench[browser]'"
+    )
     with api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
         yield opened
@@ -76,7 +107,9 @@ def go(page, route):
 
 
 def column(page, number):
-    return page.locator(f"section:not([hidden]) table.board tbody tr td:nth-child({number})").all_inner_texts()
+    return page.locator(
+        f"section:not([hidden]) table.board tbody tr td:nth-child({number})"
+    ).all_inner_texts()
 
 
 def eventually(page, holds, what=""):
@@ -90,7 +123,9 @@ def eventually(page, holds, what=""):
 
 def shoot(page, name):
     if folder := os.environ.get("WIDTHBENCH_SHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}-{page.viewport_size['width']}.png", full_page=True)
+        page.screenshot(
+            path=Path(folder) / f"{name}-{page.viewport_size['width']}.png", full_page=True
+        )
 
 
 def test_it_sorts_by_click_and_by_keyboard(page):
@@ -115,7 +150,9 @@ def test_it_filters_by_text_and_by_column(page):
     box.fill("nmf")
     eventually(page, lambda: set(column(page, 2)) == {"nmf"}, "text filters")
     box.fill("")
-    page.locator("section:not([hidden]) table.board thead th").nth(3).locator("button.dtcc-button, .dtcc-button").last.click()
+    page.locator("section:not([hidden]) table.board thead th").nth(3).locator(
+        "button.dtcc-button, .dtcc-button"
+    ).last.click()
     page.locator(".dtcc-dropdown:visible input").fill("macs:0.25")
     page.keyboard.press("Enter")
     eventually(page, lambda: set(column(page, 4)) == {"macs:0.25"}, "a column filters")
@@ -161,7 +198,10 @@ def test_charts_are_drawn_and_redrawn(page):
     assert {"base", "l1-norm", EVIL} <= set(names)
     first = page.locator("section:not([hidden]) .chart .xtitle").text_content()
     page.locator("section:not([hidden]) select[data-role=axis]").select_option("params")
-    page.wait_for_function("t => document.querySelector('section:not([hidden]) .chart .xtitle').textContent !== t", arg=first)
+    page.wait_for_function(
+        "t => document.querySelector('section:not([hidden]) .chart .xtitle').textContent !== t",
+        arg=first,
+    )
     shoot(page, "suite")
 
 
@@ -173,7 +213,16 @@ def test_no_page_is_wider_than_its_window(page):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), route
 
 
-ODD = ("record/%zz/x", "record/__proto__/toString", "record/s/toString", "record/s/__proto__", "record", "record//", "%", "suite/x")
+ODD = (
+    "record/%zz/x",
+    "record/__proto__/toString",
+    "record/s/toString",
+    "record/s/__proto__",
+    "record",
+    "record//",
+    "%",
+    "suite/x",
+)
 
 
 @pytest.mark.parametrize("odd", ODD)

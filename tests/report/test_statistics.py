@@ -5,7 +5,15 @@ import statistics
 import pytest
 from scipy import stats
 
-from widthbench.statistics import deviation, differences, holm, interval, paired_p, ranks, summarise
+from widthbench.statistics import (
+    deviation,
+    differences,
+    holm,
+    interval,
+    paired_p,
+    ranks,
+    summarise,
+)
 
 
 def test_a_single_base_has_no_spread():
@@ -40,7 +48,11 @@ def test_ranks_are_tied_unless_a_paired_difference_carries_them():
     good = {k: 98 + noise[k] for k in seeds}
     alike = {k: 98 + noise[(k + 2) % 5] for k in seeds}
     worse = {k: 95 + noise[(k + 1) % 5] for k in seeds}
-    assert ranks({"worse": worse, "good": good, "alike": alike}) == {"good": 1, "alike": 1, "worse": 3}
+    assert ranks({"worse": worse, "good": good, "alike": alike}) == {
+        "good": 1,
+        "alike": 1,
+        "worse": 3,
+    }
 
 
 def test_constant_differences_do_not_divide_by_zero():
@@ -61,7 +73,10 @@ def test_differences_have_scipys_intervals_and_holms_p_values():
     assert (ab.first, ab.second, ab.n) == ("a", "b", 5)
     assert (ab.low, ab.high) == pytest.approx((low, high))
     assert ab.mean == pytest.approx(0.96, abs=1e-9)
-    raw = [stats.ttest_rel(list(x.values()), list(y.values())).pvalue for x, y in ((a, b), (a, c), (b, c))]
+    raw = [
+        stats.ttest_rel(list(x.values()), list(y.values())).pvalue
+        for x, y in ((a, b), (a, c), (b, c))
+    ]
     assert [d.adjusted for d in (ab, ac, bc)] == pytest.approx(holm(raw))
     assert (ab.verdict(), ac.verdict(), bc.verdict()) == ("a", "tied", "c")
     assert differences({"a": {0: 1.0}, "b": {0: 2.0}}) == []

@@ -18,7 +18,14 @@ def row_of(page, name):
 def test_a_row_shows_means_spreads_ratios_and_cost():
     page = board([record(seed=s, top1=90.0 + s) for s in range(3)])
     cells = row_of(page, "l1-norm")
-    assert cells[:6] == ["l1-norm", "none", "macs:0.5", "71.00 ± 1.00", "81.00 ± 1.00", "**91.00 ± 1.00**"]
+    assert cells[:6] == [
+        "l1-norm",
+        "none",
+        "macs:0.5",
+        "71.00 ± 1.00",
+        "81.00 ± 1.00",
+        "**91.00 ± 1.00**",
+    ]
     assert cells[6:] == ["500", "50", "2.00x", "2.00x", "–", "1.10x", "3"]
 
 
@@ -27,7 +34,9 @@ def test_measured_speed_up_is_base_over_row(monkeypatch):
     entry = {"dataset": "digits", "model": "lenet5", "shape": tables.shape_of(one), "speed_up": 1.5}
     page = tables.leaderboard(suite(), [one], [entry], 1)
     assert row_of(page, "l1-norm")[10] == "1.50x"
-    times = iter([3.0, 2.0] * timing.ROUNDS + [1.0])  # base, resized, base, resized, ..., and the resized one at batch 1
+    times = iter(
+        [3.0, 2.0] * timing.ROUNDS + [1.0]
+    )  # base, resized, base, resized, ..., and the resized one at batch 1
     monkeypatch.setattr(timing, "latency_ms", lambda *a, **k: next(times))
     cell = one.cell.model_copy(update={"model": "lenet_300_100", "size": 8, "device": "cpu"})
     measured = timing._measure(one.model_copy(update={"cell": cell, "widths": {"ip1": 30}}))
@@ -41,13 +50,19 @@ def test_one_base_prints_no_spread():
 
 
 def test_one_public_checkpoint_under_many_seeds_is_one_base_with_their_mean():
-    records = [record(seed=s, top1=90.0 + s, provenance={**WHERE, "checkpoint": "sha"}) for s in range(5)]
+    records = [
+        record(seed=s, top1=90.0 + s, provenance={**WHERE, "checkpoint": "sha"}) for s in range(5)
+    ]
     cells = row_of(board(records), "l1-norm")
     assert (cells[5], cells[-1]) == ("**92.00**", "1")
 
 
 def test_ranks_only_where_the_suite_is_citable_and_five_bases_carry_them():
-    records = [record(t, s, top1=p + 0.1 * s) for t, p in (("l1-norm", 90), ("random-channels", 80)) for s in range(5)]
+    records = [
+        record(t, s, top1=p + 0.1 * s)
+        for t, p in (("l1-norm", 90), ("random-channels", 80))
+        for s in range(5)
+    ]
     assert "(1)" not in board(records)
     cited = board(records, citable=True)
     assert "(1)" in row_of(cited, "l1-norm")[5]
@@ -61,7 +76,13 @@ def test_smoke_suites_say_that_they_are_not_for_citation():
 
 
 def test_flags_and_failures_are_named():
-    page = board([record(met=False), record("random-channels", coupled=True), record("base", budget=None, status="failed")])
+    page = board(
+        [
+            record(met=False),
+            record("random-channels", coupled=True),
+            record("base", budget=None, status="failed"),
+        ]
+    )
     assert "l1-norm †" in page
     assert "random-channels ‡" in page
     assert "† leaves more than 5 % of its budget unused." in page
@@ -71,15 +92,26 @@ def test_flags_and_failures_are_named():
 
 def test_the_base_comes_first_then_budgets_from_large_to_small_then_controls():
     records = [
-        record("uniform-width"), record("l1-norm", budget="macs:0.25"), record("l1-norm"), record("base", budget=None),
+        record("uniform-width"),
+        record("l1-norm", budget="macs:0.25"),
+        record("l1-norm"),
+        record("base", budget=None),
         record("random-channels", top1=95),
-    ]  # fmt: skip
+    ]
     order = [(ln.label, ln.budget) for ln in tables.lines(records)]
-    assert order == [("base", None), ("random-channels", "macs:0.5"), ("l1-norm", "macs:0.5"), ("uniform-width", "macs:0.5"),
-                     ("l1-norm", "macs:0.25")]  # fmt: skip
+    assert order == [
+        ("base", None),
+        ("random-channels", "macs:0.5"),
+        ("l1-norm", "macs:0.5"),
+        ("uniform-width", "macs:0.5"),
+        ("l1-norm", "macs:0.25"),
+    ]
 
 
-@pytest.mark.parametrize(("value", "text"), [(2e6, "2.00 M"), (132997, "133 k"), (4.089e9, "4.09 G"), (66079, "66.1 k"), (7, "7")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2e6, "2.00 M"), (132997, "133 k"), (4.089e9, "4.09 G"), (66079, "66.1 k"), (7, "7")],
+)
 def test_counts_have_three_figures(value, text):
     assert tables.count(value) == text
 
@@ -92,7 +124,11 @@ def test_figures_are_drawn_and_the_front_is_what_nothing_beats(tmp_path):
     assert [f.name for f in files] == ["accuracy-macs.png", "accuracy-params.png"]
     assert all(f.read_bytes()[:4] == b"\x89PNG" for f in files)
     assert figures.write([], tmp_path, "title") == []
-    assert figures.pareto([(3, 90), (1, 80), (2, 95), (2, 70), (4, 96)]) == [(1, 80), (2, 95), (4, 96)]
+    assert figures.pareto([(3, 90), (1, 80), (2, 95), (2, 70), (4, 96)]) == [
+        (1, 80),
+        (2, 95),
+        (4, 96),
+    ]
 
 
 def citable(**changes):
@@ -107,7 +143,10 @@ def test_rows_at_the_floor_are_flagged_and_explained():
 
 
 def test_top_5_is_a_column_where_it_was_measured():
-    rows = tuple(Row(stage=s, top1=50.0, top5=t, loss=1, samples=9) for s, t in (("resized", 60.0), ("recalibrated", 75.0)))
+    rows = tuple(
+        Row(stage=s, top1=50.0, top5=t, loss=1, samples=9)
+        for s, t in (("resized", 60.0), ("recalibrated", 75.0))
+    )
     page = board([record(rows=rows)])
     assert row_of(page, "technique")[6] == "top-5 %, last"
     assert row_of(page, "l1-norm")[6:8] == ["75.00", "500"]
@@ -115,7 +154,11 @@ def test_top_5_is_a_column_where_it_was_measured():
 
 
 def test_halved_batches_are_flagged_and_explained():
-    spent = {"base": Spent(forward_macs=100), "decision": Spent(), "adaptation": Spent(forward_macs=30, halved=1)}
+    spent = {
+        "base": Spent(forward_macs=100),
+        "decision": Spent(),
+        "adaptation": Spent(forward_macs=30, halved=1),
+    }
     page = board([record(spent=spent)])
     assert row_of(page, "l1-norm")[0] == "l1-norm ¶"
     assert "¶ some of its batches were computed in halves" in page
@@ -149,39 +192,59 @@ def test_paired_differences_compare_all_rows_of_a_budget_controls_included():
 
 
 def test_a_held_scratch_budget_is_said():
-    assert "for as many MACs, but for at most 2 times X's epochs (*train cost* says how far that went);" in board(
-        [record()], longest=2
+    assert (
+        "for as many MACs, but for at most 2 times X's epochs (*train cost* says how far that "
+        "went);" in board([record()], longest=2)
     )
     assert "for as many MACs; `l1-budget:X`" in board([record()])
 
 
 def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, monkeypatch):
-    from widthbench.experiment.store import Store
     from widthbench.experiment.records import read_records, write_records
+    from widthbench.experiment.store import Store
 
     whole = suite(techniques=["l1-norm", "random-channels"], controls=["base"])
-    records = [Record(key=f"{i:040d}", cell=c, **DONE, provenance=WHERE) for i, c in enumerate(whole.cells())]
+    records = [
+        Record(key=f"{i:040d}", cell=c, **DONE, provenance=WHERE)
+        for i, c in enumerate(whole.cells())
+    ]
     store = Store(tmp_path / "cells")
     new = records[0].model_copy(update={"reason": "new"})
     store.put(new)
-    monkeypatch.setattr(build.protocol, "cell_key", lambda cell: next(r.key for r in records if r.cell == cell))
+    monkeypatch.setattr(
+        build.protocol, "cell_key", lambda cell: next(r.key for r in records if r.cell == cell)
+    )
     assert build.collect(whole, store) == [new]
     older = [records[0].model_copy(update={"key": "o" * 40}), *records[1:]]
     assert build.collect(whole, store, older) == [new, *records[1:]]
-    assert build.collect(whole, store, records) == [new, *records[1:]]  # what this machine computed, of an equal key too
+    assert build.collect(whole, store, records) == [
+        new,
+        *records[1:],
+    ]  # what this machine computed, of an equal key too
     fresh = records[1].model_copy(update={"reason": "of another machine", "key": "f" * 40})
     assert build.collect(whole, store, older, [fresh]) == [new, fresh, records[2]]
     failed = records[1].model_copy(update={"status": "failed", "reason": "ran longer"})
-    assert build.collect(whole, store, records, [failed])[1].status == "failed"  # not hidden by an older result
-    assert build.collect(whole, store, older, [failed.model_copy(update={"key": "f" * 40})])[1].status == "failed"
+    assert (
+        build.collect(whole, store, records, [failed])[1].status == "failed"
+    )  # not hidden by an older result
+    assert (
+        build.collect(whole, store, older, [failed.model_copy(update={"key": "f" * 40})])[1].status
+        == "failed"
+    )
     other = suite(techniques=["l1-norm"], controls=["base"], seeds=[1])
     monkeypatch.setattr(build.protocol, "cell_key", lambda cell: "0" * 40 + "x")
     assert build.collect(other, store, records) == []
     write_records(tmp_path / "records.jsonl", records)
     before = [line.record for line in build._before(tmp_path / "records.jsonl").lines]
-    assert before == sorted(records, key=lambda r: r.cell.id) == read_records(tmp_path / "records.jsonl")
+    assert (
+        before
+        == sorted(records, key=lambda r: r.cell.id)
+        == read_records(tmp_path / "records.jsonl")
+    )
     (tmp_path / "records.jsonl").write_text("nonsense")
-    with pytest.warns(UserWarning, match="1 of 1 earlier records are not taken over, .*records.jsonl:1"):
+    with pytest.warns(
+        UserWarning, match="1 of 1 earlier records are not taken over, .*records.jsonl:1"
+    ):
         found = build._before(tmp_path / "records.jsonl")
     assert (found.lines, found.aside) == ([], ["nonsense"])
 
@@ -193,7 +256,9 @@ def test_a_legend_takes_the_columns_that_fit():
 
 
 def test_rows_far_below_do_not_flatten_a_figure(tmp_path):
-    assert figures.floor_of([98, 97, 99, 10]) == pytest.approx(96)  # a quarter of 2 is less than a point
+    assert figures.floor_of([98, 97, 99, 10]) == pytest.approx(
+        96
+    )  # a quarter of 2 is less than a point
     assert figures.floor_of([98, 70, 99, 90, 10]) == pytest.approx(70 - 29 / 4)
     assert figures.floor_of([98, 97, 10, 11]) is None  # half of them
     assert figures.floor_of([98, 80, 70, 60]) is None
@@ -203,13 +268,20 @@ def test_rows_far_below_do_not_flatten_a_figure(tmp_path):
     assert figures.floor_of(usual) is None
     assert figures.floor_of([*usual, 70]) is None
     assert figures.floor_of([99.0] * 11 + [98.5, 81.5]) == pytest.approx(97.5)
-    records = [record(seed=0, budget=b, top1=t) for b, t in (("macs:0.5", 98.0), ("macs:0.25", 97.0), ("macs:0.125", 10.0))]
+    records = [
+        record(seed=0, budget=b, top1=t)
+        for b, t in (("macs:0.5", 98.0), ("macs:0.25", 97.0), ("macs:0.125", 10.0))
+    ]
     assert all(path.stat().st_size > 10_000 for path in figures.write(records, tmp_path, "x"))
 
 
 def test_rows_that_were_not_run_and_cells_that_are_missing_are_seen():
     """A seed that is left out makes a row of four of five, not one of four."""
-    page = board([record(seed=s, top1=90.0 + s) for s in range(4)], seeds=list(range(5)), techniques=["l1-norm", "nmf"])
+    page = board(
+        [record(seed=s, top1=90.0 + s) for s in range(4)],
+        seeds=list(range(5)),
+        techniques=["l1-norm", "nmf"],
+    )
     cells = row_of(page, "l1-norm ✕")
     assert cells[-1] == "4 of 5"
     assert "✕ some of its cells have no result" in page
@@ -228,14 +300,22 @@ EVIL = "</td><img src=x onerror=alert(1)> a|b `c` *d* [e](javascript:f)"
 
 def test_text_of_plug_ins_stays_text_in_markdown():
     bad = record(EVIL, status="failed", key="b", reason=f"{EVIL}\n## Title\x1b[31m\ud800")
-    page = board([record(EVIL, key="a"), bad.model_copy(update={"cell": bad.cell.model_copy(update={"seed": 1})})], title=EVIL)
+    page = board(
+        [
+            record(EVIL, key="a"),
+            bad.model_copy(update={"cell": bad.cell.model_copy(update={"seed": 1})}),
+        ],
+        title=EVIL,
+    )
     assert "<img" not in page
     assert "\x1b" not in page
     assert "\n## Title" not in page
     assert r"a\|b \`c\` \*d\* \[e\](javascript:f)" in page
     assert r"\\x1b\[31m\\ud800" in page
     page.encode()
-    widths = {line.replace(r"\|", "").count("|") for line in page.splitlines() if line.startswith("|")}
+    widths = {
+        line.replace(r"\|", "").count("|") for line in page.splitlines() if line.startswith("|")
+    }
     assert widths == {14, 4}
 
 
@@ -263,12 +343,24 @@ def test_damaged_timings_are_named_and_measured_again(tmp_path, line):
         timing.parse_timings(tmp_path / "timings.jsonl")
 
 
-def test_a_damaged_timing_in_the_cache_is_measured_again_and_what_a_report_has_is_not(tmp_path, monkeypatch):
+def test_a_damaged_timing_in_the_cache_is_measured_again_and_what_a_report_has_is_not(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path))
     made = record(provenance=WHERE)
-    entry = {"dataset": "digits", "model": "lenet5", "shape": tables.shape_of(made), "speed_up": 1.5, "hardware": timing.hardware()}
+    entry = {
+        "dataset": "digits",
+        "model": "lenet5",
+        "shape": tables.shape_of(made),
+        "speed_up": 1.5,
+        "hardware": timing.hardware(),
+    }
     measured = []
-    monkeypatch.setattr(timing, "measured", lambda some: [measured.append(r) or {**entry, "speed_up": 2.0} for r in some])
+    monkeypatch.setattr(
+        timing,
+        "measured",
+        lambda some: [measured.append(r) or {**entry, "speed_up": 2.0} for r in some],
+    )
     assert timing.timings_of([made], measure=True, before=[entry]) == [entry]
     assert not measured
     path = tmp_path / "timings" / f"{timing._timing_key(made)}.json"

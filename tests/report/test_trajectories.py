@@ -36,7 +36,9 @@ def written(tmp_path_factory):
     suite = suites.parse(SUITE, "tiny.toml")
     records = [run_cell(c, Store()) for c in suite.cells()]
     assert {r.status for r in records} == {"done"}, [r.reason for r in records]
-    return build.build(suite, tmp_path_factory.mktemp("results"), Store(), time_shapes=False), records
+    return build.build(
+        suite, tmp_path_factory.mktemp("results"), Store(), time_shapes=False
+    ), records
 
 
 def test_a_figure_for_each_technique_that_notes_where_it_is(written):
@@ -49,21 +51,34 @@ def test_a_figure_for_each_technique_that_notes_where_it_is(written):
         assert f"({name})" in page
         with Image.open(report.folder / name) as image:
             assert image.width > 600
-            assert len(np.unique(np.asarray(image).reshape(-1, np.asarray(image).shape[-1]), axis=0)) > 50
+            assert (
+                len(np.unique(np.asarray(image).reshape(-1, np.asarray(image).shape[-1]), axis=0))
+                > 50
+            )
 
 
 def test_the_table_says_what_the_records_say_at_the_smallest_budget(written):
     report, records = written
-    rows = [line for line in (report.folder / "trajectories.md").read_text().splitlines() if "autoprune(epochs=1)" in line]
+    rows = [
+        line
+        for line in (report.folder / "trajectories.md").read_text().splitlines()
+        if "autoprune(epochs=1)" in line
+    ]
     assert len(rows) == 1
     cells = [c.strip() for c in rows[0].split("|")]
     mine = [
-        r for r in records if r.cell.params == {"epochs": 1} and r.cell.technique == "autoprune" and r.cell.budget == "macs:0.25"
+        r
+        for r in records
+        if r.cell.params == {"epochs": 1}
+        and r.cell.technique == "autoprune"
+        and r.cell.budget == "macs:0.25"
     ]
     recoveries = [r.series["trajectory.recoveries"][-1] for r in mine]
     least = [min(c for c in r.series["trajectory.cosine"] if c is not None) for r in mine]
     assert cells[3] == "macs:0.25"
-    open_, macs, returned = ([r.series[f"trajectory.{n}"][-1] for r in mine] for n in ("open", "macs", "returned"))
+    open_, macs, returned = (
+        [r.series[f"trajectory.{n}"][-1] for r in mine] for n in ("open", "macs", "returned")
+    )
     assert cells[4] == f"{np.mean(open_):.0f} ± {np.std(open_, ddof=1):.0f}"
     assert cells[5] == f"{np.mean(macs):.3f} ± {np.std(macs, ddof=1):.3f}"
     assert cells[6] == f"{np.mean(recoveries):.0f} ± {np.std(recoveries, ddof=1):.0f}"
@@ -77,7 +92,9 @@ def test_a_panel_for_each_quantity_with_the_mean_of_the_bases(written, monkeypat
     monkeypatch.setattr(trajectories, "save", lambda figure, path: figures.append(figure) or path)
     trajectories.write(written[1], written[0].folder)
     places = figures[0].axes
-    assert [p.get_ylabel() for p in places] == [trajectories.NAMES[n] for n in ("open", "macs", "val_loss", "recoveries", "cosine")]
+    assert [p.get_ylabel() for p in places] == [
+        trajectories.NAMES[n] for n in ("open", "macs", "val_loss", "recoveries", "cosine")
+    ]
     block = trajectories._blocks(written[1])["autoprune"]["digits", "lenet_300_100"]
     records = list(block[0].records.values())
     solid = places[1].lines[0]
@@ -85,17 +102,26 @@ def test_a_panel_for_each_quantity_with_the_mean_of_the_bases(written, monkeypat
     assert solid.get_ydata()[-1] == pytest.approx(at_the_end)
     dashed = [line for line in places[2].lines if line.get_linestyle() == "--"]
     assert [d.get_ydata()[-1] for d in dashed] == pytest.approx(
-        [np.mean([r.series["trajectory.loss"][-1] for r in line.records.values()]) for line in block]
+        [
+            np.mean([r.series["trajectory.loss"][-1] for r in line.records.values()])
+            for line in block
+        ]
     )
     dotted = {line.get_xdata()[0] for line in places[0].lines if line.get_linestyle() == ":"}
-    assert dotted == {100 * round(0.75 * records[0].series["trajectory.step"][-1]) / records[0].series["trajectory.step"][-1]}
+    assert dotted == {
+        100
+        * round(0.75 * records[0].series["trajectory.step"][-1])
+        / records[0].series["trajectory.step"][-1]
+    }
     cosine = places[4].collections[0].get_paths()[0].vertices[:, 1]
     assert cosine.max() <= 1
 
 
 def test_lines_are_named_by_what_tells_them_apart(written):
     block = trajectories._blocks(written[1])["autoprune"]["digits", "lenet_300_100"]
-    assert {line.label: name for line, name in zip(block, trajectories._short(block), strict=True)} == {
+    assert {
+        line.label: name for line, name in zip(block, trajectories._short(block), strict=True)
+    } == {
         "autoprune(epochs=1)": "autoprune",
         "autoprune(decoupling=none,epochs=1)": "decoupling=none",
     }
@@ -108,8 +134,14 @@ def test_records_without_trajectories_get_no_page(written):
 
 
 def test_networks_that_grow_show_the_channels_of_each_layer(tmp_path, monkeypatch):
-    text = SUITE.replace('"l1-norm",', '{ id = "splitting", params = { epochs = 0.25, rounds = 3, samples = 64 } },')
-    cells = [c for c in suites.parse(text, "tiny.toml").cells() if c.technique == "splitting" and c.budget == "macs:0.25"]
+    text = SUITE.replace(
+        '"l1-norm",', '{ id = "splitting", params = { epochs = 0.25, rounds = 3, samples = 64 } },'
+    )
+    cells = [
+        c
+        for c in suites.parse(text, "tiny.toml").cells()
+        if c.technique == "splitting" and c.budget == "macs:0.25"
+    ]
     records = [run_cell(c, Store()) for c in cells]
     assert {r.status for r in records} == {"done"}, [r.reason for r in records]
     figures = []
@@ -120,4 +152,6 @@ def test_networks_that_grow_show_the_channels_of_each_layer(tmp_path, monkeypatc
     ends = {t.get_text(): t.get_position()[1] for t in first.texts}
     assert set(ends) == set(records[0].widths)
     drawn = sorted(line.get_ydata()[-1] for line in first.lines)
-    assert drawn == pytest.approx(sorted(np.mean([r.widths[n] for r in records]) for n in records[0].widths))
+    assert drawn == pytest.approx(
+        sorted(np.mean([r.widths[n] for r in records]) for n in records[0].widths)
+    )

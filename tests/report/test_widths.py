@@ -12,14 +12,33 @@ BASE = {"a": 10, "b2": 20, "b10": 30}
 
 
 def made(technique, seed=0, budget="macs:0.25", kept=(5, 10, 15), **changes):
-    return record(technique, seed, budget=budget, widths=dict(zip(BASE, kept, strict=True)), base_widths=BASE, **changes)
+    return record(
+        technique,
+        seed,
+        budget=budget,
+        widths=dict(zip(BASE, kept, strict=True)),
+        base_widths=BASE,
+        **changes,
+    )
 
 
 def test_cells_are_mean_shares_of_the_base():
-    block = lines([made("l1-norm", 0, kept=(4, 10, 15)), made("l1-norm", 1, kept=(6, 10, 30)), made("nmf", kept=(10, 20, 30))])
+    block = lines(
+        [
+            made("l1-norm", 0, kept=(4, 10, 15)),
+            made("l1-norm", 1, kept=(6, 10, 30)),
+            made("nmf", kept=(10, 20, 30)),
+        ]
+    )
     place = Figure().subplots()
     picture = widths._panel(place, block, widths._groups(block))
-    shares = dict(zip([t.get_text() for t in place.get_yticklabels()], np.asarray(picture.get_array()), strict=True))
+    shares = dict(
+        zip(
+            [t.get_text() for t in place.get_yticklabels()],
+            np.asarray(picture.get_array()),
+            strict=True,
+        )
+    )
     assert list(shares["base"]) == [1, 1, 1]
     assert list(shares["l1-norm"]) == pytest.approx([0.5, 0.5, 0.75])
     assert list(shares["nmf"]) == [1, 1, 1]

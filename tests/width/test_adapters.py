@@ -20,7 +20,13 @@ def test_products_and_quotients_keep_the_origin():
     assert (int(n * 2), (n * 2).factor) == (12, 2)
     assert (int(n // 3), (n // 3).factor) == (2, Fraction(1, 3))
     assert ((2 * n) // 4).factor == Fraction(1, 2)
-    assert [type(v) for v in (n // 4, n + 1, n * n, 30 // n, n * 0.5)] == [int, int, int, int, float]
+    assert [type(v) for v in (n // 4, n + 1, n * n, 30 // n, n * 0.5)] == [
+        int,
+        int,
+        int,
+        int,
+        float,
+    ]
     assert (n // 4, 30 // n) == (1, 5)
     assert type(copy.deepcopy(n)) is int
     assert type(pickle.loads(pickle.dumps(n))) is int
@@ -58,7 +64,9 @@ def test_padding_shortcuts_follow_both_widths():
     groups = find_groups(model, x)
     assert {g.grade for g in groups.values()} == {"exact"}
     assert max(errors_of_all(model, groups, x)) < 1e-9
-    small = resize(model, groups, {"layer2.0.conv2[0:8]": keep([1, 2, 5]), "conv1": keep(range(10))})
+    small = resize(
+        model, groups, {"layer2.0.conv2[0:8]": keep([1, 2, 5]), "conv1": keep(range(10))}
+    )
     assert small.get_submodule("layer2.0.shortcut").more == 6
     assert small.get_submodule("layer2.1.conv1").in_channels == 16
     assert small(x).shape == (1, 10)
@@ -70,7 +78,12 @@ class Twice(nn.Module):
     def __init__(self):
         super().__init__()
         self.half = 4
-        self.a, self.b, self.c, self.d = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.a, self.b, self.c, self.d = (
+            nn.Linear(3, 6),
+            nn.Linear(3, 6),
+            nn.Linear(4, 2),
+            nn.Linear(4, 2),
+        )
 
     def forward(self, x):
         return self.c(self.a(x).relu()[:, : self.half]) + self.d(self.b(x).relu()[:, : self.half])
@@ -91,7 +104,11 @@ class PaddedLike(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 8, 3, padding=1),
+            nn.Conv2d(8, 5, 1),
+        )
 
     def forward(self, x):
         x = self.a(x).relu()

@@ -1,7 +1,7 @@
-"""Heads and head dimensions: two groups on the same positions, keys that read queries, fused and plain products alike."""
+"""Heads and head dimensions: two groups on the same positions, keys that read queries, fused and
+plain products alike."""
 
 import pytest
-import timm
 import torch
 import zoo
 from torch import nn
@@ -14,7 +14,8 @@ from widthbench.width.cost import count_macs
 
 
 class Attention(nn.Module):
-    """Multi-head attention over 5 tokens: packed or separate layers, fused or plain, with or without a bias for each head."""
+    """Multi-head attention over 5 tokens: packed or separate layers, fused or plain, with or
+    without a bias for each head."""
 
     def __init__(self, packed=True, fused=True, bias=False):
         super().__init__()
@@ -32,7 +33,10 @@ class Attention(nn.Module):
         if self.packed:
             q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, self.each).permute(2, 0, 3, 1, 4)
         else:
-            q, k, v = (layer(x).view(b, n, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            q, k, v = (
+                layer(x).view(b, n, self.heads, -1).transpose(1, 2)
+                for layer in (self.q, self.k, self.v)
+            )
         bias = None if self.bias is None else self.bias.permute(2, 0, 1)[None]
         if self.fused:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -42,7 +46,12 @@ class Attention(nn.Module):
         return self.head(self.proj(y.transpose(1, 2).flatten(2)).relu().mean(1))
 
 
-VARIANTS = [{"packed": p, "fused": f, "bias": b} for p in (True, False) for f in (True, False) for b in (True, False)]
+VARIANTS = [
+    {"packed": p, "fused": f, "bias": b}
+    for p in (True, False)
+    for f in (True, False)
+    for b in (True, False)
+]
 
 
 def made(**options):
@@ -72,7 +81,12 @@ def random_plan(groups, seed=0):
     for name, group in groups.items():
         size = group.channels // group.blocks
         picks = [torch.randint(size, (2,), generator=draw) for _ in range(group.blocks)]
-        rows = torch.cat([torch.cat([torch.randperm(size, generator=draw), p]) + b * size for b, p in enumerate(picks)])
+        rows = torch.cat(
+            [
+                torch.cat([torch.randperm(size, generator=draw), p]) + b * size
+                for b, p in enumerate(picks)
+            ]
+        )
         mix = F.one_hot(rows, group.channels).T.double()
         plan[name] = Resize(rows, mix / mix.sum(1, keepdim=True))
     return plan
@@ -93,9 +107,16 @@ def test_closed_gates_are_removal_of_heads_and_dimensions_at_once(options, on):
     for name, group in groups.items():
         size = group.channels // group.blocks
         kept[name] = torch.cat(
-            [b * size + torch.tensor([(b + i) % size for i in range(max(1, size - 2))]).sort().values for b in range(group.blocks)]
+            [
+                b * size
+                + torch.tensor([(b + i) % size for i in range(max(1, size - 2))]).sort().values
+                for b in range(group.blocks)
+            ]
         )
-    gates = {n: torch.zeros(groups[n].channels, dtype=torch.float64).index_fill(0, k, 1.0) for n, k in kept.items()}
+    gates = {
+        n: torch.zeros(groups[n].channels, dtype=torch.float64).index_fill(0, k, 1.0)
+        for n, k in kept.items()
+    }
     small = resize(model, groups, {n: keep(k) for n, k in kept.items()})
     with gated(model, groups, gates, on=on):
         expected = model(x)
@@ -103,7 +124,8 @@ def test_closed_gates_are_removal_of_heads_and_dimensions_at_once(options, on):
 
 
 class Chunked(nn.Module):
-    """Queries, keys and values by ``chunk`` or from layers of their own, with one number for the head dimension of all three."""
+    """Queries, keys and values by ``chunk`` or from layers of their own, with one number for the
+    head dimension of all three."""
 
     def __init__(self, packed):
         super().__init__()
@@ -127,7 +149,9 @@ def test_queries_and_values_of_one_head_dimension_are_one_group(packed):
     model, x = randomised(Chunked(packed).eval()), torch.randn(2, 5, 6, dtype=torch.float64)
     groups = find_groups(model, x, cache=False)
     first = "qkv" if packed else "q"
-    assert {n: g.grade for n, g in groups.items()} == dict.fromkeys(("embed", first, f"{first}.heads", "proj"), "exact")
+    assert {n: g.grade for n, g in groups.items()} == dict.fromkeys(
+        ("embed", first, f"{first}.heads", "proj"), "exact"
+    )
     assert (groups[first].channels, groups[first].blocks) == (12, 3)
     assert set(groups[first].producers) == ({"qkv"} if packed else {"q", "v"})
     assert zoo.error(resize(model, groups, random_plan(groups))(x), model(x)) < 1e-9
@@ -140,13 +164,23 @@ class SharedKeys(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.q, self.kv, self.head = nn.Linear(6, 10), nn.Linear(10, 32), nn.Linear(10, 16), nn.Linear(32, 3)
+        self.embed, self.q, self.kv, self.head = (
+            nn.Linear(6, 10),
+            nn.Linear(10, 32),
+            nn.Linear(10, 16),
+            nn.Linear(32, 3),
+        )
 
     def forward(self, x):
         x = self.embed(x)
         q = self.q(x).view(*x.shape[:2], 8, 4).transpose(1, 2)
         k, v = self.kv(x).view(*x.shape[:2], 2, 2, 4).permute(2, 0, 3, 1, 4)
-        return self.head(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2).mean(1))
+        return self.head(
+            F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            .transpose(1, 2)
+            .flatten(2)
+            .mean(1)
+        )
 
 
 def test_attention_with_shared_keys_leaves_the_rest_of_the_network_alone():
@@ -161,7 +195,12 @@ class OneKey(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.q, self.kv, self.head = nn.Linear(6, 10), nn.Linear(10, 12), nn.Linear(10, 8), nn.Linear(12, 3)
+        self.embed, self.q, self.kv, self.head = (
+            nn.Linear(6, 10),
+            nn.Linear(10, 12),
+            nn.Linear(10, 8),
+            nn.Linear(12, 3),
+        )
 
     def forward(self, x):
         x = self.embed(x)
@@ -178,13 +217,16 @@ def test_one_head_of_keys_for_all_queries_leaves_the_rest_of_the_network_alone()
 
 
 def test_dense_mixes_of_head_dimensions_meet_in_the_product():
-    """Queries that are linear in fewer ones, with keys mixed to match, give what the low-rank product gives."""
+    """Queries that are linear in fewer ones, with keys mixed to match, give what the low-rank
+    product gives."""
     model, x, groups = made(fused=False)
     rows = torch.tensor([0, 1, 4, 5, 8, 9])
     mix = torch.zeros(12, 6, dtype=torch.float64)
     draw = torch.Generator().manual_seed(1)
     for head in range(3):
-        mix[4 * head : 4 * head + 4, 2 * head : 2 * head + 2] = torch.randn(4, 2, generator=draw, dtype=torch.float64)
+        mix[4 * head : 4 * head + 4, 2 * head : 2 * head + 2] = torch.randn(
+            4, 2, generator=draw, dtype=torch.float64
+        )
     small = resize(model, groups, {"qkv": Resize(rows, mix)})
     with torch.no_grad():  # the same by hand: queries and values W = mix @ picked rows
         for part in (0, 2):
@@ -194,10 +236,22 @@ def test_dense_mixes_of_head_dimensions_meet_in_the_product():
     assert torch.allclose(small(x), model(x), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"])
-def test_transformers_resize_attention_and_mlps(name):
-    size = 32 if name == "test_vit" else 224
-    model = models.create(name, classes=10, channels=3, size=size)
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "args"),
+    [
+        ("test_vit", 32, {}),
+        (SWIN, 56, {"depths": (2, 2), "num_heads": (3, 6)}),
+        *[
+            pytest.param(n, 224, {}, marks=pytest.mark.slow)
+            for n in ("vit_tiny_patch16_224", SWIN, "deit_tiny_patch16_224")
+        ],
+    ],
+)
+def test_transformers_resize_attention_and_mlps(name, size, args):
+    model = models.create(name, classes=10, channels=3, size=size, **args)
     x = torch.randn(1, 3, size, size)
     groups = find_groups(model, x)
     inner = groups.select("inner")
@@ -205,7 +259,14 @@ def test_transformers_resize_attention_and_mlps(name):
     assert any(".mlp.fc1" in n for n in inner)
     widths = {n: max(1, g.channels // g.blocks // 2) * g.blocks for n, g in inner.items()}
     plan = {
-        n: keep(torch.cat([torch.arange(widths[n] // g.blocks) + b * (g.channels // g.blocks) for b in range(g.blocks)]))
+        n: keep(
+            torch.cat(
+                [
+                    torch.arange(widths[n] // g.blocks) + b * (g.channels // g.blocks)
+                    for b in range(g.blocks)
+                ]
+            )
+        )
         for n, g in inner.items()
     }
     small = resize(model, groups, plan)
@@ -221,7 +282,9 @@ def test_fused_and_plain_attention_agree_after_a_resize():
     model = models.create("test_vit", classes=10, channels=3, size=32).double()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     groups = find_groups(model, x[:1])
-    small = resize(model, groups, {"blocks.0.attn.qkv": keep(torch.arange(64).view(2, 32)[:, :5].flatten())})
+    small = resize(
+        model, groups, {"blocks.0.attn.qkv": keep(torch.arange(64).view(2, 32)[:, :5].flatten())}
+    )
     fused = small(x)
     for module in small.modules():
         if hasattr(module, "fused_attn"):
@@ -240,8 +303,8 @@ def test_fused_attention_counts_as_many_macs_as_plain():
 
 
 def test_tables_of_relative_positions_lose_the_columns_of_heads():
-    model = timm.create_model("swin_tiny_patch4_window7_224").eval()
-    groups = find_groups(model, torch.randn(1, 3, 224, 224))
+    model = zoo.shorter(SWIN).eval()
+    groups = find_groups(model, torch.randn(1, 3, 56, 56))
     name = "layers.0.blocks.1.attn.qkv.heads"
     table = "layers.0.blocks.1.attn.relative_position_bias_table"
     small = resize(model, groups, {name: keep([0, 2])})
@@ -249,9 +312,10 @@ def test_tables_of_relative_positions_lose_the_columns_of_heads():
     assert small.get_submodule("layers.0.blocks.1.attn").num_heads == 2
 
 
-@pytest.mark.parametrize("name", ["cait_xxs24_224", "beit_base_patch16_224"])
-def test_attention_that_reshapes_to_its_inputs_width_stays_frozen_with_the_reason(name):
-    groups = find_groups(timm.create_model(name).eval(), torch.randn(1, 3, 224, 224))
+@pytest.mark.parametrize(("name", "made"), zoo.lengths("cait_xxs24_224", "beit_base_patch16_224"))
+def test_attention_that_reshapes_to_its_inputs_width_stays_frozen_with_the_reason(name, made):
+    size = zoo.side(name, made)
+    groups = find_groups(made(name).eval(), torch.randn(1, 3, size, size))
     heads = [g for g in groups.values() if g.heads]
     assert heads
     assert all(g.grade == "frozen" and "does not run" in g.reason for g in heads)

@@ -32,10 +32,15 @@ def counted(model, x):
     return count_macs(model, x), sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "densenet121", "test_vit", "test_efficientnet", "regnetx_002"])
-def test_cost_equals_what_is_counted_on_the_resized_network(name):
+@pytest.mark.parametrize(
+    ("name", "made"),
+    zoo.lengths(
+        "resnet18", "mobilenetv2_100", "densenet121", "test_vit", "test_efficientnet", "regnetx_002"
+    ),
+)
+def test_cost_equals_what_is_counted_on_the_resized_network(name, made):
     size = 160 if name == "test_vit" else 64
-    model, x = timm.create_model(name).eval(), torch.randn(1, 3, size, size)
+    model, x = made(name).eval(), torch.randn(1, 3, size, size)
     groups = find_groups(model, x)
     cost = CostModel(model, groups, x)
     widths, plan = halved(groups.select("all"))
@@ -50,7 +55,9 @@ def test_small_networks_too(net):
     assert (cost(widths).macs, cost(widths).params) == counted(resize(model, groups, plan), x)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("resnet50", 4089), ("mobilenetv2_100", 301), ("mobilenetv1_100", 569)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("resnet50", 4089), ("mobilenetv2_100", 301), ("mobilenetv1_100", 569)]
+)
 def test_macs_are_the_literatures_flops(name, millions):
     assert round(count_macs(timm.create_model(name), torch.randn(1, 3, 224, 224)) / 1e6) == millions
 
@@ -64,7 +71,8 @@ def test_a_hand_computed_network():
 
 
 class Shift(nn.Module):
-    """A temporal shift along the height: a buffer that is filled by slices, as the field writes it."""
+    """A temporal shift along the height: a buffer that is filled by slices, as the field writes
+    it."""
 
     def __init__(self, buffer):
         super().__init__()
@@ -113,11 +121,19 @@ def added(x):
 
 
 def blurred(x):
-    return F.conv2d(x, x.new_ones(1, 1, 3, 3).repeat(x.shape[1], 1, 1, 1), padding=1, groups=x.shape[1])
+    return F.conv2d(
+        x, x.new_ones(1, 1, 3, 3).repeat(x.shape[1], 1, 1, 1), padding=1, groups=x.shape[1]
+    )
 
 
 def between(middle):
-    layers = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), middle, nn.Conv2d(16, 12, 3, padding=1), nn.ReLU()
+    layers = (
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        middle,
+        nn.Conv2d(16, 12, 3, padding=1),
+        nn.ReLU(),
+    )
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
 
 
@@ -137,7 +153,12 @@ class Mixer(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self, cls):
         super().__init__()
-        self.a, self.r, self.b, self.h = nn.Linear(10, 16), cls(16, 12, batch_first=True), nn.Linear(12, 20), nn.Linear(20, 5)
+        self.a, self.r, self.b, self.h = (
+            nn.Linear(10, 16),
+            cls(16, 12, batch_first=True),
+            nn.Linear(12, 20),
+            nn.Linear(20, 5),
+        )
 
     def forward(self, x):
         return self.h(self.b(self.r(self.a(x).relu())[0][:, -1]).relu())
@@ -158,7 +179,11 @@ class Gram(nn.Module):
 
 def encoder():
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
-    return nn.Sequential(nn.Linear(10, 32), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 5))
+    return nn.Sequential(
+        nn.Linear(10, 32),
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        nn.Linear(32, 5),
+    )
 
 
 IMAGE, SEQUENCE = torch.randn(2, 3, 8, 8), torch.randn(2, 6, 10)
@@ -191,7 +216,9 @@ def test_networks_of_the_field_cost_what_was_predicted(name):
     groups = find_groups(model, x, cache=False)
     certified = groups.select("all")
     cost = CostModel(model, groups, x)
-    for names in ([n] for n in certified):  # alone, and below all together: what depends on two widths shows in either
+    for names in (
+        [n] for n in certified
+    ):  # alone, and below all together: what depends on two widths shows in either
         widths, plan = halved({n: groups[n] for n in names})
         assert cost.counted(resize(model, groups, plan), widths) == cost(widths)
     widths, plan = halved(certified)
@@ -213,12 +240,14 @@ def macs_of(step, inputs, width=12):
         (nn.MultiheadAttention(10, 2, batch_first=True), SEQUENCE, 6 * 10 * 40 + 2 * 6 * 6 * 10),
         (nn.Linear(10, 7), SEQUENCE, 6 * 70),
     ],
-)  # fmt: skip
+)
 def test_torch_is_told_what_it_does_not_count(layer, x, macs):
     net = Apply(lambda x: layer(x, x, x) if isinstance(layer, nn.MultiheadAttention) else layer(x))
     net.layer = layer
     assert count_macs(net, x) == macs
-    assert macs_by_module(net, x) == {"": 2 * macs, "layer": 2 * macs} or isinstance(layer, nn.MultiheadAttention)
+    assert macs_by_module(net, x) == {"": 2 * macs, "layer": 2 * macs} or isinstance(
+        layer, nn.MultiheadAttention
+    )
     assert torch.backends.mha.get_fastpath_enabled()  # as it was
 
 
@@ -240,7 +269,9 @@ def test_operations_that_nobody_knows_the_cost_of_are_refused():
 
     net = Apply(lambda x: secret(x, net.w))
     net.w = nn.Parameter(torch.randn(10, 5))
-    with pytest.raises(UsageError, match="widthbench_tests::secret takes weights, and has no formula"):
+    with pytest.raises(
+        UsageError, match="widthbench_tests::secret takes weights, and has no formula"
+    ):
         count_macs(net, torch.randn(2, 10))
 
 

@@ -7,7 +7,8 @@ from widthbench.width import gated, keep, resize
 
 
 def closed(groups, seed=0):
-    """Gates that close a third of each block of every group, and the plan that removes the same channels."""
+    """Gates that close a third of each block of every group, and the plan that removes the same
+    channels."""
     generator = torch.Generator().manual_seed(seed)
     gates, plan = {}, {}
     for name, g in groups.items():
@@ -59,10 +60,14 @@ def test_a_closed_channels_weights_see_a_gradient_only_with_gates_on_weights(on,
     gate[4] = 0
     seen = []
     with gated(model, groups, {"fc1": gate}, on=on):
-        handle = model.fc2.register_forward_pre_hook(lambda module, args: seen.append(module.weight))
+        handle = model.fc2.register_forward_pre_hook(
+            lambda module, args: seen.append(module.weight)
+        )
         loss = model(x).square().sum()
         handle.remove()
-    (gradient,) = torch.autograd.grad(loss, seen)  # of the weight that the layer really used: t = w * gate
+    (gradient,) = torch.autograd.grad(
+        loss, seen
+    )  # of the weight that the layer really used: t = w * gate
     assert (gradient[:, 4].abs().max() > 0) == alive
 
 
@@ -87,9 +92,18 @@ def test_gates_work_under_vmap():
 
 def test_bad_gates_are_refused():
     model, _, groups = zoo.certified(zoo.Plain)
-    with pytest.raises(PlanError, match="did you mean 'conv2'"), gated(model, groups, {"conv_2": torch.ones(10)}):
+    with (
+        pytest.raises(PlanError, match="did you mean 'conv2'"),
+        gated(model, groups, {"conv_2": torch.ones(10)}),
+    ):
         pass
-    with pytest.raises(PlanError, match=r"takes 10 gates, not \[9\]"), gated(model, groups, {"conv2": torch.ones(9)}):
+    with (
+        pytest.raises(PlanError, match=r"takes 10 gates, not \[9\]"),
+        gated(model, groups, {"conv2": torch.ones(9)}),
+    ):
         pass
-    with pytest.raises(PlanError, match="'input' or 'weight'"), gated(model, groups, {}, on="output"):
+    with (
+        pytest.raises(PlanError, match="'input' or 'weight'"),
+        gated(model, groups, {}, on="output"),
+    ):
         pass

@@ -80,7 +80,10 @@ def test_producer_rows_are_the_filters():
     (first, second) = producer_rows(model, groups, "b")
     assert torch.equal(first, model.b.weight.flatten(1))
     assert torch.equal(second, model.c.weight[4:].flatten(1))
-    assert [tuple(p.shape) for p in producer_rows(model, groups, "out", bias=True)] == [(8, 90), (8, 1)]
+    assert [tuple(p.shape) for p in producer_rows(model, groups, "out", bias=True)] == [
+        (8, 90),
+        (8, 1),
+    ]
 
 
 def test_select_by_scope_and_pattern():
@@ -168,7 +171,9 @@ def test_paths_fork_where_norms_read_side_by_side_and_know_concatenations():
 def test_a_norm_with_an_activation_inside_is_adjacent_and_one_behind_an_activation_is_not():
     groups = discover(timm.create_model("test_efficientnet").eval(), torch.randn(1, 3, 64, 64))
     assert "bn1" in groups.adjacent
-    late = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).eval()
+    late = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+    ).eval()
     groups = discover(late, torch.randn(1, 3, 8, 8))
     assert not groups.adjacent
     assert groups.paths("0") == (("0", "2"),)

@@ -1,4 +1,5 @@
-"""Labels through operations: what a small network does to its channels, and the axes that must come out."""
+"""Labels through operations: what a small network does to its channels, and the axes that must come
+out."""
 
 from types import SimpleNamespace
 
@@ -33,21 +34,60 @@ def halves(t):
 CASES = [
     ("relu", torch.relu, 8, 8, {"a": 8}, [("a", 8, 1)]),
     ("in place", lambda t: t.relu_().add_(1), 8, 8, {"a": 8}, [("a", 8, 1)]),
-    ("repeated", lambda t: t[..., None].expand(-1, -1, 3).flatten(1), 4, 12, {"a": 4}, [("a", 4, 3)]),
+    (
+        "repeated",
+        lambda t: t[..., None].expand(-1, -1, 3).flatten(1),
+        4,
+        12,
+        {"a": 4},
+        [("a", 4, 3)],
+    ),
     ("tiled", lambda t: t.repeat(1, 3), 4, 12, {"a": 4}, [("a", 4, 1)] * 3),
     ("concatenated", lambda t: torch.cat([t, t.tanh()], 1), 4, 8, {"a": 4}, [("a", 4, 1)] * 2),
     ("gated halves", halves, 8, 4, {"a": 4}, [("a", 4, 1)]),
     ("zeros behind", lambda t: F.pad(t, (0, 2)), 8, 10, {"a": 8}, [("a", 8, 1), (None, 2, 1)]),
     ("all but the last", lambda t: t[:, :-2], 8, 6, {"a[0:6]": 6}, [("a[0:6]", 6, 1)]),
-    ("equal halves", lambda t: torch.cat(t.chunk(2, 1)[::-1], 1), 8, 8, {"a": 4}, [("a", 4, 1)] * 2),
-    ("shuffled", lambda t: t.unflatten(1, (2, -1)).transpose(1, 2).flatten(1), 8, 8, {"a": 4}, [("a", 4, 2)]),
+    (
+        "equal halves",
+        lambda t: torch.cat(t.chunk(2, 1)[::-1], 1),
+        8,
+        8,
+        {"a": 4},
+        [("a", 4, 1)] * 2,
+    ),
+    (
+        "shuffled",
+        lambda t: t.unflatten(1, (2, -1)).transpose(1, 2).flatten(1),
+        8,
+        8,
+        {"a": 4},
+        [("a", 4, 2)],
+    ),
     ("pooled pairs", lambda t: t.unflatten(1, (2, -1)).sum(1), 8, 4, {"a": 4}, [("a", 4, 1)]),
-    ("softmax over pairs", lambda t: t.unflatten(1, (2, -1)).softmax(1).flatten(1), 8, 8, {"a": 4}, [("a", 4, 1)] * 2),
-    ("by a function", lambda t: F.pad(t, (0, 0)).clone(memory_format=torch.contiguous_format), 8, 8, {"a": 8}, [("a", 8, 1)]),
+    (
+        "softmax over pairs",
+        lambda t: t.unflatten(1, (2, -1)).softmax(1).flatten(1),
+        8,
+        8,
+        {"a": 4},
+        [("a", 4, 1)] * 2,
+    ),
+    (
+        "by a function",
+        lambda t: F.pad(t, (0, 0)).clone(memory_format=torch.contiguous_format),
+        8,
+        8,
+        {"a": 8},
+        [("a", 8, 1)],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("between", "inside", "middle", "groups", "axis"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(
+    ("between", "inside", "middle", "groups", "axis"),
+    [c[1:] for c in CASES],
+    ids=[c[0] for c in CASES],
+)
 def test_channels_are_followed_and_proven(between, inside, middle, groups, axis):
     torch.manual_seed(0)
     found = find_groups(Two(between, inside, middle), torch.randn(2, 4), cache=False)
@@ -75,17 +115,26 @@ FROZEN = [
         8,
         "its channels are multiplied with themselves",
     ),
-    ("crossed", lambda t: torch.stack([outer(t, 0), outer(t, 2)], 1).flatten(1), 16, "a stack lays its channels across others"),
+    (
+        "crossed",
+        lambda t: torch.stack([outer(t, 0), outer(t, 2)], 1).flatten(1),
+        16,
+        "a stack lays its channels across others",
+    ),
     (
         "across",
-        lambda t: (t.unflatten(1, (2, 4))[:, :, :, None] * t.unflatten(1, (4, 2))[:, None]).flatten(1),
+        lambda t: (t.unflatten(1, (2, 4))[:, :, :, None] * t.unflatten(1, (4, 2))[:, None]).flatten(
+            1
+        ),
         16,
         "lie across others",
     ),
 ]
 
 
-@pytest.mark.parametrize(("between", "middle", "reason"), [c[1:] for c in FROZEN], ids=[c[0] for c in FROZEN])
+@pytest.mark.parametrize(
+    ("between", "middle", "reason"), [c[1:] for c in FROZEN], ids=[c[0] for c in FROZEN]
+)
 def test_what_labels_cannot_follow_is_frozen(between, middle, reason):
     found = find_groups(Two(between, 8, middle), torch.randn(2, 4), cache=False)
     assert all(g.grade == "frozen" for n, g in found.items() if "[" not in n)
@@ -94,7 +143,10 @@ def test_what_labels_cannot_follow_is_frozen(between, middle, reason):
 
 def test_one_channel_that_meets_many_is_frozen_and_they_are_not():
     found = find_groups(Two(lambda t: t[:, :1] * t[:, 1:], 8, 7), torch.randn(2, 4), cache=False)
-    assert (found["a[0:1]"].grade, found["a[0:1]"].reason) == ("frozen", "a single channel meets many")
+    assert (found["a[0:1]"].grade, found["a[0:1]"].reason) == (
+        "frozen",
+        "a single channel meets many",
+    )
     assert found["a[1:8]"].grade == "exact"
 
 
@@ -110,7 +162,9 @@ class Convs(nn.Module):
 
 
 def test_transposed_convolutions_freeze_what_enters_and_leaves():
-    found = find_groups(Convs(nn.ConvTranspose2d(8, 6, 3), 6).eval(), torch.randn(1, 3, 9, 9), cache=False)
+    found = find_groups(
+        Convs(nn.ConvTranspose2d(8, 6, 3), 6).eval(), torch.randn(1, 3, 9, 9), cache=False
+    )
     assert {g.reason for g in found.values()} == {"a transposed convolution has no rule"}
 
 
@@ -123,7 +177,9 @@ def test_weights_that_are_standardised_are_frozen_on_the_side_that_it_runs_over(
 
 
 def fixed_filter(dtype):
-    return lambda t: F.conv2d(t, torch.ones(t.shape[1], 1, 3, 3, dtype=dtype or t.dtype), groups=t.shape[1])
+    return lambda t: F.conv2d(
+        t, torch.ones(t.shape[1], 1, 3, 3, dtype=dtype or t.dtype), groups=t.shape[1]
+    )
 
 
 def test_a_filter_made_for_any_number_of_channels_lets_them_pass():
@@ -132,9 +188,13 @@ def test_a_filter_made_for_any_number_of_channels_lets_them_pass():
 
 
 def test_a_network_of_one_precision_is_frozen_and_says_so():
-    found = find_groups(Convs(fixed_filter(torch.float32)).eval(), torch.randn(1, 3, 9, 9), cache=False)
+    found = find_groups(
+        Convs(fixed_filter(torch.float32)).eval(), torch.randn(1, 3, 9, 9), cache=False
+    )
     assert found["a"].grade == "frozen"
-    assert "nothing can be proven on two samples in float64: expected scalar type" in found["a"].reason
+    assert (
+        "nothing can be proven on two samples in float64: expected scalar type" in found["a"].reason
+    )
 
 
 class Biased(nn.Module):
@@ -146,8 +206,13 @@ class Biased(nn.Module):
         self.heads, self.bias = 2, nn.Parameter(torch.randn(1, 2, 5, 5))
 
     def forward(self, x):
-        q, k, v = (m(x).reshape(*x.shape[:2], self.heads, -1).transpose(1, 2) for m in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias).transpose(1, 2).flatten(2))
+        q, k, v = (
+            m(x).reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
+            for m in (self.q, self.k, self.v)
+        )
+        return self.o(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias).transpose(1, 2).flatten(2)
+        )
 
 
 def test_a_bias_of_attention_goes_with_its_heads():
@@ -194,7 +259,10 @@ class Stated(nn.Module):
 def test_numbers_that_state_parts_follow_each_of_them():
     model = Stated()
     found = find_groups(model, torch.randn(2, 4), cache=False)
-    assert {n: (g.channels, g.grade) for n, g in found.items()} == {"a[0:5]": (5, "exact"), "a[5:9]": (4, "exact")}
+    assert {n: (g.channels, g.grade) for n, g in found.items()} == {
+        "a[0:5]": (5, "exact"),
+        "a[5:9]": (4, "exact"),
+    }
     assert all(type(v) is int for v in model.parts)
 
 
@@ -204,7 +272,10 @@ class Bare(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.mix, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 4)
-        self.token, self.place = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 6, 8))
+        self.token, self.place = (
+            nn.Parameter(torch.randn(1, 1, 8)),
+            nn.Parameter(torch.randn(1, 6, 8)),
+        )
         self.scale = nn.Parameter(torch.rand(8))
         self.register_buffer("shift", torch.randn(8))
 
@@ -223,9 +294,20 @@ def test_bare_tensors_ride_along():
 
 
 def test_a_single_channel_is_followed_too():
-    net = nn.Sequential(nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 1, 3),
+        nn.BatchNorm2d(1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4, 1),
+        nn.Tanh(),
+        nn.Linear(1, 2),
+    )
     found = find_groups(net.eval(), torch.randn(2, 3, 4, 4), cache=False)
-    assert {n: (g.channels, g.grade) for n, g in found.items()} == {"0": (1, "exact"), "4": (1, "exact")}
+    assert {n: (g.channels, g.grade) for n, g in found.items()} == {
+        "0": (1, "exact"),
+        "4": (1, "exact"),
+    }
     assert found.axes["4", "in"] == (Segment("0", 1, 4),)
 
 
@@ -236,7 +318,9 @@ def test_layers_called_by_function_count_as_layers():
             self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
 
         def forward(self, x):
-            return F.linear(F.linear(x, self.a.weight, self.a.bias).relu(), self.b.weight, self.b.bias)
+            return F.linear(
+                F.linear(x, self.a.weight, self.a.bias).relu(), self.b.weight, self.b.bias
+            )
 
     found = discover(Functional(), torch.randn(2, 4))
     assert found["a"].consumers == ("b",)
@@ -244,7 +328,13 @@ def test_layers_called_by_function_count_as_layers():
 
 
 def test_the_trace_says_what_each_product_costs_and_where():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2), nn.Flatten(), nn.Linear(5 * 9, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(5 * 9, 2),
+    )
     found = trace(net.eval(), torch.randn(1, 3, 9, 9)).products
     assert {p.where: p.macs for p in found} == {"0": 4 * 27 * 49, "2": 5 * 36 * 9, "4": 90}
 

@@ -85,7 +85,9 @@ def test_the_given_network_is_never_touched_and_the_copy_is_like_it():
     assert not small.expand.weight.requires_grad
     assert small.stem.weight.requires_grad
     assert small.expand.weight.mark == "kept"
-    assert not {p.data_ptr() for p in small.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert not {p.data_ptr() for p in small.parameters()} & {
+        p.data_ptr() for p in model.parameters()
+    }
     assert small.depth.groups == small.depth.in_channels == 4
 
 
@@ -106,10 +108,22 @@ GOOD = torch.tensor([0, 1])
         ({"conv2": keep([])}, "must leave at least 1 channel"),
         ({"conv2": keep([0, 10])}, r"rows must lie in 0\.\.9, not 0\.\.10"),
         ({"conv2": Resize(torch.tensor([0.0]))}, "rows must be a long vector"),
-        ({"conv2": Resize(GOOD, torch.ones(9, 2))}, r"mix must be \[N, P\] = \[10, 2\], not \[9, 2\]"),
-        ({"conv2": Resize(GOOD, torch.full((10, 2), torch.nan))}, "mix has values that are not finite"),
-        ({"conv2": Resize(GOOD, None, {"conv1.weight": torch.ones(1)})}, "'conv1.weight' is not a tensor of its producers"),
-        ({"conv2": Resize(GOOD, None, {"conv2.weight": torch.ones(3, 6, 3, 3)})}, r"must have shape \[2, 6, 3, 3\]"),
+        (
+            {"conv2": Resize(GOOD, torch.ones(9, 2))},
+            r"mix must be \[N, P\] = \[10, 2\], not \[9, 2\]",
+        ),
+        (
+            {"conv2": Resize(GOOD, torch.full((10, 2), torch.nan))},
+            "mix has values that are not finite",
+        ),
+        (
+            {"conv2": Resize(GOOD, None, {"conv1.weight": torch.ones(1)})},
+            "'conv1.weight' is not a tensor of its producers",
+        ),
+        (
+            {"conv2": Resize(GOOD, None, {"conv2.weight": torch.ones(3, 6, 3, 3)})},
+            r"must have shape \[2, 6, 3, 3\]",
+        ),
         ({"conv2": Resize(GOOD, None, {"bn2.bias": torch.tensor([0.0, torch.inf])})}, "not finite"),
     ],
 )
@@ -137,7 +151,11 @@ def test_nothing_is_resized_ungraded_or_frozen():
     with pytest.raises(PlanError, match="is not certified"):
         resize(model, groups, {"conv2": keep([0])})
     with pytest.raises(PlanError, match="is frozen: because"):
-        resize(model, groups.with_grades(dict.fromkeys(groups, ("frozen", "because"))), {"conv2": keep([0])})
+        resize(
+            model,
+            groups.with_grades(dict.fromkeys(groups, ("frozen", "because"))),
+            {"conv2": keep([0])},
+        )
 
 
 def test_half_a_plan_is_never_applied():
@@ -151,6 +169,10 @@ def test_half_a_plan_is_never_applied():
 def test_half_precision_and_other_dtypes_are_kept():
     model, _, groups = zoo.certified(zoo.Plain)
     model = model.to(torch.bfloat16)
-    small = resize(model, groups, {"conv2": Resize(torch.tensor([0, 1]), torch.rand(10, 2, dtype=torch.float64))})
+    small = resize(
+        model,
+        groups,
+        {"conv2": Resize(torch.tensor([0, 1]), torch.rand(10, 2, dtype=torch.float64))},
+    )
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     assert isinstance(small.fc1.weight, nn.Parameter)

@@ -20,14 +20,18 @@ from widthbench.width.certify import randomised
 
 
 class Smooth(nn.Module):
-    """Every kind of neuron with a second derivative: a convolution with a bias, one with BatchNorm and a stride, linear ones."""
+    """Every kind of neuron with a second derivative: a convolution with a bias, one with BatchNorm
+    and a stride, linear ones."""
 
     size = (2, 8, 8)
 
     def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(2, 4, 3, padding=1)
-        self.conv2, self.bn2 = nn.Conv2d(4, 5, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(5)
+        self.conv2, self.bn2 = (
+            nn.Conv2d(4, 5, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(5),
+        )
         self.pool = nn.AvgPool2d(2)
         self.fc1, self.fc2 = nn.Linear(20, 6), nn.Linear(6, 7, bias=False)
         self.head = nn.Linear(7, 5)
@@ -46,7 +50,11 @@ class Kinked(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv1, self.bn1, self.act1 = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.conv1, self.bn1, self.act1 = (
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+        )
         self.conv2, self.act2 = nn.Conv2d(4, 3, 3), nn.LeakyReLU(0.1, inplace=True)
         self.fc1, self.act3 = nn.Linear(12, 6), nn.ReLU6(inplace=True)
         self.head = nn.Linear(6, 5)
@@ -69,7 +77,10 @@ def mean_loss(model, sample):
 
 
 def unit(shape, seed=0):
-    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
+    return F.normalize(
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),
+        dim=1,
+    )
 
 
 @pytest.mark.parametrize("name", ["conv1", "conv2", "fc1", "fc2"])
@@ -86,7 +97,10 @@ def test_splitting_changes_the_loss_as_the_matrix_says(name):
         found = []
         for epsilon in (2e-3, 1e-3):
             one = {name: (torch.tensor([row]), vectors[row : row + 1])}
-            found.append((mean_loss(split_neurons(model, groups, one, epsilon), sample) - before) / epsilon**2)
+            found.append(
+                (mean_loss(split_neurons(model, groups, one, epsilon), sample) - before)
+                / epsilon**2
+            )
         extrapolated = (4 * found[1] - found[0]) / 3  # the change is even in ε
         assert float(expected[row]) == pytest.approx(extrapolated, rel=1e-4, abs=1e-8)
 
@@ -94,7 +108,9 @@ def test_splitting_changes_the_loss_as_the_matrix_says(name):
 def formed_by_hand(model, sample, name, layer, beta):
     """S of a linear layer in front of ReLU, from its definition."""
     z, a = {}, {}
-    hooks = [layer.register_forward_hook(lambda m, i, out: z.update(x=i[0].detach(), z=out.detach()))]
+    hooks = [
+        layer.register_forward_hook(lambda m, i, out: z.update(x=i[0].detach(), z=out.detach()))
+    ]
     act = dict(model.named_modules())[name]
     hooks.append(act.register_forward_hook(lambda m, i, out: a.update(a=out)))
     loss = F.cross_entropy(model(sample.x), sample.y)
@@ -108,7 +124,11 @@ def formed_by_hand(model, sample, name, layer, beta):
 
 def test_relu_bends_as_softplus():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double().eval()
+    model = (
+        nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+        .double()
+        .eval()
+    )
     x, y = torch.randn(9, 6, dtype=torch.float64), torch.arange(9) % 3
     groups = find_groups(model, x[:1], cache=False)
     for beta in (3.0, 1.0):
@@ -153,16 +173,23 @@ def test_least_eigenpairs_are_the_exact_ones(cls, tolerance):
         size = torch.linalg.eigvalsh(formed).abs().amax(dim=1)
         exact, _ = matrices.smallest_exactly(name)
         assert float(((values[name] - exact).abs() / size).max()) <= tolerance
-        assert torch.allclose(vectors[name].norm(dim=1), torch.ones(len(exact), dtype=torch.float64))
+        assert torch.allclose(
+            vectors[name].norm(dim=1), torch.ones(len(exact), dtype=torch.float64)
+        )
         quotient = torch.einsum("ni,nij,nj->n", vectors[name], formed, vectors[name])
         assert float(((quotient - exact).abs() / size).max()) <= tolerance
 
 
-@pytest.mark.parametrize(("model", "size", "channels"), [("lenet5", 28, 1), ("test_resnet", 32, 3), ("test_vit", 32, 3)])
+@pytest.mark.parametrize(
+    ("model", "size", "channels"), [("lenet5", 28, 1), ("test_resnet", 32, 3), ("test_vit", 32, 3)]
+)
 def test_least_eigenvalues_of_real_networks_in_float32(model, size, channels):
     net = models.create(model, classes=10, channels=channels, size=size, seed=0).eval()
     draw = torch.Generator().manual_seed(1)
-    x, y = torch.randn(128, channels, size, size, generator=draw), torch.randint(0, 10, (128,), generator=draw)
+    x, y = (
+        torch.randn(32, channels, size, size, generator=draw),
+        torch.randint(0, 10, (32,), generator=draw),
+    )
     groups = find_groups(net, x[:1]).select("inner")
     matrices = SplittingMatrices(net, groups, Sample(x, y))
     values, _ = matrices.smallest()
@@ -187,13 +214,21 @@ def test_at_epsilon_0_the_output_stays(cls):
     model, sample, groups = made(cls)
     found, _ = splittable(model, groups, sample.x[:1])
     split = {
-        n: (torch.tensor([0, groups[n].channels - 1]), unit((2, neuron_parameters(model.get_submodule(f.layer)).shape[1])))
+        n: (
+            torch.tensor([0, groups[n].channels - 1]),
+            unit((2, neuron_parameters(model.get_submodule(f.layer)).shape[1])),
+        )
         for n, f in found.items()
     }
     with torch.no_grad():
-        assert zoo.error(split_neurons(model, groups, split, 0.0)(sample.x), model(sample.x)) < 1e-12
+        assert (
+            zoo.error(split_neurons(model, groups, split, 0.0)(sample.x), model(sample.x)) < 1e-12
+        )
         if split:
-            assert zoo.error(split_neurons(model, groups, split, 0.1)(sample.x), model(sample.x)) > 1e-6
+            assert (
+                zoo.error(split_neurons(model, groups, split, 0.1)(sample.x), model(sample.x))
+                > 1e-6
+            )
 
 
 def test_what_cannot_be_split_is_named():
@@ -212,7 +247,9 @@ def test_the_model_is_left_alone_and_one_that_cannot_be_traced_is_named():
     model, sample, groups = made(Kinked)
     before = copy.deepcopy(model.state_dict())
     SplittingMatrices(model, groups, sample).smallest()
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
     assert model.act1.inplace
 
     class Branching(nn.Module):
@@ -234,7 +271,9 @@ def test_the_bill():
     matrices = SplittingMatrices(model, groups, sample)
     passed = matrices.forward_macs, matrices.backward_macs
     assert passed[0] == 7 * (64 * 4 * 18 + 16 * 5 * 36 + 20 * 6 + 6 * 7 + 7 * 5)
-    assert passed[1] == 7 * (16 * 5 * 36 + 20 * 6 + 6 * 7 + 7 * 5)  # by activations only, back to the first layer's
+    assert passed[1] == 7 * (
+        16 * 5 * 36 + 20 * 6 + 6 * 7 + 7 * 5
+    )  # by activations only, back to the first layer's
     matrices.product({"fc1": unit((6, 21))})
     assert matrices.backward_macs - passed[1] == 2 * 7 * 6 * 21
     matrices.product({"conv1": unit((4, 19))})
