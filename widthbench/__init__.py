@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widthbench.api import apply
-    from widthbench.technique.base import Outcome, Technique
+    from widthbench.technique.base import Outcome, ScoredTechnique, Technique
     from widthbench.technique.budget import Budget
     from widthbench.technique.task import Task
     from widthbench.width import Group, Groups, Plan, Resize, find_groups, gated, keep, resize
@@ -30,6 +30,7 @@ _HOMES = {
     "Budget": "widthbench.technique.budget",
     "Task": "widthbench.technique.task",
     "Outcome": "widthbench.technique.base",
+    "ScoredTechnique": "widthbench.technique.base",
     "Technique": "widthbench.technique.base",
     "Group": "widthbench.width",
     "Groups": "widthbench.width",
@@ -48,6 +49,7 @@ __all__ = [
     "Outcome",
     "Plan",
     "Resize",
+    "ScoredTechnique",
     "Task",
     "Technique",
     "apply",

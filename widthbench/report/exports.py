@@ -17,6 +17,7 @@ from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.records import FINAL, Record
 from widthbench.experiment.suites import Suite
 from widthbench.report import tables
+from widthbench.report.flags import FLAGS
 from widthbench.statistics import Summary
 from widthbench.technique import registry
 
@@ -88,15 +89,7 @@ def rows(
             (tables.speed_up_of(line, speeds), tables.cost_of(line)) if line.done else (None, None)
         )
         row["speed_up_measured"], row["train_cost"] = speed and speed.mean, cost and cost.mean
-        done = list(line.done.values())
-        row |= {
-            "budget_unused": any(not r.met for r in done),
-            "coupled": any(r.coupled for r in done),
-            "below_floor": any(r.floor for r in done),
-            "batches_in_halves": any(tables.halved(r) for r in done),
-            "val_seen": any(r.provenance.get("val_seen", False) for r in done),
-            "incomplete": bool(done and line.left),
-        }
+        row |= {flag.name: flag.holds(line) for flag in FLAGS}
         found.append(row)
     return found
 

@@ -27,21 +27,8 @@ from widthbench.report import claims as claims_page
 from widthbench.report import exports, tables
 from widthbench.report.build import file_digest, in_order, of_suite, read_timings
 from widthbench.report.figures import COLOURS, floor_of
+from widthbench.report.flags import FLAGS
 
-FLAGS = {
-    "budget_unused": ("unused", "leaves more than 5 % of its budget unused"),
-    "coupled": ("coupled", "resizes channels under a norm across channels"),
-    "below_floor": ("at the floor", "the budget lies below the feasible floor and was run at it"),
-    "batches_in_halves": (
-        "halved",
-        "some of its batches were computed in halves, for want of memory",
-    ),
-    "val_seen": (
-        "val seen",
-        "its base comes from published weights and may have seen the val split in training",
-    ),
-    "incomplete": ("incomplete", "some of its cells have no result: n counts the others"),
-}
 SYMBOLS = (
     "circle",
     "square",
@@ -162,7 +149,7 @@ def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
             for c in claims
         ],
         verdicts=list(dict.fromkeys(c["verdict"] for c in claims)),
-        flags=FLAGS,
+        flags={flag.name: (flag.word, flag.note) for flag in FLAGS},
         packed={s.name: _packed(json.dumps(_plain(s.records), allow_nan=False)) for s in shown},
         plotly=_packed(_asset("plotly", "package_data/plotly.min.js")),
         datatables=_packed(_asset("itables", "html/dt_bundle.js")),
@@ -184,7 +171,7 @@ def _suite(shown: Shown) -> dict[str, Any]:
         for row, rank in tables.ranked_rows(block).items()
     }
     for line, row in zip(lines, rows, strict=True):
-        row["flags"] = [flag for flag in FLAGS if row[flag]]
+        row["flags"] = [flag.name for flag in FLAGS if row[flag.name]]
         row["records"] = [
             (r.cell.seed, r.key)
             for _, r in sorted(line.records.items(), key=lambda item: item[1].cell.seed)

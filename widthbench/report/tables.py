@@ -20,6 +20,7 @@ from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.records import FINAL, Record, Stage
 from widthbench.experiment.suites import Suite
 from widthbench.recipe import Spent
+from widthbench.report.flags import FLAGS
 from widthbench.statistics import LEAST, Summary, differences, ranks, summarise
 
 ACCESS_ORDER = ("none", "unlabelled", "labelled", "training", "")
@@ -521,20 +522,7 @@ def _access(line: Line) -> str:
 
 
 def _flags(line: Line) -> str:
-    records = line.done.values()
-    missed = " †" if any(not r.met for r in records) else ""
-    at_floor = " §" if any(r.floor for r in records) else ""
-    halves = " ¶" if any(halved(r) for r in records) else ""
-    seen = " ◊" if any(r.provenance.get("val_seen") for r in records) else ""
-    partly = " ✕" if line.left else ""
-    return (
-        missed
-        + (" ‡" if any(r.coupled for r in records) else "")
-        + at_floor
-        + halves
-        + seen
-        + partly
-    )
+    return "".join(f" {flag.mark}" for flag in FLAGS if flag.holds(line))
 
 
 def bases_of(line: Line) -> str:
@@ -576,11 +564,6 @@ def fenced(text: str, language: str) -> list[str]:
     """The lines of a block of code that its text cannot end."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [f"{fence}{language}", text.strip(), fence]
-
-
-def halved(record: Record) -> bool:
-    """Whether some of its batches were computed in halves, for want of memory."""
-    return any(spent.halved for spent in record.spent.values())
 
 
 def _text(summary: Summary | None) -> str:
@@ -667,35 +650,9 @@ def _shape(args: str, size: int, widths: tuple[tuple[str, int], ...]) -> str:
 
 
 def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
-    parts = []
-    flagged = [
-        r
-        for r in records
-        if r.status == "done" and (not r.met or r.coupled or r.floor or halved(r))
-    ]
-    if any(not r.met for r in flagged):
-        parts.append("† leaves more than 5 % of its budget unused.")
-    if any(r.coupled for r in flagged):
-        parts.append("‡ resizes channels under a norm across channels (grade *coupled*).")
-    if any(r.floor for r in flagged):
-        parts.append(
-            "§ the budget lies below the feasible floor (one channel per block of each group) and"
-            " was run at the floor."
-        )
-    if any(halved(r) for r in flagged):
-        parts.append("¶ some of its batches were computed in halves, for want of memory.")
-    if any(r.provenance.get("val_seen") for r in records if r.status == "done"):
-        parts.append(
-            "◊ its base comes from published weights and may have seen this suite's val split in"
-            " training (`val_seen`)."
-        )
-    bad = [r for r in records if r.status != "done"]
     rows = lines(records, suite.cells())
-    if any(line.done and line.left for line in rows):
-        parts.append(
-            "✕ some of its cells have no result: n counts the others; failed ones stand beside it,"
-            " never averaged in."
-        )
+    parts = [f"{f.mark} {f.note}." for f in FLAGS if any(map(f.holds, rows))]
+    bad = [r for r in records if r.status != "done"]
     if unrun := sum(max(0, line.meant - len(line.records)) for line in rows):
         parts.append(
             f"*not run*: {unrun} cells of the suite (`widthbench run {suite.name}` runs them)."
@@ -714,17 +671,6 @@ def _problems(suite: Suite, records: Sequence[Record]) -> list[str]:
     return [*parts, ""] if parts else []
 
 
-def _distinct(records: Sequence[Record]) -> Iterable[dict[str, Any]]:
-    """The provenances that tell something new: records of one machine share all but the minute, as
-    one object.
-    """
-    found = {}
-    for p in (r.provenance for r in records):
-        plain = (str(p.get(n)) for n in ("device", "threads", "processes", "dirty", "commit"))
-        found[id(p.get("versions")), id(p.get("hardware")), str(p.get("when"))[:10], *plain] = p
-    return found.values()
-
-
 def origins(
     records: Sequence[Record], timings: Sequence[dict[str, Any]] = ()
 ) -> dict[str, list[str]]:
@@ -734,7 +680,7 @@ def origins(
     With timings, also which machine latencies were measured on, and how.
     """
     facts: dict[str, set[str]] = {}
-    for p in _distinct(records):
+    for p in (r.provenance for r in records):
         packages = ("widthbench", "torch", "timm", "torch-pruning")
         used, machine = p.get("versions", {}), p.get("hardware", {})
         facts.setdefault("versions", set()).add(", ".join(f"{k} {used.get(k)}" for k in packages))
