@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from widthbench.experiment.bases import obtain_base
+from widthbench.experiment.cell import CONTROLS as NAMES
 from widthbench.experiment.cell import Cell
-from widthbench.experiment.controls import FRESH, first_channels, fresh_at
+from widthbench.experiment.controls import CONTROLS, first_channels, fresh_at
 from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
@@ -59,7 +60,9 @@ def test_controls_of_one_shape_draw_different_weights():
     """Uniformly spread budgets give `scratch` and `uniform-width` the same widths: they must not be
     the same experiment."""
     drawn = [
-        fresh_at(cell("scratch"), {"ip1": 75}, seed=FRESH[name])[0].ip1.weight for name in FRESH
+        fresh_at(cell("scratch"), {"ip1": 75}, seed=control.fresh)[0].ip1.weight
+        for control in CONTROLS.values()
+        if control.fresh
     ]
     base = obtain_base(cell("l1-norm")).model.ip1.weight[:75]
     assert len({w.detach().numpy().tobytes() for w in [*drawn, base]}) == 4
@@ -156,3 +159,9 @@ def test_a_control_whose_source_failed_has_failed_and_is_tried_again(fresh_cache
     monkeypatch.undo()
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache))
     assert run_cell(control, Store()).status == "done"
+
+
+def test_every_control_has_a_name_that_suites_know_and_seeds_of_its_own():
+    assert tuple(CONTROLS) == NAMES
+    fresh = [c.fresh for c in CONTROLS.values() if c.fresh]
+    assert len(set(fresh)) == len(fresh) == 3

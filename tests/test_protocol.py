@@ -9,7 +9,7 @@ from widthbench.baselines.l1_norm import L1Norm
 from widthbench import paths
 from widthbench.data import splits
 from widthbench.errors import DivergedError, UsageError
-from widthbench.experiment import bases, keys, protocol
+from widthbench.experiment import adaptation, bases, keys, protocol
 from widthbench.experiment.bases import obtain_base
 from widthbench.experiment.cell import Cell
 from widthbench.experiment.keys import base_key, cell_key
@@ -90,7 +90,7 @@ def test_stages_measure_what_they_say(store):
     record = run_cell(cell(), store)
     base = obtain_base(cell())
     technique = registry.create("l1-norm")
-    resized = technique.apply(protocol.task_of(cell(), base, technique)).resized
+    resized = technique.apply(adaptation.task_of(cell(), base, technique)).resized
     assert accuracy(resized, base.data.test).top1 == record.row("resized").top1
     assert record.row("recalibrated").top1 == record.row("resized").top1  # no batch norm
     assert record.row("fine-tuned").top1 != record.row("resized").top1
@@ -98,8 +98,9 @@ def test_stages_measure_what_they_say(store):
 
 def test_bases_are_shared_and_trained_once(store, monkeypatch):
     calls = []
-    real = protocol.fit
-    monkeypatch.setattr(protocol, "fit", lambda *a, **k: calls.append(k["desc"]) or real(*a, **k))
+    real = bases.fit
+    for room in (bases, adaptation):
+        monkeypatch.setattr(room, "fit", lambda *a, **k: calls.append(k["desc"]) or real(*a, **k))
     for budget in ("macs:0.5", "macs:0.25"):
         run_cell(cell(budget=budget), store)
     assert [c.split()[0] for c in calls] == ["base", "fine-tune", "fine-tune"]
@@ -107,7 +108,7 @@ def test_bases_are_shared_and_trained_once(store, monkeypatch):
 
 def test_a_damaged_base_is_named_and_trained_again(store):
     first = obtain_base(cell())
-    (path,) = (protocol.cache_dir() / "bases").glob("*.safetensors")
+    (path,) = (bases.cache_dir() / "bases").glob("*.safetensors")
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(bytes(data))
@@ -371,13 +372,13 @@ def test_a_gpu_that_is_not_there_is_named(store, monkeypatch):
 
 def test_an_interrupted_cell_leaves_nothing_and_a_rerun_does_the_rest(store, monkeypatch):
     run_cell(cell(), store)
-    real = protocol.adapt
-    monkeypatch.setattr(protocol, "adapt", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = adaptation.adapt
+    monkeypatch.setattr(adaptation, "adapt", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     other = cell(budget="macs:0.25")
     with pytest.raises(KeyboardInterrupt):
         run_cell(other, store)
     assert store.get(cell_key(other)) is None
-    monkeypatch.setattr(protocol, "adapt", real)
+    monkeypatch.setattr(adaptation, "adapt", real)
     assert store.get(cell_key(cell())).status == "done"
     assert run_cell(other, store).status == "done"
 
@@ -465,7 +466,7 @@ def test_nothing_held_out_trains_on_everything_and_leaves_val_scores_empty(store
     row = record.row("base")
     assert (row.val_top1, row.val_loss) == (None, None)
     assert record.spent["base"].forward_macs == 2 * record.macs * 1347
-    task = protocol.task_of(cell(val=0), obtain_base(cell(val=0)), registry.create("l1-norm"))
+    task = adaptation.task_of(cell(val=0), obtain_base(cell(val=0)), registry.create("l1-norm"))
     with pytest.raises(UsageError, match=r"holds nothing of 'digits' out \(val = 0\)"):
         next(task.val.batches(4))
 
@@ -528,7 +529,7 @@ def test_seeding_and_image_decoding_are_in_the_keys(monkeypatch):
 
 def test_pretrained_networks_see_images_as_they_were_trained():
     plain, published = (
-        protocol.load_data(cell(model="lenet5", size=28, pretrained=p)).test for p in (False, True)
+        bases.load_data(cell(model="lenet5", size=28, pretrained=p)).test for p in (False, True)
     )
     assert (published.mean, published.std) == ((0.5,), (0.5,))
     assert plain.mean != published.mean
@@ -546,7 +547,7 @@ def test_val_alone_chooses_the_stopping_point():
         "path.top1": [90, 50, 91, 92],
         "path.val_top1": [95.0, 94.75, 94.7, 20],
     }
-    found = protocol.stopping_point(path)
+    found = adaptation.stopping_point(path)
     assert found == {
         "stop.channels": [8],
         "stop.top1": [50],
@@ -554,21 +555,22 @@ def test_val_alone_chooses_the_stopping_point():
         "stop.removed": [20.0],
     }
     dip = {**path, "path.val_top1": [95.0, 90, 94.8, 20]}  # the last such point, not the first drop
-    assert protocol.stopping_point(dip)["stop.channels"] == [6]
-    assert protocol.stopping_point({**path, "path.channels": [4, 6, 8, 10]}) == {}
-    assert protocol.stopping_point({**path, "path.val_top1": [None] * 4}) == {}
-    assert protocol.stopping_point({}) == {}
+    assert adaptation.stopping_point(dip)["stop.channels"] == [6]
+    assert adaptation.stopping_point({**path, "path.channels": [4, 6, 8, 10]}) == {}
+    assert adaptation.stopping_point({**path, "path.val_top1": [None] * 4}) == {}
+    assert adaptation.stopping_point({}) == {}
 
 
 def test_a_base_that_diverges_is_trained_once_and_fails_all_its_cells(store, monkeypatch):
     trained = []
-    real = protocol.fit
+    real = bases.fit
 
     def counted(*args, **options):
         trained.append(options["desc"])
         return real(*args, **options)
 
-    monkeypatch.setattr(protocol, "fit", counted)
+    for room in (bases, adaptation):
+        monkeypatch.setattr(room, "fit", counted)
     hot = BASE.model_copy(update={"lr": 1e6, "epochs": 1})
     for technique, budget in (
         ("base", None),
@@ -659,4 +661,4 @@ def test_outputs_that_are_not_finite_on_the_data_are_named(store, using):
     with pytest.raises(
         DivergedError, match=r"outputs on test data are not finite \(stage 'resized': loss nan\)"
     ):
-        protocol.score(broken, protocol.load_data(cell()), "resized")
+        adaptation.score(broken, bases.load_data(cell()), "resized")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from widthbench.errors import AccessError
+from widthbench.experiment.adaptation import task_of
 from widthbench.experiment.bases import obtain_base
 from widthbench.experiment.cell import Cell
-from widthbench.experiment.protocol import task_of
 from widthbench.recipe import Recipe
 from widthbench.technique.base import Result, Technique, build
 from widthbench.technique.budget import Budget, check

@@ -25,7 +25,7 @@ import torch
 from tabulate import tabulate
 
 from widthbench.data import splits
-from widthbench.experiment import bases, protocol, recipes, suites
+from widthbench.experiment import adaptation, bases, protocol, recipes, suites
 from widthbench.experiment.cell import Cell
 from widthbench.experiment.store import Store
 from widthbench.networks import models
@@ -102,18 +102,19 @@ def _parts(cell: Cell) -> dict[str, float]:
     watch = Stopwatch()
     with ExitStack() as stack:
         for owner, attribute, part in (
-            (protocol, "fit", "training"),
-            (protocol, "recalibrate", "recalibration"),
-            (protocol, "score", "scores"),
+            (bases, "fit", "training"),
+            (adaptation, "fit", "training"),
+            (adaptation, "recalibrate", "recalibration"),
+            (adaptation, "score", "scores"),
             (base.Technique, "apply", "decision"),
             (base, "resize", "resize"),
-            (protocol, "load_data", "load data"),
-            (protocol, "fresh_model", "build network"),
-            (protocol, "find_groups", "look groups up"),
-            (protocol, "CostModel", "cost model"),
+            (bases, "load_data", "load data"),
+            (bases, "fresh_model", "build network"),
+            (bases, "find_groups", "look groups up"),
+            (bases, "CostModel", "cost model"),
             (protocol, "cell_key", "digests"),
-            (protocol, "_read_weights", "read weights"),
-            (protocol, "count_macs", "count MACs"),
+            (bases, "_read_weights", "read weights"),
+            (bases, "count_macs", "count MACs"),
         ):
             watch.patch(stack, owner, attribute, part)
         with watch.on("rest"):

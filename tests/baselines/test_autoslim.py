@@ -10,10 +10,11 @@ from widthbench.baselines import autoslim
 from widthbench.baselines.autoslim import AutoSlim, First, Slimmable, at_budget, slimmer
 
 from widthbench.errors import UsageError
-from widthbench.experiment import protocol
+from widthbench.experiment import adaptation
+from widthbench.experiment.adaptation import task_of
 from widthbench.experiment.bases import load_data, obtain_base
 from widthbench.experiment.cell import Cell
-from widthbench.experiment.protocol import run_cell, task_of
+from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.recipe import Recipe
@@ -349,13 +350,13 @@ def test_shapes_are_scored_with_statistics_of_their_own_on_the_first_samples_of_
 
 @pytest.mark.parametrize("final", ["slimmable", "fresh"])
 def test_what_the_found_shape_starts_from(final, monkeypatch):
-    started, real = [], protocol.fit
+    started, real = [], adaptation.fit
 
     def watched(model, *args, desc="", **options):
         started.append((desc, copy.deepcopy(model)))
         return real(model, *args, desc=desc, **options)
 
-    monkeypatch.setattr(protocol, "fit", watched)
+    monkeypatch.setattr(adaptation, "fit", watched)
     record = run_cell(cell({"final": final}, seed=11), Store())
     assert record.status == "done", record.trace
     (small,) = [m for desc, m in started if desc == "autoslim macs:0.5"]

@@ -13,9 +13,10 @@ from widthbench.methods.neuron_removal import NeuronRemoval, Ranker, kept_after,
 import widthbench
 from widthbench.claims import ledger
 from widthbench.errors import UsageError
+from widthbench.experiment.adaptation import task_of
 from widthbench.experiment.bases import obtain_base
 from widthbench.experiment.cell import Cell
-from widthbench.experiment.protocol import run_cell, task_of
+from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.recipe import Recipe

@@ -5,25 +5,26 @@ techniques.
 from __future__ import annotations
 
 import math
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from widthbench.errors import InfeasibleBudgetError, UsageError
-from widthbench.experiment.bases import Base, example_input, fresh_model, load_data, obtain_base
-from widthbench.experiment.cell import Cell
-from widthbench.experiment.protocol import (
+from widthbench.experiment.adaptation import (
     NotApplicableError,
     adapt,
     budget_of,
-    run_cell,
     score,
     task_of,
     train,
 )
-from widthbench.experiment.records import Record
-from widthbench.experiment.store import Store
+from widthbench.experiment.bases import Base, example_input, fresh_model, load_data, obtain_base
+from widthbench.experiment.cell import Cell
+from widthbench.experiment.records import Record, Row
 from widthbench.networks import models
 from widthbench.progress import Progress
 from widthbench.recipe import Recipe, Spent
@@ -33,46 +34,247 @@ from widthbench.technique.budget import Budget, check, uniform_widths, used
 from widthbench.technique.task import Task
 from widthbench.training.recalibration import batch_norms
 from widthbench.width.certify import find_groups
-from widthbench.width.cost import CostModel, count_macs
+from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep, resize
 
-# keep the seeds of the controls' fresh weights apart from the base network's and from each other's
-FRESH = {"uniform-width": 1_000_003, "scratch": 2_000_003, "scratch-budget": 3_000_017}
+
+@dataclass(frozen=True)
+class Call:
+    """What a control is given.
+
+    Attributes:
+        cell: Its cell.
+        key: Of its record.
+        obtain: Gives the record of another cell, computed where there is none.
+        progress: Progress bar.
+        where: What its record says of the machine.
+    """
+
+    cell: Cell
+    key: str
+    obtain: Callable[[Cell], Record]
+    progress: Progress
+    where: dict[str, Any]
+
+    def record(self, full: Cost, found: Cost, rows: tuple[Row, ...], **more: Any) -> Record:
+        """A finished record.
+
+        Args:
+            full: The base network's cost.
+            found: That of the network that the rows are of.
+            rows: Its scores.
+            **more: Further fields.
+        """
+        return Record(
+            key=self.key,
+            cell=self.cell,
+            status="done",
+            rows=rows,
+            access="training",
+            macs=found.macs,
+            params=found.params,
+            base_macs=full.macs,
+            base_params=full.params,
+            **more,
+        )
+
+    def source(self) -> Record:
+        """The finished record of the technique that the control is about."""
+        source = self.obtain(self.cell.model_copy(update={"technique": self.cell.of, "of": None}))
+        if source.status == "failed":  # the next run tries it again, and with it this control
+            raise UsageError(f"its source {source.cell.id} failed: {source.reason}")
+        if source.status != "done":
+            raise NotApplicableError(
+                f"its source {source.cell.id} is {source.status}: {source.reason}"
+            )
+        return source
 
 
-def run_control(
-    cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]
-) -> Record:
-    """The record of a control cell."""
-    if cell.technique == "base":
-        return _base(cell, key, obtain_base(cell, progress=progress), where)
-    if cell.technique == "uniform-width":
-        return _uniform(cell, key, progress, where)
-    if cell.technique == "l1-budget":
-        return _l1_budget(cell, key, store, progress, where)
-    return _scratch(cell, key, store, progress, where)
+class Control(ABC):
+    """A row that is no technique.
+
+    Attributes:
+        fresh: Keeps the seeds of its fresh weights apart from the base network's and from other
+            controls'.
+    """
+
+    fresh: ClassVar[int] = 0
+
+    @abstractmethod
+    def run(self, call: Call) -> Record:
+        """Its record."""
+
+    def trained(
+        self, call: Call, widths: dict[str, int], groups: Groups, recipe: Recipe, source: str | None
+    ) -> Record:
+        """The record of a network at some widths that is trained from fresh weights."""
+        cell = call.cell
+        model, _, model_cost = fresh_at(cell, widths, cell.seed + self.fresh)
+        cost, full = model_cost.counted(model, widths), model_cost.original
+        budget = budget_of(cell, groups, model_cost)
+        split = load_data(cell)
+        spent = train(
+            model, cell, recipe, call.key, macs=cost.macs, progress=call.progress, desc=cell.id
+        )
+        kept = used(budget, widths, groups, cost, full)
+        return call.record(
+            full,
+            cost,
+            (score(model, split, "trained"),),
+            kept=kept,
+            met=check(budget, kept, groups),
+            floor=budget != Budget.parse(str(cell.budget), grows=True),
+            coupled=any(groups[n].grade == "coupled" for n in widths if n in groups),
+            widths=widths,
+            base_widths={n: g.channels for n, g in groups.items()},
+            spent={"base": Spent(), "decision": Spent(), "adaptation": spent},
+            source=source,
+            provenance={**call.where, "val_seen": False},
+        )
 
 
-def _base(cell: Cell, key: str, base: Base, where: dict[str, Any]) -> Record:
-    cost = base.cost.original
-    widths = {n: g.channels for n, g in base.groups.items()}
-    return Record(
-        key=key,
-        cell=cell,
-        status="done",
-        rows=(score(base.model, base.data, "base"),),
-        access="training",
-        macs=cost.macs,
-        params=cost.params,
-        base_macs=cost.macs,
-        base_params=cost.params,
-        kept=1.0,
-        widths=widths,
-        base_widths=widths,
-        spent={"base": base.spent},
-        provenance={**where, **base.provenance},
-    )
+class Whole(Control):
+    """The base network as it is."""
+
+    def run(self, call: Call) -> Record:
+        """Its scores."""
+        base = obtain_base(call.cell, progress=call.progress)
+        cost, widths = base.cost.original, {n: g.channels for n, g in base.groups.items()}
+        return call.record(
+            cost,
+            cost,
+            (score(base.model, base.data, "base"),),
+            kept=1.0,
+            widths=widths,
+            base_widths=widths,
+            spent={"base": base.spent},
+            provenance={**call.where, **base.provenance},
+        )
+
+
+class UniformWidth(Control):
+    """The base network scaled uniformly to the budget and trained by the base's own recipe."""
+
+    fresh = 1_000_003
+
+    def run(self, call: Call) -> Record:
+        """Scale and train."""
+        cell = call.cell
+        model, x = fresh_model(cell, cell.seed), example_input(cell)
+        everything = find_groups(model, x)
+        groups = everything.select(cell.scope, cell.include or None)
+        cost = CostModel(model, everything, x)
+        budget = budget_of(cell, groups, cost)
+        try:
+            widths = uniform_widths(groups, budget, cost, cost.original)
+        except InfeasibleBudgetError as error:
+            raise NotApplicableError(str(error)) from error
+        return self.trained(call, widths, groups, cell.base, None)
+
+
+class Scratch(Control):
+    """The shape that a technique found, trained from fresh weights for the epochs that it took."""
+
+    fresh = 2_000_003
+
+    def run(self, call: Call) -> Record:
+        """Obtain the shape and train."""
+        cell, source = call.cell, call.source()
+        spent = [source.spent[phase] for phase in ("base", "decision", "adaptation")]
+        if not cell.trains_base:  # what that cost is unknown: the suite's base recipe stands in
+            passes = (source.base_macs or 0) * round(cell.base.epochs * len(load_data(cell).train))
+            spent[0] = Spent(epochs=cell.base.epochs, forward_macs=passes, backward_macs=2 * passes)
+        recipe = cell.base.model_copy(update={"epochs": self.epochs(cell, source, spent)})
+        model = fresh_model(cell, cell.seed)
+        groups = find_groups(model, example_input(cell)).select(cell.scope, cell.include or None)
+        return self.trained(call, source.widths, groups, recipe, source.key)
+
+    def epochs(self, cell: Cell, source: Record, spent: Sequence[Spent]) -> float:
+        """How long to train."""
+        return sum(s.epochs for s in spent)
+
+
+class ScratchBudget(Scratch):
+    """The same for as many MACs as the technique took."""
+
+    fresh = 3_000_017
+
+    def epochs(self, cell: Cell, source: Record, spent: Sequence[Spent]) -> float:
+        """How long to train, at most a multiple of the technique's epochs."""
+        total = sum(s.forward_macs + s.backward_macs for s in spent)
+        if source.macs is None:
+            raise UsageError(f"record {source.key} has no MACs")
+        return min(
+            total / (3 * source.macs * len(load_data(cell).train)),
+            (cell.longest or math.inf) * super().epochs(cell, source, spent),
+        )
+
+
+class L1Budget(Control):
+    """The base pruned by L1 norm to the same budget, fine-tuned until all of it has cost what the
+    source has.
+
+    Where the suite's base and fine-tuning together cost more than that (the source never trained
+    the whole network), the base is trained for a shorter time, too: by the same share as the
+    fine-tuning.
+    """
+
+    def run(self, call: Call) -> Record:
+        """Prune and fine-tune."""
+        cell, source = call.cell, call.source()
+        base = obtain_base(cell, progress=call.progress)
+        total = sum(s.forward_macs + s.backward_macs for s in source.spent.values())
+        task, outcome, macs = self._pruned(call, base)
+        usual = (
+            3
+            * len(base.data.train)
+            * (base.cost.original.macs * cell.base.epochs + macs * cell.finetune.epochs)
+        )
+        if cell.trains_base and not source.spent["base"].forward_macs and total < usual:
+            shorter = cell.base.model_copy(update={"epochs": cell.base.epochs * total / usual})
+            base = obtain_base(cell.model_copy(update={"base": shorter}), progress=call.progress)
+            task, outcome, macs = self._pruned(call, base)
+        calibration = macs * cell.calibration * bool(batch_norms(outcome.resized))
+        left = total - base.spent.forward_macs - base.spent.backward_macs - calibration
+        epochs = sum(s.epochs for s in source.spent.values())
+        most = (cell.longest or math.inf) * epochs - base.spent.epochs
+        epochs = max(0.0, min(left / (3 * macs * len(base.data.train)), most))
+        finetune = cell.finetune.model_copy(update={"epochs": epochs})
+        tuned = cell.model_copy(update={"finetune": finetune})
+        rows, adaptation, cost = adapt(outcome.resized, tuned, base, call.progress, call.key)
+        return call.record(
+            base.cost.original,
+            cost,
+            rows,
+            kept=outcome.kept,
+            met=outcome.met,
+            floor=task.budget != Budget.parse(str(cell.budget), grows=True),
+            coupled=any(task.groups[n].grade == "coupled" for n in outcome.plan),
+            widths=outcome.widths,
+            base_widths={n: g.channels for n, g in task.groups.items()},
+            spent={"base": base.spent, "decision": Spent(), "adaptation": adaptation},
+            source=source.key,
+            provenance={**call.where, **base.provenance},
+        )
+
+    def _pruned(self, call: Call, base: Base) -> tuple[Task, Result, int]:
+        technique = registry.create("l1-norm", {})
+        task = task_of(call.cell, base, technique, progress=call.progress)
+        try:
+            outcome = technique.apply(task)
+        except InfeasibleBudgetError as error:
+            raise NotApplicableError(str(error)) from error
+        return task, outcome, count_macs(outcome.resized, base.example_input)
+
+
+CONTROLS: dict[str, Control] = {
+    "base": Whole(),
+    "uniform-width": UniformWidth(),
+    "scratch": Scratch(),
+    "scratch-budget": ScratchBudget(),
+    "l1-budget": L1Budget(),
+}
 
 
 def fresh_at(cell: Cell, widths: dict[str, int], seed: int) -> tuple[nn.Module, Groups, CostModel]:
@@ -99,166 +301,3 @@ def first_channels(channels: int, blocks: int, width: int) -> torch.Tensor:
     size, new = channels // blocks, width // blocks
     inside = torch.arange(new) % size
     return (torch.arange(blocks)[:, None] * size + inside.sort().values).flatten()
-
-
-def _uniform(cell: Cell, key: str, progress: Progress, where: dict[str, Any]) -> Record:
-    """The base network scaled uniformly to the budget and trained by the base's own recipe."""
-    model, x = fresh_model(cell, cell.seed), example_input(cell)
-    everything = find_groups(model, x)
-    groups = everything.select(cell.scope, cell.include or None)
-    cost = CostModel(model, everything, x)
-    budget = budget_of(cell, groups, cost)
-    try:
-        widths = uniform_widths(groups, budget, cost, cost.original)
-    except InfeasibleBudgetError as error:
-        raise NotApplicableError(str(error)) from error
-    return _train(cell, key, widths, groups, cell.base, progress, where, None)
-
-
-def _scratch(
-    cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]
-) -> Record:
-    """The shape that a technique found, trained from fresh weights: for as many epochs, or for as
-    many MACs, as it took.
-    """
-    source = _source(cell, store, progress)
-    spent = [source.spent[phase] for phase in ("base", "decision", "adaptation")]
-    if not cell.trains_base:  # what its training cost is unknown: the suite's base recipe stands in
-        passes = (source.base_macs or 0) * round(cell.base.epochs * len(load_data(cell).train))
-        spent[0] = Spent(epochs=cell.base.epochs, forward_macs=passes, backward_macs=2 * passes)
-    epochs = sum(s.epochs for s in spent)
-    if cell.technique == "scratch-budget":
-        total = sum(s.forward_macs + s.backward_macs for s in spent)
-        if source.macs is None:
-            raise UsageError(f"record {source.key} has no MACs")
-        epochs = min(
-            total / (3 * source.macs * len(load_data(cell).train)),
-            (cell.longest or math.inf) * epochs,
-        )
-    recipe = cell.base.model_copy(update={"epochs": epochs})
-    model = fresh_model(cell, cell.seed)
-    groups = find_groups(model, example_input(cell)).select(cell.scope, cell.include or None)
-    return _train(cell, key, source.widths, groups, recipe, progress, where, source.key)
-
-
-def _source(cell: Cell, store: Store, progress: Progress) -> Record:
-    """The finished record of the technique that a control is about."""
-    source = run_cell(source_of(cell), store, progress=progress)
-    if source.status == "failed":  # the next run tries it again, and with it this control
-        raise UsageError(f"its source {source.cell.id} failed: {source.reason}")
-    if source.status != "done":
-        raise NotApplicableError(f"its source {source.cell.id} is {source.status}: {source.reason}")
-    return source
-
-
-def _l1_budget(
-    cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]
-) -> Record:
-    """The base pruned by L1 norm to the same budget, fine-tuned until all of it has cost what the
-    source has.
-
-    Where the suite's base and fine-tuning together cost more than that (the source never trained
-    the whole network), the base is trained for a shorter time, too: by the same share as the
-    fine-tuning.
-    """
-    source, base = _source(cell, store, progress), obtain_base(cell, progress=progress)
-    technique = registry.create("l1-norm", {})
-    total = sum(s.forward_macs + s.backward_macs for s in source.spent.values())
-
-    def pruned(base: Base) -> tuple[Task, Result, nn.Module, int]:
-        task = task_of(cell, base, technique, progress=progress)
-        try:
-            outcome = technique.apply(task)
-        except InfeasibleBudgetError as error:
-            raise NotApplicableError(str(error)) from error
-        model = outcome.resized
-        return task, outcome, model, count_macs(model, base.example_input)
-
-    task, outcome, model, macs = pruned(base)
-    usual = (
-        3
-        * len(base.data.train)
-        * (base.cost.original.macs * cell.base.epochs + macs * cell.finetune.epochs)
-    )
-    if cell.trains_base and not source.spent["base"].forward_macs and total < usual:
-        shorter = cell.base.model_copy(update={"epochs": cell.base.epochs * total / usual})
-        base = obtain_base(cell.model_copy(update={"base": shorter}), progress=progress)
-        task, outcome, model, macs = pruned(base)
-    left = (
-        total
-        - base.spent.forward_macs
-        - base.spent.backward_macs
-        - macs * cell.calibration * bool(batch_norms(model))
-    )
-    most = (cell.longest or math.inf) * sum(
-        s.epochs for s in source.spent.values()
-    ) - base.spent.epochs
-    epochs = max(0.0, min(left / (3 * macs * len(base.data.train)), most))
-    tuned = cell.model_copy(
-        update={"finetune": cell.finetune.model_copy(update={"epochs": epochs})}
-    )
-    rows, adaptation, cost = adapt(model, tuned, base, progress, key)
-    full = base.cost.original
-    return Record(
-        key=key,
-        cell=cell,
-        status="done",
-        rows=rows,
-        access="training",
-        macs=cost.macs,
-        params=cost.params,
-        base_macs=full.macs,
-        base_params=full.params,
-        kept=outcome.kept,
-        met=outcome.met,
-        floor=task.budget != Budget.parse(str(cell.budget), grows=True),
-        coupled=any(task.groups[n].grade == "coupled" for n in outcome.plan),
-        widths=outcome.widths,
-        base_widths={n: g.channels for n, g in task.groups.items()},
-        spent={"base": base.spent, "decision": Spent(), "adaptation": adaptation},
-        source=source.key,
-        provenance={**where, **base.provenance},
-    )
-
-
-def source_of(cell: Cell) -> Cell:
-    """The technique's cell whose shape a scratch control trains."""
-    return cell.model_copy(update={"technique": cell.of, "of": None})
-
-
-def _train(
-    cell: Cell,
-    key: str,
-    widths: dict[str, int],
-    groups: Groups,
-    recipe: Recipe,
-    progress: Progress,
-    where: dict[str, Any],
-    source: str | None,
-) -> Record:
-    model, _, model_cost = fresh_at(cell, widths, cell.seed + FRESH[cell.technique])
-    cost, full = model_cost.counted(model, widths), model_cost.original
-    budget = budget_of(cell, groups, model_cost)
-    split = load_data(cell)
-    spent = train(model, cell, recipe, key, macs=cost.macs, progress=progress, desc=cell.id)
-    kept = used(budget, widths, groups, cost, full)
-    return Record(
-        key=key,
-        cell=cell,
-        status="done",
-        rows=(score(model, split, "trained"),),
-        access="training",
-        macs=cost.macs,
-        params=cost.params,
-        base_macs=full.macs,
-        base_params=full.params,
-        kept=kept,
-        met=check(budget, kept, groups),
-        floor=budget != Budget.parse(str(cell.budget), grows=True),
-        coupled=any(groups[n].grade == "coupled" for n in widths if n in groups),
-        widths=widths,
-        base_widths={n: g.channels for n, g in groups.items()},
-        spent={"base": Spent(), "decision": Spent(), "adaptation": spent},
-        source=source,
-        provenance={**where, "val_seen": False},
-    )

@@ -31,7 +31,10 @@ CELL_CODE = (
     "width",
     "sensitivity",
     "technique",
-    *(f"experiment/{room}.py" for room in ("bases", "billing", "controls", "keys", "protocol")),
+    *(
+        f"experiment/{room}.py"
+        for room in ("adaptation", "bases", "billing", "controls", "keys", "protocol")
+    ),
 )
 
 

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from widthbench.experiment.protocol import STOP
+from widthbench.experiment.adaptation import STOP
 from widthbench.experiment.records import Record
 from widthbench.paths import write_atomic
 from widthbench.report.figures import COLOURS

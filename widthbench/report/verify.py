@@ -22,7 +22,7 @@ from widthbench.cache import STORE
 from widthbench.claims import ledger
 from widthbench.engines import local
 from widthbench.errors import UsageError
-from widthbench.experiment import controls, protocol, suites
+from widthbench.experiment import adaptation, controls, protocol, suites
 from widthbench.experiment.cell import Cell
 from widthbench.experiment.records import Line, Record, Row, read_lines
 from widthbench.experiment.suites import Suite
@@ -600,7 +600,7 @@ def sizes(record: Record) -> dict[str, Any]:
     if cell.budget is None:
         return found
     scoped = groups.select(cell.scope, cell.include or None)
-    budget = protocol.budget_of(cell, scoped, cost)
+    budget = adaptation.budget_of(cell, scoped, cost)
     kept = used(budget, record.widths, scoped, now, full)
     floor = budget != Budget.parse(cell.budget, grows=True)
     return found | {"kept": kept, "met": check(budget, kept, scoped), "floor": floor}
