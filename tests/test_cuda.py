@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from widthbench import api
 from widthbench.data import splits
-from widthbench.experiment import protocol
+from widthbench.experiment import billing, protocol
 from widthbench.experiment.suites import Suite
 from widthbench.networks import models
 from widthbench.recipe import Recipe
@@ -132,7 +132,7 @@ def test_a_killed_technique_goes_on_from_what_it_had_kept(fresh_cache, monkeypat
 
     cell = next(c for c in Suite(**SUITE).cells() if c.technique == "splitting")
     rounds = []
-    real = protocol._cached_tensors
+    real = billing._cached_state
 
     def killed(key, make):
         state = real(key, make)
@@ -141,7 +141,7 @@ def test_a_killed_technique_goes_on_from_what_it_had_kept(fresh_cache, monkeypat
             raise KeyboardInterrupt
         return state
 
-    monkeypatch.setattr(protocol, "_cached_tensors", killed)
+    monkeypatch.setattr(billing, "_cached_state", killed)
     with pytest.raises(KeyboardInterrupt):
         protocol.run_cell(cell, Store())
     record = protocol.run_cell(cell, Store())

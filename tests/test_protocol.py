@@ -312,10 +312,10 @@ def test_a_plug_in_that_misbehaves_is_a_failed_record(store, using, cls, reason)
 
 def test_keys_hold_the_techniques_source_and_the_harnesss(monkeypatch, using):
     key, base = cell_key(cell()), base_key(cell())
-    monkeypatch.setattr(protocol, "source_digest", lambda cls: "changed")
+    monkeypatch.setattr(keys, "source_digest", lambda cls: "changed")
     assert cell_key(cell()) != key
     assert base_key(cell()) == base
-    monkeypatch.setattr(protocol, "code_digest", lambda *modules: "changed")
+    monkeypatch.setattr(keys, "code_digest", lambda *modules: "changed")
     assert base_key(cell()) != base
 
 
@@ -522,7 +522,7 @@ def test_everything_that_a_base_depends_on_is_in_its_key(changes):
 def test_seeding_and_image_decoding_are_in_the_keys(monkeypatch):
     assert "randomness.py" in keys.BASE_CODE
     before = base_key(cell())
-    monkeypatch.setattr(protocol, "versions", lambda: {"pillow": "0"})
+    monkeypatch.setattr(keys, "versions", lambda: {"pillow": "0"})
     assert base_key(cell()) != before
     assert {"pillow", "timm", "torch", "torchvision"} <= set(versions())
 

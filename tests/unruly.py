@@ -16,7 +16,7 @@ import torch
 from filelock import SoftFileLock
 
 from widthbench import Outcome, Technique
-from widthbench.experiment import adaptation, protocol
+from widthbench.experiment import adaptation, records
 from widthbench.paths import cache_dir
 
 WAYS = {
@@ -169,7 +169,7 @@ class Unruly(Technique):
 
     def leaves_traces(self, task):
         torch.set_default_dtype(torch.float64)
-        adaptation.score = lambda *_: protocol.Row(stage="resized", top1=100.0, loss=0.0, samples=1)
+        adaptation.score = lambda *_: records.Row(stage="resized", top1=100.0, loss=0.0, samples=1)
         os.environ["WIDTHBENCH_CACHE"] = "/nowhere"
         os.chdir("/")
         signal.setitimer(signal.ITIMER_REAL, 3)  # whose signal ends the process

@@ -18,7 +18,7 @@ from filelock import FileLock
 from widthbench.engines import local
 from widthbench.engines import worker as worker_module
 from widthbench.engines.worker import Worker, WorkerError, code_of
-from widthbench.experiment import keys, protocol, suites
+from widthbench.experiment import keys, suites
 from widthbench.experiment.limits import Limits
 from widthbench.experiment.store import Store
 from widthbench.report.tables import shape_of
@@ -335,7 +335,7 @@ def test_waiting_for_another_process_is_not_counted(fresh_cache, monkeypatch, bu
     lock = Store().lock(keys.cell_key(cell))
     if busy == "trains its base":
         (fresh_cache / "bases").mkdir(parents=True)
-        lock = FileLock(fresh_cache / "bases" / f"{protocol.base_key(cell)}.lock")
+        lock = FileLock(fresh_cache / "bases" / f"{keys.base_key(cell)}.lock")
     late, stages, enter = [0.0], [], worker_module._Clock.enter
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
     monkeypatch.setattr(worker_module, "time", clock)
