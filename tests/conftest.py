@@ -44,10 +44,9 @@ def fresh_cache(tmp_path, monkeypatch):
 def in_process(monkeypatch):
     """Cells are run in this process, not in one of their own: for tests of what comes before and
     after them."""
-    from widthbench.protocol import run_cell
-    from widthbench.records import Store
-
     from widthbench.engines.worker import Worker
+    from widthbench.experiment.protocol import run_cell
+    from widthbench.experiment.store import Store
 
     monkeypatch.setattr(
         Worker, "run", lambda self, cell, limits=None, *, bar=False: run_cell(cell, Store())

@@ -128,7 +128,7 @@ SUITE = {
 def test_a_killed_technique_goes_on_from_what_it_had_kept(fresh_cache, monkeypatch):
     """Splitting keeps its optimizer's state after a round: it comes back from a file, which is on
     the CPU."""
-    from widthbench.records import Store
+    from widthbench.experiment.store import Store
 
     cell = next(c for c in Suite(**SUITE).cells() if c.technique == "splitting")
     rounds = []

@@ -17,6 +17,7 @@ from widthbench.experiment.adaptation import task_of
 from widthbench.experiment.bases import obtain_base
 from widthbench.experiment.cell import Cell
 from widthbench.experiment.protocol import run_cell
+from widthbench.experiment.records import Record
 from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.recipe import Recipe
@@ -459,9 +460,7 @@ def test_checks_read_records_and_measurements(tmp_path):
     )
     assert list(checks.speed_up(evidence).values.values()) == [2.0]
     evidence._read["shrinking"] = [
-        widthbench.records.Record(
-            key=c.id, cell=c, **DONE, series={"stop.channels": [10 + 0.1 * width + c.seed]}
-        )
+        Record(key=c.id, cell=c, **DONE, series={"stop.channels": [10 + 0.1 * width + c.seed]})
         for c in evidence.cells("shrinking")
         for width in (c.model_args["widths"][0],)
         if c.params == {"ranking": "oracle", "rerank": "iterative"}
