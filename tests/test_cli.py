@@ -4,7 +4,7 @@ import re
 import pytest
 from PIL import Image
 
-from widthbench import claims
+from widthbench.claims import ledger
 from widthbench.cli import main
 
 SUITE = """
@@ -191,7 +191,7 @@ def test_data_names_a_damaged_file_and_exits_with_1(here, capsys):
 
 def test_claims_writes_the_page_and_names_what_is_unknown(here, capsys, monkeypatch):
     monkeypatch.setattr(
-        claims, "_function", lambda name: lambda *args, **given: []
+        ledger, "_function", lambda name: lambda *args, **given: []
     )  # checks have tests of their own
     assert main(["claims", "--results", str(here / "results")]) == 0
     page = (here / "results" / "claims.md").read_text()

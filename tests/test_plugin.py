@@ -105,7 +105,7 @@ def test_it_runs_through_a_suite_onto_a_leaderboard(run):
 def test_it_keeps_the_contract(run):
     done = run(
         "-c",
-        "from widthbench import contract, registry; "
+        "from widthbench import contract; from widthbench.technique import registry; "
         "print(contract.check_technique(registry.load('keep-first')))",
     )
     assert done.stdout.strip() == "9", done.stderr

@@ -373,7 +373,7 @@ def test_a_gpu_that_is_not_there_is_named(store, monkeypatch):
 def test_an_interrupted_cell_leaves_nothing_and_a_rerun_does_the_rest(store, monkeypatch):
     run_cell(cell(), store)
     real = adaptation.adapt
-    monkeypatch.setattr(adaptation, "adapt", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(protocol, "adapt", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     other = cell(budget="macs:0.25")
     with pytest.raises(KeyboardInterrupt):
         run_cell(other, store)

@@ -10,6 +10,7 @@ import pytest
 from widthbench import cli
 from widthbench.experiment import suites
 from widthbench.experiment.records import digest_of, read_records, write_records
+from widthbench.experiment.store import Store
 from widthbench.report import verify
 from widthbench.report.build import ASIDE
 
@@ -340,7 +341,7 @@ def test_a_store_does_not_answer_for_a_rerun(results, monkeypatch, tmp_path):
     monkeypatch.setenv("WIDTHBENCH_STORE", f"file://{tmp_path}/store")
     forged = read_records(records_file(results))[1]
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(tmp_path / "forger"))
-    verify.controls.Store().put(better(forged))
+    Store().put(better(forged))
     (found,) = verify.rerun(suites.load(str(results / "tiny.toml")), [better(forged)])
     assert not found.ok
     assert verify.os.environ["WIDTHBENCH_STORE"] == f"file://{tmp_path}/store"
@@ -584,7 +585,7 @@ FORGERIES = {
 
 @pytest.fixture(scope="module")
 def judged():
-    return verify.claims.judge_all(RESULTS)
+    return verify.ledger.judge_all(RESULTS)
 
 
 def test_claims_are_judged_anew(tmp_path, capsys, judged):
@@ -592,7 +593,7 @@ def test_claims_are_judged_anew(tmp_path, capsys, judged):
         if path.name not in FORGERIES:
             (tmp_path / path.name).symlink_to(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify.claims, "judge_all", lambda results: judged)
+        patch.setattr(verify.ledger, "judge_all", lambda results: judged)
         for name, edits in FORGERIES.items():
             for old, new in edits:
                 for each in FORGERIES:
@@ -632,7 +633,7 @@ def test_files_that_no_report_writes_are_found(results):
 
 def test_the_committed_claims_are_what_the_committed_records_say(judged, monkeypatch):
     monkeypatch.setattr(
-        verify.claims, "judge_all", lambda results: judged if results == RESULTS else None
+        verify.ledger, "judge_all", lambda results: judged if results == RESULTS else None
     )
     assert [c.plain() for c in verify.check_claims(RESULTS) if not c.ok] == []
 

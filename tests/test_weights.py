@@ -159,13 +159,8 @@ def test_torch_reads_weights_only_wherever_it_reads():
     root = Path(__file__).parent.parent
     calls = [
         (path, node)
-        for folder in (
-            root,
-            root.parent / "methods",
-            root.parent / "baselines",
-            root.parent / "bench",
-        )
-        for path in folder.rglob("*.py")
+        for folder in ("widthbench", "methods", "baselines", "bench")
+        for path in (root / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
     ]

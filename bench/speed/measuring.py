@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import queue
@@ -315,15 +316,12 @@ class Batch:
         return iter([(self.x, self.y)] * self.times)
 
 
-def _training() -> tuple[Any, Any]:
-    """The training loop and recipes, of an earlier commit, too."""
-    try:
-        from widthbench.recipe import Recipe
-        from widthbench.training.loop import fit
-    except ImportError:
-        from widthbench.recipe import Recipe  # type: ignore[no-redef]
-        from widthbench.training import fit  # type: ignore[no-redef,attr-defined]
-    return fit, Recipe
+def _from(name: str, *homes: str) -> Any:
+    """A name from the first of some modules that is there: an earlier commit had other rooms."""
+    for home in homes:
+        with contextlib.suppress(ImportError):
+            return getattr(importlib.import_module(f"widthbench.{home}".rstrip(".")), name)
+    raise ImportError(f"{name} is in none of {', '.join(homes)}")
 
 
 @dataclasses.dataclass
@@ -353,14 +351,14 @@ def prepared(item: Item) -> Timed:
         raise NotHereError("torch finds no GPU")
     try:
         from widthbench import api
-        from widthbench.data.splits import ImageSamples
         from widthbench.errors import UsageError
-        from widthbench.networks import models
-        from widthbench.technique import registry
-        from widthbench.training.measuring import fastest_layout
         from widthbench.width import certify, discover, find_groups, resize
 
-        fit, Recipe = _training()
+        models = importlib.import_module(_from("__name__", "networks.models", "models"))
+        registry = importlib.import_module(_from("__name__", "technique.registry", "registry"))
+        ImageSamples = _from("ImageSamples", "data.splits", "data")
+        fastest_layout = _from("fastest_layout", "training.measuring", "measure")
+        fit, Recipe = _from("fit", "training.loop", "training"), _from("Recipe", "recipe")
     except ImportError as error:
         raise RuntimeError(
             f"this widthbench cannot be measured by these benchmarks: {error}"

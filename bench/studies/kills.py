@@ -49,7 +49,7 @@ args = { drop_rate = 0.2 }
 
 TRAIN = """
 import sys
-from widthbench import protocol, suites
+from widthbench.experiment import bases, protocol, suites
 from widthbench.training import resume
 resume.STATE_EVERY_S = 0  # keep the state after every epoch
 cell = suites.load(sys.argv[1]).cells()[0]

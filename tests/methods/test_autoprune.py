@@ -596,17 +596,17 @@ def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypa
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"ramp": 0.9, "freeze": 0.5}, "0 < ramp <= freeze <= 1"),
-        ({"epochs": 0}, "epochs must be a number above 0"),
-        ({"eta": -1}, "eta must be a number above 0"),
-        ({"eta": float("inf")}, "eta must be a number above 0"),
-        ({"mu": -1}, "mu must be a number from 0 on"),
-        ({"weight_decay": -1}, "weight_decay must be a number from 0 on"),
+        ({"ramp": 0.9, "freeze": 0.5}, "ramp must not be above freeze"),
+        ({"epochs": 0}, "'epochs': Input should be greater than 0"),
+        ({"eta": -1}, "'eta': Input should be greater than 0"),
+        ({"eta": float("inf")}, "'eta': Input should be a finite number"),
+        ({"mu": -1}, "'mu': Input should be greater than or equal to 0"),
+        ({"weight_decay": -1}, "'weight_decay': Input should be greater than or equal to 0"),
         (
             {"estimator": "relu"},
-            "estimator must be one of softplus, leaky_relu, linear, not 'relu'",
+            "'estimator': Input should be 'softplus', 'leaky_relu' or 'linear'",
         ),
-        ({"decoupling": "sign"}, "decoupling must be one of sgn, unit, none, not 'sign'"),
+        ({"decoupling": "sign"}, "'decoupling': Input should be 'sgn', 'unit' or 'none'"),
     ],
 )
 def test_parameters_that_make_no_sense(params, message):

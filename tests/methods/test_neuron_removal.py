@@ -343,14 +343,14 @@ def test_relu_behind_a_gate_is_skipped_with_the_remedy_and_softplus_is_one(fresh
     ("params", "message"),
     [
         ({"ranking": "third_order"}, "parameter 'ranking'"),
-        ({"samples": 0}, "samples must be at least 1, not 0"),
-        ({"step": 0}, "step must be at least 1"),
-        ({"processes": 0}, "processes must be at least 1"),
-        ({"memory_mib": 0}, "memory_mib must be above 0"),
-        ({"softplus_beta": 1.0}, "softplus_beta must be above 0, and needs ranking='second_order'"),
+        ({"samples": 0}, "'samples': Input should be greater than or equal to 1"),
+        ({"step": 0}, "'step': Input should be greater than or equal to 1"),
+        ({"processes": 0}, "'processes': Input should be greater than or equal to 1"),
+        ({"memory_mib": 0}, "'memory_mib': Input should be greater than 0"),
+        ({"softplus_beta": 1.0}, "softplus_beta needs ranking='second_order'"),
         (
             {"softplus_beta": 1.0, "ranking": "second_order", "diagonal": "exact"},
-            "softplus_beta must be above 0, and needs",
+            "softplus_beta needs",
         ),
     ],
 )

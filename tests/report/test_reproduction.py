@@ -100,7 +100,7 @@ def test_a_report_shows_what_this_machine_computed_not_a_record_of_the_same_key(
     for one in ours(made):
         store.put(one)
     keys = {r.cell.identity: r.key for r in ours(made)}
-    monkeypatch.setattr(build.protocol, "cell_key", lambda cell: keys[cell.identity])
+    monkeypatch.setattr(build.keys, "cell_key", lambda cell: keys[cell.identity])
     write_records(
         tmp_path / "results" / made.name / "records.jsonl", published
     )  # a folder that somebody copied here

@@ -130,12 +130,12 @@ def test_the_command_writes_it(tmp_path, capsys, monkeypatch):
     assert "--site" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     write_records(tmp_path / "mine" / "records.jsonl", [record()])
-    nothing = site.claims.Evidence(tmp_path)
+    nothing = site.ledger.Evidence(tmp_path)
     judged = [
-        (d, c, site.claims.judge(c, nothing))
-        for d, c in site.claims.choose(site.claims.load(), ["M1"])
+        (d, c, site.ledger.judge(c, nothing))
+        for d, c in site.ledger.choose(site.ledger.load(), ["M1"])
     ]
-    monkeypatch.setattr(site.claims, "judge_all", lambda results: judged)
+    monkeypatch.setattr(site.ledger, "judge_all", lambda results: judged)
     for damaged in ("[", "{}3", "7", "[7]", '[{"id": "M1"}]'):
         (tmp_path / "claims.json").write_text(damaged)
         assert cli.main(["report", "--site", "--results", str(tmp_path)]) == 2, damaged

@@ -153,7 +153,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{rest} s"
 
 
-def wanted(name: str, only: Sequence[str]) -> bool:
+def matches(name: str, only: Sequence[str]) -> bool:
     """Whether a name holds one of some texts; all do where there are none."""
     return not only or any(text in name for text in only)
 

@@ -11,12 +11,12 @@ from widthbench.cli.common import (
     Told,
     as_json,
     data_folder,
+    matches,
     positive,
     results_folder,
     seconds,
     share,
     suite_names,
-    wanted,
 )
 from widthbench.errors import UsageError
 
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
             "a cluster has the cores that it has: leave --jobs out where --address is given"
         )
     chosen = [
-        (s, [c for c in s.cells() if wanted(c.id, args.only)]) for s in suites.load_all(args.suite)
+        (s, [c for c in s.cells() if matches(c.id, args.only)]) for s in suites.load_all(args.suite)
     ]
     require_writable(args.results)
     cache.check_store()

@@ -11,10 +11,10 @@ from widthbench.cli.common import (
     count,
     data_folder,
     folder_of,
+    matches,
     positive,
     show,
     suite_names,
-    wanted,
     whose_results,
 )
 from widthbench.errors import UsageError, visible
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         folder = folder_of(args, suite.name)
         found = verify.check_files(suite, folder)
         records = [line.record for line in read_lines(folder / "records.jsonl") if line.record]
-        wanted = [r for r in records if wanted(r.cell.id, args.only)]
+        wanted = [r for r in records if matches(r.cell.id, args.only)]
         if records and not wanted:
             raise UsageError(
                 f"suite {suite.name} has no record whose name holds"

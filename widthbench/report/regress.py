@@ -24,7 +24,7 @@ from tabulate import tabulate
 
 from widthbench.errors import UsageError, did_you_mean
 
-MEASURING = Path("bench") / "asv" / "measuring.py"
+MEASURING = Path("bench") / "speed" / "measuring.py"
 LEAST = 0.1  # seconds of a timed sample
 NOTABLE = 16.0  # MiB; differences below are those of allocators
 Verdict = Literal["same", "faster", "slower", "more memory", "new", "broken", "not here"]

@@ -119,7 +119,7 @@ def _is_new(name: str) -> bool:
 
 _TRY = """
 import json, os, sys
-from widthbench import registry
+from widthbench.technique import registry
 sys.path[:] = json.loads(sys.argv[1])
 for name, params in json.loads(sys.argv[2]):
     try:
