@@ -378,7 +378,7 @@ def test_an_interrupted_cell_leaves_nothing_and_a_rerun_does_the_rest(store, mon
     with pytest.raises(KeyboardInterrupt):
         run_cell(other, store)
     assert store.get(cell_key(other)) is None
-    monkeypatch.setattr(adaptation, "adapt", real)
+    monkeypatch.setattr(protocol, "adapt", real)
     assert store.get(cell_key(cell())).status == "done"
     assert run_cell(other, store).status == "done"
 
