@@ -50,8 +50,8 @@ def train(name: str, size: int, out: str) -> None:
     spent = fit(model, Doubles(digits.train), recipe, macs=1, seed=3)
     scores = accuracy(model, Doubles(digits.test), batch_size=64)
     sums = [p.detach().sum().item() for p in model.parameters()]
-    assert parallel.agreed(lambda: sums) == sums
-    if parallel.first():
+    assert parallel.broadcast(lambda: sums) == sums
+    if parallel.is_main():
         result = {
             "state": dict(model.state_dict()),
             "macs": spent.forward_macs,

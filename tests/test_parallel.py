@@ -118,10 +118,10 @@ def test_parts_of_a_batch_are_all_of_it(monkeypatch):
 
 
 def test_one_process_needs_nothing():
-    assert (parallel.world(), parallel.rank(), parallel.first()) == (1, 0, True)
-    assert parallel.agreed(lambda: 3) == 3
-    assert parallel.gathered("x") == ["x"]
-    parallel.everyone()
+    assert (parallel.world(), parallel.rank(), parallel.is_main()) == (1, 0, True)
+    assert parallel.broadcast(lambda: 3) == 3
+    assert parallel.gather("x") == ["x"]
+    parallel.barrier()
     parallel.add_up([torch.ones(2)])
 
 

@@ -59,18 +59,18 @@ def rank() -> int:
     return 0 if _state is None else int(_state.process_index)
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this process is the one that writes."""
     return rank() == 0
 
 
-def everyone() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
     if _state is not None:
         _state.wait_for_everyone()
 
 
-def agreed(find: Callable[[], T], *, everywhere: bool = False) -> T:
+def broadcast(find: Callable[[], T], *, everywhere: bool = False) -> T:
     """What the first process finds, in all of them.
 
     Args:
@@ -81,12 +81,12 @@ def agreed(find: Callable[[], T], *, everywhere: bool = False) -> T:
         return find()
     from accelerate.utils import broadcast_object_list
 
-    found = [find() if first() or everywhere else None]
+    found = [find() if is_main() or everywhere else None]
     broadcast_object_list(found)
     return found[0]  # type: ignore[return-value]
 
 
-def gathered(value: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """Each process's value, in their order."""
     if _state is None:
         return [value]
@@ -99,12 +99,12 @@ def gathered(value: T) -> list[T]:
 @contextmanager
 def held(lock: AbstractContextManager[Any]) -> Iterator[None]:
     """Hold a lock that the first process takes for all."""
-    if not first():
-        everyone()
+    if not is_main():
+        barrier()
         yield
         return
     with lock:
-        everyone()
+        barrier()
         yield
 
 

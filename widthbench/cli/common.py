@@ -133,7 +133,7 @@ class Told:
         self._computed += (
             datetime.now(UTC) - made
         ).total_seconds() <= since + 1  # the others were there before
-        if not parallel.first():
+        if not parallel.is_main():
             return
         left = self._total - len(self.records)
         rest = (

@@ -172,6 +172,6 @@ def run(args: argparse.Namespace) -> int:
                 print(f"widthbench: time is over, {left}: run again for the rest", file=sys.stderr)
                 if not told.records:
                     return 0
-        return report.run(args, told.records) if parallel.first() else 0
+        return report.run(args, told.records) if parallel.is_main() else 0
     finally:
         parallel.stop()

@@ -50,7 +50,7 @@ def run(
         parallel.launched()
     ):  # several processes compute each cell together: they are this one and its sisters
         for cell in cells:
-            if not parallel.agreed(lambda: time.monotonic() < over):
+            if not parallel.broadcast(lambda: time.monotonic() < over):
                 return False
             done(_here(cell))
         return True

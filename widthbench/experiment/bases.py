@@ -134,7 +134,7 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
         return _based(cell, model, x, split, path, spent)
     with parallel.held(Lock(path.with_suffix(".lock"))):
         spent = _read_weights(path, model)
-        parallel.everyone()
+        parallel.barrier()
         if spent is None:
             if (
                 died := cache.read_json(_died(path), "base network")
@@ -155,13 +155,13 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
                     resume=resume,
                 )
             except DivergedError as error:
-                if parallel.first():
+                if parallel.is_main():
                     cache.write_json(_died(path), {"reason": f"its base network: {error}"})
                 raise DivergedError(f"its base network: {error}") from error
-            if parallel.first():
+            if parallel.is_main():
                 _write_weights(path, model, spent)
                 resume.discard()
-            parallel.everyone()
+            parallel.barrier()
     return _based(cell, model, x, split, path, spent)
 
 

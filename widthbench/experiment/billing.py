@@ -132,12 +132,12 @@ def _billed(key: str, work: Callable[[], tuple[State, Spent]]) -> tuple[State, S
 
     def make() -> State:
         state, spent = work()
-        if parallel.first():
+        if parallel.is_main():
             cache.write_json(bill, spent.model_dump())
         return state
 
     state = _cached_state(key, make)
-    parallel.everyone()
+    parallel.barrier()
     if (spent := cache.read_json(bill, "bill")) is None:
         cache.drop(_cached_path(key))
         state, spent = _cached_state(key, make), cache.read_json(bill, "bill")
@@ -151,9 +151,9 @@ def _cached_state(key: str, make: Callable[[], State]) -> State:
     with parallel.held(Lock(path.with_suffix(".lock"))):
         if (state := _read_state(path)) is not None:
             return state
-        parallel.everyone()  # nobody sees the file that the first one is about to write
+        parallel.barrier()  # nobody sees the file that the first one is about to write
         state = make()
-        if parallel.first():
+        if parallel.is_main():
             buffer = io.BytesIO()
             torch.save(tree_map_only(Tensor, lambda t: t.detach().cpu(), state), buffer)
             cache.write(path, buffer.getvalue())

@@ -75,16 +75,18 @@ def run_cell(cell: Cell, store: Store, *, progress: Progress = quiet) -> Record:
             device.
     """
     key = cell_key(cell)
-    if record := parallel.agreed(
+    if record := parallel.broadcast(
         lambda: store.get(key)
     ):  # what is finished can be read where nothing may be written
         return record
     with parallel.held(store.lock(key)):
-        if record := parallel.agreed(lambda: store.get(key)):
+        if record := parallel.broadcast(lambda: store.get(key)):
             return record
         with pinned(cell):
-            record = parallel.agreed(partial(_compute, cell, key, store, progress), everywhere=True)
-        if parallel.first():
+            record = parallel.broadcast(
+                partial(_compute, cell, key, store, progress), everywhere=True
+            )
+        if parallel.is_main():
             store.put(record)
         return record
 

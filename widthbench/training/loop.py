@@ -121,9 +121,9 @@ def fit(
         for epoch in progress(range(run.epoch, math.ceil(run.total / run.per_epoch)), desc=desc):
             epoch_of()
             run.epoch = epoch + 1
-            if resume is not None and run.step < run.total and parallel.agreed(resume.due):
+            if resume is not None and run.step < run.total and parallel.broadcast(resume.due):
                 kept = run.state_dict(time.perf_counter() - begin)
-                if parallel.first():
+                if parallel.is_main():
                     resume.write(recipe, len(train), kept)
             if after_epoch is not None:
                 after_epoch(run.epoch)
@@ -225,7 +225,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "order": self.order.get_state(),
-            "random": parallel.gathered((torch.get_rng_state(), random_gpu)),
+            "random": parallel.gather((torch.get_rng_state(), random_gpu)),
             "average": None if self.average is None else self.average.module.state_dict(),
             "state": None if self._state is None else self._state.state_dict(),
             "parts": self.parts,

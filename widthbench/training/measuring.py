@@ -89,7 +89,7 @@ def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accura
             loss += float(F.cross_entropy(logits.double(), y, reduction="sum"))
             total += len(y)
     if shared:
-        found = parallel.gathered((right, right5, loss, total, classes))
+        found = parallel.gather((right, right5, loss, total, classes))
         right, right5, total = (sum(int(f[i]) for f in found) for i in (0, 1, 3))
         loss, classes = sum(f[2] for f in found), max(f[4] for f in found)
     model.train(training).to(memory_format=before)
