@@ -114,12 +114,8 @@ def assert_each_fails_and_the_others_go_on(*ways, time_limit):
 
 @pytest.mark.parametrize(
     "ways",
-    [
-        KINDS[:3],
-        KINDS[3:],
-        pytest.param([w for w in unruly.WAYS if w not in HANGING], marks=pytest.mark.slow),
-    ],
-    ids=["process", "record", "all"],
+    [KINDS, pytest.param([w for w in unruly.WAYS if w not in HANGING], marks=pytest.mark.slow)],
+    ids=["quick", "all"],
 )
 def test_each_way_to_fail_is_a_record_with_its_cause_and_the_others_go_on(plug_ins, ways):
     # how fast a machine is must not decide which limit is met first
@@ -168,20 +164,17 @@ def test_latencies_are_measured_where_no_plug_in_was_imported(plug_ins, in_proce
     assert timing["peak_memory_mib"] == pytest.approx(next(measured([record]))["peak_memory_mib"])
 
 
-@pytest.mark.parametrize("way", ["writes-everywhere", "forks"])
-def test_nobody_but_the_worker_answers(plug_ins, way):
-    found = run(way, "l1-norm")
-    assert {n: r.status for n, r in found.items()} == {
-        "base": "done",
-        way: "done",
-        "l1-norm": "done",
-    }
+def test_nobody_but_the_worker_answers(plug_ins):
+    names = ("writes-everywhere", "forks", "l1-norm")
+    found = run(*names)
+    assert {n: r.status for n, r in found.items()} == dict.fromkeys(("base", *names), "done")
     assert all(r.cell.technique == n for n, r in found.items())
 
 
 def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins):
     ours = ("l1-norm", "random-channels", "nmf")
-    alone = run(*ours)
+    cells = suite(*ours).cells()
+    alone = {c.technique: protocol.run_cell(c, Store()) for c in cells}  # in this process
     for name in ours:
         Store().path(alone[name].key).unlink()
     ways = ("leaves-traces", "leaves-traces-and-exits", "leaves-traces-and-interrupts")
@@ -264,7 +257,11 @@ def test_a_cell_that_was_finished_under_another_device_setting_is_finished(fresh
             CLASS.format("raise RuntimeError('broke')"),
             r"cannot be made with {}: RuntimeError: broke",
         ),
-        (CLASS.format("raise SystemExit(4)"), r"cannot be made with {}: SystemExit: 4"),
+        pytest.param(
+            CLASS.format("raise SystemExit(4)"),
+            r"cannot be made with {}: SystemExit: 4",
+            marks=pytest.mark.slow,
+        ),
         (
             CLASS.format("import os; os._exit(7)"),
             r"importing or making it ends the process \(exit code 7\)",

@@ -253,7 +253,7 @@ def test_budgets_above_1_grow_beyond_the_network():
     [("lenet5", 20, {}), ("test_resnet", 32, {}), ("test_vit", 32, {"depth": 2})],
 )
 def test_it_grows_real_networks(model, size, args):
-    brief = {"narrow": 0.5, "epochs": 0.1}
+    brief = {"narrow": 0.8, "rounds": 1, "epochs": 0.1}
     record = run_cell(
         cell(brief, model=model, size=size, model_args=args, budget="macs:0.6"), Store()
     )
