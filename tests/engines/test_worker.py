@@ -18,7 +18,7 @@ from filelock import FileLock
 from widthbench.engines import local
 from widthbench.engines import worker as worker_module
 from widthbench.engines.worker import Worker, WorkerError, code_of
-from widthbench.experiment import keys, suites
+from widthbench.experiment import keys, protocol, suites
 from widthbench.experiment.limits import Limits
 from widthbench.experiment.store import Store
 from widthbench.report.tables import shape_of
