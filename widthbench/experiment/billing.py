@@ -155,9 +155,14 @@ def _cached_state(key: str, make: Callable[[], State]) -> State:
         state = make()
         if parallel.is_main():
             buffer = io.BytesIO()
-            torch.save(tree_map_only(Tensor, lambda t: t.detach().cpu(), state), buffer)
+            torch.save(tree_map_only(Tensor, _own, state), buffer)
             cache.write(path, buffer.getvalue())
         return state
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; a view would be written with all that it is a view of."""
+    return tensor.detach().cpu().clone()
 
 
 def _read_state(path: Path) -> State | None:
