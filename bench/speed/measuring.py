@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,21 +299,6 @@ def applicable(found: Measured, item: Item) -> None:
 
 class NotHereError(Exception):
     """No such device, package or combination."""
-
-
-class Batch:
-    """The same random batch, a few times over."""
-
-    parted = False
-
-    def __init__(self, x: Any, y: Any, times: int) -> None:
-        self.x, self.y, self.times = x, y, times
-
-    def __len__(self) -> int:
-        return len(self.y) * self.times
-
-    def batches(self, size: int, **_: Any) -> Iterator[Any]:
-        return iter([(self.x, self.y)] * self.times)
 
 
 def _from(name: str, *homes: str) -> Any:
