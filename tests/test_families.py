@@ -89,7 +89,9 @@ def _dies(name):
 
 def test_a_network_that_takes_too_long_or_kills_its_process_is_a_row():
     assert families.apart(_sleeps, "x", 1, 0.5) == {"problem": "took more than 0.5 s"}
-    assert families.apart(_dies, "x", 1, 60) == {"problem": "its process died (out of memory?)"}
+    assert families.apart(_dies, "x", 1, 60) == {
+        "problem": "its process ended with exit code 3 without a word"
+    }
 
 
 def test_the_page_counts_what_passes_and_names_the_rest():

@@ -11,7 +11,7 @@ import torch
 from widthbench.experiment import suites
 from widthbench.experiment.records import read_records
 from widthbench.report.claims import summary
-from widthbench.report.tables import lines
+from widthbench.report.lines import lines
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import io
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -21,7 +21,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -37,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from speed.l1_torch_pruning import prune_alone
 
 from widthbench import api
+from widthbench.children import Child, ChildDied, Say
 from widthbench.errors import UsageError, did_you_mean
 from widthbench.networks import models
 from widthbench.paths import write_atomic
@@ -224,32 +224,34 @@ def built(name: str) -> tuple[nn.Module, Tensor]:
     )
 
 
-def _send(what: Callable[[str], Row], name: str, threads: int, into: Connection) -> None:
-    torch.set_num_threads(threads)
+def apart(what: Callable[[str], Row], name: str, threads: int, limit_s: float) -> Row:
+    """A row made in a process of its own."""
+    here, there = (_module(f.__module__) for f in (made, what))
+    request = {"module": there, "function": what.__name__, "of": name, "threads": threads}
+    with Child(f"{here}:{made.__name__}", path=sys.path) as child:
+        try:
+            row: Row = child.ask(request, limit_s=limit_s)
+        except ChildDied as died:
+            row = {"problem": str(died)}
+    return row
+
+
+def _module(name: str) -> str:
+    """How a process that runs no script finds a module."""
+    return Path(str(sys.modules[name].__file__)).stem if name == "__main__" else name
+
+
+def made(request: Mapping[str, Any], _: Say) -> Row:
+    """A row, in the process that makes it."""
+    torch.set_num_threads(request["threads"])
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as empty:  # certificates are made anew, and once
         os.environ["WIDTHBENCH_CACHE"] = empty
+        make = getattr(importlib.import_module(request["module"]), request["function"])
         try:
-            into.send(what(name))
+            row: Row = make(request["of"])
         except Exception as error:
-            into.send({"problem": f"{type(error).__name__}: {_first(error)}"})
-
-
-def apart(what: Callable[[str], Row], name: str, threads: int, limit_s: float) -> Row:
-    """A row made in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(what, name, threads, theirs))
-    process.start()
-    theirs.close()
-    try:
-        row: Row = (
-            ours.recv() if ours.poll(limit_s) else {"problem": f"took more than {limit_s:g} s"}
-        )
-    except EOFError:
-        row = {"problem": "its process died (out of memory?)"}
-    process.kill()
-    process.join()
+            row = {"problem": f"{type(error).__name__}: {_first(error)}"}
     return row
 
 

@@ -21,7 +21,7 @@ from widthbench.engines.worker import Worker, WorkerError, code_of
 from widthbench.experiment import keys, protocol, suites
 from widthbench.experiment.limits import Limits
 from widthbench.experiment.store import Store
-from widthbench.report.tables import shape_of
+from widthbench.report.lines import shape_of
 from widthbench.report.timing import measured
 from widthbench.technique import registry
 
@@ -217,7 +217,7 @@ def test_a_finished_cell_of_a_plug_in_costs_no_process_and_is_imported_in_none(p
     worker = Worker()
     worker.code = "of the cell before"
     assert worker.run(cell) == done
-    assert worker._child is None
+    assert worker.child.pid is None
     assert worker.code == code_of(cell)
 
 
@@ -252,7 +252,7 @@ def test_a_cell_that_was_finished_under_another_device_setting_is_finished(fresh
             "import ctypes; ctypes.string_at(0)",
             r"importing or making it ends the process \(SIGSEGV\)",
         ),
-        ("import time; time.sleep(1000)", r"importing or making it takes more than 1 s"),
+        ("import time; time.sleep(1000)", r"importing or making it took more than 1 s"),
         (
             CLASS.format("raise RuntimeError('broke')"),
             r"cannot be made with {}: RuntimeError: broke",
@@ -316,11 +316,11 @@ def test_a_process_killed_from_outside_is_given_a_second_chance(fresh_cache):
     hand.start()
     while not (fresh_cache / "bases").exists():
         time.sleep(0.05)
-    first = worker._child.pid
+    first = worker.child.pid
     os.kill(first, signal.SIGKILL)
     hand.join()
     assert found[0].status == "done"
-    assert worker._child.pid != first
+    assert worker.child.pid != first
     worker.close()
     with pytest.raises(WorkerError):
         worker.run(cell)
@@ -333,16 +333,16 @@ def test_waiting_for_another_process_is_not_counted(fresh_cache, monkeypatch, bu
     if busy == "trains its base":
         (fresh_cache / "bases").mkdir(parents=True)
         lock = FileLock(fresh_cache / "bases" / f"{keys.base_key(cell)}.lock")
-    late, stages, enter = [0.0], [], worker_module._Clock.enter
+    late, stages, enter = [0.0], [], worker_module._Clock._enter
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
     monkeypatch.setattr(worker_module, "time", clock)
 
-    def watched(self, stage, limit):
-        enter(self, stage, limit)
+    def watched(self, stage):
+        enter(self, stage)
         late[0] += 1000.0 * (stage == "wait")  # each wait takes so many seconds more
         stages.append(stage)
 
-    monkeypatch.setattr(worker_module._Clock, "enter", watched)
+    monkeypatch.setattr(worker_module._Clock, "_enter", watched)
     lock.acquire()
     worker = Worker()
     found = []

@@ -14,13 +14,14 @@ from made import record, suite
 from widthbench import cli
 from widthbench.experiment import suites
 from widthbench.experiment.records import read_records, write_records
-from widthbench.report import exports, tables
+from widthbench.report import exports
+from widthbench.report.lines import lines, shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def csv_rows(records, timings=()):
-    return list(csv.DictReader(io.StringIO(exports.csv_text(records, list(timings)))))
+    return list(csv.DictReader(io.StringIO(exports.csv_text(lines(records, (), timings)))))
 
 
 def test_csv_has_every_number_with_all_its_digits():
@@ -28,7 +29,7 @@ def test_csv_has_every_number_with_all_its_digits():
     timing = {
         "dataset": "digits",
         "model": "lenet5",
-        "shape": tables.shape_of(some[0]),
+        "shape": shape_of(some[0]),
         "speed_up": 1.5,
     }
     (row,) = csv_rows(some, [timing])
@@ -81,7 +82,9 @@ def test_what_has_no_number_is_empty_and_flags_are_columns():
 
 
 def test_text_is_no_formula_in_a_spreadsheet_and_what_was_not_run_has_a_row():
-    text = exports.csv_text([record("=HYPERLINK(1)")], [], suite(seeds=[0, 1], controls=[]).cells())
+    text = exports.csv_text(
+        lines([record("=HYPERLINK(1)")], suite(seeds=[0, 1], controls=[]).cells())
+    )
     formula, unrun = csv.DictReader(io.StringIO(text))
     assert formula["technique"] == "'=HYPERLINK(1)"
     assert (unrun["technique"], unrun["status"], unrun["cells"], unrun["cells_done"]) == (
@@ -114,7 +117,7 @@ def test_csv_agrees_with_the_committed_leaderboard():
     records = read_records(ROOT / "results" / "published" / "lenet-public" / "records.jsonl")
     page = (ROOT / "results" / "published" / "lenet-public" / "leaderboard.md").read_text()
     rows = csv_rows(records)
-    assert len(rows) == len(tables.lines(records))
+    assert len(rows) == len(lines(records))
     merged = [
         r
         for r in rows
@@ -128,8 +131,9 @@ def test_csv_agrees_with_the_committed_leaderboard():
 def test_latex_escapes_and_has_a_table_for_each_network():
     text = exports.latex_text(
         suite(),
-        [record(seed=s, top1=90.0 + s) for s in range(2)] + [record("random_100%&", top1=1.0)],
-        [],
+        lines(
+            [record(seed=s, top1=90.0 + s) for s in range(2)] + [record("random_100%&", top1=1.0)]
+        ),
     )
     assert text.count(r"\begin{table}") == 1
     assert r"random\_100\%\&" in text
@@ -145,7 +149,7 @@ def test_latex_escapes_and_has_a_table_for_each_network():
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_latex_compiles(tmp_path):
-    body = exports.latex_text(suite(), [record(seed=s) for s in range(2)], [])
+    body = exports.latex_text(suite(), lines([record(seed=s) for s in range(2)]))
     (tmp_path / "a.tex").write_text(
         "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n"
         + body
@@ -197,11 +201,11 @@ def test_no_name_becomes_a_formula_or_breaks_a_line(start):
     odd = one.model_copy(
         update={"cell": one.cell.model_copy(update={"dataset": f"{start}cmd\rx\u2028y"})}
     )
-    text = exports.csv_text([odd], [])
+    text = exports.csv_text(lines([odd]))
     assert len(text.splitlines()) == 2
     (row,) = csv.DictReader(io.StringIO(text))
     assert row["dataset"].startswith("'")
     assert row["dataset"].isprintable()
-    assert len(exports.latex_text(suite(), [odd], []).splitlines()) == len(
-        exports.latex_text(suite(), [one], []).splitlines()
+    assert len(exports.latex_text(suite(), lines([odd])).splitlines()) == len(
+        exports.latex_text(suite(), lines([one])).splitlines()
     )

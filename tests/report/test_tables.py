@@ -3,7 +3,8 @@ from made import DONE, WHERE, record, suite
 
 from widthbench.experiment.records import Record, Row
 from widthbench.recipe import Spent
-from widthbench.report import build, figures, tables, timing
+from widthbench.report import build, figures, markdown, tables, timing
+from widthbench.report.lines import lines, shape_of
 
 
 def board(records, **changes):
@@ -31,7 +32,7 @@ def test_a_row_shows_means_spreads_ratios_and_cost():
 
 def test_measured_speed_up_is_base_over_row(monkeypatch):
     one = record()
-    entry = {"dataset": "digits", "model": "lenet5", "shape": tables.shape_of(one), "speed_up": 1.5}
+    entry = {"dataset": "digits", "model": "lenet5", "shape": shape_of(one), "speed_up": 1.5}
     page = tables.leaderboard(suite(), [one], [entry], 1)
     assert row_of(page, "l1-norm")[10] == "1.50x"
     times = iter(
@@ -39,7 +40,9 @@ def test_measured_speed_up_is_base_over_row(monkeypatch):
     )  # base, resized, base, resized, ..., and the resized one at batch 1
     monkeypatch.setattr(timing, "latency_ms", lambda *a, **k: next(times))
     cell = one.cell.model_copy(update={"model": "lenet_300_100", "size": 8, "device": "cpu"})
-    measured = timing._measure(one.model_copy(update={"cell": cell, "widths": {"ip1": 30}}))
+    measured = timing.measure(
+        one.model_copy(update={"cell": cell, "widths": {"ip1": 30}}).model_dump(), print
+    )
     assert measured["speed_up"] == 1.5
     assert (measured["base_latency_ms"], measured["latency_ms"]) == (3.0, 2.0)
 
@@ -63,11 +66,13 @@ def test_ranks_only_where_the_suite_is_citable_and_five_bases_carry_them():
         for t, p in (("l1-norm", 90), ("random-channels", 80))
         for s in range(5)
     ]
-    assert "(1)" not in board(records)
+    assert "| rank" not in board(records).replace("  ", "")
     cited = board(records, citable=True)
-    assert "(1)" in row_of(cited, "l1-norm")[5]
-    assert "(2)" in row_of(cited, "random-channels")[5]
-    assert "(1)" not in board([r for r in records if r.cell.seed < 4], citable=True)
+    assert row_of(cited, "technique")[6] == "rank"
+    assert row_of(cited, "l1-norm")[6] == "1"
+    assert row_of(cited, "random-channels")[6] == "2"
+    few = board([r for r in records if r.cell.seed < 4], citable=True)
+    assert row_of(few, "technique")[6] == "params"
 
 
 def test_smoke_suites_say_that_they_are_not_for_citation():
@@ -98,7 +103,7 @@ def test_the_base_comes_first_then_budgets_from_large_to_small_then_controls():
         record("base", budget=None),
         record("random-channels", top1=95),
     ]
-    order = [(ln.label, ln.budget) for ln in tables.lines(records)]
+    order = [(ln.label, ln.budget) for ln in lines(records)]
     assert order == [
         ("base", None),
         ("random-channels", "macs:0.5"),
@@ -113,7 +118,7 @@ def test_the_base_comes_first_then_budgets_from_large_to_small_then_controls():
     [(2e6, "2.00 M"), (132997, "133 k"), (4.089e9, "4.09 G"), (66079, "66.1 k"), (7, "7")],
 )
 def test_counts_have_three_figures(value, text):
-    assert tables.count(value) == text
+    assert markdown.count(value) == text
 
 
 def test_figures_are_drawn_and_the_front_is_what_nothing_beats(tmp_path):
@@ -351,7 +356,7 @@ def test_a_damaged_timing_in_the_cache_is_measured_again_and_what_a_report_has_i
     entry = {
         "dataset": "digits",
         "model": "lenet5",
-        "shape": tables.shape_of(made),
+        "shape": shape_of(made),
         "speed_up": 1.5,
         "hardware": timing.hardware(),
     }

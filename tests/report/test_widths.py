@@ -6,7 +6,7 @@ from made import record
 from matplotlib.figure import Figure
 
 from widthbench.report import widths
-from widthbench.report.tables import lines
+from widthbench.report.lines import lines
 
 BASE = {"a": 10, "b2": 20, "b10": 30}
 

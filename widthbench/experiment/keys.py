@@ -52,21 +52,24 @@ def device_of(cell: Cell) -> torch.device:
     return torch.device("cuda" if available and cell.device != "cpu" else "cpu")
 
 
-BASE_FIELDS = (
-    "dataset",
-    "model",
-    "model_args",
-    "size",
-    "seed",
-    "base",
-    "val",
-    "threads",
-    "checkpoint",
-    "pretrained",
-    "mean",
-    "std",
-    "deterministic",
-)
+# what a base network does not depend on: a setting that nobody has listed here is part of its key
+DECISION_FIELDS = {
+    "technique",
+    "params",
+    "of",
+    "budget",
+    "variant",
+    "scope",
+    "include",
+    "finetune",
+    "calibration",
+    "longest",
+    "floor",
+    "curves",
+    "sha256",  # the digest of what the checkpoint holds is
+    "device",  # its type is
+}
+BASE_FIELDS = sorted(Cell.model_fields.keys() - DECISION_FIELDS)
 
 
 def base_key(cell: Cell) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from widthbench import parallel
 from widthbench.data import sources
@@ -50,7 +51,8 @@ def pinned(cell: Cell) -> Iterator[None]:
         # torch's default for convolutions; "float32" would be 10 bits of mantissa
         library.allow_tf32 = False
     try:
-        yield
+        with threadpool_limits(cell.threads, user_api="blas"):  # numpy's, for scikit-learn's NMF
+            yield
     finally:
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(exact, warn_only=only_warns)

@@ -324,30 +324,16 @@ class Suite(_Strict):
                     continue
                 base, finetune = self.recipes(network)
                 for seed in self.seeds if network.seeds is None else network.seeds:
-                    shared: dict[str, Any] = {
+                    # a setting that a suite or its network shares with a cell has one name
+                    shared = {k: v for k, v in (*self, *network) if k in Cell.model_fields}
+                    shared |= {
                         "dataset": dataset,
                         "model": network.name,
                         "model_args": network.args,
-                        "size": network.size,
-                        "variant": network.variant,
-                        "curves": self.curves,
                         "seed": seed,
-                        "scope": self.scope,
-                        "include": network.include,
                         "base": base,
-                        "checkpoint": network.checkpoint,
-                        "sha256": network.sha256,
-                        "pretrained": network.pretrained,
-                        "mean": network.mean,
-                        "std": network.std,
-                        "floor": self.citable,
-                        "longest": self.longest,
-                        "deterministic": self.deterministic,
                         "finetune": finetune,
-                        "calibration": self.calibration,
-                        "val": self.val,
-                        "threads": self.threads,
-                        "device": self.device,
+                        "floor": self.citable,
                     }
                     cells += [Cell(**shared, **row) for row in self._rows(network)]
         return cells

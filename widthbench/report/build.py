@@ -19,7 +19,16 @@ from widthbench.experiment.records import Line, Record, read_lines, read_records
 from widthbench.experiment.store import Store
 from widthbench.experiment.suites import Suite
 from widthbench.paths import Lock, published_dir, write_atomic
-from widthbench.report import curves, exports, figures, reproduction, tables, trajectories, widths
+from widthbench.report import (
+    curves,
+    exports,
+    figures,
+    reproduction,
+    tables,
+    trajectories,
+    widths,
+)
+from widthbench.report.lines import lines, shape_of
 from widthbench.report.timing import read_timings, timings_of
 
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
@@ -265,9 +274,7 @@ def publish(suite: Suite, results: Path, *, replace: bool = False) -> list[Path]
             f" {suite.name}`)"
         )
     records = in_order(suite, list(merged.values()))
-    shapes = {
-        (r.cell.dataset, r.cell.network, tables.shape_of(r)) for r in records if r.status == "done"
-    }
+    shapes = {(r.cell.dataset, r.cell.network, shape_of(r)) for r in records if r.status == "done"}
     return write(suite, folder, records, [t for key, t in timings.items() if key in shapes], ())
 
 
@@ -288,8 +295,8 @@ def write(
         published: What to compare with; nothing if empty.
     """
     write_records(folder / "records.jsonl", records)
-    lines = sorted(json.dumps(t, sort_keys=True) for t in timings)
-    write_atomic(folder / "timings.jsonl", "".join(line + "\n" for line in lines))
+    kept = sorted(json.dumps(t, sort_keys=True) for t in timings)
+    write_atomic(folder / "timings.jsonl", "".join(text + "\n" for text in kept))
     timings = read_timings(folder)  # as whoever reads the file has them
     files = [folder / "records.jsonl", folder / "timings.jsonl"]
     for name, text in texts(suite, records, timings, file_digest(files[0]), published).items():
@@ -341,8 +348,8 @@ def read_sums(path: Path) -> list[tuple[str, str]]:
     """Digests and names in a ``SHA256SUMS``, as they stand there; what is no such line has no
     name.
     """
-    lines = path.read_text(errors="replace").splitlines()
-    return [(digest, name) for digest, _, name in (line.partition("  ") for line in lines)]
+    parts = (line.partition("  ") for line in path.read_text(errors="replace").splitlines())
+    return [(digest, name) for digest, _, name in parts]
 
 
 def texts(
@@ -385,12 +392,13 @@ def leaderboards(
         digest: SHA-256 of ``records.jsonl``.
     """
     cite = exports.citation(suite, records, digest)
+    rows = lines(records, suite.cells(), timings, ranked=suite.citable)
     return {
         "leaderboard.md": tables.leaderboard(
             suite, records, timings, len(suite.cells()), digest=digest, cite=cite
         ),
-        "leaderboard.csv": exports.csv_text(records, timings, suite.cells()),
-        "leaderboard.tex": exports.latex_text(suite, records, timings),
+        "leaderboard.csv": exports.csv_text(rows),
+        "leaderboard.tex": exports.latex_text(suite, rows),
     }
 
 

@@ -8,111 +8,33 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
 
 from tabulate import tabulate
 
 from widthbench.errors import UsageError, visible
-from widthbench.experiment.cell import CONTROLS, Cell
-from widthbench.experiment.records import FINAL, Record
+from widthbench.experiment.cell import CONTROLS
+from widthbench.experiment.records import Record
 from widthbench.experiment.suites import Suite
-from widthbench.report import tables
-from widthbench.report.flags import FLAGS
-from widthbench.statistics import Summary
+from widthbench.report import columns
+from widthbench.report.columns import COLUMNS
+from widthbench.report.lines import Line, blocks
 from widthbench.technique import registry
 
 URL = "https://pypi.org/project/widthbench/"
 SUITE_KEY = "widthbench"
-FORMULA = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "\n",
-)  # how one begins, perhaps behind what a spreadsheet passes over
+FORMULA = tuple("=+-@\t\r\n")  # how one begins, perhaps behind what a spreadsheet passes over
 
 
-def rows(
-    records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()
-) -> list[dict[str, Any]]:
-    """One plain row for each row of the leaderboard: means, sample standard deviations, n; None
-    where there is no number.
-
-    Args:
-        records: A suite's.
-        timings: Its timings.
-        cells: Its cells: those that were not run have rows, too.
-    """
-    speeds = tables.speeds_of(timings)
-    found = []
-    for line in tables.lines(records, cells):
-        first = line.first() if line.records else None
-        row: dict[str, Any] = {
-            "dataset": line.dataset,
-            "network": line.model,
-            "technique": line.label,
-            "control": line.control,
-            "data": "control" if line.control else line.access,
-            "budget": line.budget or "",
-            "n": line.bases,
-            "cells": len(line.done) + line.left,
-            "cells_done": len(line.done),
-            "cells_failed": line.failed,
-            "status": line.status,
-        }
-        for name, stages in (
-            ("resized", ("resized",)),
-            ("recalibrated", ("recalibrated",)),
-            ("final", FINAL),
-        ):
-            row |= _spread(
-                f"top1_{name}", next((s for stage in stages if (s := line.summary(stage))), None)
-            )
-        row |= _spread("top5", line.top5() if line.done else None)
-        ratios: tuple[tuple[Literal["params", "macs"], str], ...] = (
-            ("params", "compression"),
-            ("macs", "speed_up_theory"),
-        )
-        for name, ratio in ratios:
-            value, base = (
-                line.mean(name) if line.done else None,
-                getattr(first, f"base_{name}", None),
-            )
-            row |= {
-                name: value,
-                f"base_{name}": base,
-                ratio: base / value if value and base else None,
-            }
-        speed, cost = (
-            (tables.speed_up_of(line, speeds), tables.cost_of(line)) if line.done else (None, None)
-        )
-        row["speed_up_measured"], row["train_cost"] = speed and speed.mean, cost and cost.mean
-        row |= {flag.name: flag.holds(line) for flag in FLAGS}
-        found.append(row)
-    return found
-
-
-def _spread(name: str, summary: Summary | None) -> dict[str, float | None]:
-    return {
-        f"{name}_mean": summary.mean if summary else None,
-        f"{name}_std": summary.std if summary else None,
-    }
-
-
-def csv_text(
-    records: Sequence[Record], timings: Sequence[dict[str, Any]], cells: Iterable[Cell] = ()
-) -> str:
+def csv_text(rows: Iterable[Line]) -> str:
     """The leaderboard as CSV, a header first; every number with all its digits, empty where there
     is none.
 
-    Arguments as for ``rows``. Text that a spreadsheet would take for a formula gets an apostrophe
-    in front; what would break a line is written as its escape.
+    Text that a spreadsheet would take for a formula gets an apostrophe in front; what would break a
+    line is written as its escape.
     """
     found = [
-        {k: _cell(v) if isinstance(v, str) else v for k, v in row.items()}
-        for row in rows(records, timings, cells)
+        {k: _cell(v) if isinstance(v, str) else v for k, v in columns.plain(line).items()}
+        for line in rows
     ]
     into = io.StringIO()
     writer = csv.DictWriter(into, list(found[0]) if found else [], lineterminator="\n")
@@ -125,48 +47,24 @@ def _cell(text: str) -> str:
     return ("'" if text[:1] in FORMULA or text.lstrip()[:1] in FORMULA else "") + visible(text)
 
 
-def latex_text(suite: Suite, records: Sequence[Record], timings: Sequence[dict[str, Any]]) -> str:
+def latex_text(suite: Suite, rows: Iterable[Line]) -> str:
     """The leaderboard as LaTeX, a ``table`` of booktabs for each network and data set."""
     parts = [
         f"% widthbench, suite {suite.name}; \\usepackage{{booktabs}}. FLOPs are counted as MACs."
     ]
     if not suite.citable:
         parts.append("% A smoke suite: not for citation.")
-    speeds = tables.speeds_of(timings)
-    for (dataset, model), block in tables.blocks(records).items():
-        lines = [
-            [
-                _escaped(ln.label),
-                _escaped(ln.budget or "--"),
-                *(_plus_minus(ln.summary(stage)) for stage in ("resized", "recalibrated")),
-                _plus_minus(ln.final()),
-                _escaped(tables.count(ln.mean("params"))),
-                _escaped(tables.count(ln.mean("macs"))),
-                f"{speed.mean:.2f}" if (speed := tables.speed_up_of(ln, speeds)) else "--",
-                tables.bases_of(ln),
-            ]
-            for ln in block
-            if ln.done
-        ]
-        if not lines:
+    chosen = [c for c in COLUMNS if c.paper]
+    for (dataset, model), whole in blocks(rows).items():
+        block = [line for line in whole if line.done]
+        if not block:
             continue
-        headers = [
-            "technique",
-            "budget",
-            "resized",
-            "recalibrated",
-            "fine-tuned",
-            "params",
-            "MACs",
-            "speed-up",
-            "$n$",
-        ]
         body = tabulate(
-            lines,
-            headers=headers,
+            [[_paper(c.shown(line)) for c in chosen] for line in block],
+            headers=[c.paper for c in chosen],
             tablefmt="latex_raw",
             disable_numparse=True,
-            colalign=("left",) * 2 + ("right",) * 7,
+            colalign=["right" if c.number else "left" for c in chosen],
         )
         most = max(ln.bases for ln in block)
         spread = (
@@ -198,8 +96,8 @@ def _booktabs(text: str) -> str:
     return text
 
 
-def _plus_minus(summary: Summary | None) -> str:
-    return "" if summary is None else summary.text().replace("±", r"$\pm$")
+def _paper(text: str) -> str:
+    return _escaped(text).replace("±", r"$\pm$").replace("–", "--")
 
 
 def _escaped(text: str) -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from widthbench.experiment.records import Record
 from widthbench.paths import write_atomic
-from widthbench.report.tables import Line, lines, over_bases
+from widthbench.report.lines import Line, lines, over_bases
 
 # Okabe and Ito's palette, told apart by colour-blind eyes; markers tell the rows apart in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")

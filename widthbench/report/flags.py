@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from widthbench.experiment.records import Record
 
 if TYPE_CHECKING:
-    from widthbench.report.tables import Line
+    from widthbench.report.lines import Line
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from tabulate import tabulate
 from widthbench.experiment.records import Record
 from widthbench.experiment.suites import Suite
 from widthbench.report import tables
+from widthbench.report.lines import Line, lines
+from widthbench.report.markdown import escaped
 from widthbench.statistics import Summary
 
 NAME = "reproduction.md"
@@ -88,8 +90,8 @@ class Pair:
             in both.
     """
 
-    old: tables.Line
-    new: tables.Line
+    old: Line
+    new: Line
     same: int
     scored: int
     both: int
@@ -115,7 +117,7 @@ class Pair:
 def pairs(published: Sequence[Record], records: Sequence[Record]) -> list[Pair]:
     """The rows that both have, in leaderboard order."""
     places = [
-        {(ln.dataset, ln.model, ln.label, ln.budget): ln for ln in tables.lines(some)}
+        {(ln.dataset, ln.model, ln.label, ln.budget): ln for ln in lines(some)}
         for some in (published, records)
     ]
     found = []
@@ -191,7 +193,7 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
     for (dataset, model), some in networks.items():
         rows = [
             [
-                tables.escaped(p.new.label),
+                escaped(p.new.label),
                 p.new.budget or "–",
                 _text(p.old),
                 _text(p.new),
@@ -216,7 +218,7 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
         table = tabulate(
             rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True
         )
-        parts += [f"## {tables.escaped(model)} on {tables.escaped(dataset)}", "", table, ""]
+        parts += [f"## {escaped(model)} on {escaped(dataset)}", "", table, ""]
     cells = [{r.cell.identity: r.cell.id for r in some} for some in (published, records)]
     for what, own, other in (
         ("Published only", cells[0], cells[1]),
@@ -225,18 +227,16 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
         if names := [name for identity, name in own.items() if identity not in other]:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             parts += [
-                f"{what}: {len(names)} cells ({', '.join(map(tables.escaped, names[:5]))}{more}).",
+                f"{what}: {len(names)} cells ({', '.join(map(escaped, names[:5]))}{more}).",
                 "",
             ]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _text(line: tables.Line) -> str:
+def _text(line: Line) -> str:
     found: Summary | None = line.summary(None)
-    failed = f"{line.failed} of {max(line.meant, len(line.records))} failed" if line.failed else ""
-    if found is None:
-        return failed or line.status
-    return f"{found.text()}{f' ({failed})' if failed else ''}"
+    failed = f" ({line.no_result})" if line.failed else ""
+    return line.no_result if found is None else f"{found.text()}{failed}"
 
 
 def _signed(value: float | None) -> str:
@@ -250,7 +250,7 @@ def _machine(records: Sequence[Record]) -> str:
 def _origins(published: Sequence[Record], records: Sequence[Record]) -> str:
     before, after = tables.origins(published), tables.origins(records)
     rows = [
-        [name, *(tables.escaped("; ".join(o.get(name, ["–"]))) for o in (before, after))]
+        [name, *(escaped("; ".join(o.get(name, ["–"]))) for o in (before, after))]
         for name in {**before, **after}
     ]
     return tabulate(rows, headers=["", "published", "here"], tablefmt="pipe", disable_numparse=True)

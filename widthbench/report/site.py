@@ -26,8 +26,11 @@ from widthbench.paths import write_atomic
 from widthbench.report import claims as claims_page
 from widthbench.report import exports, tables
 from widthbench.report.build import file_digest, in_order, of_suite, read_timings
+from widthbench.report.columns import Column, Value, for_people, plain
 from widthbench.report.figures import COLOURS, floor_of
 from widthbench.report.flags import FLAGS
+from widthbench.report.lines import Line, lines
+from widthbench.statistics import Summary
 
 SYMBOLS = (
     "circle",
@@ -131,7 +134,6 @@ def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["count"] = tables.count
     described = [_suite(s) for s in shown]
     return environment.get_template("site.html").render(
         version=__version__,
@@ -149,7 +151,6 @@ def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
             for c in claims
         ],
         verdicts=list(dict.fromkeys(c["verdict"] for c in claims)),
-        flags={flag.name: (flag.word, flag.note) for flag in FLAGS},
         packed={s.name: _packed(json.dumps(_plain(s.records), allow_nan=False)) for s in shown},
         plotly=_packed(_asset("plotly", "package_data/plotly.min.js")),
         datatables=_packed(_asset("itables", "html/dt_bundle.js")),
@@ -162,28 +163,15 @@ def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
 def _suite(shown: Shown) -> dict[str, Any]:
     """What the page says of one suite."""
     cells = shown.suite.cells() if shown.suite else []
-    lines = tables.lines(shown.records, cells)
-    rows = exports.rows(shown.records, shown.timings, cells)
     citable = bool(shown.suite and shown.suite.citable)
-    places = {
-        (*network, *row): int(rank)
-        for network, block in (tables.blocks(shown.records) if citable else {}).items()
-        for row, rank in tables.ranked_rows(block).items()
-    }
-    for line, row in zip(lines, rows, strict=True):
-        row["flags"] = [flag.name for flag in FLAGS if row[flag.name]]
-        row["records"] = [
-            (r.cell.seed, r.key)
-            for _, r in sorted(line.records.items(), key=lambda item: item[1].cell.seed)
-        ]
-        row["rank"] = places.get((line.dataset, line.model, line.label, line.budget))
-        row["reason"] = line.first().reason if line.records and not line.done else ""
-        row["place"] = f"{row['network']} on {row['dataset']}"
+    board = lines(shown.records, cells, shown.timings, ranked=citable)
+    titled = for_people(board)
+    rows = [_row(line, titled) for line in board]
     return {
         "name": shown.name,
         "title": shown.suite.title if shown.suite else "",
         "citable": citable,
-        "ranked": bool(places),
+        "columns": titled,
         "rows": rows,
         "places": list(dict.fromkeys(r["place"] for r in rows)),
         "done": sum(r.status == "done" for r in shown.records),
@@ -192,28 +180,40 @@ def _suite(shown: Shown) -> dict[str, Any]:
         "origins": tables.origins(shown.records, shown.timings),
         "digest": shown.digest,
         "cite": exports.citation(shown.suite, shown.records, shown.digest) if shown.suite else "",
-        "points": [
-            {
-                k: r[k]
-                for k in (
-                    "place",
-                    "technique",
-                    "control",
-                    "budget",
-                    "n",
-                    "macs",
-                    "params",
-                    "train_cost",
-                )
-            }
-            | {
-                s: [r[f"top1_{s}_mean"], r[f"top1_{s}_std"]]
-                for s in ("resized", "recalibrated", "final")
-            }
-            | {"records": [k for _, k in r["records"]]}
-            for r in rows
-            if r["macs"]
-        ],
+        "points": [_point(line, row) for line, row in zip(board, rows, strict=True) if line.done],
+    }
+
+
+def _row(line: Line, titled: Sequence[Column]) -> dict[str, Any]:
+    """A row of the table: under ``cells``, for each column, what is read and what is sorted by."""
+    # why a row has no result stands behind its technique
+    words = [(c, c.shown(line) if line.done or c.always else "") for c in titled]
+    return {
+        "place": f"{line.model} on {line.dataset}",
+        "technique": line.label,
+        "control": line.control,
+        "status": line.no_result if not line.done else "",
+        "reason": line.first().reason if line.records and not line.done else "",
+        "flags": [flag for flag in FLAGS if flag.holds(line)],
+        "cells": [(c, text, _order(c.value(line))) for c, text in words],
+        "records": sorted((r.cell.seed, r.key) for r in line.records.values()),
+    }
+
+
+def _order(value: Value) -> float | str:
+    return value.mean if isinstance(value, Summary) else -1.0 if value is None else value
+
+
+def _point(line: Line, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chart shows of a row."""
+    values = plain(line)
+    names = ("technique", "control", "budget", "n", "macs", "params", "train_cost")
+    stages = ("resized", "recalibrated", "final")
+    return {
+        "place": row["place"],
+        **{name: values[name] for name in names},
+        **{s: [values[f"top1_{s}_mean"], values[f"top1_{s}_std"]] for s in stages},
+        "records": [key for _, key in row["records"]],
     }
 
 

@@ -6,23 +6,22 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from widthbench import cache
+from widthbench.children import Child, ChildDied, Say
 from widthbench.errors import UsageError
 from widthbench.experiment import bases, keys, protocol
 from widthbench.experiment.controls import fresh_at
 from widthbench.experiment.records import Record, digest_of
 from widthbench.paths import cache_dir
 from widthbench.provenance import code_digest, hardware, versions
-from widthbench.report import tables
+from widthbench.report.lines import shape_of
 from widthbench.training.measuring import latency_ms, peak_memory_mib
 
 BATCH = 64
@@ -95,7 +94,7 @@ def timings_of(
     waiting: dict[tuple[str, str, str], Record] = {}
     seen: dict[tuple[str, str, str], None] = {}
     for record in records:
-        key = (record.cell.dataset, record.cell.network, tables.shape_of(record))
+        key = (record.cell.dataset, record.cell.network, shape_of(record))
         if record.status != "done" or key in seen:
             continue
         seen[key] = None
@@ -123,30 +122,18 @@ def measured(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     Yields:
         As many as could be measured; a process that ends before the last is named in a warning.
     """
-    if not records:
-        return
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", "widthbench.report.timing"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
+    with Child(f"{__name__}:measure") as child:
         for count, record in enumerate(records):
-            child.stdin.write(
-                record.model_copy(update={"series": {}, "trace": ""}).model_dump_json() + "\n"
-            )
-            child.stdin.flush()
-            if not (line := child.stdout.readline()):
+            plain = record.model_copy(update={"series": {}, "trace": ""}).model_dump(mode="json")
+            try:
+                timing = child.ask(plain)
+            except ChildDied as died:
                 warnings.warn(
-                    f"latencies of {len(records) - count} shapes were not measured: the process"
-                    " ended",
+                    f"latencies of {len(records) - count} shapes were not measured: {died}",
                     stacklevel=2,
                 )
                 return
-            yield json.loads(line)
-        child.stdin.close()
+            yield timing
 
 
 def _cached_timing(path: Path) -> dict[str, Any] | None:
@@ -181,11 +168,13 @@ def _timing_key(record: Record) -> str:
     )[:40]
 
 
-def _measure(record: Record) -> dict[str, Any]:
+def measure(plain: Mapping[str, Any], _: Say) -> dict[str, Any]:
+    """The timing of a record's shape, in the process that measures."""
+    record = Record.model_validate(plain)
     cell = record.cell
     with protocol.pinned(cell):
         full = bases.fresh_model(cell, 0).eval()
-        resized, _, _ = fresh_at(cell, record.widths, 0)
+        resized = fresh_at(cell, record.widths, 0)[0]
         resized.eval()
         one = bases.example_input(cell)
         heavy = (
@@ -205,7 +194,7 @@ def _measure(record: Record) -> dict[str, Any]:
         return {
             "dataset": cell.dataset,
             "model": cell.network,
-            "shape": tables.shape_of(record),
+            "shape": shape_of(record),
             "widths": record.widths,
             "macs": record.macs,
             "params": record.params,
@@ -219,14 +208,3 @@ def _measure(record: Record) -> dict[str, Any]:
             "device": str(keys.device_of(cell)),
             "hardware": hardware(),
         }
-
-
-def _serve() -> None:
-    """Records in, timings out, a line each; what a network prints goes to standard error."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        print(json.dumps(_measure(Record.model_validate_json(line))), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    _serve()

@@ -19,7 +19,8 @@ from tabulate import tabulate
 from widthbench.experiment.records import Record
 from widthbench.report.curves import save
 from widthbench.report.figures import COLOURS
-from widthbench.report.tables import Line, code, escaped, lines, over_bases
+from widthbench.report.lines import Line, lines, over_bases
+from widthbench.report.markdown import code, escaped
 from widthbench.technique.budget import Budget
 
 STEP = "trajectory.step"

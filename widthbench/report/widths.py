@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from widthbench.experiment.cell import SOURCED
 from widthbench.experiment.records import Record
 from widthbench.report.curves import save
-from widthbench.report.tables import Line, lines, over_bases
+from widthbench.report.lines import Line, lines, over_bases
 
 FEW = 5  # groups whose names fit beside each other
 NUMBERED = 24  # groups up to which cells carry their numbers

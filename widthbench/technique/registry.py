@@ -4,10 +4,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +14,7 @@ from importlib.metadata import EntryPoint, distributions
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from widthbench.children import Child, ChildDied, Say
 from widthbench.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -117,39 +115,22 @@ def _is_new(name: str) -> bool:
     return False
 
 
-_TRY = """
-import json, os, sys
-from widthbench.technique import registry
-sys.path[:] = json.loads(sys.argv[1])
-for name, params in json.loads(sys.argv[2]):
-    try:
-        registry.create(name, params)
-    except BaseException:
-        pass
-os._exit(0)
-"""
-
-
 def _try(entries: Sequence[tuple[str, Mapping[str, Any]]], limit_s: float) -> str | None:
     """What importing and making techniques does to a process; None if nothing."""
-    command = [sys.executable, "-c", _TRY, json.dumps(sys.path), json.dumps(entries)]
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(
-        command, stdin=null, stdout=null, stderr=null, start_new_session=True
-    )
-    try:
-        code = process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        return f"takes more than {limit_s:g} s"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it left behind
-        process.wait()
-    return (
-        f"ends the process ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-        if code
-        else None
-    )
+    mine = f"{__name__}:make_all"
+    with Child(mine, path=sys.path, silent=True) as child:  # which ends what they left behind, too
+        try:
+            child.ask([[name, dict(params)] for name, params in entries], limit_s=limit_s)
+        except ChildDied as died:
+            return f"ends the process ({died.how})" if died.how else str(died)
+    return None
+
+
+def make_all(entries: Sequence[tuple[str, Mapping[str, Any]]], _: Say) -> None:
+    """Make techniques by names and parameters; what they raise is not told."""
+    for name, params in entries:
+        with suppress(BaseException):
+            create(name, params)
 
 
 def load_all() -> tuple[dict[str, type[Technique]], dict[str, str]]:
