@@ -1,6 +1,8 @@
 import copy
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -133,6 +135,23 @@ def test_processes_share_the_sample():
                 os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(UsageError, match="worker processes of processes > 1 died"):
             work.losses(gates, candidates)
+
+
+def test_a_script_without_a_guard_may_use_processes(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text("""
+import torch, widthbench
+from torch import nn
+x, y = torch.randn(8, 4), torch.tensor([0, 1] * 4)
+net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+small = widthbench.apply("neuron-removal", net, budget="channels:0.5", example_input=x[:1],
+                         data=(x, y), processes=2)
+print(small[0].out_features)
+""")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["3"], done.stderr
 
 
 class Peeking(nn.Module):

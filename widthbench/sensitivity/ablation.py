@@ -5,13 +5,10 @@ once.
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +16,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
+from loky import BrokenProcessPool, ProcessPoolExecutor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -271,7 +269,7 @@ class Ablation:
     def close(self) -> None:
         """End the worker processes, if there are any."""
         for worker in self._workers:
-            worker.shutdown(cancel_futures=True)
+            worker.shutdown(kill_workers=True)
 
     def loss(self, gates: Mapping[str, Tensor]) -> float:
         """The mean loss with the given gates.
@@ -334,8 +332,8 @@ class Ablation:
                 done(len(index))
         except BrokenProcessPool as error:
             raise UsageError(
-                "the worker processes of processes > 1 died: is the script guarded by `if __name__"
-                ' == "__main__"`, and is there memory for one network and sample in each?'
+                "the worker processes of processes > 1 died: is there memory for one network and"
+                " sample in each?"
             ) from error
         return found
 
@@ -581,7 +579,6 @@ def _workers(
     """
     if size >= len(sample):
         return []
-    context = multiprocessing.get_context("spawn")
     gpus = torch.cuda.device_count() if sample.x.device.type == "cuda" else 0
     here = sample.x.device.index or 0
     twin, workers = copy.deepcopy(model).cpu(), []
@@ -589,9 +586,7 @@ def _workers(
         device = f"cuda:{(here + i) % gpus}" if gpus else "cpu"
         part = replace(sample, x=x, y=y).to(torch.device("cpu"))
         arguments = (device, torch.get_num_threads(), twin, groups, part, options)
-        workers.append(
-            ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=arguments)
-        )
+        workers.append(ProcessPoolExecutor(1, initializer=_start, initargs=arguments))
     return workers
 
 
