@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthbench.data.samples import Samples
+from widthbench.data.samples import First
 from widthbench.errors import BudgetError, UsageError
 from widthbench.networks.models import reinitialise
 from widthbench.recipe import Recipe
@@ -224,22 +224,6 @@ class Slimmable:
             self.set(widths)
             yield F.cross_entropy(model(x), soft)  # of probabilities: distillation
         self.set(self.widths(1.0))
-
-
-class First:
-    """The first of some samples."""
-
-    def __init__(self, samples: Samples, count: int) -> None:
-        self._samples, self._count = samples, count
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches until there are ``count`` samples."""
-        left = self._count
-        for x, y in self._samples.batches(size):
-            yield x[:left], y[:left]
-            left -= len(y)
-            if left <= 0:
-                return
 
 
 class Most(NamedTuple):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,17 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthbench import parallel
+from widthbench.data.samples import Passes
 from widthbench.errors import UsageError
 from widthbench.recipe import Recipe
 from widthbench.technique.base import Outcome, Technique
 from widthbench.technique.budget import Budget, global_widths, top_channels
 from widthbench.technique.parameters import NotNegative, Positive
 from widthbench.technique.task import State, Task
-from widthbench.technique.trajectory import Trajectory
+from widthbench.technique.trajectory import Returns, Since, Trajectory
 from widthbench.training.loop import steps_of
-from widthbench.training.measuring import accuracy, fastest_layout
-from widthbench.training.recalibration import batch_norms
-from widthbench.width.gates import gated, sums_by_channel
+from widthbench.training.measuring import accuracy, laid_out
+from widthbench.training.recalibration import norms_left_alone
+from widthbench.width.gates import gated, sums_over_consumers
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep
 
@@ -40,8 +40,8 @@ RECENT = 0.9  # of the running mean of each channel's sensitivity
 EVERY = 10  # steps between two choices of μ
 CLOSED = 25  # steps that a channel must have been closed for its return to count as a recovery
 POINTS = 40  # of the trajectory
-KEPT = ("m", "drift", "open", "shut", "long", "step", "drawn", "mu", "price", "square", "told")
-SINCE = ("loss", "steps", "val_loss", "val_steps", "cosine")  # told since the last point
+KEPT = ("m", "drift", "open", "step", "drawn", "mu", "price", "square")
+NOTES = ("trajectory", "since", "returns")
 
 
 class AutoPrune(Technique):
@@ -156,21 +156,12 @@ def sensitivities(
     Returns:
         ``[N]`` per group.
     """
-    heads = {n: g.channels for n, g in groups.everything.items() if g.heads}
+    layers: dict[str, Any] = {layer: model.get_submodule(layer) for layer in slopes}
+    weights = {n: layer._parameters["weight"].detach() for n, layer in layers.items()}
 
     def total(factor: Callable[[Tensor, Tensor], Tensor]) -> PerGroup:
-        found: PerGroup = {}
-        for layer, slope in slopes.items():
-            module: Any = model.get_submodule(layer)
-            parts = sums_by_channel(
-                module,
-                groups.axes[layer, "in"],
-                factor(slope, module._parameters["weight"].detach()),
-                heads,
-            )
-            for name in parts.keys() & groups.keys():
-                found[name] = found[name] + parts[name] if name in found else parts[name]
-        return found
+        made = {layer: factor(slope, weights[layer]) for layer, slope in slopes.items()}
+        return sums_over_consumers(model, groups, made)
 
     if decoupling == "sgn":
         return total(lambda slope, w: slope * w.sign())
@@ -212,10 +203,8 @@ class Gates:
             )
         self.method, self.task, self.recipe = method, task, recipe
         self.total = steps_of(recipe, len(task.train))[1]
-        self.ramp, self.last = (
-            max(1, round(method.ramp * self.total)),
-            max(1, round(method.freeze * self.total)),
-        )
+        self.ramp = max(1, round(method.ramp * self.total))
+        self.last = max(1, round(method.freeze * self.total))
         like = task.example_input.new_ones(())
         self.m = {n: START * like.new_ones(g.channels) for n, g in task.groups.items()}
         self.open = {n: torch.ones_like(m) for n, m in self.m.items()}
@@ -226,33 +215,29 @@ class Gates:
         self.step = self.drawn = 0  # steps, and batches of val
         self.mu = method.mu or 0.0
         self.price = dict.fromkeys(self.m, 1.0)
-        self.shut = {
-            n: torch.zeros_like(m) for n, m in self.m.items()
-        }  # steps since a channel closed
-        self.long = {
-            n: torch.zeros_like(m, dtype=torch.bool) for n, m in self.m.items()
-        }  # channels that were once closed for long
         self.square = like * 0  # the running mean square
-        self.told = {name: like.double() * 0 for name in ("recoveries", "shut", *SINCE)}
-        self._forget_since()
-        self._val: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self.since = Since(like, ("loss", "val_loss"), ("cosine",))
+        self.returns = Returns(self.m, CLOSED)
+        self.val = Passes(task.val, recipe.batch_size, task.seed)
         task.widths(self.m, "global")  # a budget below the floor is refused before any work
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        kept = {name: getattr(self, name) for name in KEPT}
-        return kept | {"series": self.trajectory.series}
+        notes = {name: getattr(self, name).state_dict() for name in NOTES}
+        return {name: getattr(self, name) for name in KEPT} | {"notes": notes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back; gates change in place."""
-        gates, self.trajectory.series = state.pop("open"), state.pop("series")
+        gates, notes = state.pop("open"), state.pop("notes")
         for name, value in state.items():
             setattr(self, name, value)
         for name, gate in self.open.items():
             gate.copy_(gates[name])
-        for some in (self.m, self.drift, self.shut, self.long, self.told):
+        for some in (self.m, self.drift):
             some.update({k: t.to(self.task.device) for k, t in some.items()})
         self.square = self.square.to(self.task.device)
+        for name in NOTES:
+            getattr(self, name).load_state_dict(notes[name])
 
     def losses(self, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """A step of the auxiliary parameters, and the training loss for a step of the weights."""
@@ -264,8 +249,7 @@ class Gates:
                 self.open[name].copy_(gate)
         loss = F.cross_entropy(model(x), y, label_smoothing=self.recipe.label_smoothing)
         yield loss
-        self.told["loss"] += loss.detach()
-        self.told["steps"] += 1
+        self.since.add("loss", loss)
         self.step += 1
         if self.step % max(1, self.total // POINTS) == 0 or self.step == self.total:
             self._point(model)
@@ -274,88 +258,43 @@ class Gates:
         for found in self.products.values():
             found.clear()
 
-    def _forget_since(self) -> None:
-        for name in SINCE:
-            self.told[name].zero_()
-        self.told["cosine"].fill_(1.0)
-
     def _learn(self, model: nn.Module) -> None:
         """One step of the auxiliary parameters on a batch of val."""
         if self.step % EVERY == 0:
             self.price = self._prices()
             if self.method.mu is None:
                 self.mu = self._needed()
-        x, y = self._drawn()
+        x, y = self.val.batch(self.drawn)
         with norms_left_alone(model), parallel.alike():
-            loss = F.cross_entropy(
-                model(x.contiguous(memory_format=fastest_layout(model)) if x.dim() == 4 else x), y
-            )
-        used_by = [(layer, t) for layer, found in self.products.items() for t in found]
+            loss = F.cross_entropy(model(laid_out(x, model)), y)
+        layers, used = zip(
+            *((n, t) for n, some in self.products.items() for t in some), strict=True
+        )
         slopes: dict[str, Tensor] = {}
-        for (layer, _), slope in zip(
-            used_by, torch.autograd.grad(loss, [t for _, t in used_by]), strict=True
-        ):
+        for layer, slope in zip(layers, torch.autograd.grad(loss, used), strict=True):
             slopes[layer] = slopes[layer] + slope if layer in slopes else slope
         s = sensitivities(model, self.task.groups, slopes, self.method.decoupling)
-        gradient = (
-            s
-            if self.method.decoupling == "none"
-            else sensitivities(model, self.task.groups, slopes, "none")
-        )
+        gradient = sensitivities(model, self.task.groups, slopes, "none")
         slope_of = {n: derivative(m, self.method.estimator) for n, m in self.m.items()}
         rule, true = (torch.cat([some[n] * slope_of[n] for n in self.m]) for some in (s, gradient))
-        self.told["cosine"] = torch.minimum(
-            self.told["cosine"], F.cosine_similarity(rule, true, dim=0)
-        )
-        self.told["val_loss"] += loss.detach()
-        self.told["val_steps"] += 1
+        self.since.add("cosine", F.cosine_similarity(rule, true, dim=0))
+        self.since.add("val_loss", loss)
         square = torch.cat(list(s.values())).square().mean()
         if not torch.isfinite(loss + square):
-            what = (
-                f"the val loss is {float(loss.detach())}, the mean square of its slopes"
-                f" {float(square)}"
-            )
             raise UsageError(
-                f"autoprune diverged: {what} at step {self.step + 1}; lower lr = {self.recipe.lr:g}"
+                f"autoprune diverged: the val loss is {loss.item()}, the mean square of its slopes"
+                f" {float(square)} at step {self.step + 1}; lower lr = {self.recipe.lr:g}"
             )
         self.drawn += 1
         self.square = MEMORY * self.square + (1 - MEMORY) * square
         scale = (self.square / (1 - MEMORY**self.drawn)).sqrt().clamp_min(1e-30)
+        eta, estimator = self.method.eta, self.method.estimator
         for name, m in self.m.items():
             self.drift[name] = RECENT * self.drift[name] + (1 - RECENT) * s[name] / scale
-            new = updated(
-                m,
-                s[name] / scale,
-                self.mu * self.price[name],
-                self.method.eta,
-                self.method.estimator,
-            )
-            self.m[name] = new
-            self.open[name].copy_(opened(new, self.task.groups[name].blocks))
-            self._note(name)
-
-    def _note(self, name: str) -> None:
-        """Count what returned, and what might have."""
-        long, gate = self.shut[name] >= CLOSED, self.open[name]
-        self.long[name] |= long
-        self.told["shut"] += long.sum()
-        self.told["recoveries"] += (long & (gate > 0)).sum()
-        self.shut[name] = torch.where(gate > 0, 0.0, self.shut[name] + 1)
-
-    def _drawn(self) -> tuple[Tensor, Tensor]:
-        """The next batch of val, shuffled anew in each pass."""
-        per_pass = max(1, len(self.task.val) // self.recipe.batch_size)
-        size = min(self.recipe.batch_size, len(self.task.val))
-        batch = next(self._val, None)
-        if (
-            batch is None or self.drawn % per_pass == 0
-        ):  # partial batches at a pass's end are left out
-            order = torch.Generator().manual_seed(self.task.seed + self.drawn // per_pass)
-            self._val = self.task.val.batches(size, generator=order)
-            for _ in range(self.drawn % per_pass + 1):
-                batch = next(self._val)
-        assert batch is not None
-        return batch
+            mu = self.mu * self.price[name]
+            self.m[name] = updated(m, s[name] / scale, mu, eta, estimator)
+            self.open[name].copy_(opened(self.m[name], self.task.groups[name].blocks))
+            self.returns.note(name, self.open[name])
 
     def _needed(self) -> float:
         """The least μ that keeps the open channels on the line to the budget for the steps to
@@ -365,26 +304,14 @@ class Gates:
         share = min(1.0, (self.step + EVERY) / self.ramp)
         line = Budget(budget.kind, 1 - (1 - budget.fraction) * share, budget.rounding)
         # m - EVERY η (s/ρ + μ price) ĥ'(m) is at most 0 from this μ on, if s stays what it has been
-        steps = EVERY * self.method.eta
-        reach = {
-            n: (
-                (
-                    (
-                        m / (steps * derivative(m, self.method.estimator))
-                        - self.drift[n] / max(1e-9, 1 - RECENT**self.drawn)
-                    )
-                    / self.price[n]
-                ).cpu()
-            )
-            for n, m in self.m.items()
-        }
+        steps, seen = EVERY * self.method.eta, max(1e-9, 1 - RECENT**self.drawn)
+        reach = {}
+        for n, m in self.m.items():
+            alone = m / (steps * derivative(m, self.method.estimator)) - self.drift[n] / seen
+            reach[n] = (alone / self.price[n]).cpu()
         widths = global_widths(reach, self.task.groups, line, self.task.cost, self.task.reference)
-        closing = [
-            r.sort(descending=True).values[widths[n]]
-            for n, r in reach.items()
-            if widths[n] < len(r)
-        ]
-        return max([0.0, *map(float, closing)])
+        cut = [(r, widths[n]) for n, r in reach.items() if widths[n] < len(r)]
+        return max([0.0, *(float(r.sort(descending=True).values[w]) for r, w in cut)])
 
     def _prices(self) -> dict[str, float]:
         """What a channel of each group adds to what the budget counts, over the mean of all open
@@ -393,17 +320,8 @@ class Gates:
         if self.method.penalty == "channels":
             return dict.fromkeys(self.m, 1.0)
         widths, groups = self.widths(), self.task.groups
-        there = self.task.kept(widths)
         each = {
-            n: (
-                abs(
-                    there
-                    - self.task.kept(
-                        widths | {n: w + groups[n].blocks * (1 if w == groups[n].blocks else -1)}
-                    )
-                )
-                / groups[n].blocks
-            )
+            n: self.task.price(widths, n, 1 if w == groups[n].blocks else -1)
             for n, w in widths.items()
         }
         mean = sum(each[n] * w for n, w in widths.items()) / sum(widths.values())
@@ -411,11 +329,9 @@ class Gates:
 
     def widths(self) -> dict[str, int]:
         """Open channels per group, equally many per block."""
-        found = {}
-        for name, gate in self.open.items():
-            blocks = self.task.groups[name].blocks
-            found[name] = blocks * int(gate.view(blocks, -1).sum(dim=1).min())
-        return found
+        blocks = {n: g.blocks for n, g in self.task.groups.items()}
+        each = {n: gate.view(blocks[n], -1).sum(dim=1) for n, gate in self.open.items()}
+        return {n: blocks[n] * int(count.min()) for n, count in each.items()}
 
     def frozen(self) -> PerGroup:
         """The gates to end with: those with the largest m that the budget allows, or, with a fixed
@@ -424,59 +340,19 @@ class Gates:
         scores = {n: m.cpu() for n, m in self.m.items()}
         widths = self.widths()
         if self.method.mu is None or not self.task.fits(widths):
-            widths = self._filled(self.task.widths(scores, "global"), scores)
+            widths = self.task.filled(self.task.widths(scores, "global"), scores)
         found = {}
         for name, score in scores.items():
             rows = top_channels(score, widths[name], self.task.groups[name].blocks)
             found[name] = torch.zeros_like(score).index_fill(0, rows, 1.0)
         return found
 
-    def _filled(self, widths: dict[str, int], scores: Mapping[str, Tensor]) -> dict[str, int]:
-        """Widths that also take what still fits of the ranking behind the first channel that did
-        not.
-        """
-        groups = self.task.groups
-        order = {n: score.sort(descending=True).values.tolist() for n, score in scores.items()}
-        while rest := [n for n, w in widths.items() if w < groups[n].channels]:
-            fits = [n for n in rest if self.task.fits(widths | {n: widths[n] + groups[n].blocks})]
-            if not fits:
-                break
-            best = max(fits, key=lambda n: order[n][widths[n]])
-            widths = widths | {best: widths[best] + groups[best].blocks}
-        return widths
-
     def _point(self, model: nn.Module) -> None:
         """Note where the run is, and what happened since the last point."""
-        told, gated_steps = self.told, int(self.told["val_steps"])
-        point: dict[str, Any] = {
-            "open": sum(int(gate.sum()) for gate in self.open.values()),
-            "mu": self.mu if gated_steps else None,
-            "loss": float(told["loss"] / told["steps"]),
-            "val_loss": float(told["val_loss"]) / gated_steps if gated_steps else None,
-            "recoveries": int(told["recoveries"]),
-            "shut": int(told["shut"]),
-            "returned": sum(
-                int((long & (self.open[n] > 0)).sum()) for n, long in self.long.items()
-            ),
-            "cosine": float(told["cosine"]) if gated_steps else None,
-        }
+        point: dict[str, Any] = self.since.taken() | self.returns.counts(self.open)
+        point["mu"] = self.mu if point["val_loss"] is not None else None
         if self.task.curves:
             point["val_top1"] = accuracy(model, self.task.val).top1
             model.train()
+        point["open"] = sum(int(gate.sum()) for gate in self.open.values())
         self.trajectory.point(self.step, self.widths(), **point)
-        self._forget_since()
-
-
-@contextmanager
-def norms_left_alone(model: nn.Module) -> Iterator[None]:
-    """Batch norms that normalise by the batch, as in training, but do not take it into their
-    running statistics.
-    """
-    tracking = [norm for norm in batch_norms(model) if norm.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in tracking:
-            norm.track_running_stats = True

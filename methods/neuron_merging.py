@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from widthbench.errors import UsageError
+from widthbench.sensitivity.pairs import Pairs, normed, pair
+from widthbench.sensitivity.pairs import compare as pairs_of
 from widthbench.technique.base import Outcome, ScoredTechnique
 from widthbench.technique.task import State, Task
 from widthbench.width.groups import Groups
 from widthbench.width.layers import kind_of
-from widthbench.width.norms import (
-    Norm,
-    affines_of,
-    bias_of,
-    filter_rows,
-    norm_behind,
-    norm_of,
-    passed_by,
-    weight_and_bias,
-)
+from widthbench.width.norms import Norm, affines_of, filter_rows, passed_by
 from widthbench.width.resize import Resize
 
 Criterion = Literal["l1", "l2", "geometric-median"]
@@ -127,28 +119,16 @@ class NeuronMerging(ScoredTechnique):
         them.
         """
         group = groups[name]
-        removed = (
-            torch.ones(group.channels, dtype=torch.bool)
-            .index_fill(0, kept, False)
-            .nonzero()
-            .flatten()
-        )
+        whole = torch.ones(group.channels, dtype=torch.bool)
+        removed = whole.index_fill(0, kept, False).nonzero().flatten()
         pairs = compare(model, groups, name, removed, kept, self.bn_scale)
-        same_block = (removed * group.blocks // group.channels)[
-            :, None
-        ] == kept * group.blocks // group.channels
-        possible = (
-            same_block.to(pairs.scale.device) & pairs.scale.isfinite() & pairs.mismatch.isfinite()
-        )
+        block_n, block_p = (rows * group.blocks // group.channels for rows in (removed, kept))
+        same_block = (block_n[:, None] == block_p).to(pairs.scale.device)
+        possible = same_block & pairs.scale.isfinite() & pairs.mismatch.isfinite()
         lam = self.lam if bool((pairs.mismatch != 0).any()) else 1.0
         badness = lam * (1 - pairs.cosine) + (1 - lam) * _rescaled(pairs.mismatch, possible)
-        threshold = (
-            self.threshold
-            if self.threshold is not None
-            else 0.1
-            if _normed(model, group.riders)
-            else 0.45
-        )
+        published = 0.1 if normed(model, group.riders) else 0.45
+        threshold = published if self.threshold is None else self.threshold
         scale = pairs.scale.where(possible & (pairs.cosine >= threshold), 0)
         mix = scale.new_zeros(group.channels, len(kept))
         mix[kept, torch.arange(len(kept))] = 1
@@ -195,159 +175,30 @@ def score(factors: list[Tensor], criterion: Criterion) -> Tensor:
     return (squares[:, None] + squares - 2 * gram).clamp_min(0).sqrt().sum(dim=1)
 
 
-@dataclass
-class Pairs:
-    """What merging each removed channel n into each kept channel p would do, ``[R, P]`` in float64
-    each.
-
-    Attributes:
-        removed: ``[R]``.
-        kept: ``[P]``.
-        cosine: Of their filters.
-        ratio: s, the ratio of their norms.
-        scale: S, what p's output is to be multiplied by; NaN where the pair is impossible.
-        mismatch: The size of B, what then remains of n's output.
-    """
-
-    removed: Tensor
-    kept: Tensor
-    cosine: Tensor
-    ratio: Tensor
-    scale: Tensor
-    mismatch: Tensor
-
-    @classmethod
-    def of(cls, factors: list[Tensor], removed: Tensor, kept: Tensor) -> Pairs:
-        """From the filters that make the channels."""
-        cosine = ratio = torch.ones((), dtype=torch.float64, device=factors[0].device)
-        for rows in factors:
-            c, s = _compared(rows, removed, kept)
-            cosine, ratio = cosine * c, ratio * s
-        return cls(removed, kept, cosine, ratio, ratio, torch.zeros_like(ratio))
-
-    def through_depthwise(self, rows: Tensor, bias: Tensor, bn_scale: BnScale) -> Pairs:
-        """After a depthwise convolution: filters ``[N, D]``, and what its bias ``[N]`` adds where
-        no norm takes it.
-        """
-        c, s = _compared(rows, self.removed, self.kept)
-        scale = self.scale * s
-        if (
-            bn_scale == "derived"
-        ):  # opposite filters are no multiples through the activation between them
-            scale = scale.where((self.cosine > 0) & (c > 0), math.nan)
-        n, p = _pair(bias, self.removed, self.kept)
-        carried = self.mismatch * rows.sum(dim=1)[self.removed, None].abs()
-        return replace(
-            self,
-            cosine=self.cosine * c,
-            ratio=self.ratio * s,
-            scale=scale,
-            mismatch=carried + (n - scale * p).abs(),
-        )
-
-    def through_affine(self, scale: Tensor, shift: Tensor) -> Pairs:
-        """After ``y = a x + b``, ``[N]`` each: frozen norms, layer-scales, the affine of a norm
-        across channels.
-        """
-        (an, ap), (bn, bp) = (_pair(v, self.removed, self.kept) for v in (scale, shift))
-        new = self.scale * an / ap
-        return replace(
-            self,
-            scale=new.where(new > 0, math.nan),
-            mismatch=self.mismatch * an.abs() + (bn - new * bp).abs(),
-        )
-
-    def through_norm(self, norm: Norm, bn_scale: BnScale) -> Pairs:
-        """After a BatchNorm, by the formulas of the class above."""
-        (gn, gp), (bn, bp), (mn, mp), (vn, vp), (sn, sp) = (
-            _pair(v, self.removed, self.kept)
-            for v in (norm.gamma, norm.beta, norm.mean, norm.var, norm.sigma)
-        )
-        if bn_scale == "released":
-            s = self.ratio
-            scale = s * (gp / gn) * (vn / vp)
-            rest = (gp / vp) * (s * (mn - vn * bn / gn) - mp) + bp
-            return replace(self, scale=scale, mismatch=rest.abs() / scale)
-        scale = self.scale * (gn / gp) * (sp / sn)
-        rest = (gn / sn) * (self.scale * (mp - sp * bp / gp) - mn) + bn
-        carried = self.mismatch * (gn / sn).abs()
-        return replace(self, scale=scale.where(scale > 0, math.nan), mismatch=carried + rest.abs())
-
-
 def compare(
     model: nn.Module, groups: Groups, name: str, removed: Tensor, kept: Tensor, bn_scale: BnScale
 ) -> Pairs:
-    """What merging each of the channels ``removed [R]`` into each of ``kept [P]`` would do.
-
-    Where several norms read the channels side by side (DenseNet; a residual stream before each
-    block), the means over them. Where an addition joins several producers, the norms right behind
-    those are folded and all are compared at once.
-    """
-    group = groups[name]
-    if group.inner:
-        first, *others = groups.sources(name)
-        factors = [
-            filter_rows(model, groups, name, first),
-            *(filter_rows(model, groups, name, p, fold=True) for p in others),
-        ]
-        ways = [way[1:] for way in groups.paths(name, [first])]
-    else:
-        factors = [
-            torch.cat(
-                [filter_rows(model, groups, name, p, fold=True) for p in group.producers], dim=1
-            )
-        ]
-        folded = {norm_behind(groups, p) for p in group.producers}
-        reading = [r for r in group.riders if _normed(model, [r]) and r not in folded]
-        ways = list(groups.paths(name, reading))
-        passed = {layer for way in ways for layer in way}
-        if any(
-            {*group.producers, *group.riders} & set(groups.behind[c]) - passed
-            for c in group.consumers
-        ):
-            ways.append(())  # some consumers read the sum itself
-    affines = affines_of(model, groups, name)
-    if isinstance(affines, str):
-        raise UsageError(f"channel group '{name}': {affines}")
-    found = []
-    for way in ways:
-        pairs = Pairs.of(factors, removed, kept)
-        for layer in way:
-            kind = kind_of(model.get_submodule(layer))
-            if kind == "depthwise":
-                rows = filter_rows(model, groups, name, layer, bias=False)
-                bias = bias_of(model, groups, name, layer) * (norm_behind(groups, layer) is None)
-                pairs = pairs.through_depthwise(rows, bias, bn_scale)
-            elif kind == "batchnorm":
-                pairs = pairs.through_norm(norm_of(model, groups, name, layer), bn_scale)
-            elif kind == "channelnorm":
-                pairs = pairs.through_affine(*weight_and_bias(model, groups, name, layer))
-        for affine in affines.values():
-            pairs = pairs.through_affine(*affine)
-        found.append(pairs)
-    mean = {
-        k: torch.stack([getattr(p, k) for p in found]).mean(dim=0)
-        for k in ("cosine", "ratio", "scale", "mismatch")
-    }
-    return Pairs(removed, kept, **mean)
+    """What merging each of the channels ``removed [R]`` into each of ``kept [P]`` would do."""
+    through = partial(through_norm, bn_scale=bn_scale)
+    opposite = bn_scale == "released"
+    return pairs_of(model, groups, name, removed, kept, through, opposite=opposite)
 
 
-def _normed(model: nn.Module, layers: Iterable[str]) -> bool:
-    return any(kind_of(model.get_submodule(layer)) == "batchnorm" for layer in layers)
-
-
-def _compared(rows: Tensor, removed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines, and ratios of norms ``‖w_n‖ / ‖w_p‖``, ``[R, P]``; the cosine with a zero filter is
-    0.
-    """
-    norms = rows.norm(dim=1)
-    n, p = _pair(norms, removed, kept)
-    return (rows[removed] @ rows[kept].T / (n * p)).nan_to_num(0.0), n / p
-
-
-def _pair(values: Tensor, removed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Values ``[N]`` of the removed and of the kept channels, to be broadcast to ``[R, P]``."""
-    return values[removed][:, None], values[kept]
+def through_norm(pairs: Pairs, norm: Norm, bn_scale: BnScale) -> Pairs:
+    """Pairs behind a BatchNorm, by the formulas of the class above."""
+    (gn, gp), (bn, bp), (mn, mp), (vn, vp), (sn, sp) = (
+        pair(v, pairs.removed, pairs.kept)
+        for v in (norm.gamma, norm.beta, norm.mean, norm.var, norm.sigma)
+    )
+    if bn_scale == "released":
+        s = pairs.ratio
+        scale = s * (gp / gn) * (vn / vp)
+        rest = (gp / vp) * (s * (mn - vn * bn / gn) - mp) + bp
+        return replace(pairs, scale=scale, mismatch=rest.abs() / scale)
+    scale = pairs.scale * (gn / gp) * (sp / sn)
+    rest = (gn / sn) * (pairs.scale * (mp - sp * bp / gp) - mn) + bn
+    carried = pairs.mismatch * (gn / sn).abs()
+    return replace(pairs, scale=scale.where(scale > 0, math.nan), mismatch=carried + rest.abs())
 
 
 def _rescaled(values: Tensor, possible: Tensor) -> Tensor:

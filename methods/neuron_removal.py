@@ -9,10 +9,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from widthbench.errors import UsageError
@@ -23,15 +22,24 @@ from widthbench.sensitivity.derivatives import GateDerivatives, kinked
 from widthbench.technique.base import Outcome, Technique
 from widthbench.technique.budget import Allocation
 from widthbench.technique.parameters import Count, Positive
+from widthbench.technique.removal import (
+    Scores,
+    after,
+    candidates,
+    curves,
+    kept_after,
+    open_gates,
+    remove,
+    removed,
+    told,
+    unfinished,
+    untouched,
+)
 from widthbench.technique.task import State, Task
 from widthbench.width.groups import Groups
-from widthbench.width.resize import Plan, keep
 
 Ranking = Literal["oracle", "first_order", "second_order", "random"]
-GATES = tuple(i / 8 for i in range(9))  # where error curves are sampled
 SAVE_EVERY = 30.0  # seconds between the states that a killed run resumes from
-
-Scores = dict[str, Tensor]  # [N] per group
 
 
 class NeuronRemoval(Technique):
@@ -114,10 +122,7 @@ class NeuronRemoval(Technique):
         """The order of removal, ``[N]`` per group: 0 for what goes first, infinity for what stays;
         and curves, if wanted.
         """
-        order = {
-            n: torch.full((g.channels,), math.inf, dtype=torch.float64)
-            for n, g in task.groups.items()
-        }
+        order = untouched(task.groups)
         if self.ranking == "random":
             remove(order, drawn_at_random(task), task.groups)
             if not task.curves:
@@ -133,7 +138,7 @@ class NeuronRemoval(Technique):
                         f"{removed(order)} removals",
                         partial(self.further, order, work, task.groups),
                     )
-            return {"order": order} | ({"curves": work.curves(order)} if task.curves else {})
+            return {"order": order} | ({"curves": self.curves(work, order)} if task.curves else {})
 
     def rankings(self, groups: Groups) -> int:
         """How many candidates all rankings of "iterative" have together, about: the bar's
@@ -163,34 +168,20 @@ class NeuronRemoval(Technique):
         if not task.curves:
             return Outcome(plan)
         path = [kept_after(order, k) for k in range(removed(order) + 1)]
-        return Outcome(plan, path=path, series=self.series(task, order, state["curves"]))
-
-    def series(self, task: Task, order: Scores, curves: Scores) -> dict[str, list[Any]]:
-        """What makes pictures, as plain numbers (see ``Ranker.curves``), and what follows from
-        them.
-
-        Beside the curves: "joint", the increase of the loss after k removals; "summed", that of the
-        same channels removed each alone; "correlation", Spearman's, of the predicted with the true
-        changes.
-        """
-        found: dict[str, list[Any]] = {k: _rounded(v) for k, v in curves.items()}
-        loss = curves["loss"]
-        alone = torch.zeros(len(loss), dtype=torch.float64)
-        for name, position in order.items():
-            gone = position.isfinite()
-            alone.index_add_(0, position[gone].long() + 1, curves[f"change {name}"][gone])
-        found |= {"joint": _rounded(loss - loss[0]), "summed": _rounded(alone.cumsum(0))}
-        if self.ranking in ("first_order", "second_order"):
-            pairs = [
-                torch.cat([curves[f"{what} {n}"] for n in task.groups])
-                for what in ("score", "change")
-            ]
-            rho = float(spearmanr(*pairs).statistic)
-            # there is none where all predictions are equal
-            found["correlation"] = [rho] if math.isfinite(rho) else []
+        series = told(order, state["curves"])
         if self.ranking == "second_order" and self.diagonal == "exact":
-            found["almost_everywhere"] = kinked(task.model)
-        return found
+            series["almost_everywhere"] = kinked(task.model)
+        return Outcome(plan, path=path, series=series)
+
+    def curves(self, work: Ranker, order: Scores) -> Scores:
+        """What makes pictures: by brute force, beside what the ranking predicts."""
+        first = second = None
+        if self.ranking in ("first_order", "second_order"):
+            whole = {n: torch.arange(len(o)) for n, o in order.items()}
+            gates = open_gates(after(order, 0), work.sample.x)
+            first = work.slopes.first(gates)
+            second = work.second(gates, whole) if self.ranking == "second_order" else None
+        return curves(work.brute, order, first, second, errors=self.rerank == "single")
 
 
 class Ranker:
@@ -243,11 +234,11 @@ class Ranker:
         gates, here = open_gates(order, self.sample.x), candidates(order, self.task.groups)
         if method.ranking == "oracle":
             return self._brute_force(gates, here, save)
-        with self._billed(self.slopes):
+        with self.task.billed(self.slopes):
             first = self.slopes.first(gates)
         found = {n: -d for n, d in first.items()}
         if method.ranking == "second_order":
-            with self._billed(self.curvature):
+            with self.task.billed(self.curvature):
                 second = self.second(gates, here)
             found = {n: d + 0.5 * second[n] for n, d in found.items()}
         self.tick(sum(map(len, here.values())))
@@ -263,56 +254,17 @@ class Ranker:
             work.second(gates) if isinstance(work, BackpropDiagonal) else work.second(gates, here)
         )
 
-    def curves(self, order: Scores) -> dict[str, Tensor]:
-        """The loss after each removal and, of the whole network, the true and predicted changes and
-        error curves over the gate.
-
-        Returns:
-            "loss" ``[U+1]``; for each group "change NAME" ``[N]`` by brute force and, for Taylor
-            rankings, "score NAME" ``[N]`` as predicted; for the single second order also "gate"
-            ``[9]``, "error NAME" ``[N, 9]``, the loss at those values of a channel's gate, "first
-            NAME" and "second NAME" ``[N]``, the derivatives. Nothing here decides anything, nor is
-            it billed.
-        """
-        steps = range(removed(order) + 1)
-        losses = [self.brute.loss(open_gates(after(order, k), self.sample.x)) for k in steps]
-        found = {"loss": torch.tensor(losses, dtype=torch.float64)}
-        whole = after(order, 0)
-        gates, everything = (
-            open_gates(whole, self.sample.x),
-            {n: torch.arange(len(o)) for n, o in order.items()},
-        )
-        closed = self.brute.losses(gates, everything)
-        found |= {f"change {n}": e - losses[0] for n, e in closed.items()}
-        if self.method.ranking in ("first_order", "second_order"):
-            first = self.slopes.first(gates)
-            found |= {f"score {n}": -d for n, d in first.items()}
-        if self.method.ranking == "second_order":
-            second = self.second(gates, everything)
-            found |= {f"score {n}": -first[n] + 0.5 * d for n, d in second.items()}
-            if self.method.rerank == "single":
-                between = [self.brute.losses(gates, everything, value) for value in GATES[1:-1]]
-                for n, e in closed.items():
-                    at = [e, *(b[n] for b in between), torch.full_like(e, losses[0])]
-                    found |= {
-                        f"error {n}": torch.stack(at, dim=1),
-                        f"first {n}": first[n],
-                        f"second {n}": second[n],
-                    }
-                found["gate"] = torch.tensor(GATES, dtype=torch.float64)
-        return found
-
     def _brute_force(self, gates: Scores, here: Scores, save: bool) -> Scores:
         found = {}
         now = 0.0
         # else a constant that orders nothing
         if save or any(g.blocks > 1 for g in self.task.groups.values()):
-            with self._billed(self.brute):
+            with self.task.billed(self.brute):
                 now = self.brute.loss(gates)
         for name, index in here.items():
 
             def work(name: str = name, index: Tensor = index) -> dict[str, Tensor]:
-                with self._billed(self.brute):
+                with self.task.billed(self.brute):
                     return self.brute.losses(gates, {name: index})
 
             losses = (self.task.checkpoint(f"brute force on {name}", work) if save else work())[
@@ -323,18 +275,6 @@ class Ranker:
             )
             self.tick(len(index))
         return found
-
-    @contextmanager
-    def _billed(self, work: Any) -> Iterator[None]:
-        """Bill what is computed in the block."""
-        before = work.forward_macs, work.backward_macs
-        try:
-            yield
-        finally:
-            self.task.spend(
-                forward_macs=work.forward_macs - before[0],
-                backward_macs=work.backward_macs - before[1],
-            )
 
 
 @contextmanager
@@ -357,92 +297,3 @@ def drawn_at_random(task: Task) -> Scores:
     """A number for each channel, by the task's seed."""
     with seeded(task.seed):
         return {n: torch.rand(g.channels, dtype=torch.float64) for n, g in task.groups.items()}
-
-
-def open_gates(order: Scores, like: Tensor) -> Scores:
-    """1 for channels that are there, 0 for those that were removed: ``[N]`` per group, of the type
-    and device of a tensor.
-    """
-    return {n: o.isinf().to(like) for n, o in order.items()}
-
-
-def left(order: Tensor, blocks: int) -> int:
-    """How many more removals a group bears: each takes a channel of every block, and each block
-    keeps one.
-    """
-    return int(order.isinf().sum()) // blocks - 1
-
-
-def unfinished(order: Scores, groups: Groups) -> bool:
-    """Whether some group bears more removals."""
-    return any(left(order[n], g.blocks) for n, g in groups.items())
-
-
-def candidates(order: Scores, groups: Groups) -> dict[str, Tensor]:
-    """The channels that may go next: long ``[C]`` per group, none where the group bears no more
-    removals.
-    """
-    return {
-        n: o.isinf().nonzero().flatten() if left(o, groups[n].blocks) else torch.zeros(0).long()
-        for n, o in order.items()
-    }
-
-
-def removed(order: Scores) -> int:
-    """The number of removals so far."""
-    return 1 + int(
-        max(
-            (float(o[o.isfinite()].max()) for o in order.values() if o.isfinite().any()), default=-1
-        )
-    )
-
-
-def after(order: Scores, count: int) -> Scores:
-    """The order as it was after so many removals."""
-    return {n: o.where(o < count, math.inf) for n, o in order.items()}
-
-
-def kept_after(order: Scores, count: int) -> Plan:
-    """The network after so many removals, as a plan."""
-    return {n: keep((o >= count).nonzero().flatten()) for n, o in order.items()}
-
-
-def remove(order: Scores, changes: Scores, groups: Groups, count: int | None = None) -> None:
-    """Enter the next removals into the order, in place: those that change the loss least, of all
-    groups together.
-
-    Args:
-        order: ``[N]`` per group.
-        changes: ``[N]`` per group, what removing each channel does to the loss.
-        groups: The groups.
-        count: How many; None: all, until each group is left with one channel per block.
-
-    Raises:
-        UsageError: If a change is NaN.
-    """
-    units: list[tuple[float, str, list[int]]] = []
-    for name, position in order.items():
-        blocks = groups[name].blocks
-        if bool(changes[name].isnan().any()):
-            raise UsageError(
-                f"channel group '{name}': the loss or its derivatives are not finite, so its"
-                " channels cannot be ranked"
-            )
-        table = (
-            changes[name]
-            .where(position.isinf(), math.inf)
-            .view(blocks, -1)
-            .sort(dim=1, stable=True)
-        )
-        channels = table.indices + torch.arange(blocks)[:, None] * table.indices.shape[1]
-        least = left(position, blocks)
-        costs = table.values[:, :least].sum(dim=0).tolist()
-        units += [(cost, name, channels[:, i].tolist()) for i, cost in enumerate(costs)]
-    done = removed(order)
-    for at, (_, name, gone) in enumerate(sorted(units, key=lambda u: u[0])[:count], done):
-        order[name][gone] = at
-
-
-def _rounded(values: Tensor) -> list[Any]:
-    """Plain numbers of six digits."""
-    return [_rounded(v) if v.dim() else float(f"{float(v):.6g}") for v in values]

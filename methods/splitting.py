@@ -4,7 +4,6 @@ loss most, and go on.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -23,20 +22,17 @@ from widthbench.sensitivity.splitting_matrices import (
     splittable,
 )
 from widthbench.technique.base import Outcome, Technique
-from widthbench.technique.budget import top_channels, uniform_widths
+from widthbench.technique.budget import uniform_widths
+from widthbench.technique.growth import Split, at_widths, carried, copies
 from widthbench.technique.parameters import Count, Positive, Share
 from widthbench.technique.task import State, Task
 from widthbench.technique.trajectory import Trajectory
 from widthbench.training.loop import OptimizerState
 from widthbench.training.measuring import accuracy
 from widthbench.width.groups import Groups
-from widthbench.width.layers import tensors_on
-from widthbench.width.resize import Resize, keep, resize
+from widthbench.width.resize import Resize, resize
 
 Select = Literal["eigen", "random", "width"]
-Split = dict[str, tuple[Tensor, Tensor]]
-"""By group: which of its neurons are split, ``[K]``, and along which unit vectors, ``[K, d]``."""
-
 # times the rounds asked for that growth may go on where doubling, or neurons without a way down,
 # held it up
 MOST = 2
@@ -143,7 +139,7 @@ class Growing:
             n: max(1, round(method.narrow * w)) if n in self.growable else w
             for n, w in full.items()
         }
-        self.model = self._at(self.widths)
+        self.model = at_widths(task, self.widths)
         reinitialise(self.model, task.seed)
         self.groups = task.regroup(self.model)
         self.optimizer: OptimizerState = {}
@@ -155,18 +151,6 @@ class Growing:
     def _seed(self, number: int) -> int:
         """Of a round: each sees the data in an order of its own."""
         return self.task.seed + 7919 * number
-
-    def _at(self, widths: Mapping[str, int]) -> nn.Module:
-        groups = self.task.groups
-        rows = {
-            n: top_channels(
-                -torch.arange(groups[n].channels, dtype=torch.float32), w, groups[n].blocks
-            )
-            for n, w in widths.items()
-        }
-        wider = {n: w for n, w in widths.items() if w > groups[n].channels}
-        rows |= {n: torch.arange(w) % groups[n].channels for n, w in wider.items()}
-        return resize(self.task.model, groups, {n: keep(r) for n, r in rows.items()})
 
     def round(self, number: int) -> State:
         """Train, note where the run is, and split: the network after that, and how far it is."""
@@ -213,7 +197,7 @@ class Growing:
         """Take up the network after a round; whether it is the last one."""
         self.widths, self.splits, self.stable = state["widths"], state["splits"], state["stable"]
         self.way.series, self.optimizer = state["series"], state["optimizer"]
-        self.model = self._at(self.widths)
+        self.model = at_widths(self.task, self.widths)
         self.model.load_state_dict(state["model"])
         self.groups = self.task.regroup(self.model)
         return bool(state["done"])
@@ -287,8 +271,7 @@ class Growing:
             return
         price = dict.fromkeys(scores, 1.0)
         if self.method.per == "cost" and self.method.select == "eigen":
-            kept, widths = self.task.kept, self.widths
-            price = {n: kept(widths | {n: widths[n] + 1}) - kept(widths) for n in scores}
+            price = {n: self.task.price(self.widths, n) for n in scores}
         found = [
             (float(v) / price[n], n, row)
             for n, s in scores.items()
@@ -303,17 +286,16 @@ class Growing:
         task, method = self.task, self.method
         # other samples than those that the round's training began with
         sample = task.sample(method.samples, seed=self._seed(number) + 1)
-        matrices = SplittingMatrices(self.model, self.groups, sample, only=self.growable)
-        self.way.note("loss", float(matrices.loss))
-        if method.exact:
-            pairs = {n: matrices.smallest_exactly(n) for n in matrices.neurons}
-            values, vectors = (
-                {n: p[0] for n, p in pairs.items()},
-                {n: p[1].to(self.task.example_input) for n, p in pairs.items()},
-            )
-        else:
-            values, vectors = matrices.smallest(tolerance=method.tolerance, seed=self._seed(number))
-        task.spend(forward_macs=matrices.forward_macs, backward_macs=matrices.backward_macs)
+        made = SplittingMatrices(self.model, self.groups, sample, only=self.growable)
+        with task.billed(made, new=True) as work:
+            self.way.note("loss", float(work.loss))
+            if method.exact:
+                pairs = {n: work.smallest_exactly(n) for n in work.neurons}
+                values = {n: p[0] for n, p in pairs.items()}
+                vectors = {n: p[1].to(task.example_input) for n, p in pairs.items()}
+            else:
+                seed = self._seed(number)
+                values, vectors = work.smallest(tolerance=method.tolerance, seed=seed)
         return {n: v.cpu() for n, v in values.items()}, vectors
 
     def _split(self, split: Split) -> None:
@@ -325,16 +307,6 @@ class Growing:
         for name, (rows, _) in split.items():
             self.widths[name] += len(rows)
         self.splits += sum(len(rows) for rows, _ in split.values())
-
-
-def copies(channels: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(source of each new channel ``[P]``, whether it is one of two copies ``[P]``) when some of N
-    channels are split.
-
-    Copies θ + ε v stay where their originals were, copies θ - ε v follow behind all.
-    """
-    sources = torch.cat([torch.arange(channels), rows.cpu()])
-    return sources, torch.isin(sources, rows.cpu())
 
 
 def split_neurons(model: nn.Module, groups: Groups, split: Split, epsilon: float) -> nn.Module:
@@ -364,50 +336,3 @@ def split_neurons(model: nn.Module, groups: Groups, split: Split, epsilon: float
         ).to(theta)
         plan[name] = Resize(sources, mix, tensors)
     return resize(model, groups, plan)
-
-
-def carried(
-    state: OptimizerState, model: nn.Module, groups: Groups, split: Split, after: Groups
-) -> OptimizerState:
-    """An optimizer's state for the network after a split, in which gradients are what they were
-    before at ε = 0.
-
-    Both copies of a neuron have half of its gradient by incoming weights (a quarter where squares
-    are kept), and each all of its gradient by outgoing weights.
-
-    Args:
-        state: By parameter of the network before.
-        model: The network before.
-        groups: Its groups.
-        split: What was split.
-        after: Groups of the network after.
-    """
-    plan = {n: keep(copies(groups[n].channels, rows)[0]) for n, (rows, _) in split.items()}
-    found: OptimizerState = {
-        name: {k: v for k, v in kept.items() if not _shaped(v)} for name, kept in state.items()
-    }
-    for what in sorted({k for kept in state.values() for k, v in kept.items() if _shaped(v)}):
-        twin = copy.deepcopy(model)
-        for name, p in twin.named_parameters():
-            p.data = (
-                state[name][what].clone() if what in state.get(name, {}) else torch.zeros_like(p)
-            )
-        twin = resize(twin, groups, plan)
-        for name, (rows, _) in split.items():
-            double = copies(groups[name].channels, rows)[1]
-            factor = torch.where(double, 0.25 if what.endswith("sq") else 0.5, 1.0)
-            for layer, positions in after.places(name, "out"):
-                module = twin.get_submodule(layer)
-                for tensor, _ in tensors_on(module, "out"):
-                    if isinstance(getattr(module, tensor), nn.Parameter):
-                        value = getattr(module, tensor).data
-                        each = factor.to(value).repeat_interleave(len(positions) // len(factor))
-                        value[positions] *= each.view(-1, *[1] * (value.dim() - 1))
-        for name, p in twin.named_parameters():
-            if what in state.get(name, {}):
-                found[name][what] = p.data
-    return found
-
-
-def _shaped(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0

@@ -12,11 +12,11 @@ import time
 import torch
 from tabulate import tabulate
 from torch.nn import functional as F
-from widthbench.methods.neuron_removal import remove, unfinished
 
 from widthbench.networks import models
 from widthbench.report.speed import main
 from widthbench.sensitivity.ablation import Ablation, Sample
+from widthbench.technique.removal import remove, unfinished
 from widthbench.width import find_groups
 
 IMAGES = 10_000

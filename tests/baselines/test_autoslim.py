@@ -7,8 +7,9 @@ import zoo
 from torch import nn
 from torch.nn import functional as F
 from widthbench.baselines import autoslim
-from widthbench.baselines.autoslim import AutoSlim, First, Slimmable, at_budget, slimmer
+from widthbench.baselines.autoslim import AutoSlim, Slimmable, at_budget, slimmer
 
+from widthbench.data.samples import First
 from widthbench.errors import UsageError
 from widthbench.experiment import adaptation
 from widthbench.experiment.adaptation import task_of

@@ -22,6 +22,7 @@ from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
 from widthbench.technique.budget import Budget
 from widthbench.technique.task import Task
+from widthbench.technique.trajectory import Returns
 from widthbench.training.loop import fit
 from widthbench.width import CostModel, find_groups, gated, keep, resize
 
@@ -187,7 +188,8 @@ def test_a_channel_that_the_loss_needs_recovers():
     gates = Gates(method, task, task.recipe.model_copy(update={"epochs": 40.0}))
     gates.m["0"][0] = -0.5  # closed by hand: its slope says that the loss misses it
     gates.open["0"].copy_(opened(gates.m["0"], 1))
-    gates.shut["0"][0] = autoprune.CLOSED
+    for _ in range(autoprune.CLOSED):
+        gates.returns.note("0", gates.open["0"])
     model = copy.deepcopy(task.model)
     with gated(model, task.groups, gates.open, on="weight", products=gates.products):
         task.fit(model, task.train, gates.recipe, losses=gates.losses)
@@ -197,26 +199,15 @@ def test_a_channel_that_the_loss_needs_recovers():
     assert gates.trajectory.series["freeze"] == [40]
 
 
-def test_recoveries_and_the_chances_for_them_are_counted_by_gate_and_after_a_while_only(
-    monkeypatch,
-):
-    monkeypatch.setattr(autoprune, "CLOSED", 3)
-    method, task = planted(mu=0.0)
-    gates = Gates(method, task, task.recipe)
+def test_recoveries_and_the_chances_for_them_are_counted_by_gate_and_after_a_while_only():
+    returns = Returns({"0": torch.ones(4)}, long=3)
     # flickers; returns after two steps; after four; stays closed
     history = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]
-    gates.open["0"], gates.shut["0"], gates.long["0"] = (
-        torch.ones(4),
-        torch.zeros(4),
-        torch.zeros(4, dtype=torch.bool),
-    )
     for row in history:
-        gates.open["0"] = torch.tensor(row, dtype=torch.float32)
-        gates._note("0")
-    assert int(gates.told["recoveries"]) == 1
-    assert (
-        int(gates.told["shut"]) == 2 + 3
-    )  # the third channel at steps 4 and 5, the fourth at steps 4 to 6
+        gates = torch.tensor(row, dtype=torch.float32)
+        returns.note("0", gates)
+    # the third channel could have at steps 4 and 5, the fourth at steps 4 to 6
+    assert returns.counts({"0": gates}) == {"recoveries": 1, "shut": 2 + 3, "returned": 1}
 
 
 def test_the_channel_that_the_labels_need_is_kept():
@@ -511,7 +502,7 @@ def test_what_still_fits_is_kept_in_the_order_of_the_ranking():
     for _ in range(5):
         scores = {n: torch.rand(m.shape, generator=draw) for n, m in gates.m.items()}
         cut = task.widths(scores, "global")
-        full = gates._filled(cut, scores)
+        full = task.filled(cut, scores)
         assert all(full[n] >= cut[n] for n in cut)
         assert gates.task.kept(full) <= 0.5
         for name, group in task.groups.items():
@@ -528,7 +519,7 @@ def test_val_is_shuffled_anew_in_each_pass():
     for _ in range(3):
         order = []
         for _ in range(3):  # 12 samples in batches of 4
-            order += gates._drawn()[0].flatten(1).sum(dim=1).tolist()
+            order += gates.val.batch(gates.drawn)[0].flatten(1).sum(dim=1).tolist()
             gates.drawn += 1
         passes.append(order)
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
@@ -633,7 +624,7 @@ def test_amp_and_layouts_reach_both_kinds_of_steps(layout, monkeypatch):
     _, task = two_prices(torch.float32)
     seen = []
 
-    for place in ("widthbench.training.loop", "widthbench.methods.autoprune"):
+    for place in ("widthbench.training.loop", "widthbench.training.measuring"):
         monkeypatch.setattr(f"{place}.fastest_layout", lambda model: layout)
     recipe = task.recipe.model_copy(update={"amp": True})
     outcome = AutoPrune(epochs=2).apply(

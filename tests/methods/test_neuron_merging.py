@@ -12,7 +12,13 @@ from speed.neuron_merging import loop
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 from widthbench._claims import neuron_merging as checks
-from widthbench.methods.neuron_merging import NeuronMerging, Pairs, compare, filters, score
+from widthbench.methods.neuron_merging import (
+    NeuronMerging,
+    compare,
+    filters,
+    score,
+    through_norm,
+)
 from zoo import error
 
 import widthbench
@@ -20,6 +26,7 @@ from widthbench.data import splits
 from widthbench.errors import UsageError
 from widthbench.networks import models, weights
 from widthbench.randomness import seeded
+from widthbench.sensitivity.pairs import Pairs
 from widthbench.training.measuring import accuracy
 from widthbench.width import Resize, find_groups, resize
 from widthbench.width.certify import randomised
@@ -317,10 +324,9 @@ def test_norms_side_by_side_are_averaged(bn_scale):
     removed, kept = torch.arange(4, 8), torch.arange(4)
     pairs = compare(net, groups, "a", removed, kept, bn_scale)
     single = [
-        Pairs.of([filter_rows(net, groups, "a", "a")], removed, kept).through_norm(
-            norm_of(net, groups, "a", norm), bn_scale
-        )
+        through_norm(pair, norm_of(net, groups, "a", norm), bn_scale)
         for norm in ("bn1", "bn2")
+        for pair in [Pairs.of([filter_rows(net, groups, "a", "a")], removed, kept)]
     ]
     assert torch.allclose(pairs.scale, (single[0].scale + single[1].scale) / 2, equal_nan=True)
     assert torch.allclose(

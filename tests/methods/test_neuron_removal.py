@@ -8,7 +8,7 @@ from made import DONE
 from torch.nn import functional as F
 from widthbench._claims import neuron_removal as checks
 from widthbench.methods import neuron_removal
-from widthbench.methods.neuron_removal import NeuronRemoval, Ranker, kept_after, remove, removed
+from widthbench.methods.neuron_removal import NeuronRemoval, Ranker
 
 import widthbench
 from widthbench.claims import ledger
@@ -22,6 +22,7 @@ from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.recipe import Recipe
 from widthbench.sensitivity.ablation import Sample
+from widthbench.technique.removal import kept_after, remove, removed
 from widthbench.width import resize
 
 TAYLOR = [("first_order", {}), ("second_order", {}), ("second_order", {"diagonal": "exact"})]

@@ -8,7 +8,7 @@ import zoo
 from torch import nn
 from torch.nn import functional as F
 from widthbench.methods import splitting
-from widthbench.methods.splitting import Splitting, carried, copies, split_neurons
+from widthbench.methods.splitting import Splitting, split_neurons
 
 import widthbench
 from widthbench.errors import UsageError
@@ -23,6 +23,7 @@ from widthbench.sensitivity.splitting_matrices import (
     splittable,
 )
 from widthbench.technique.budget import Budget
+from widthbench.technique.growth import carried, copies
 from widthbench.technique.task import Task
 from widthbench.training.loop import fit
 from widthbench.width import CostModel, find_groups

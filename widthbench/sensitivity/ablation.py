@@ -151,8 +151,7 @@ class Ablation:
             what is free on a GPU. One candidate on 16 samples runs whatever that takes.
         way: Force one way; "update" and "gates" raise where they do not apply.
         processes: Share the sample among this process and ``processes - 1`` workers, each on its
-            own GPU where there are GPUs, else with as many threads as this process has now. Scripts
-            need the usual ``if __name__ == "__main__"``.
+            own GPU where there are GPUs, else with as many threads as this process has now.
 
     Attributes:
         forward_macs: Multiply-accumulates done so far, rank-1 updates included and the trial left

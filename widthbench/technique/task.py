@@ -5,8 +5,9 @@ it. Never the test set.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,16 @@ ACCESS: tuple[Access, ...] = ("none", "unlabelled", "labelled", "training")
 BRIEF = Recipe(epochs=1, batch_size=64, lr=0.01)  # where a caller names none
 State = dict[str, Any]
 """Tensors and plain data (numbers, strings, None), also in dicts and lists, by name."""
+
+
+class Metered(Protocol):
+    """Work that counts its multiply-accumulates."""
+
+    forward_macs: int
+    backward_macs: int
+
+
+Work = TypeVar("Work", bound=Metered)
 
 
 def _no_loop(*args: Any, **options: Any) -> Any:
@@ -153,6 +164,49 @@ class Task:
     def fits(self, widths: Mapping[str, int]) -> bool:
         """Whether channels per group are within the budget."""
         return self.kept(widths) <= self.asked * (1 + 1e-12)
+
+    def price(self, widths: Mapping[str, int], name: str, more: int = 1) -> float:
+        """What a channel of one group changes of ``kept``, when each of its blocks has so many
+        more.
+        """
+        blocks = self.groups[name].blocks
+        other = self.kept({**widths, name: widths[name] + more * blocks})
+        return abs(self.kept(widths) - other) / blocks
+
+    def filled(self, widths: Mapping[str, int], scores: Mapping[str, Tensor]) -> dict[str, int]:
+        """Widths that also take what still fits of one ranking behind the first channel that did
+        not.
+
+        Args:
+            widths: Channels per group, within the budget.
+            scores: ``[N]`` per group, comparable between groups, higher is kept.
+        """
+        order = {n: s.sort(descending=True).values.tolist() for n, s in scores.items()}
+        full, groups = dict(widths), self.groups
+        while True:
+            rest = [n for n, w in full.items() if w < groups[n].channels]
+            fits = [n for n in rest if self.fits({**full, n: full[n] + groups[n].blocks})]
+            if not fits:
+                return full
+            best = max(fits, key=lambda n: order[n][full[n]])
+            full[best] += groups[best].blocks
+
+    @contextmanager
+    def billed(self, work: Work, *, new: bool = False) -> Iterator[Work]:
+        """Bill what ``work`` computes in the block, by its ``forward_macs`` and ``backward_macs``.
+
+        Args:
+            work: Ablation, derivatives, splitting matrices.
+            new: It was made for the block: bill what making it took, too.
+        """
+        forward, backward = (0, 0) if new else (work.forward_macs, work.backward_macs)
+        try:
+            yield work
+        finally:
+            self.spend(
+                forward_macs=work.forward_macs - forward,
+                backward_macs=work.backward_macs - backward,
+            )
 
     def keep_best(
         self, scores: Mapping[str, Tensor], allocation: Allocation = "uniform"

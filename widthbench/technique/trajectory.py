@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from widthbench.technique.task import Task
 
@@ -43,3 +46,98 @@ class Trajectory:
         """Add to a quantity's list; floats are rounded to six digits."""
         rounded = float(f"{value:.6g}") if isinstance(value, float) else value
         self.series.setdefault(name, []).append(rounded)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {"series": self.series}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self.series = state["series"]
+
+
+class Since:
+    """Means and minima over the steps since the last point, kept on their device, so that no step
+    waits for it.
+
+    Args:
+        like: A tensor of that device.
+        means: Names of means.
+        least: Names of minima, of what is at most 1.
+    """
+
+    def __init__(self, like: Tensor, means: Sequence[str], least: Sequence[str]) -> None:
+        self._zero = like.double() * 0
+        self._means, self._least = tuple(means), tuple(least)
+        self._begin()
+
+    def _begin(self) -> None:
+        names = (*self._means, *self._least)
+        self._values = {n: self._zero + (n in self._least) for n in names}
+        self._steps = dict.fromkeys(names, 0)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Take a step's value into a mean or minimum."""
+        old, new = self._values[name], value.detach()
+        self._values[name] = old + new if name in self._means else torch.minimum(old, new)
+        self._steps[name] += 1
+
+    def taken(self) -> dict[str, float | None]:
+        """The means and minima, None for those of no step; and begin anew."""
+        found = {
+            n: float(v / (self._steps[n] if n in self._means else 1)) if self._steps[n] else None
+            for n, v in self._values.items()
+        }
+        self._begin()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {"values": self._values, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._values = {n: v.to(self._zero.device) for n, v in state["values"].items()}
+        self._steps = dict(state["steps"])
+
+
+class Returns:
+    """Channels that open again after they have been closed for long.
+
+    Args:
+        like: ``[N]`` per group.
+        long: Steps that a channel must have been closed for its return to count.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], long: int) -> None:
+        self._long = long
+        self._closed = {n: torch.zeros_like(t) for n, t in like.items()}  # steps since
+        self._once = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in like.items()}
+        zero = next(iter(like.values())).new_zeros((), dtype=torch.float64)
+        self._counts = {"recoveries": zero, "shut": zero}
+
+    def note(self, name: str, gate: Tensor) -> None:
+        """A group's gates ``[N]`` after a step."""
+        long, counts = self._closed[name] >= self._long, self._counts
+        self._once[name] |= long
+        counts["shut"] = counts["shut"] + long.sum()
+        counts["recoveries"] = counts["recoveries"] + (long & (gate > 0)).sum()
+        self._closed[name] = torch.where(gate > 0, 0.0, self._closed[name] + 1)
+
+    def counts(self, gates: Mapping[str, Tensor]) -> dict[str, int]:
+        """The "recoveries" so far; "shut", the channel-steps in which one could have happened;
+        "returned", channels open now that had once been closed so long.
+        """
+        back = sum(int((once & (gates[n] > 0)).sum()) for n, once in self._once.items())
+        return {n: int(c) for n, c in self._counts.items()} | {"returned": back}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {"closed": self._closed, "once": self._once, "counts": self._counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        for mine, kept in zip(
+            (self._closed, self._once, self._counts), state.values(), strict=True
+        ):
+            mine.update({n: v.to(mine[n].device) for n, v in kept.items()})

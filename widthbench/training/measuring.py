@@ -52,6 +52,11 @@ def fastest_layout(model: nn.Module) -> torch.memory_format:
     return torch.channels_last if images and not volumes else torch.contiguous_format
 
 
+def laid_out(x: Tensor, model: nn.Module) -> Tensor:
+    """Images in the memory layout that a network runs fastest in; anything else as it is."""
+    return x.contiguous(memory_format=fastest_layout(model)) if x.dim() == 4 else x
+
+
 def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accuracy:
     """Score a network in eval mode and in its fastest memory layout; both are put back afterwards.
 

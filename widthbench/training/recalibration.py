@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,21 @@ def batch_norms(model: nn.Module) -> list[Any]:
     """The layers that keep running statistics."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     return [m for m in norms if m.track_running_stats]
+
+
+@contextmanager
+def norms_left_alone(model: nn.Module) -> Iterator[None]:
+    """Batch norms that normalise by the batch, as in training, but do not take it into their
+    running statistics.
+    """
+    tracking = [norm for norm in batch_norms(model) if norm.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
 
 
 def recalibrate(

@@ -210,3 +210,26 @@ def sums_by_channel(
                 total = part.view(channels, -1).sum(dim=1)
                 found[name] = found[name] + total if name in found else total
     return found
+
+
+def sums_over_consumers(
+    model: nn.Module, groups: Groups, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Sum what belongs to the weights of all consumers over each channel's part of them.
+
+    Args:
+        model: The network.
+        groups: Its groups.
+        values: By consumer, of the shape of its weight.
+
+    Returns:
+        ``[N]`` for each of the groups that the consumers read.
+    """
+    heads = {n: g.channels for n, g in groups.everything.items() if g.heads}
+    found: dict[str, Tensor] = {}
+    for layer, value in values.items():
+        axis = groups.axes[layer, "in"]
+        parts = sums_by_channel(model.get_submodule(layer), axis, value, heads)
+        for name in parts.keys() & groups.keys():
+            found[name] = found[name] + parts[name] if name in found else parts[name]
+    return found
