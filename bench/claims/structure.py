@@ -11,8 +11,9 @@ import torch
 from widthbench.experiment import suites
 from widthbench.networks import models
 from widthbench.technique.budget import Budget, written
+from widthbench.width.assembly import discover
 from widthbench.width.cost import CostModel
-from widthbench.width.groups import Groups, discover
+from widthbench.width.groups import Groups
 
 
 def parameters(suite: str, model: str, budget: str = "") -> list[float]:

@@ -41,10 +41,10 @@ from widthbench.errors import UsageError, did_you_mean
 from widthbench.networks import models
 from widthbench.paths import write_atomic
 from widthbench.report.speed import where
+from widthbench.width.assembly import discover
 from widthbench.width.certify import TOLERANCE, certify
 from widthbench.width.cost import CostModel, count_macs
 from widthbench.width.doctor import diagnose
-from widthbench.width.groups import discover
 
 Row = dict[str, Any]
 TITLE = "# What of timm's families can be resized"

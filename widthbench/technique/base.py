@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from widthbench.errors import UsageError, did_you_mean, first_problem
 from widthbench.technique.budget import Allocation, check, used
 from widthbench.technique.task import Access, State, Task
+from widthbench.width.assembly import shapes_of
 from widthbench.width.cost import Cost
-from widthbench.width.groups import shapes_of
 from widthbench.width.resize import Plan, Resize, disagreements, resize
 
 

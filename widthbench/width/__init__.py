@@ -1,9 +1,10 @@
 """Channel groups of a network: discovery, certification, gates, resizing and analytic cost."""
 
+from widthbench.width.assembly import discover
 from widthbench.width.certify import certify, find_groups
 from widthbench.width.cost import Cost, CostModel
 from widthbench.width.gates import gated
-from widthbench.width.groups import Group, Groups, discover
+from widthbench.width.groups import Group, Groups
 from widthbench.width.resize import Plan, Resize, keep, resize
 
 __all__ = [

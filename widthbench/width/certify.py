@@ -34,8 +34,9 @@ from widthbench.errors import UsageError
 from widthbench.paths import cache_dir
 from widthbench.provenance import code_digest, meaning
 from widthbench.randomness import seeded
+from widthbench.width.assembly import discover
 from widthbench.width.gates import gated
-from widthbench.width.groups import Grade, Group, Groups, discover
+from widthbench.width.groups import Grade, Group, Groups
 from widthbench.width.layers import kind_of
 from widthbench.width.resize import Plan, Resize, detached, disagreements, keep, resize_uncertified
 
@@ -148,7 +149,7 @@ def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str 
         f"{list(example_input.shape)};{groups.members!r};{sorted(groups.axes.items())!r};".encode()
     )
     digest.update(
-        f"{sorted(groups.tensors.items())!r};{groups.stated!r};{groups.scales!r};{groups.program};".encode()
+        f"{sorted(groups.tensors.items())!r};{groups.width_attributes!r};{groups.scales!r};{groups.program};".encode()
     )
     try:
         for name, module in model.named_modules():

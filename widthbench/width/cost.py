@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from widthbench.errors import CostError
+from widthbench.width.assembly import discover
 from widthbench.width.counting import count_macs, macs_by_module
-from widthbench.width.groups import Axis, Groups, discover
+from widthbench.width.groups import Axis, Groups
 from widthbench.width.layers import Side, axis_length, kind_of, tensors_on
 from widthbench.width.resize import axis_width
 

@@ -94,7 +94,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Contraction:
     """Two activations whose labels are summed over in a product, as queries and keys are.
 
     Attributes:
@@ -203,9 +203,9 @@ class Labels:
         joined: Channels that an addition joins with another branch.
         normalised: Channels under a norm across channels.
         blocks: ``[B]`` labels that are blocks, and the members of each.
-        halves: (labels in order, number of contiguous parts that need equal counts, where).
-        lattices: (grid, which of its axes are heads, which one is free to change).
-        meetings: Products in which activations are summed over.
+        equal_blocks: (labels in order, number of contiguous parts that need equal counts, where).
+        grids: (grid, which of its axes are heads, which one is free to change).
+        contractions: Products in which activations are summed over.
         products: All convolutions and matrix products.
         sizes: Numbers that state widths.
         behind: For every layer, the nearest layers that it reads from.
@@ -221,9 +221,9 @@ class Labels:
     joined: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     normalised: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     blocks: dict[int, Ids] = field(default_factory=dict)
-    halves: list[tuple[Ids, int, str]] = field(default_factory=list)
-    lattices: list[tuple[Ids, tuple[int, ...], int]] = field(default_factory=list)
-    meetings: list[Meeting] = field(default_factory=list)
+    equal_blocks: list[tuple[Ids, int, str]] = field(default_factory=list)
+    grids: list[tuple[Ids, tuple[int, ...], int]] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     behind: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -325,9 +325,9 @@ class Tracer(TorchDispatchMode):
         self.normalised: list[Ids] = []
         self.rows: dict[bytes, int] = {}
         self.members: dict[int, Ids] = {}
-        self.halves: list[tuple[Ids, int, str]] = []
+        self.equal_blocks: list[tuple[Ids, int, str]] = []
         self.grids: list[Ids] = []
-        self.meetings: list[Meeting] = []
+        self.contractions: list[Contraction] = []
         self.products: list[Product] = []
         self.sizes: list[Size] = []
         self.behind: dict[str, dict[str, None]] = {}
@@ -613,8 +613,8 @@ class Tracer(TorchDispatchMode):
                 left, right = np.broadcast_arrays(left, right)
                 grid = left
                 if va.data and vb.data:
-                    self.meetings.append(
-                        Meeting(
+                    self.contractions.append(
+                        Contraction(
                             left.ravel(), va.near, right.ravel(), vb.near, scaled, left.shape[-1]
                         )
                     )
@@ -665,7 +665,7 @@ class Tracer(TorchDispatchMode):
     def finish(self, output: Any) -> Labels:
         """Channels from labels, once everything has been seen."""
         channel = self._components()
-        lattices = []
+        grids = []
         heads = np.full(self.count, -1, dtype=np.int64)  # the block of each label, as its channel
         for block, row in self.members.items():
             heads[row] = channel[block]
@@ -680,7 +680,7 @@ class Tracer(TorchDispatchMode):
             for i in range(grid.ndim):
                 if i != free and i not in along:
                     self.tie(grid, grid.take([0], axis=i))
-            lattices.append((grid, tuple(along), free))
+            grids.append((grid, tuple(along), free))
         self._tie_numbers(heads)
         channel = self._components()
         reasons: dict[int, str] = {}
@@ -688,22 +688,22 @@ class Tracer(TorchDispatchMode):
             for c in np.unique(channel[ids]).tolist():
                 reasons.setdefault(c, reason)
         return Labels(
-            self.axes,
-            self.count,
-            channel,
-            reasons,
-            _unique(channel, self.joined),
-            _unique(channel, self.normalised),
-            self.members,
-            self.halves,
-            lattices,
-            self.meetings,
-            self.products,
-            self.sizes,
-            {layer: tuple(found) for layer, found in self.behind.items()},
-            frozenset(self.adjacent),
-            output,
-            self.program.hexdigest(),
+            axes=self.axes,
+            count=self.count,
+            channel=channel,
+            reasons=reasons,
+            joined=_unique(channel, self.joined),
+            normalised=_unique(channel, self.normalised),
+            blocks=self.members,
+            equal_blocks=self.equal_blocks,
+            grids=grids,
+            contractions=self.contractions,
+            products=self.products,
+            sizes=self.sizes,
+            behind={layer: tuple(before) for layer, before in self.behind.items()},
+            adjacent=frozenset(self.adjacent),
+            output=output,
+            program=self.program.hexdigest(),
         )
 
     def _tie_numbers(self, heads: Ids) -> None:

@@ -598,9 +598,9 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         if fx is not None and length == len(fx):
             tracer.tie(fx, inside)
             fi = inside
-            tracer.halves.append((inside, groups, layer))
+            tracer.equal_blocks.append((inside, groups, layer))
             if fo is not None:
-                tracer.halves.append((fo, groups, layer))
+                tracer.equal_blocks.append((fo, groups, layer))
         else:
             tracer.freeze(inside, MEETS)
             if fo is not None:
@@ -764,7 +764,7 @@ def _group_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
         for own in affine:
             tracer.tie(ids, own)
         if groups > 1:
-            tracer.halves.append((ids, groups, layer))
+            tracer.equal_blocks.append((ids, groups, layer))
         tracer.normalised.append(ids)
         factors.append((dims, ids))
     if vx.at(1) is None:

@@ -170,19 +170,19 @@ def _numbers(groups: Groups, plan: Plan) -> dict[Origin, int]:
     """What numbers in the network's code become."""
     found: dict[Origin, int] = {}
     widths = {n: len(change.rows) for n, change in plan.items()}
-    for stated in groups.stated:
-        if not touched(stated.axis, plan):
+    for attribute in groups.width_attributes:
+        if not touched(attribute.axis, plan):
             continue
-        number = axis_width(stated.axis, widths, groups.everything) / stated.over
-        name = ".".join(p for p in stated.origin[:2] if p)
+        number = axis_width(attribute.axis, widths, groups.everything) / attribute.over
+        name = ".".join(p for p in attribute.origin[:2] if p)
         if number != round(number):
             raise PlanError(
                 f"'{name}' would have to be {number:g}, which is no whole number: its parts must"
                 " keep equal counts"
             )
-        if found.setdefault(stated.origin, round(number)) != round(number):
+        if found.setdefault(attribute.origin, round(number)) != round(number):
             raise PlanError(
-                f"'{name}' would have to be both {found[stated.origin]} and {round(number)}"
+                f"'{name}' would have to be both {found[attribute.origin]} and {round(number)}"
             )
     return found
 
