@@ -22,9 +22,9 @@ from widthbench.technique.budget import Budget, global_widths, top_channels
 from widthbench.technique.parameters import NotNegative, Positive
 from widthbench.technique.task import State, Task
 from widthbench.technique.trajectory import Returns, Since, Trajectory
-from widthbench.training.loop import steps_of
 from widthbench.training.measuring import accuracy, laid_out
 from widthbench.training.recalibration import norms_left_alone
+from widthbench.training.state import steps_of
 from widthbench.width.gates import gated, sums_over_consumers
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep

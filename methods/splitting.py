@@ -27,8 +27,8 @@ from widthbench.technique.growth import Split, at_widths, carried, copies
 from widthbench.technique.parameters import Count, Positive, Share
 from widthbench.technique.task import State, Task
 from widthbench.technique.trajectory import Trajectory
-from widthbench.training.loop import OptimizerState
 from widthbench.training.measuring import accuracy
+from widthbench.training.state import OptimizerState
 from widthbench.width.groups import Groups
 from widthbench.width.resize import Resize, resize
 

@@ -12,7 +12,7 @@ from widthbench.experiment import billing, protocol
 from widthbench.experiment.suites import Suite
 from widthbench.networks import models
 from widthbench.recipe import Recipe
-from widthbench.training import graphed, loop
+from widthbench.training import graphed, state
 from widthbench.training.loop import fit
 from widthbench.training.measuring import latency_ms, peak_memory_mib
 from widthbench.training.resume import Resume
@@ -78,7 +78,7 @@ def test_a_killed_graphed_training_goes_on(digits, float32, tmp_path):
 
 
 def test_memory_that_runs_out_is_met_by_smaller_parts(digits, monkeypatch):
-    real = loop.Run._gradients
+    real = state.Run._gradients
 
     def short(run, x, y, whole):
         if run.parts == 1:
@@ -88,7 +88,7 @@ def test_memory_that_runs_out_is_met_by_smaller_parts(digits, monkeypatch):
     def none_left(*args):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(loop.Run, "_gradients", short)
+    monkeypatch.setattr(state.Run, "_gradients", short)
     monkeypatch.setattr(graphed._Steps, "_from_tables", none_left)
     with pytest.warns(UserWarning, match="one by one"), pytest.warns(UserWarning, match="2 parts"):
         spent = fit(network(), digits.train, RECIPE, macs=1)

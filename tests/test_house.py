@@ -1,10 +1,12 @@
 """The house: imports run down its floors only, and techniques are guests."""
 
+import graphlib
 import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +16,12 @@ def test_no_import_runs_up():
     lint = Path(sys.executable).parent / "lint-imports"
     done = subprocess.run([lint], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = grimp.build_graph("widthbench", exclude_type_checking_imports=True)
+    imports = {m: graph.find_modules_directly_imported_by(m) for m in graph.modules}
+    graphlib.TopologicalSorter(imports).prepare()  # which names the circle
 
 
 def test_nothing_in_the_package_imports_a_technique():

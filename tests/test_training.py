@@ -12,10 +12,11 @@ from widthbench.errors import DivergedError, UsageError
 from widthbench.networks import models
 from widthbench.recipe import Recipe
 from widthbench.training.ending import Ending
-from widthbench.training.loop import fit, steps_of
+from widthbench.training.loop import fit
 from widthbench.training.measuring import accuracy
 from widthbench.training.recalibration import batch_norms, recalibrate
 from widthbench.training.resume import Resume
+from widthbench.training.state import steps_of
 
 
 @pytest.fixture(scope="module")

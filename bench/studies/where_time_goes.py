@@ -32,7 +32,7 @@ from widthbench.networks import models
 from widthbench.paths import write_atomic
 from widthbench.report.speed import where
 from widthbench.technique import base
-from widthbench.training import loop
+from widthbench.training import loop, state
 
 WORK = ("training", "decision", "resize", "recalibration", "scores")
 CELLS = (
@@ -145,14 +145,14 @@ def one_epoch(network: str, name: str, dataset: str, size: int) -> dict[str, flo
     with ExitStack() as stack:
         watch.patch(stack, torch.Tensor, "backward", "backward")
         watch.patch(stack, torch.optim.Optimizer, "zero_grad", "optimizer")
-        make = loop.create_optimizer_v2
+        make = state.create_optimizer_v2
 
         def optimizer(*args: Any, **kwargs: Any) -> Any:
             made = make(*args, **kwargs)
             made.step = watch.timed("optimizer", made.step)
             return made
 
-        stack.enter_context(mock.patch.object(loop, "create_optimizer_v2", optimizer))
+        stack.enter_context(mock.patch.object(state, "create_optimizer_v2", optimizer))
         model.forward = watch.timed("forward", model.forward)
         with watch.on("the loop itself"):
             loop.fit(model, Timed(), recipe.model_copy(update={"epochs": 1.0}), macs=1)

@@ -624,7 +624,7 @@ def test_amp_and_layouts_reach_both_kinds_of_steps(layout, monkeypatch):
     _, task = two_prices(torch.float32)
     seen = []
 
-    for place in ("widthbench.training.loop", "widthbench.training.measuring"):
+    for place in ("widthbench.training.state", "widthbench.training.measuring"):
         monkeypatch.setattr(f"{place}.fastest_layout", lambda model: layout)
     recipe = task.recipe.model_copy(update={"amp": True})
     outcome = AutoPrune(epochs=2).apply(

@@ -11,7 +11,7 @@ from widthbench.data import splits
 from widthbench.errors import DivergedError
 from widthbench.networks import models
 from widthbench.recipe import Recipe
-from widthbench.training import graphed, loop
+from widthbench.training import graphed, state
 from widthbench.training.loop import fit
 from widthbench.training.resume import Resume
 
@@ -96,7 +96,7 @@ def fused(*args, **options):
 def assert_plain_gives(expected, digits, recipe, monkeypatch):
     """That steps one by one, with the fused optimizer, give the same weights bit by bit."""
     monkeypatch.setattr(graphed, "RECORDABLE", ())
-    monkeypatch.setattr(loop, "create_optimizer_v2", fused)
+    monkeypatch.setattr(state, "create_optimizer_v2", fused)
     plain = network()
     spent = fit(plain, digits.train, recipe, macs=7)
     for p, q in zip(expected.state_dict().values(), plain.state_dict().values(), strict=True):

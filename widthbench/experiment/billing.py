@@ -22,9 +22,9 @@ from widthbench.paths import Lock, cache_dir
 from widthbench.recipe import Spent
 from widthbench.technique.base import Technique
 from widthbench.technique.task import State, Task
-from widthbench.training.loop import Stateful
 from widthbench.training.measuring import Meter
 from widthbench.training.resume import Resume
+from widthbench.training.state import Stateful
 from widthbench.width.cost import count_macs
 from widthbench.width.groups import Groups
 

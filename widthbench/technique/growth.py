@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from widthbench.technique.budget import top_channels
 from widthbench.technique.task import Task
-from widthbench.training.loop import OptimizerState
+from widthbench.training.state import OptimizerState
 from widthbench.width.groups import Groups
 from widthbench.width.layers import tensors_on
 from widthbench.width.resize import keep, resize

@@ -22,7 +22,7 @@ from widthbench.data.augmentation import Draws
 from widthbench.data.splits import ImageSamples
 
 if TYPE_CHECKING:
-    from widthbench.training.loop import Run
+    from widthbench.training.state import Run
 
 WARM_UP = 3  # real steps before the recording: libraries choose their algorithms, buffers are made
 RECORDABLE = ("cuda",)
