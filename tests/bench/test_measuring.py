@@ -11,7 +11,7 @@ from speed.measuring import Item, Worker
 
 from widthbench.technique import registry
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -379,7 +379,7 @@ def test_a_report_of_earlier_records_needs_no_data(tmp_path, monkeypatch, capsys
     assert "skipped" in (tmp_path / "results" / "elsewhere" / "leaderboard.md").read_text()
 
 
-RESULTS = Path(__file__).parent.parent / "results" / "published"
+RESULTS = Path(__file__).parents[2] / "results" / "published"
 
 
 @pytest.mark.parametrize("name", sorted(p.parent.name for p in RESULTS.glob("*/records.jsonl")))

@@ -15,7 +15,7 @@ from widthbench.recipe import Recipe
 from widthbench.report.claims import page, plain
 from widthbench.statistics import summarise
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXPECTED = (
     [f"M{i}" for i in range(1, 9)]
     + [f"A{i}" for i in range(1, 10)]

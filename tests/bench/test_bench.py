@@ -12,7 +12,7 @@ import pytest
 
 from widthbench.cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 SUITE = """
 name = "tiny"
