@@ -34,11 +34,12 @@ size = 8
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
+def ran(tmp_path_factory, run_cells_here):
     folder = tmp_path_factory.mktemp("verify")
     (folder / "tiny.toml").write_text(SUITE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WIDTHBENCH_CACHE", str(folder / "cache"))
+        run_cells_here(patch)  # and in a process of their own when they are run again
         assert (
             cli.main(["run", str(folder / "tiny.toml"), "--results", str(folder / "results")]) == 0
         )
@@ -327,7 +328,7 @@ def test_the_sample_is_the_same_for_one_seed_and_spares_nothing(ran):
         verify.sample([], 3)
 
 
-def test_a_rerun_leaves_no_trace_in_the_cache_or_the_environment(results, ran, monkeypatch):
+def test_a_rerun_leaves_no_trace_in_the_cache_or_the_environment(results, in_process, ran):
     before = sorted(p for p in (ran / "cache").rglob("*") if p.is_file())
     suite = suites.load(str(results / "tiny.toml"))
     (found,) = verify.rerun(suite, read_records(records_file(results))[:1])
@@ -336,7 +337,7 @@ def test_a_rerun_leaves_no_trace_in_the_cache_or_the_environment(results, ran, m
     assert verify.os.environ["WIDTHBENCH_CACHE"] == str(ran / "cache")
 
 
-def test_a_store_does_not_answer_for_a_rerun(results, monkeypatch, tmp_path):
+def test_a_store_does_not_answer_for_a_rerun(results, in_process, monkeypatch, tmp_path):
     """It holds the very records that are in question."""
     monkeypatch.setenv("WIDTHBENCH_STORE", f"file://{tmp_path}/store")
     forged = read_records(records_file(results))[1]
