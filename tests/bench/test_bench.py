@@ -81,8 +81,8 @@ def test_what_one_run_leaves_when_it_is_killed_two_workers_complete(bench, tmp_p
     assert not (tmp_path / "results").exists()
     before = {p: p.stat().st_mtime_ns for p in finished}
 
-    # M3 and M4 build networks for ImageNet: what they check is tested with the other claims
-    done = bench(*options, "-n", "2", "-v", "-k", "not M3 and not M4")
+    # two claims, of which one is not run: all of them are judged with the committed results
+    done = bench(*options, "-n", "2", "-v", "-k", "test_cell or R9 or M1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed" not in done.stdout
     assert "test_cell[digits-lenet_300_100-scratch:l1-norm-macs:0.5-s1]" in done.stdout
