@@ -3,14 +3,12 @@
 import subprocess
 import sys
 
-CHECKS = (  # at the same time
-    ["ruff", "check", "."],
-    ["ruff", "format", "--check", "."],
-    ["mypy"],
-    ["sphinx", "-W", "-q", "docs", "docs/_build"],
-)
+FIRST = (["ruff", "check", "."], ["ruff", "format", "--check", "."])
+BESIDE = (["mypy"], ["sphinx", "-W", "-q", "docs", "docs/_build"])  # the tests, which also wait
 # a worker with nothing left takes over from another
 TESTS = ["pytest", "tests", "-n", "auto", "--dist", "worksteal"]
+
+failed = []
 
 
 def start(step, **output):
@@ -18,15 +16,22 @@ def start(step, **output):
     return subprocess.Popen([sys.executable, "-m", *step], **output)
 
 
-codes = {}
-output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-running = {tuple(step): start(step, **output) for step in CHECKS}
-for step, process in running.items():
-    print("+", *step, flush=True)
-    print(process.communicate()[0], end="", flush=True)
-    codes[" ".join(step)] = process.returncode
-print("+", *TESTS, flush=True)
-codes[" ".join(TESTS)] = start(TESTS).wait()
+def end(step, process):
+    """Show what it said, where that was kept, and note whether it failed."""
+    print(process.communicate()[0] or "", end="", flush=True)
+    if process.returncode:
+        failed.append(" ".join(step))
 
-if failed := [step for step, code in codes.items() if code]:
+
+for step in FIRST:
+    print("+", *step, flush=True)
+    end(step, start(step))
+kept = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+beside = [(step, start(step, **kept)) for step in BESIDE]
+print("+", *TESTS, flush=True)
+end(TESTS, start(TESTS))
+for step, process in beside:
+    print("+", *step, flush=True)
+    end(step, process)
+if failed:
     sys.exit("failed: " + "; ".join(failed))

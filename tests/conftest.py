@@ -40,14 +40,21 @@ def fresh_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Cells are run in this process, not in one of their own: for tests of what comes before and
-    after them."""
+@pytest.fixture(scope="session")
+def run_cells_here():
+    """What has cells run in this process, not in one of their own, by a monkeypatch: for tests of
+    what comes before and after cells."""
     from widthbench.engines.worker import Worker
     from widthbench.experiment.protocol import run_cell
     from widthbench.experiment.store import Store
 
-    monkeypatch.setattr(
-        Worker, "run", lambda self, cell, limits=None, *, bar=False: run_cell(cell, Store())
-    )
+    def run(self, cell, limits=None, *, bar=False):
+        return run_cell(cell, Store())
+
+    return lambda patch: patch.setattr(Worker, "run", run)
+
+
+@pytest.fixture
+def in_process(monkeypatch, run_cells_here):
+    """Cells are run in this process."""
+    run_cells_here(monkeypatch)

@@ -65,47 +65,42 @@ def run(tmp_path_factory):
     return call
 
 
-def test_it_is_listed_and_the_broken_one_beside_it_is_named(run):
-    done = run("-m", "widthbench", "list", "techniques", "--json")
-    listed = json.loads(done.stdout)
-    assert {"keep-first", "l1-norm"} <= {t["technique"] for t in listed["techniques"]}
-    assert (
-        next(t["from"] for t in listed["techniques"] if t["technique"] == "keep-first")
-        == "keepfirst 0.1"
-    )
-    assert "fails to import: ModuleNotFoundError" in listed["broken"]["broken-import"]
-    assert "'broken-import' of keepfirst 0.1" in done.stderr
-    assert done.returncode == 1
-
-
-COMMANDS = """
+EVERYTHING = """
+import contextlib, io, json
+from widthbench import contract
 from widthbench.cli import main
+from widthbench.technique import registry
+
+with contextlib.redirect_stdout(io.StringIO()) as listed:
+    code = main("list techniques --json".split())
+print(json.dumps({"code": code, "listed": json.loads(listed.getvalue())}))
 for command in (
-    "run mine.toml",
-    "report mine.toml --site",
+    "run mine.toml --no-timing",
+    "report mine.toml --site --no-timing",
     "verify mine.toml --only keep-first --results results",
 ):
     assert main(command.split()) == 0, command
+print("decisions checked:", contract.check_technique(registry.load("keep-first")))
 """
 
 
-def test_it_runs_through_a_suite_onto_a_leaderboard(run):
+def test_it_is_listed_runs_through_a_suite_onto_a_leaderboard_and_keeps_the_contract(run):
     (run.folder / "mine.toml").write_text(SUITE)
-    done = run("-c", COMMANDS)
+    done = run("-c", EVERYTHING)
     assert done.returncode == 0, done.stdout + done.stderr
-    board = (run.folder / "results" / "with-plugin" / "leaderboard.md").read_text()
-    assert "| keep-first" in board
-    assert (
-        run.folder / "results" / "with-plugin" / "figures" / "accuracy-macs.png"
-    ).stat().st_size > 1000
+
+    answer = json.loads(done.stdout.splitlines()[0])
+    owners = {t["technique"]: t["from"] for t in answer["listed"]["techniques"]}
+    assert owners["keep-first"] == "keepfirst 0.1"
+    assert "l1-norm" in owners
+    # the broken one beside it
+    assert "fails to import: ModuleNotFoundError" in answer["listed"]["broken"]["broken-import"]
+    assert "'broken-import' of keepfirst 0.1" in done.stderr
+    assert answer["code"] == 1
+
+    folder = run.folder / "results" / "with-plugin"
+    assert "| keep-first" in (folder / "leaderboard.md").read_text()
+    assert (folder / "figures" / "accuracy-macs.png").stat().st_size > 1000
     assert ">keep-first</td>" in (run.folder / "results" / "site.html").read_text()
     assert "bit-equal" in done.stdout
-
-
-def test_it_keeps_the_contract(run):
-    done = run(
-        "-c",
-        "from widthbench import contract; from widthbench.technique import registry; "
-        "print(contract.check_technique(registry.load('keep-first')))",
-    )
-    assert done.stdout.strip() == "9", done.stderr
+    assert "decisions checked: 9" in done.stdout

@@ -254,14 +254,29 @@ def test_the_group_that_accuracy_misses_least_is_slimmed():
     assert task.cost(widths).macs <= 0.25**0.25 * task.reference.macs
 
 
+LENET, RESNET = ("lenet_300_100", 16), ("test_resnet", 32)
+FRESH = {"final": "fresh", "final_epochs": 0.5}
+AS_FOUND = {"final_epochs": 0, "order": "index"}
+
+
 @pytest.mark.parametrize(
-    "params", [{}, {"final": "fresh", "final_epochs": 0.5}, {"final_epochs": 0, "order": "index"}]
+    ("model", "size", "params"),
+    [
+        (*LENET, {}),
+        (*LENET, FRESH),
+        (*LENET, AS_FOUND),
+        (*RESNET, {}),
+        pytest.param(*RESNET, FRESH, marks=pytest.mark.slow),
+        pytest.param(*RESNET, AS_FOUND, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize(("model", "size"), [("lenet_300_100", 16), ("test_resnet", 32)])
 def test_it_slims_real_networks(model, size, params):
     brief = {"calibration": 64, "samples": 32, "epochs": 0.25, "final_epochs": 0.25, **params}
     budgets = ("macs:0.6", "macs:0.25", "macs:0.1")[:: 1 if "lenet" in model else 2]
-    records = [run_cell(cell(brief, model=model, size=size, budget=b), Store()) for b in budgets]
+    where = {"model": model, "size": size}
+    if "resnet" in model:
+        where |= dict.fromkeys(("base", "finetune"), BASE.model_copy(update={"epochs": 0.25}))
+    records = [run_cell(cell(brief, **where, budget=b), Store()) for b in budgets]
     for record in records:
         assert record.status == "done", record.reason
         assert record.met

@@ -15,6 +15,7 @@ import torch
 import unruly
 from filelock import FileLock
 
+from widthbench import children
 from widthbench.engines import local
 from widthbench.engines import worker as worker_module
 from widthbench.engines.worker import Worker, WorkerError, code_of
@@ -22,7 +23,7 @@ from widthbench.experiment import keys, protocol, suites
 from widthbench.experiment.limits import Limits
 from widthbench.experiment.store import Store
 from widthbench.report.lines import shape_of
-from widthbench.report.timing import measured
+from widthbench.report.timing import measure, measured
 from widthbench.technique import registry
 
 SUITE = """
@@ -85,22 +86,15 @@ def run(*names, jobs=1, **changes):
 
 
 HANGING = [w for w, why in unruly.WAYS.items() if "time_limit" in why]
-# one of each kind: the signal, the lock and the exception that others of WAYS share; other tests
-# here have the other kinds
-KINDS = [
-    "segfaults",
-    "is-killed",
-    "nan",
-    "lone-surrogate",
-    "limits-file-sizes",
-    "closes-everything",
-    "eats",
-]
+# one of each kind: a signal, a record that is hard to send, one that cannot be written, an end
+# without a word; what only the parent sees is below, with a child that starts in no time
+KINDS = ["segfaults", "lone-surrogate", "limits-file-sizes", "leaves-others-and-ends"]
 
 
 def assert_each_fails_and_the_others_go_on(*ways, time_limit):
+    *most, last = ways  # before whose process starts there is one for what comes before
     others = ("l1-norm", "random-channels")
-    found = run(others[0], *ways, others[1], time_limit=time_limit)
+    found = run(others[0], *most, others[1], last, time_limit=time_limit)
     assert {n: found[n].status for n in ("base", *others)} == dict.fromkeys(
         ("base", *others), "done"
     )
@@ -120,24 +114,88 @@ def assert_each_fails_and_the_others_go_on(*ways, time_limit):
 def test_each_way_to_fail_is_a_record_with_its_cause_and_the_others_go_on(plug_ins, ways):
     # how fast a machine is must not decide which limit is met first
     assert_each_fails_and_the_others_go_on(*ways, time_limit=300)
+    assert gone("98763")  # what leaves-others-and-ends left running
 
 
 @pytest.mark.parametrize(
     "ways",
-    [["hangs-in-c", "waits-at-a-lock-in-the-cache"], pytest.param(HANGING, marks=pytest.mark.slow)],
+    [
+        ["waits-at-a-lock-in-the-cache", "starts-others"],
+        pytest.param(HANGING, marks=pytest.mark.slow),
+    ],
     ids=["quick", "all"],
 )
-def test_whatever_hangs_is_ended_and_the_others_go_on(plug_ins, ways):
+def test_whatever_hangs_is_ended_with_all_that_it_started_and_the_others_go_on(plug_ins, ways):
     assert_each_fails_and_the_others_go_on(*ways, time_limit=6)
+    assert gone("98765")
+
+
+CHILD = """#!{python} -SE
+import ctypes, json, os, signal, sys, time
+open({log!r}, "a").write("started\\n")
+print(json.dumps({{"at": "ready", "id": json.loads(sys.stdin.readline())["id"]}}), flush=True)
+{does}
+"""
+BLOCKED = "signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL})"
+
+
+@pytest.mark.parametrize(
+    ("does", "why"),
+    [
+        ("os.abort()", "its process crashed (SIGABRT)"),
+        ("os._exit(7)", "its process ended with exit code 7 without a word"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "its process was killed twice by SIGKILL, from outside (out of memory?)",
+        ),
+        (
+            "os.closerange(0, 99); time.sleep(1000)",
+            "its process closed the way to its parent",
+        ),
+        (
+            "kept = []\nwhile True: kept.append(b'x' * 2**25); time.sleep(0.01)",
+            " MiB of memory, more than the 500 MiB that its suite allows (memory_limit)",
+        ),
+        (
+            f"{BLOCKED}; ctypes.PyDLL(None).sleep(1000)",
+            "ran longer than the 2 s that its suite allows (time_limit)",
+        ),
+    ],
+    ids=["aborts", "ends", "is-killed", "closes-everything", "eats", "hangs-in-c"],
+)
+def test_however_a_child_ends_its_parent_says_it(fresh_cache, tmp_path, monkeypatch, does, why):
+    """What the parent does about a child that ends or must be ended, whatever is in it."""
+    child, log = tmp_path / "child", tmp_path / "log"
+    child.write_text(CHILD.format(python=sys.executable, log=str(log), does=does))
+    child.chmod(0o755)
+    monkeypatch.setattr(children, "sys", types.SimpleNamespace(executable=str(child)))
+    worker = Worker()
+    limits = Limits(None if "memory" in why else 2 if "longer" in why else 60, 500)
+    record = worker.run(suite("l1-norm").cells()[0], limits)
+    assert record.status == "failed"
+    assert record.reason.endswith(why)
+    assert Store().failure(record.key) == record
+    assert worker.child.pid is None
+    assert log.read_text().count("started") == (2 if "twice" in why else 1)
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if str(child) in (p.info["cmdline"] or [])
+    ]
 
 
 def test_what_a_plug_in_prints_reaches_nobody_who_reads_records_and_its_input_is_empty(
     plug_ins, capfd
 ):
-    assert run("prints")["prints"].status == "done"
+    done = run("prints")["prints"]
+    assert done.status == "done"
     out = capfd.readouterr()
     assert "forged" not in out.out
     assert out.err.count("forged") == 3
+    # a finished cell of a plug-in costs no process, and is imported in none
+    worker = Worker()
+    worker.code = "of the cell before"
+    assert worker.run(done.cell) == done
+    assert worker.child.pid is None
+    assert worker.code == code_of(done.cell)
 
 
 def test_a_relative_cache_stays_where_it_was_when_a_plug_in_changes_directory(
@@ -145,9 +203,9 @@ def test_a_relative_cache_stays_where_it_was_when_a_plug_in_changes_directory(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WIDTHBENCH_CACHE", "kept here")
-    found = run("changes-directory", "l1-norm")
+    found = run("l1-norm", "changes-directory")
     assert {n: r.status for n, r in found.items()} == dict.fromkeys(
-        ("base", "changes-directory", "l1-norm"), "done"
+        ("base", "l1-norm", "changes-directory"), "done"
     )
     assert Store(tmp_path / "kept here" / "cells").get(found["changes-directory"].key)
 
@@ -161,23 +219,25 @@ def test_latencies_are_measured_where_no_plug_in_was_imported(plug_ins, in_proce
     finally:
         torch.set_default_dtype(before)
     assert timing["shape"] == shape_of(record)
-    assert timing["peak_memory_mib"] == pytest.approx(next(measured([record]))["peak_memory_mib"])
+    assert timing["peak_memory_mib"] == pytest.approx(
+        measure(record.model_dump(), print)["peak_memory_mib"]
+    )
 
 
 def test_nobody_but_the_worker_answers(plug_ins):
-    names = ("writes-everywhere", "forks", "l1-norm")
+    names = ("forks", "writes-everywhere")  # the copy that is forked may answer for the next cell
     found = run(*names)
     assert {n: r.status for n, r in found.items()} == dict.fromkeys(("base", *names), "done")
     assert all(r.cell.technique == n for n, r in found.items())
 
 
 def test_what_a_plug_in_changes_reaches_no_other_cell(plug_ins):
-    ours = ("l1-norm", "random-channels", "nmf")
+    ours = ("l1-norm", "nmf")
     cells = suite(*ours).cells()
     alone = {c.technique: protocol.run_cell(c, Store()) for c in cells}  # in this process
     for name in ours:
         Store().path(alone[name].key).unlink()
-    ways = ("leaves-traces", "leaves-traces-and-exits", "leaves-traces-and-interrupts")
+    ways = ("leaves-traces", "leaves-traces-and-interrupts")
     found = run(*(name for pair in zip(ways, ours, strict=True) for name in pair))
     for way in ways[1:]:
         assert found[way].status == "failed"
@@ -211,23 +271,9 @@ def gone(argument):
     return not running(argument)
 
 
-def test_a_finished_cell_of_a_plug_in_costs_no_process_and_is_imported_in_none(plug_ins):
-    cell = next(c for c in suite("prints").cells() if c.technique == "prints")
-    done = run("prints")["prints"]
-    worker = Worker()
-    worker.code = "of the cell before"
-    assert worker.run(cell) == done
-    assert worker.child.pid is None
-    assert worker.code == code_of(cell)
-
-
-def test_what_a_cell_left_running_ends_with_it_even_if_it_ended_itself(plug_ins):
-    record = run("leaves-others-and-ends")["leaves-others-and-ends"]
-    assert (record.status, record.reason) == ("failed", unruly.WAYS["leaves-others-and-ends"])
-    assert gone("98763")
-
-
-def test_a_cell_that_was_finished_under_another_device_setting_is_finished(fresh_cache):
+def test_one_that_was_finished_under_another_device_is_finished_and_nonsense_is_an_error(
+    fresh_cache,
+):
     cell = next(c for c in suite("l1-norm").cells() if c.technique == "l1-norm")
     auto = cell.model_copy(update={"device": "auto"})
     assert auto.identity == cell.identity
@@ -236,6 +282,8 @@ def test_a_cell_that_was_finished_under_another_device_setting_is_finished(fresh
         first = worker.run(auto)
         assert first.status == "done"
         assert worker.run(cell) == first
+        with pytest.raises(suites.UsageError, match="unknown technique 'no-such-one'"):
+            worker.run(cell.model_copy(update={"technique": "no-such-one"}))
     finally:
         worker.close()
 
@@ -244,9 +292,10 @@ def test_a_cell_that_was_finished_under_another_device_setting_is_finished(fresh
     ("code", "why"),
     [
         ("raise SystemExit(3)", "fails to import: SystemExit"),
-        (
+        pytest.param(
             "import os; os._exit(7)",
             r"importing or making it ends the process \(exit code 7\); mend or uninstall it",
+            marks=pytest.mark.slow,
         ),
         (
             "import ctypes; ctypes.string_at(0)",
@@ -264,7 +313,7 @@ def test_a_cell_that_was_finished_under_another_device_setting_is_finished(fresh
         ),
         (
             CLASS.format("import os; os._exit(7)"),
-            r"importing or making it ends the process \(exit code 7\)",
+            r"importing or making it ends the process \(exit code 7\); mend or uninstall it",
         ),
         (
             CLASS.format("pass").replace("__init__(self", "__init__(self, x: 'Nowhere' = 1"),
@@ -283,6 +332,8 @@ def test_a_plug_in_that_cannot_be_imported_or_made_is_named(tmp_path, monkeypatc
     if "sleep" in code:
         real = registry.try_out
         monkeypatch.setattr(registry, "try_out", lambda entries: real(entries, limit_s=1))
+    elif "Error" in why:  # which no process of its own is needed for: another case has one
+        monkeypatch.setattr(registry, "try_out", lambda entries: None)
     with pytest.raises(suites.UsageError, match=f"'leaves' of leaves 1:? {why}"):
         suites.check(suite("leaves"))
 
@@ -300,11 +351,6 @@ def test_a_plug_in_that_leaves_something_running_is_not_taken_for_one_that_hangs
     monkeypatch.syspath_prepend(str(tmp_path))
     registry.try_out([("leaves", {})], limit_s=60)
     assert gone("98762")
-
-
-def test_what_a_cell_started_ends_with_it(plug_ins):
-    assert "time_limit" in run("starts-others")["starts-others"].reason
-    assert gone("98765")
 
 
 def test_a_process_killed_from_outside_is_given_a_second_chance(fresh_cache):
@@ -326,13 +372,14 @@ def test_a_process_killed_from_outside_is_given_a_second_chance(fresh_cache):
         worker.run(cell)
 
 
-@pytest.mark.parametrize("busy", ["computes the same cell", "trains its base"])
-def test_waiting_for_another_process_is_not_counted(fresh_cache, monkeypatch, busy):
+def test_waiting_for_another_process_is_not_counted(fresh_cache, monkeypatch):
+    """One that computes the same cell, and then one that trains its base."""
     cell = suite("l1-norm").cells()[0]
-    lock = Store().lock(keys.cell_key(cell))
-    if busy == "trains its base":
-        (fresh_cache / "bases").mkdir(parents=True)
-        lock = FileLock(fresh_cache / "bases" / f"{keys.base_key(cell)}.lock")
+    (fresh_cache / "bases").mkdir(parents=True)
+    locks = [
+        Store().lock(keys.cell_key(cell)),
+        FileLock(fresh_cache / "bases" / f"{keys.base_key(cell)}.lock"),
+    ]
     late, stages, enter = [0.0], [], worker_module._Clock._enter
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
     monkeypatch.setattr(worker_module, "time", clock)
@@ -343,47 +390,58 @@ def test_waiting_for_another_process_is_not_counted(fresh_cache, monkeypatch, bu
         stages.append(stage)
 
     monkeypatch.setattr(worker_module._Clock, "_enter", watched)
-    lock.acquire()
+    for lock in locks:
+        lock.acquire()
     worker = Worker()
     found = []
     hand = threading.Thread(target=lambda: found.append(worker.run(cell, Limits(time_s=120))))
     hand.start()
-    told = 0
-    while stages[-1:] != ["wait"] or told != len(
-        stages
-    ):  # for a second now, at the lock that is held here
-        told = len(stages)
-        hand.join(1)
-        assert hand.is_alive()
-    lock.release()
+    waits = []
+    for lock in locks:
+        told = 0
+        while stages[-1:] != ["wait"] or told != len(
+            stages
+        ):  # for a second now, at the lock that is held here
+            told = len(stages)
+            hand.join(1)
+            assert hand.is_alive()
+        waits.append(told)
+        lock.release()
     hand.join()
+    assert waits[0] < waits[1]  # at one after the other
     assert found[0].status == "done"
     worker.close()
 
 
-def test_a_cell_that_makes_no_sense_is_an_error_not_a_record(fresh_cache):
+def test_a_cell_that_makes_no_sense_is_an_error_not_a_record(fresh_cache, in_process):
     cell = suite("l1-norm").cells()[1].model_copy(update={"technique": "no-such-one"})
     with pytest.raises(suites.UsageError, match="unknown technique 'no-such-one'"):
         local.run([cell], jobs=2, done=lambda record: None)
 
 
-def test_nothing_outlives_a_parent_that_is_killed(plug_ins, tmp_path):
-    (tmp_path / "slow.toml").write_text(SUITE.format(names='"starts-others"', time=600))
-    command = [
-        sys.executable,
-        "-m",
-        "widthbench",
-        "run",
-        str(tmp_path / "slow.toml"),
-        "--results",
-        str(tmp_path / "r"),
-    ]
-    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+PARENT = """
+import json, sys
+from widthbench.engines.worker import Worker
+Worker().child.ask({"cell": json.loads(sys.argv[1]), "bar": False})
+"""
+
+
+@pytest.mark.parametrize(
+    "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["worker", "widthbench run"]
+)
+def test_nothing_outlives_a_parent_that_is_killed(plug_ins, tmp_path, whole):
+    path = tmp_path / "slow.toml"
+    path.write_text(SUITE.format(names='"starts-others"', time=600))
+    cell = suites.load(str(path)).cells()[1].model_dump_json()
+    command = ["-m", "widthbench", "run", path, "--results", tmp_path / "r"]
+    parent = subprocess.Popen(
+        [sys.executable, *(command if whole else ("-c", PARENT, cell))], stderr=subprocess.DEVNULL
+    )
     while not running("98765"):
         assert parent.poll() is None
         time.sleep(0.1)
     below = psutil.Process(parent.pid).children(recursive=True)
-    assert len(below) > 1
+    assert len(below) > 1  # the worker, and what its plug-in started
     parent.kill()
     parent.wait()
     _, alive = psutil.wait_procs(below, timeout=20)

@@ -217,8 +217,8 @@ def test_the_channel_that_the_labels_need_is_kept():
     assert outcome.plan["0"].rows.tolist() == [0]
 
 
-@pytest.mark.parametrize("model", ["lenet_300_100", "test_resnet"])
-def test_the_frozen_gates_equal_the_resized_network(model, monkeypatch):
+@pytest.mark.parametrize(("model", "size"), [("lenet_300_100", 16), ("test_resnet", 32)])
+def test_the_frozen_gates_equal_the_resized_network(model, size, monkeypatch):
     seen = []
     cut = autoprune.keep
     monkeypatch.setattr(autoprune, "keep", lambda rows: seen.append(rows) or cut(rows))
@@ -229,10 +229,9 @@ def test_the_frozen_gates_equal_the_resized_network(model, monkeypatch):
         return outcomes[-1][1]
 
     monkeypatch.setattr(AutoPrune, "decide", watched)
-    assert (
-        run_cell(cell(model=model, size=32 if "res" in model else 16, seed=5), Store()).status
-        == "done"
-    )
+    brief = BASE.model_copy(update={"epochs": 0.5})
+    given = cell({"epochs": 0.5}, model=model, size=size, seed=5, base=brief, finetune=brief)
+    assert run_cell(given, Store()).status == "done"
     task, outcome = outcomes[0]
     model, x = outcome.model.eval(), torch.randn(8, *task.example_input.shape[1:])
     gates = {

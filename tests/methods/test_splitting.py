@@ -254,10 +254,10 @@ def test_budgets_above_1_grow_beyond_the_network():
     [("lenet5", 20, {}), ("test_resnet", 32, {}), ("test_vit", 32, {"depth": 2})],
 )
 def test_it_grows_real_networks(model, size, args):
-    brief = {"narrow": 0.8, "rounds": 1, "epochs": 0.1}
-    record = run_cell(
-        cell(brief, model=model, size=size, model_args=args, budget="macs:0.6"), Store()
-    )
+    brief = {"narrow": 0.8, "rounds": 1, "epochs": 0.1, "samples": 16}
+    where = {"model": model, "size": size, "model_args": args, "budget": "macs:0.6"}
+    tune = BASE.model_copy(update={"epochs": 0.1})
+    record = run_cell(cell(brief, **where, finetune=tune), Store())
     assert record.status == "done", record.trace or record.reason
     assert record.met
     left = [note.split(":")[0] for note in record.series["left_out"]]

@@ -13,7 +13,8 @@ SMALL = {  # the contract asks for no more
     "neuron-removal": {"samples": 16},
     "autoprune": {"epochs": 0.1},
     "autoslim": {"epochs": 0.1, "steps": 2, "final_epochs": 0.1, "samples": 64, "calibration": 64},
-    "nmf": {"iterations": 10},
+    "nmf": {"iterations": 2},
+    "torch-pruning:taylor": {"samples": 16},
     "torch-pruning:hessian": {"samples": 16},
     "splitting": {"epochs": 0.1, "narrow": 0.9, "rounds": 1, "samples": 16},
 }

@@ -8,7 +8,7 @@ import pytest
 
 from widthbench.data import sources
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(script, *arguments):

@@ -221,7 +221,7 @@ def test_it_runs_from_a_folder_within_and_says_what_it_leaves_out(tmp_path, copi
 
 def test_a_measured_commit_borrows_nothing_from_an_editable_installation(tmp_path):
     """What a commit lacks must be missing, even where the environment has it."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     measuring = regress._loaded(root / regress.MEASURING)
     site = tmp_path / "site"
     site.mkdir()
@@ -322,7 +322,7 @@ def test_json_has_no_nan(tmp_path, copied):
 
 @pytest.mark.slow
 def test_a_planted_slowdown_of_one_technique_fails_the_gate_and_its_removal_is_faster(tmp_path):
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     script = root / "bench" / "gate.py"
     done = subprocess.run(
         [sys.executable, str(script), "--unchanged", "1"],

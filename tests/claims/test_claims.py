@@ -15,7 +15,7 @@ from widthbench.recipe import Recipe
 from widthbench.report.claims import page, plain
 from widthbench.statistics import summarise
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXPECTED = (
     [f"M{i}" for i in range(1, 9)]
     + [f"A{i}" for i in range(1, 10)]
@@ -711,10 +711,15 @@ def test_unknown_ids_suggest_others():
         ledger.choose(ledger.load(), ["M99"])
 
 
-def test_the_committed_page_says_what_the_committed_records_say():
-    found = Evidence(ROOT / "results" / "published")
+@pytest.fixture(scope="module")
+def published():
+    """Records that are read once."""
+    return Evidence(ROOT / "results" / "published")
+
+
+def test_the_committed_page_says_what_the_committed_records_say(published):
     judged = [
-        (d, c, ledger.judge(c, found))
+        (d, c, ledger.judge(c, published))
         for d, c in ledger.choose(ledger.load())
         if not any(r.check for r in c.rows)
     ]
@@ -737,10 +742,10 @@ def test_a_reported_number_never_fills_a_measured_column():
             assert cells[6]  # the records it rests on
 
 
-def test_whatever_a_document_reports_leaves_every_measured_column_as_it_is(tmp_path):
+def test_whatever_a_document_reports_leaves_every_measured_column_as_it_is(tmp_path, published):
     """The reported numbers of all claims are put up to nonsense: nothing measured moves, and
     without records nothing is there."""
-    found, nothing = Evidence(ROOT / "results" / "published"), Evidence(tmp_path)
+    nothing = Evidence(tmp_path)
     for document in ledger.load():
         for one in document.claims:
             rows = tuple(
@@ -754,12 +759,10 @@ def test_whatever_a_document_reports_leaves_every_measured_column_as_it_is(tmp_p
                 for r in rows
             )
             absurd = one.model_copy(update={"rows": moved})
-            columns = [
-                [r["measured"] for r in plain([(document, c, ledger.judge(c, found))])[0]["rows"]]
-                for c in (honest, absurd)
-            ]
+            both = [(document, c, ledger.judge(c, published)) for c in (honest, absurd)]
+            columns = [[r["measured"] for r in plain([judged])[0]["rows"]] for judged in both]
             assert columns[0] == columns[1], one.id
-            text = page([(document, absurd, ledger.judge(absurd, found))])
+            text = page([both[1]])
             for line in text.splitlines():
                 cells = line.split("|")
                 assert "987654" not in "".join(cells[3:4]), line

@@ -156,7 +156,7 @@ def test_values_that_are_not_finite_are_refused(folder):
 
 def test_torch_reads_weights_only_wherever_it_reads():
     """Lint refuses pickle itself, eval, exec and whole archives; torch.load it does not know."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     calls = [
         (path, node)
         for folder in ("widthbench", "methods", "baselines", "bench")

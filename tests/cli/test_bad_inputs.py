@@ -2,7 +2,7 @@
 sound result.
 
 No traceback, no half-written file. By default some of each kind; 10,000 in all with
-`WIDTHBENCH_EXAMPLES=2000 pytest tests/test_bad_inputs.py`.
+`WIDTHBENCH_EXAMPLES=2000 pytest tests/cli/test_bad_inputs.py`.
 """
 
 import copy
@@ -139,7 +139,7 @@ def toml(data):
 def text_of(folder, name):
     import tomllib
 
-    return tomllib.loads((Path(__file__).parent.parent / "bench" / folder / name).read_text())
+    return tomllib.loads((Path(__file__).parents[2] / "bench" / folder / name).read_text())
 
 
 def no_part_is_left(folder):
@@ -157,7 +157,7 @@ def of(data):
 SUITE = text_of("suites", "smoke.toml")
 CLAIMS = text_of(
     "claims",
-    sorted(p.name for p in (Path(__file__).parent.parent / "bench" / "claims").glob("*.toml"))[0],
+    sorted(p.name for p in (Path(__file__).parents[2] / "bench" / "claims").glob("*.toml"))[0],
 )
 
 
