@@ -17,7 +17,7 @@ from widthbench.networks import weights
 from widthbench.sensitivity.ablation import Sample
 from widthbench.training.loop import fit
 from widthbench.width import find_groups
-from widthbench.width.certify import randomised
+from widthbench.width.proofs import randomised
 
 
 class Mlp(nn.Module):

@@ -28,8 +28,8 @@ import widthbench
 from widthbench.networks import models
 from widthbench.technique.budget import top_channels
 from widthbench.width import find_groups
-from widthbench.width.certify import randomised
 from widthbench.width.groups import Groups
+from widthbench.width.proofs import randomised
 
 APPLY, DECISION = "`widthbench.apply`: discovery, decision, resize", "the decision alone"
 LOOP = "the decision by a loop over pairs"

@@ -42,9 +42,10 @@ from widthbench.networks import models
 from widthbench.paths import write_atomic
 from widthbench.report.speed import where
 from widthbench.width.assembly import discover
-from widthbench.width.certify import TOLERANCE, certify
+from widthbench.width.certify import certify
 from widthbench.width.cost import CostModel, count_macs
 from widthbench.width.doctor import diagnose
+from widthbench.width.proofs import TOLERANCE
 
 Row = dict[str, Any]
 TITLE = "# What of timm's families can be resized"

@@ -29,8 +29,8 @@ from widthbench.randomness import seeded
 from widthbench.sensitivity.pairs import Pairs
 from widthbench.training.measuring import accuracy
 from widthbench.width import Resize, find_groups, resize
-from widthbench.width.certify import randomised
 from widthbench.width.norms import filter_rows, norm_of
+from widthbench.width.proofs import randomised
 
 BN_SCALES = ("released", "derived")
 

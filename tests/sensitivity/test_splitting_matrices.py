@@ -16,7 +16,7 @@ from widthbench.sensitivity.splitting_matrices import (
     splittable,
 )
 from widthbench.width import find_groups
-from widthbench.width.certify import randomised
+from widthbench.width.proofs import randomised
 
 
 class Smooth(nn.Module):

@@ -12,7 +12,7 @@ from widthbench.errors import PlanError
 from widthbench.networks import models
 from widthbench.width import find_groups, keep, resize
 from widthbench.width.adapters import Integer, declare_integer, watched_integers
-from widthbench.width.certify import errors_of_all, randomised
+from widthbench.width.proofs import errors_of_all, randomised
 
 
 def test_products_and_quotients_keep_the_origin():

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from widthbench.networks import models
 from widthbench.width import CostModel, Resize, find_groups, gated, keep, resize
-from widthbench.width.certify import randomised
 from widthbench.width.cost import count_macs
+from widthbench.width.proofs import randomised
 
 
 class Attention(nn.Module):

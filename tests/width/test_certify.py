@@ -1,4 +1,3 @@
-import importlib
 import json
 import math
 from dataclasses import dataclass
@@ -13,14 +12,11 @@ from torch.nn import functional as F
 
 import widthbench
 from widthbench.cache import write_json
-from widthbench.width import certify, discover, find_groups, keep, resize
-from widthbench.width.certify import _split_plan, errors_of_all, fingerprint, randomised
+from widthbench.width import certify, discover, find_groups, keep, proofs, resize
+from widthbench.width.certify import fingerprint
 from widthbench.width.doctor import diagnose
 from widthbench.width.groups import Group, Segment
-
-certify_module = importlib.import_module(
-    "widthbench.width.certify"
-)  # the package has a function of this name
+from widthbench.width.proofs import _split_plan, errors_of_all, randomised
 
 NETWORKS = [
     "resnet18",
@@ -188,7 +184,7 @@ def test_a_grade_is_the_architectures_not_the_weights(monkeypatch):
     groups = discover(model, x)
     assert {g.grade for g in certify(model, groups, x, cache=False).values()} == {"exact"}
     # the package's attribute of that name is the function
-    monkeypatch.setattr(certify_module, "ATTEMPTS", 1)
+    monkeypatch.setattr(proofs, "ATTEMPTS", 1)
     assert "does not depend" in certify(model, groups, x, cache=False)["fc1"].reason
 
 
@@ -453,9 +449,9 @@ class EqualAmongMany(Equal):
 @pytest.mark.parametrize("equal", [True, False])
 def test_groups_that_fit_only_together_are_found_among_many(name, equal, monkeypatch):
     tried = []
-    real = certify_module._resized
+    real = proofs._resized
     monkeypatch.setattr(
-        certify_module,
+        proofs,
         "_resized",
         lambda net, groups, plan: tried.append(plan) or real(net, groups, plan),
     )
@@ -571,7 +567,7 @@ class Helped(nn.Module):
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
 def test_few_rounds_tell_any_two_groups_apart(count):
     names = [f"g{i}" for i in range(count)]
-    rounds = certify_module._separating(names)
+    rounds = proofs._separating(names)
     assert len(rounds) <= 2 * max(1, (count - 1).bit_length())
     for a in names:
         assert any(a in r for r in rounds)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthbench.width.certify import errors_of_all
 from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups
+from widthbench.width.proofs import errors_of_all
 
 
 def diagnose(
