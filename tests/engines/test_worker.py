@@ -288,6 +288,16 @@ def test_one_that_was_finished_under_another_device_is_finished_and_nonsense_is_
         worker.close()
 
 
+def install(folder, monkeypatch, name, code):
+    """A distribution of one module, whose class ``T`` is the technique "leaves"."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[widthbench.techniques]\nleaves = {name}:T\n")
+    monkeypatch.syspath_prepend(str(folder))
+
+
 @pytest.mark.parametrize(
     ("code", "why"),
     [
@@ -322,12 +332,7 @@ def test_one_that_was_finished_under_another_device_is_finished_and_nonsense_is_
     ],
 )
 def test_a_plug_in_that_cannot_be_imported_or_made_is_named(tmp_path, monkeypatch, code, why):
-    (tmp_path / "leaves.py").write_text(code)
-    info = tmp_path / "leaves-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaves\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[widthbench.techniques]\nleaves = leaves:T\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    install(tmp_path, monkeypatch, "leaves", code)
     monkeypatch.delitem(sys.modules, "leaves", raising=False)
     if "sleep" in code:
         real = registry.try_out
@@ -341,14 +346,8 @@ def test_a_plug_in_that_cannot_be_imported_or_made_is_named(tmp_path, monkeypatc
 def test_a_plug_in_that_leaves_something_running_is_not_taken_for_one_that_hangs(
     tmp_path, monkeypatch
 ):
-    (tmp_path / "starts.py").write_text(
-        "import subprocess; subprocess.Popen(['sleep', '98762'])\n" + CLASS.format("pass")
-    )
-    info = tmp_path / "starts-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: starts\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[widthbench.techniques]\nleaves = starts:T\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    starts = "import subprocess; subprocess.Popen(['sleep', '98762'])\n"
+    install(tmp_path, monkeypatch, "starts", starts + CLASS.format("pass"))
     registry.try_out([("leaves", {})], limit_s=60)
     assert gone("98762")
 

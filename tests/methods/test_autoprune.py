@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import zoo
+from killed import assert_as_if_never_killed, killed_at
 from torch import nn
 from torch.nn import functional as F
 from widthbench.methods import autoprune
@@ -555,32 +556,14 @@ def test_curves_note_val_accuracy():
     )
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypatch):
     monkeypatch.setattr("widthbench.training.resume.STATE_EVERY_S", 0.0)
     given = cell({"epochs": 4}, curves=True)
     whole = run_cell(given, Store())
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache) + "-2")
-    learn, steps = Gates._learn, []
-
-    def dying(self, model):
-        steps.append(self.step)
-        if len(steps) == 100:
-            raise Killed
-        return learn(self, model)
-
-    monkeypatch.setattr(Gates, "_learn", dying)
-    assert "Killed" in run_cell(given, Store()).reason
-    again = run_cell(given, Store())
-    assert again.status == "done", again.reason
+    steps = killed_at(monkeypatch, given, Gates, "_learn", 100, lambda gates, model: gates.step)
+    assert_as_if_never_killed(run_cell(given, Store()), whole)
     assert 0 < steps[100] < 99  # not from the start
-    assert again.rows == whole.rows
-    assert again.series == whole.series
-    assert again.spent["decision"].forward_macs == whole.spent["decision"].forward_macs
-    assert again.spent["decision"].backward_macs == whole.spent["decision"].backward_macs
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import zoo
+from killed import assert_as_if_never_killed, killed_at
 from made import DONE
 from torch.nn import functional as F
 from widthbench._claims import neuron_removal as checks
@@ -216,48 +217,25 @@ def test_predictions_that_are_not_finite_are_named():
         )
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("params", [{}, {"rerank": "single"}, {"ranking": "first_order"}])
 def test_a_killed_run_resumes_half_way_to_the_same_order_and_bill(params, fresh_cache, monkeypatch):
     monkeypatch.setattr(neuron_removal, "SAVE_EVERY", 0.0)
     given = cell(params=params)
     whole = run_cell(given, Store())
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache) + "-2")
-    calls, real = [], Ranker.changes
-    brute = widthbench.sensitivity.ablation.Ablation
-    names, losses = [], brute.losses
-
-    def dying(self, order, **more):
-        calls.append(removed(order))
-        if len(calls) == 5:
-            raise Killed
-        return real(self, order, **more)
-
-    def dying_losses(self, gates, candidates, *more, **options):
-        names.append(list(candidates))
-        if len(names) == 2 and params.get("rerank") == "single":
-            raise Killed
-        return losses(self, gates, candidates, *more, **options)
-
-    monkeypatch.setattr(Ranker, "changes", dying)
-    monkeypatch.setattr(brute, "losses", dying_losses)
-    failed = run_cell(given, Store())
-    assert failed.status == "failed"
-    assert "Killed" in failed.reason
-    done, before = len(calls), len(names)
-    again = run_cell(given, Store())
-    assert again.status == "done"
-    assert again.widths == whole.widths
-    assert again.rows == whole.rows
-    assert again.spent["decision"].forward_macs == whole.spent["decision"].forward_macs
-    assert again.spent["decision"].backward_macs == whole.spent["decision"].backward_macs
     if params.get("rerank") == "single":
-        assert names[before] == ["ip2"]  # ip1 was kept
+        brute = widthbench.sensitivity.ablation.Ablation
+        of, at = (brute, "losses"), 2
+        noted = lambda self, gates, candidates, *_: list(candidates)  # noqa: E731
     else:
-        assert calls[done] == 4  # four removals were
+        of, at = (Ranker, "changes"), 5
+        noted = lambda self, order: removed(order)  # noqa: E731
+    seen = killed_at(monkeypatch, given, *of, at, noted)
+    again = run_cell(given, Store())
+    assert_as_if_never_killed(again, whole)
+    assert again.widths == whole.widths
+    # ip1 was kept, or four removals were
+    assert seen[at] == (["ip2"] if params.get("rerank") == "single" else 4)
 
 
 def test_the_bill_of_brute_force_is_what_its_passes_take():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import zoo
+from killed import assert_as_if_never_killed, killed_at
 from torch import nn
 from torch.nn import functional as F
 from widthbench.methods import splitting
@@ -310,34 +311,15 @@ def test_eigen_splits_what_lowers_the_loss_most(per, monkeypatch):
             assert torch.equal(along, vectors[name][rows])
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_run_resumes_to_the_same_network_and_bill(fresh_cache, monkeypatch):
     given = cell({"rounds": 3}, curves=True)
     whole = run_cell(given, Store())
-    assert whole.status == "done", whole.trace
     monkeypatch.setenv("WIDTHBENCH_CACHE", str(fresh_cache) + "-2")
-    real, calls = splitting.Growing._chosen, []
-
-    def dying(self, *args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise Killed
-        return real(self, *args)
-
-    monkeypatch.setattr(splitting.Growing, "_chosen", dying)
-    assert "Killed" in run_cell(given, Store()).reason
-    again = run_cell(given, Store())
-    assert again.status == "done", again.trace
+    calls = killed_at(monkeypatch, given, splitting.Growing, "_chosen", 3)
+    assert_as_if_never_killed(run_cell(given, Store()), whole)
     assert (
         len(calls) == 3 + len(whole.series["trajectory.step"]) - 3
     )  # the last round chooses nothing
-    assert again.rows == whole.rows
-    assert again.series == whole.series
-    assert again.spent["decision"].forward_macs == whole.spent["decision"].forward_macs
-    assert again.spent["decision"].backward_macs == whole.spent["decision"].backward_macs
 
 
 def test_a_splitting_stable_network_stops_growing(monkeypatch):

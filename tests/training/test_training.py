@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import zoo
+from killed import Killed
 from torch import nn
 from torch.nn import functional as F
 
@@ -126,10 +127,6 @@ def test_recalibration_gives_the_statistics_of_the_training_data(digits):
 def test_recalibration_without_batch_norm_is_free(digits):
     assert recalibrate(small(), digits.train, samples=100, macs=7).forward_macs == 0
     assert isinstance(zoo.Plain().bn2, nn.BatchNorm2d)
-
-
-class Killed(Exception):
-    pass
 
 
 def trained(digits, path, stop_after=None, **changes):
