@@ -21,7 +21,7 @@ def parameters(suite: str, model: str, budget: str = "") -> list[float]:
     kept.
 
     The same groups, scope and patterns as the suite's cells; untrained, since how many channels a
-    budget of channels keeps does not hang on weights.
+    budget of channels keeps does not depend on weights.
 
     Args:
         suite: Where the network's cells are.

@@ -1,4 +1,4 @@
-"""Ours over a reference, both in one run, in turn: ratios that hang on the machine far less than
+"""Ours over a reference, both in one run, in turn: ratios that depend on the machine far less than
 times do. Lower is better.
 """
 

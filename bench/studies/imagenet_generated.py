@@ -61,7 +61,7 @@ def pack(root: Path) -> None:
 
 
 def draw(label: int, generator: np.random.Generator) -> Image.Image:
-    """A noisy picture whose colour and stripes hang on its class; sizes and shapes vary, as
+    """A noisy picture whose colour and stripes depend on its class; sizes and shapes vary, as
     ImageNet's do.
     """
     height, width = generator.integers(200, 320, 2)

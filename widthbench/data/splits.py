@@ -162,8 +162,8 @@ class ImageSamples(_Normalised):
 
 @dataclass(frozen=True)
 class FileSamples(_Normalised):
-    """Labelled images that workers read, decode and resize; every sample's random draws hang on the
-    generator alone.
+    """Labelled images that workers read, decode and resize; every sample's random draws depend on
+    the generator alone.
 
     Attributes:
         files: The whole part.

@@ -50,7 +50,7 @@ POINTS = 1.0
 # or standard errors of the difference of two accuracies on as many images, where that is more
 DEVIATIONS = 3.0
 MACS = 0.05  # as budgets are met
-LOSS = 0.5  # of cross-entropies, which hang on few images
+LOSS = 0.5  # of cross-entropies, which depend on few images
 # of what a decision and what followed cost: loops that stop by what they see stop elsewhere a
 # little earlier or later
 SPENT = 0.25
@@ -619,7 +619,7 @@ def _cost_differences(old: Record, new: Record) -> Iterator[str]:
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    """What does not hang on how training went: equal on every machine."""
+    """What does not depend on how training went: equal on every machine."""
     found = {
         n: getattr(record, n)
         for n in ("access", "base_macs", "base_params", "base_widths", "coupled", "floor", "trials")

@@ -307,7 +307,7 @@ def _found(
 
 
 def _wanted(graph: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that the output hangs on: without asserts and the like."""
+    """The nodes that the output depends on: without asserts and the like."""
     found: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
         if node.op == "output" or node in found:
