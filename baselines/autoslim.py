@@ -89,14 +89,14 @@ class AutoSlim(Technique):
         with gated(model, task.groups, slimmable.gates):
             trained = task.checkpoint("slimmable", partial(self._trained, task, model, slimmable))
             model.load_state_dict(trained)
-            path, found = [{n: g.channels for n, g in task.groups.items()}], []
+            path, accuracies = [{n: g.channels for n, g in task.groups.items()}], []
             for step in task.progress(range(self.steps + 1), desc=f"{self.id}: greedy steps"):
                 point = task.checkpoint(
                     f"step {step}", partial(self._further, task, model, slimmable, path[-1], step)
                 )
                 path.append(point["widths"])
-                found.append(point["top1"])
-        return {"model": trained, "first": first, "path": path[1:], "top1": found}
+                accuracies.append(point["top1"])
+        return {"model": trained, "first": first, "path": path[1:], "top1": accuracies}
 
     def decide(self, task: Task, state: State) -> Outcome:
         """Go along the path to the budget, and train what is found."""
@@ -164,8 +164,8 @@ class AutoSlim(Technique):
         """(val accuracy, minus val loss) at some widths, BatchNorm recalibrated."""
         slimmable.set(widths)
         recalibrate(model, task.train, samples=self.calibration, macs=0, seed=task.seed)
-        found = accuracy(model, First(task.val, self.samples))
-        return found.top1, -found.loss
+        score = accuracy(model, First(task.val, self.samples))
+        return score.top1, -score.loss
 
 
 class Slimmable:
@@ -196,9 +196,9 @@ class Slimmable:
         block.
         """
         each = shares * len(self.groups) if len(shares) == 1 else shares
-        found = zip(self.groups.items(), each, strict=True)
+        shared = zip(self.groups.items(), each, strict=True)
         return {
-            n: g.blocks * max(1, round(share * g.channels / g.blocks)) for (n, g), share in found
+            n: g.blocks * max(1, round(share * g.channels / g.blocks)) for (n, g), share in shared
         }
 
     def set(self, widths: Mapping[str, int]) -> None:
@@ -243,7 +243,7 @@ def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[st
     """
     if _fits(widths, task, level):
         return [dict(widths)]
-    found = []
+    shapes = []
     for name, group in task.groups.items():
         if widths[name] == group.blocks:
             continue
@@ -256,10 +256,10 @@ def slimmer(widths: Mapping[str, int], task: Task, level: float) -> list[dict[st
             least = bisect.bisect_left(
                 alone, True, key=lambda w: not _fits({**widths, name: w}, task, level)
             )
-            found.append({**widths, name: alone[least - 1]})
+            shapes.append({**widths, name: alone[least - 1]})
         else:
-            found.append(_alike(half, name, task, level))
-    return [dict(shape) for shape in dict.fromkeys(tuple(s.items()) for s in found)] or [
+            shapes.append(_alike(half, name, task, level))
+    return [dict(shape) for shape in dict.fromkeys(tuple(s.items()) for s in shapes)] or [
         dict(widths)
     ]
 
@@ -294,17 +294,17 @@ def at_budget(path: list[dict[str, int]], task: Task) -> dict[str, int]:
     """
     floor = {n: g.blocks for n, g in task.groups.items()}
     end = next((i for i, widths in enumerate(path) if task.fits(widths)), len(path))
-    found = dict(path[end] if end < len(path) else floor)
+    shape = dict(path[end] if end < len(path) else floor)
     # what the last steps took more of than the budget asks is given back, last first
     for earlier in reversed(path[:end]):
         for name, group in task.groups.items():
-            low, high = found[name] // group.blocks, earlier[name] // group.blocks
+            low, high = shape[name] // group.blocks, earlier[name] // group.blocks
             while low < high:
                 middle = (low + high + 1) // 2
                 low, high = (
                     (middle, high)
-                    if task.fits({**found, name: middle * group.blocks})
+                    if task.fits({**shape, name: middle * group.blocks})
                     else (low, middle - 1)
                 )
-            found[name] = max(found[name], low * group.blocks)
-    return found
+            shape[name] = max(shape[name], low * group.blocks)
+    return shape

@@ -99,12 +99,12 @@ def _channels(groups: Groups, name: str, layer: str, side: Side) -> list[int]:
     """The channel at each of a group's positions along an axis, in the order of
     ``Groups.places``.
     """
-    found: list[int] = []
+    channels: list[int] = []
     for s in groups.axes[layer, side]:
         if s.made_by(name) if side == "out" else name in (s.group, s.outer):
             each = s.size // groups[name].channels
-            found += [c for c in range(groups[name].channels) for _ in range(each)]
-    return found
+            channels += [c for c in range(groups[name].channels) for _ in range(each)]
+    return channels
 
 
 def _nth(channels: list[int], at: int) -> int:
@@ -150,11 +150,11 @@ class TorchPruning(ScoredTechnique):
     def score(self, task: Task) -> dict[str, Tensor]:
         """What the importance gives."""
         model, importance = self.scored(task), type(self).importance()
-        found = {}
+        scores = {}
         for name, group in task.groups.items():
             score = importance(as_group(model, task.groups, name))
-            found[name] = torch.as_tensor(score).detach()[: group.channels]
-        return found
+            scores[name] = torch.as_tensor(score).detach()[: group.channels]
+        return scores
 
 
 class Magnitude(TorchPruning):

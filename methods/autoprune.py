@@ -255,8 +255,8 @@ class Gates:
             self._point(model)
 
     def _forget(self) -> None:
-        for found in self.products.values():
-            found.clear()
+        for used in self.products.values():
+            used.clear()
 
     def _learn(self, model: nn.Module) -> None:
         """One step of the auxiliary parameters on a batch of val."""
@@ -341,11 +341,11 @@ class Gates:
         widths = self.widths()
         if self.method.mu is None or not self.task.fits(widths):
             widths = self.task.filled(self.task.widths(scores, "global"), scores)
-        found = {}
+        gates = {}
         for name, score in scores.items():
             rows = top_channels(score, widths[name], self.task.groups[name].blocks)
-            found[name] = torch.zeros_like(score).index_fill(0, rows, 1.0)
-        return found
+            gates[name] = torch.zeros_like(score).index_fill(0, rows, 1.0)
+        return gates
 
     def _point(self, model: nn.Module) -> None:
         """Note where the run is, and what happened since the last point."""

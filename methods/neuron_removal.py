@@ -236,15 +236,15 @@ class Ranker:
             return self._brute_force(gates, here, save)
         with self.task.billed(self.slopes):
             first = self.slopes.first(gates)
-        found = {n: -d for n, d in first.items()}
+        changes = {n: -d for n, d in first.items()}
         if method.ranking == "second_order":
             with self.task.billed(self.curvature):
                 second = self.second(gates, here)
-            found = {n: d + 0.5 * second[n] for n, d in found.items()}
+            changes = {n: d + 0.5 * second[n] for n, d in changes.items()}
         self.tick(sum(map(len, here.values())))
         return {
             n: torch.full_like(d, math.inf).index_copy(0, here[n], d[here[n]])
-            for n, d in found.items()
+            for n, d in changes.items()
         }
 
     def second(self, gates: Scores, here: Scores) -> Scores:
@@ -255,7 +255,7 @@ class Ranker:
         )
 
     def _brute_force(self, gates: Scores, here: Scores, save: bool) -> Scores:
-        found = {}
+        changes = {}
         now = 0.0
         # else a constant that orders nothing
         if save or any(g.blocks > 1 for g in self.task.groups.values()):
@@ -270,11 +270,11 @@ class Ranker:
             losses = (self.task.checkpoint(f"brute force on {name}", work) if save else work())[
                 name
             ]
-            found[name] = torch.full((len(gates[name]),), math.inf, dtype=torch.float64).index_copy(
-                0, index, losses - now
-            )
+            changes[name] = torch.full(
+                (len(gates[name]),), math.inf, dtype=torch.float64
+            ).index_copy(0, index, losses - now)
             self.tick(len(index))
-        return found
+        return changes
 
 
 @contextmanager

@@ -107,9 +107,9 @@ class Splitting(Technique):
 
     def skip(self, task: Task) -> str | None:
         """Where no group can be split."""
-        found, left_out = splittable(task.model, task.groups, task.example_input[:1])
+        growable, left_out = splittable(task.model, task.groups, task.example_input[:1])
         why = "; ".join(f"{n}: {reason}" for n, reason in list(left_out.items())[:3])
-        if found:
+        if growable:
             return None
         return f"no channel group has neurons to split ({why or 'there are no groups'})"
 
@@ -205,8 +205,8 @@ class Growing:
     def _point(self, number: int) -> None:
         scores: dict[str, float] = {}
         if self.task.curves:  # a look, which nothing depends on, is not on the bill
-            found = accuracy(replica(self.model), self.task.val)
-            scores = {"val_top1": found.top1, "val_loss": found.loss}
+            score = accuracy(replica(self.model), self.task.val)
+            scores = {"val_top1": score.top1, "val_loss": score.loss}
         self.way.point(number, self.widths, splits=self.splits, **scores)
         for name, width in self.widths.items():
             self.way.note(f"width.{name}", width)
@@ -272,13 +272,13 @@ class Growing:
         price = dict.fromkeys(scores, 1.0)
         if self.method.per == "cost" and self.method.select == "eigen":
             price = {n: self.task.price(self.widths, n) for n in scores}
-        found = [
+        ranked = [
             (float(v) / price[n], n, row)
             for n, s in scores.items()
             for row, v in enumerate(s)
             if v < 0
         ]
-        for _, name, row in sorted(found):
+        for _, name, row in sorted(ranked):
             yield name, row
 
     def _eigenpairs(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

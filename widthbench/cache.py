@@ -92,8 +92,8 @@ def damaged(path: Path, what: str, why: str = "its digest does not match") -> No
 def _read(path: Path, what: str, content: Any) -> Any:
     for last in (False, True):
         try:
-            if (found := content(path.read_bytes())) is not None:
-                return found
+            if (kept := content(path.read_bytes())) is not None:
+                return kept
             damaged(path, what)
         except FileNotFoundError:
             pass

@@ -124,17 +124,17 @@ class Child:
                 json.dumps({"request": request, "id": self._asked}).encode() + b"\n"
             )
             process.stdin.flush()
-            found = self._wait(process, look)
+            reply = self._wait(process, look)
         except BrokenPipeError:
             raise self._ended(process) from None
         except BaseException:  # Ctrl-C, too: nobody wants the answer any more
             self.close()
             raise
-        if "died" in found:
-            raise ChildDied(found["died"])
-        if "refused" in found:
-            raise ChildRefused(found["refused"])
-        return found["answer"]
+        if "died" in reply:
+            raise ChildDied(reply["died"])
+        if "refused" in reply:
+            raise ChildRefused(reply["refused"])
+        return reply["answer"]
 
     def _wait(self, process: subprocess.Popen[bytes], look: Watch) -> dict[str, Any]:
         assert process.stdout is not None

@@ -81,9 +81,9 @@ def broadcast(find: Callable[[], T], *, everywhere: bool = False) -> T:
         return find()
     from accelerate.utils import broadcast_object_list
 
-    found = [find() if is_main() or everywhere else None]
-    broadcast_object_list(found)
-    return found[0]  # type: ignore[return-value]
+    value = [find() if is_main() or everywhere else None]
+    broadcast_object_list(value)
+    return value[0]  # type: ignore[return-value]
 
 
 def gather(value: T) -> list[T]:
@@ -92,8 +92,8 @@ def gather(value: T) -> list[T]:
         return [value]
     from accelerate.utils import gather_object
 
-    found: list[T] = gather_object([value])
-    return found
+    values: list[T] = gather_object([value])
+    return values
 
 
 @contextmanager

@@ -39,13 +39,13 @@ ROOT = Path(__file__).resolve().parent
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    packages = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            packages[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            packages[package] = "not installed"
+    return packages
 
 
 @functools.cache
@@ -105,11 +105,11 @@ def hardware() -> dict[str, Any]:
                 break
     except OSError:
         pass
-    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "machine": platform.machine()}
+    facts: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "machine": platform.machine()}
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(0), "cuda": torch.version.cuda}
-        found["cudnn"] = torch.backends.cudnn.version()
-    return found
+        facts |= {"gpu": torch.cuda.get_device_name(0), "cuda": torch.version.cuda}
+        facts["cudnn"] = torch.backends.cudnn.version()
+    return facts
 
 
 @functools.cache
@@ -171,8 +171,8 @@ def source_digest(cls: type) -> str:
 
 
 def _state(file: Path) -> tuple[int, int, int]:
-    found = file.stat()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 @functools.lru_cache(maxsize=256)

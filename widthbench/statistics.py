@@ -131,17 +131,17 @@ def differences(scores: Mapping[str, Mapping[object, float]]) -> list[Difference
     Args:
         scores: For each row one score per base.
     """
-    found = []
+    compared = []
     names = list(scores)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             if (p := paired_p(scores[a], scores[b])) is not None:
                 gaps = [scores[a][k] - scores[b][k] for k in scores[a] if k in scores[b]]
-                found.append((a, b, gaps, p))
-    adjusted = holm([p for *_, p in found])
+                compared.append((a, b, gaps, p))
+    adjusted = holm([p for *_, p in compared])
     return [
         Difference(a, b, statistics.fmean(gaps), *interval(gaps), q, len(gaps))
-        for (a, b, gaps, _), q in zip(found, adjusted, strict=True)
+        for (a, b, gaps, _), q in zip(compared, adjusted, strict=True)
     ]
 
 

@@ -316,28 +316,28 @@ class Evidence:
                 " differ in more than their seed"
                 f" ({', '.join(sorted({c.id for c in meant.values()})[:3])}, ...): say more"
             )
-        found = Picked(missing=len(meant))
+        picked = Picked(missing=len(meant))
         values: dict[object, dict[str | None, list[float]]] = {}
         for record in self.of(pick.suite):
             value = pick.value(record) if record.status == "done" else None
             if record.cell.identity not in meant:
                 continue
-            found.failed += record.status == "failed"
+            picked.failed += record.status == "failed"
             if value is None:
                 continue
             base = record.provenance.get("checkpoint") or record.cell.seed
             values.setdefault(base, {}).setdefault(record.cell.budget, []).append(value)
-            found.records.append(record)
-            found.missing -= 1
+            picked.records.append(record)
+            picked.missing -= 1
         for (
             base,
             by_budget,
         ) in values.items():  # seeds on one base, then budgets: each base counts once
             if len(by_budget) >= len(pick.budgets):
-                found.values[base] = statistics.fmean(
+                picked.values[base] = statistics.fmean(
                     statistics.fmean(v) for v in by_budget.values()
                 )
-        return found
+        return picked
 
 
 @dataclass
@@ -366,17 +366,17 @@ def load() -> list[Document]:
         UsageError: If a file is malformed, or an id is used twice.
     """
     folder = files("widthbench._claims")
-    found = [
+    documents = [
         parse((folder / p.name).read_text(encoding="utf-8"), p.name)
         for p in folder.iterdir()
         if p.name.endswith(".toml")
     ]
     seen: set[str] = set()
-    for claim in (c for d in found for c in d.claims):
+    for claim in (c for d in documents for c in d.claims):
         if claim.id in seen:
             raise UsageError(f"claim '{claim.id}' is there twice")
         seen.add(claim.id)
-    return sorted(found, key=lambda d: d.document)
+    return sorted(documents, key=lambda d: d.document)
 
 
 def parse(text: str, where: str) -> Document:
@@ -398,11 +398,11 @@ def choose(documents: Iterable[Document], ids: Sequence[str] = ()) -> list[tuple
     Raises:
         UsageError: If there is no such claim.
     """
-    found = {c.id: (d, c) for d in documents for c in d.claims}
+    by_id = {c.id: (d, c) for d in documents for c in d.claims}
     for name in ids:
-        if name not in found:
-            raise UsageError(f"unknown claim '{name}'{did_you_mean(name, found)}")
-    return [found[n] for n in (dict.fromkeys(ids) if ids else found)]
+        if name not in by_id:
+            raise UsageError(f"unknown claim '{name}'{did_you_mean(name, by_id)}")
+    return [by_id[n] for n in (dict.fromkeys(ids) if ids else by_id)]
 
 
 def cells(claims: Iterable[Claim]) -> dict[str, list[Cell]]:
@@ -410,14 +410,14 @@ def cells(claims: Iterable[Claim]) -> dict[str, list[Cell]]:
     rows = [r for c in claims for r in c.rows]
     picks = [p for r in rows for p in (r.at, r.minus) if p is not None]
     picks += [p for r in rows if r.check for p in getattr(_function(r.check), "picks", ())]
-    found: dict[str, list[Cell]] = {}
+    wanted: dict[str, list[Cell]] = {}
     for name in dict.fromkeys(p.suite for p in picks):
-        found[name] = [
+        wanted[name] = [
             c
             for c in suites.load(name).cells()
             if any(p.suite == name and p.matches(c) for p in picks)
         ]
-    return found
+    return wanted
 
 
 def judge(claim: Claim, evidence: Evidence) -> list[Judged]:
@@ -492,36 +492,36 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
 
 def _remarks(records: Sequence[Record], missing: int, failed: int) -> list[str]:
     """What the reader of a verdict must know of its records."""
-    found = [f"incomplete: {missing} cell(s) without a result"] if missing else []
+    remarks = [f"incomplete: {missing} cell(s) without a result"] if missing else []
     if failed:
-        found.append(f"{failed} of {len(records) + missing} failed")
+        remarks.append(f"{failed} of {len(records) + missing} failed")
     for flag, text in (("floor", "at the feasible floor"), ("coupled", "with coupled groups")):
         if count := sum(getattr(r, flag) for r in records):
-            found.append(f"{count} record(s) {text}")
+            remarks.append(f"{count} record(s) {text}")
     if count := sum(not r.met for r in records):
-        found.append(f"{count} record(s) below their budget")
+        remarks.append(f"{count} record(s) below their budget")
     if count := sum(bool(r.provenance.get("dirty")) for r in records):
-        found.append(f"{count} record(s) from uncommitted code")
-    return found
+        remarks.append(f"{count} record(s) from uncommitted code")
+    return remarks
 
 
 def _verdict(row: Row, values: Mapping[object, float]) -> tuple[Verdict, Summary, str]:
-    found = summarise(values)
+    summary = summarise(values)
     numbers = list(values.values())
     if not all(map(math.isfinite, numbers)):
-        return "not reproduced", found, "a measured value is not finite"
+        return "not reproduced", summary, "a measured value is not finite"
     if row.kind in ("value", "gain"):
         assert row.reported is not None  # the schema asks for both
         assert row.tolerance is not None
         # compared at the precision of the reported hundredth: 91.73 is 9173 of 10,000 images
-        near = round(abs(found.mean - row.reported), 9) <= row.tolerance
+        near = round(abs(summary.mean - row.reported), 9) <= row.tolerance
         return (
             ("reproduced" if near else "not reproduced"),
-            found,
+            summary,
             f"within ±{row.tolerance:g}" if near else f"beyond ±{row.tolerance:g}",
         )
     if row.kind == "order":
-        return _order(row, numbers, found)
+        return _order(row, numbers, summary)
     if row.kind == "ratio":
         middle = Summary(statistics.median(numbers), None, len(numbers))
         detail = f"median of {len(numbers)}, {_rule(row)}"
@@ -531,17 +531,17 @@ def _verdict(row: Row, values: Mapping[object, float]) -> tuple[Verdict, Summary
     held = all(_holds(row, v) for v in numbers)
     return (
         ("reproduced" if held else "not reproduced"),
-        found,
+        summary,
         f"{_rule(row)} in {sum(_holds(row, v) for v in numbers)} of {len(numbers)}",
     )
 
 
-def _order(row: Row, numbers: Sequence[float], found: Summary) -> tuple[Verdict, Summary, str]:
+def _order(row: Row, numbers: Sequence[float], summary: Summary) -> tuple[Verdict, Summary, str]:
     """A paired difference: its 95 % t-interval must lie beyond the bound, over at least five
     bases.
     """
     if len(numbers) < LEAST:
-        return "inconclusive", found, f"{len(numbers)} of at least {LEAST} bases"
+        return "inconclusive", summary, f"{len(numbers)} of at least {LEAST} bases"
     bound = row.bound or 0.0
     low, high = interval(numbers)
     style = (
@@ -553,7 +553,7 @@ def _order(row: Row, numbers: Sequence[float], found: Summary) -> tuple[Verdict,
     verdict: Verdict = (
         "reproduced" if low > bound else "not reproduced" if high < bound else "inconclusive"
     )
-    return verdict, found, detail
+    return verdict, summary, detail
 
 
 def _rule(row: Row) -> str:
@@ -610,11 +610,11 @@ def readings(judged: Sequence[Judged]) -> dict[str, Verdict]:
 
 def _together(judged: Sequence[Judged]) -> Verdict:
     proxies = any(j.row.proxy for j in judged)
-    found = {j.verdict for j in judged if j.row.proxy or j.verdict != "not run" or not proxies}
-    if "not reproduced" in found:
+    verdicts = {j.verdict for j in judged if j.row.proxy or j.verdict != "not run" or not proxies}
+    if "not reproduced" in verdicts:
         return "not reproduced"
-    if found == {"not run"}:
+    if verdicts == {"not run"}:
         return "not run"
-    if "inconclusive" in found or "not run" in found:
+    if "inconclusive" in verdicts or "not run" in verdicts:
         return "inconclusive"
-    return "proxy scale" if "proxy scale" in found else "reproduced"
+    return "proxy scale" if "proxy scale" in verdicts else "reproduced"

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             height = width = args.size
         model = models.create(name, classes=classes, channels=channels, size=height)
         x = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
-        found = find_groups(model, x, cache=not args.verify)
+        groups = find_groups(model, x, cache=not args.verify)
         if args.groups:
             rows += [
                 {
@@ -84,16 +84,16 @@ def run(args: argparse.Namespace) -> int:
                     "consumers": len(g.consumers),
                     "reason": g.reason,
                 }
-                for g in found.values()
+                for g in groups.values()
             ]
         else:
             rows.append(
                 {
                     "model": name,
                     "input": f"{channels} x {height} x {width}",
-                    **diagnose(model, found, x, verify=args.verify),
+                    **diagnose(model, groups, x, verify=args.verify),
                 }
             )
-        sound = sound and any(g.grade == "exact" for g in found.values())
+        sound = sound and any(g.grade == "exact" for g in groups.values())
     show(rows, args.json)
     return 0 if sound else 1

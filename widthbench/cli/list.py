@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> int:
     from widthbench.experiment import recipes, suites
     from widthbench.technique import registry
 
-    found: dict[str, list[dict[str, Any]]] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
     bad: dict[str, str] = {}
     if args.what in (None, "techniques"):
         good, bad = registry.load_all()
-        found["techniques"] = [
+        tables["techniques"] = [
             {
                 "technique": n,
                 "data access": c.access,
@@ -46,25 +46,25 @@ def run(args: argparse.Namespace) -> int:
             for n, c in good.items()
         ]
     if args.what in (None, "suites"):
-        found["suites"] = []
+        tables["suites"] = []
         for name in suites.names():
             s = suites.load(name)
-            found["suites"].append(
+            tables["suites"].append(
                 {"suite": name, "cells": len(s.cells()), "seeds": len(s.seeds), "title": s.title}
             )
     if args.what in (None, "datasets"):
-        found["datasets"] = [
+        tables["datasets"] = [
             {"dataset": n, "where": (sources.locate(n) or ("not there",))[0]}
             for n in sources.names()
         ]
     if args.what in (None, "recipes"):
-        found["recipes"] = []
+        tables["recipes"] = []
         for name in recipes.names():
             r = recipes.load(name)
             reached = (
                 ", ".join(f"{k} {v:.2f} %" for k, v in r.reaches.items()) or "not measured here"
             )
-            found["recipes"].append(
+            tables["recipes"].append(
                 {
                     "recipe": name,
                     "epochs": f"{r.recipe.epochs:g}",
@@ -73,9 +73,11 @@ def run(args: argparse.Namespace) -> int:
                 }
             )
     if args.json:
-        print(json.dumps({**found, **({"broken": bad} if "techniques" in found else {})}, indent=1))
+        print(
+            json.dumps({**tables, **({"broken": bad} if "techniques" in tables else {})}, indent=1)
+        )
     else:
-        for rows in found.values():
+        for rows in tables.values():
             show(rows, False)
     for reason in bad.values():
         print(f"widthbench: {reason}", file=sys.stderr)

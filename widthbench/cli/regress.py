@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from widthbench.paths import write_atomic
     from widthbench.report import regress
 
-    found = regress.compare(
+    comparison = regress.compare(
         args.base,
         args.head,
         factor=args.factor,
@@ -70,7 +70,11 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    print(json.dumps([r.plain() for r in found.rows], indent=1) if args.json else found.markdown())
+    print(
+        json.dumps([r.plain() for r in comparison.rows], indent=1)
+        if args.json
+        else comparison.markdown()
+    )
     if args.write:
-        write_atomic(args.write, found.markdown())
-    return found.exit_code
+        write_atomic(args.write, comparison.markdown())
+    return comparison.exit_code

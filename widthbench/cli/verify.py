@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     checks = []
     for suite in map(suites.load, args.suite):
         folder = folder_of(args, suite.name)
-        found = verify.check_files(suite, folder)
+        of_files = verify.check_files(suite, folder)
         records = [line.record for line in read_lines(folder / "records.jsonl") if line.record]
         wanted = [r for r in records if matches(r.cell.id, args.only)]
         if records and not wanted:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
                 f" {spent:.0f} s",
                 file=sys.stderr,
             )
-            found += verify.rerun(
+            of_files += verify.rerun(
                 suite,
                 drawn,
                 beside=records,
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
                     file=sys.stderr,
                 ),
             )
-        checks += [{"suite": suite.name, **c.plain()} for c in found]
+        checks += [{"suite": suite.name, **c.plain()} for c in of_files]
     checks += [
         {"suite": "", **c.plain()} for c in verify.check_claims(args.results or published_dir())
     ]

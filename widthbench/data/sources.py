@@ -91,9 +91,9 @@ class Files:
         except Exception as error:  # tarfile's own errors have no common ground with these
             raise UsageError(f"damaged file {root}: {type(error).__name__}: {error}") from error
         self._reader, self._pid = reader, os.getpid()
-        found = getattr(reader, "targets", None)
+        targets = getattr(reader, "targets", None)
         self.labels = np.asarray(
-            [s[1] for s in reader.samples] if found is None else found, dtype=np.int64
+            [s[1] for s in reader.samples] if targets is None else targets, dtype=np.int64
         )
         self.classes: dict[str, int] = getattr(reader, "class_to_idx", None) or getattr(
             reader, "class_name_to_idx", {}
@@ -286,12 +286,12 @@ class Files:
         with _progress(self.root, len(self), "file") as bar:
             for folder, indices in folders.items():
                 names = [self._reader.filename(i, basename=True) for i in indices]
-                for name, found, index in zip(
+                for name, known_digest, index in zip(
                     names, _hashes(self.root / folder, names, bar), indices, strict=True
                 ):
                     digest.update(
                         os.fsencode(os.path.join(folder, name))
-                        + f"\0{found}\0{self.labels[index]}\n".encode()
+                        + f"\0{known_digest}\0{self.labels[index]}\n".encode()
                     )
         return digest.hexdigest()
 
@@ -323,8 +323,8 @@ def _require_plain_folder(root: Path) -> None:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.is_dir():
-                        found = entry.stat()
-                        if (key := (found.st_dev, found.st_ino)) in above:
+                        status = entry.stat()
+                        if (key := (status.st_dev, status.st_ino)) in above:
                             raise UsageError(
                                 f"{entry.path} is a link to a folder that it lies in: take it out"
                             )
@@ -386,10 +386,10 @@ def _others() -> set[str]:
 def _version(path: Path) -> list[int]:
     """Size of a file and its times of change, of which the second cannot be set back."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _progress(root: Path, total: int, unit: str) -> Any:
@@ -418,27 +418,29 @@ def _hashes(place: Path, names: list[str], bar: Any) -> list[str]:
     )
 
     def read(name: str) -> str:
-        found = hashlib.sha256()
+        sha = hashlib.sha256()
         try:
             with (place / name).open("rb") as file:
                 while block := file.read(2**20):
-                    found.update(block)
+                    sha.update(block)
                     if not name:
                         bar.update(len(block))
         except OSError as error:
             raise UsageError(f"cannot read {place / name}: {error.strerror}") from error
-        return found.hexdigest()
+        return sha.hexdigest()
 
     def known() -> tuple[dict[str, list[Any]], list[str]]:
         """Versions of the files, with their digests where the cache has them; and the names of the
         others.
         """
         old = (cache.read_json(path, "digests of files") or {}).get("files", {})
-        found = {name: _version(place / name) for name in names}
-        found |= {
-            name: old[name] for name, version in found.items() if old.get(name, [])[:-1] == version
+        versions = {name: _version(place / name) for name in names}
+        versions |= {
+            name: old[name]
+            for name, version in versions.items()
+            if old.get(name, [])[:-1] == version
         }
-        return found, [name for name in names if found[name] is not old.get(name)]
+        return versions, [name for name in names if versions[name] is not old.get(name)]
 
     new, left = known()
     if left:  # else there is nothing to write, and nothing to wait for
@@ -508,14 +510,14 @@ def names() -> list[str]:
     """
     root = data_dir()
     try:
-        found = sorted(
+        known = sorted(
             p.name
             for p in root.iterdir()
             if p.is_dir() and SAFE.match(p.name) and p.name not in KNOWN
         )
     except OSError:
-        found = []
-    return [*KNOWN, *(n for n in found if _parts(root / n) is not None)]
+        known = []
+    return [*KNOWN, *(n for n in known if _parts(root / n) is not None)]
 
 
 def locate(name: str) -> tuple[str, str] | None:
@@ -647,7 +649,7 @@ def _folder(name: str, root: Path) -> Path:
 
 def _parts(folder: Path) -> tuple[Path, Path] | None:
     """(training, test) part in a folder: tars or folders."""
-    found: list[Path] = []
+    parts: list[Path] = []
     labelled = (
         () if folder.name in ("imagenet", "CLS-LOC") else ("test",)
     )  # the competition's own test part has no labels
@@ -655,8 +657,8 @@ def _parts(folder: Path) -> tuple[Path, Path] | None:
         options = [p for s in stems for p in (folder / f"{s}.tar", folder / s) if os.path.exists(p)]
         if not options:
             return None
-        found.append(options[0])
-    return found[0], found[1]
+        parts.append(options[0])
+    return parts[0], parts[1]
 
 
 def _images(name: str, train_at: Path, test_at: Path) -> Source:

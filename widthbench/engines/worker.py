@@ -68,9 +68,9 @@ class Worker:
         if foreign:
             from widthbench.experiment import keys  # and torch: in every task of Ray that is much
 
-            if found := Store().get(keys.cell_key(cell)):  # for which no process is worth starting
+            if known := Store().get(keys.cell_key(cell)):  # for which no process is worth starting
                 self.code = code_of(cell)
-                return found
+                return known
         self.code, why = None, ""
         request = {"cell": cell.model_dump(mode="json"), "bar": bar}
         for last in (False, True):

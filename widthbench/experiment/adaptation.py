@@ -68,11 +68,11 @@ def score(model: nn.Module, split: splits.Data, stage: Stage) -> Row:
     size = batch_of(model, split)
     test = accuracy(model, split.test, batch_size=size)
     val = accuracy(model, split.val, batch_size=size) if len(split.val) else None
-    for part, found in (("test", test), ("val", val)):
-        if found is not None and not math.isfinite(found.loss):
+    for part, result in (("test", test), ("val", val)):
+        if result is not None and not math.isfinite(result.loss):
             raise DivergedError(
                 f"the network's outputs on {part} data are not finite (stage '{stage}': loss"
-                f" {found.loss})"
+                f" {result.loss})"
             )
     return Row(
         stage=stage,
@@ -153,7 +153,7 @@ def replay(task: Task, outcome: Outcome, base: Base) -> dict[str, list[Any]]:
     ``STOP`` points below the first one's.
     """
     model = task.model if outcome.model is None else outcome.model
-    found: dict[str, list[Any]] = {}
+    series: dict[str, list[Any]] = {}
     for plan in outcome.path:
         row = score(resize(model, task.groups, plan), base.data, "resized")
         point = {
@@ -161,8 +161,8 @@ def replay(task: Task, outcome: Outcome, base: Base) -> dict[str, list[Any]]:
             **row.model_dump(exclude={"stage", "samples", "top5"}),
         }
         for name, value in point.items():
-            found.setdefault(f"path.{name}", []).append(value)
-    return found | stopping_point(found)
+            series.setdefault(f"path.{name}", []).append(value)
+    return series | stopping_point(series)
 
 
 def stopping_point(path: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -179,10 +179,10 @@ def stopping_point(path: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     if not channels or None in val or any(a < b for a, b in pairwise(channels)):
         return {}
     last = max(i for i, top1 in enumerate(val) if top1 >= val[0] - STOP)
-    found = {
+    series = {
         f"stop.{name}": [path[f"path.{name}"][last]] for name in ("channels", "top1", "val_top1")
     }
-    return found | {"stop.removed": [100 * (channels[0] - channels[last]) / channels[0]]}
+    return series | {"stop.removed": [100 * (channels[0] - channels[last]) / channels[0]]}
 
 
 def adapt(

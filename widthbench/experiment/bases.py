@@ -55,8 +55,8 @@ class Base:
     @property
     def provenance(self) -> dict[str, Any]:
         """What a record says of it."""
-        found: dict[str, Any] = {"base_digest": self.digest, "val_seen": self.loaded}
-        return found | ({"checkpoint": self.digest} if self.loaded else {})
+        facts: dict[str, Any] = {"base_digest": self.digest, "val_seen": self.loaded}
+        return facts | ({"checkpoint": self.digest} if self.loaded else {})
 
 
 _loaded: dict[tuple[Any, ...], splits.Data] = {}

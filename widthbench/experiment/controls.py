@@ -57,12 +57,12 @@ class Call:
     progress: Progress
     where: dict[str, Any]
 
-    def record(self, full: Cost, found: Cost, rows: tuple[Row, ...], **more: Any) -> Record:
+    def record(self, full: Cost, cost: Cost, rows: tuple[Row, ...], **more: Any) -> Record:
         """A finished record.
 
         Args:
             full: The base network's cost.
-            found: That of the network that the rows are of.
+            cost: That of the network that the rows are of.
             rows: Its scores.
             **more: Further fields.
         """
@@ -72,8 +72,8 @@ class Call:
             status="done",
             rows=rows,
             access="training",
-            macs=found.macs,
-            params=found.params,
+            macs=cost.macs,
+            params=cost.params,
             base_macs=full.macs,
             base_params=full.params,
             **more,

@@ -79,14 +79,14 @@ class Store:
         paths = [p for pattern in ("??", "failed") for p in self.root.glob(f"{pattern}/*.json")]
         if at_most is not None and len(paths) > at_most:
             return None
-        found = set()
+        cells = set()
         for path in paths:
             content = cache.read_json(path, "record")
             if content is None:
                 return None
             with suppress(ValueError, KeyError, TypeError):  # of a time when cells had other fields
-                found.add(Cell.model_validate(content["record"]["cell"]).identity)
-        return found
+                cells.add(Cell.model_validate(content["record"]["cell"]).identity)
+        return cells
 
     def _failed(self, key: str) -> Path:
         return self.root / "failed" / f"{key}.json"

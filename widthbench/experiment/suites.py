@@ -364,12 +364,12 @@ def limits(chosen: Iterable[Suite]) -> dict[str, Limits]:
     """What each cell of some suites may take, by its identity; of a cell that several have, what
     suits them all.
     """
-    found: dict[str, Limits] = {}
+    limits_of: dict[str, Limits] = {}
     for suite in chosen:
         mine = Limits(suite.time_limit, suite.memory_limit)
         for cell in suite.cells():
-            found[cell.identity] = mine.roomier(found.get(cell.identity, mine))
-    return found
+            limits_of[cell.identity] = mine.roomier(limits_of.get(cell.identity, mine))
+    return limits_of
 
 
 def names() -> list[str]:
@@ -406,15 +406,15 @@ def load_all(names: Iterable[str]) -> list[Suite]:
         UsageError: As ``load``, or if two different ones have the same name, and so the same folder
             of results.
     """
-    found: dict[str, Suite] = {}
+    by_name: dict[str, Suite] = {}
     for given in names:
         suite = load(given)
-        if found.setdefault(suite.name, suite).model_dump() != suite.model_dump():
+        if by_name.setdefault(suite.name, suite).model_dump() != suite.model_dump():
             raise UsageError(
                 f"two different suites are named '{suite.name}', the second in {given}: give one"
                 " another name"
             )
-    return list(found.values())
+    return list(by_name.values())
 
 
 def parse(text: str, where: str) -> Suite:

@@ -68,14 +68,14 @@ def activation(layer: str | type[nn.Module]) -> type[nn.Module]:
     known: dict[str, Any] = {
         name.lower(): getattr(nn.modules.activation, name) for name in nn.modules.activation.__all__
     }
-    found = known.get(layer.lower().replace("_", ""))
+    layer_class = known.get(layer.lower().replace("_", ""))
     try:
-        found = found or get_act_layer(layer)
+        layer_class = layer_class or get_act_layer(layer)
     except (KeyError, AssertionError):
-        found = None
-    if found is None:
+        layer_class = None
+    if layer_class is None:
         raise ValueError(f"unknown activation '{layer}'{did_you_mean(layer, known)}")
-    return found
+    return layer_class
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -103,8 +103,8 @@ def view(name: str) -> dict[str, Any]:
     """``mean``, ``std``, ``interpolation`` and ``crop_pct`` that a network was published with."""
     require(name)
     cfg = timm.get_pretrained_cfg(name)
-    found = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg is not None else {})
-    return {key: found[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    config = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg is not None else {})
+    return {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
 
 
 def reinitialise(model: nn.Module, seed: int) -> None:

@@ -52,8 +52,8 @@ def find(name: str) -> Path:
             f"checkpoint '{name}' must be a plain name, or the path of a file ending in"
             f" {', '.join(SUFFIXES)}"
         )
-    if found := _in_folder(name):
-        return found
+    if inside := _in_folder(name):
+        return inside
     folder, file = weights_dir(), name if name.endswith(SUFFIXES) else f"{name}.safetensors"
     known = (
         sorted(p.stem for p in folder.iterdir() if p.suffix in SUFFIXES) if folder.is_dir() else []
@@ -196,14 +196,14 @@ def load_into(model: nn.Module, path: Path, sha256: str | None = None) -> str:
         UsageError: On another digest, or missing, unexpected, differently shaped or typed tensors;
             they are named.
     """
-    found = digest(path)
-    if sha256 and not found.startswith(sha256.lower()):
+    actual = digest(path)
+    if sha256 and not actual.startswith(sha256.lower()):
         raise UsageError(
-            f"checkpoint {path} has digest {found[: max(12, len(sha256))]}, not {sha256}: it is"
+            f"checkpoint {path} has digest {actual[: max(12, len(sha256))]}, not {sha256}: it is"
             " another file"
         )
     _load(model, read(path), f"checkpoint {path} does not fit {type(model).__name__}")
-    return found
+    return actual
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor], misfit: str) -> None:
@@ -286,10 +286,10 @@ def pretrained(name: str, model: nn.Module) -> str:
     tensors, what = source.state_dict(), f"timm's weights of '{name}'"
     _require_plain(tensors, what)
     _load(model, tensors, f"{what} do not fit")
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for key in sorted(tensors):
-        found.update(
+        sha.update(
             key.encode()
             + tensors[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         )
-    return found.hexdigest()
+    return sha.hexdigest()

@@ -94,7 +94,7 @@ def collect(
             technique) is not at hand.
     """
     old, new = ({r.cell.identity: r for r in some} for some in (before, fresh))
-    found: list[Record] = []
+    collected: list[Record] = []
     candidates = store.cells(at_most=len(suite.cells())) if len(new) < len(suite.cells()) else set()
     absent: set[tuple[str | None, ...]] = set()
     for cell in suite.cells():
@@ -111,11 +111,11 @@ def collect(
             except UsageError:  # a key hashes the data: without them the store cannot be asked
                 absent.add(needs)
         if (record := record or earlier) is not None:
-            found.append(record)
-    if not found:
+            collected.append(record)
+    if not collected:
         for cell in suite.cells()[:1]:
             keys.cell_key(cell)  # says what is not at hand
-    return found
+    return collected
 
 
 def _later(one: Record | None, other: Record | None) -> Record | None:
@@ -206,18 +206,18 @@ def adding(
     with suppress(UsageError):  # nothing here, and no data to look for it with
         before = collect(suite, store, before)
     here = {r.cell.identity: r for r in before}
-    found: dict[str, Record] = {}
+    latest: dict[str, Record] = {}
     for file in files:
         some = [r for r in read_records(file) if r.cell.identity in cells]
         if not some:
             raise UsageError(f"{file} has no record of suite '{suite.name}'")
         for record in some:
-            old = found.get(record.cell.identity) or here.get(record.cell.identity)
+            old = latest.get(record.cell.identity) or here.get(record.cell.identity)
             if old is not None and old.status != "failed" and record.status == "failed":
                 continue
             _require_same_device(old, record, file, replace)
-            found[record.cell.identity] = record
-    return list(found.values())
+            latest[record.cell.identity] = record
+    return list(latest.values())
 
 
 def _require_same_device(old: Record | None, new: Record, file: Path, replace: bool) -> None:
@@ -368,16 +368,16 @@ def texts(
         digest: SHA-256 of ``records.jsonl``.
         published: Those to compare with; no page does if there are none.
     """
-    found = leaderboards(suite, records, timings, digest)
+    pages = leaderboards(suite, records, timings, digest)
     if tables.comparable(suite):
-        found["paired.md"] = tables.paired(suite, records)
+        pages["paired.md"] = tables.paired(suite, records)
     if curves.has_curves(records):
-        found["curves.md"] = curves.page(records, suite.name)
+        pages["curves.md"] = curves.page(records, suite.name)
     if trajectories.has_trajectories(records):
-        found["trajectories.md"] = trajectories.page(records, suite.name)
+        pages["trajectories.md"] = trajectories.page(records, suite.name)
     if published:
-        found[reproduction.NAME] = reproduction.page(suite, published, records)
-    return found
+        pages[reproduction.NAME] = reproduction.page(suite, published, records)
+    return pages
 
 
 def leaderboards(
@@ -432,19 +432,19 @@ def file_digest(path: Path) -> str:
 
 def _before(path: Path) -> _Before:
     """What an earlier report left."""
-    found = _Before()
+    before = _Before()
     if not path.is_file():
-        return found
+        return before
     lines = read_lines(path)
-    found.lines = [line for line in lines if not line.problem]
+    before.lines = [line for line in lines if not line.problem]
     bad = [line for line in lines if line.problem]
     if bad:
-        found.aside = [line.text for line in bad]
+        before.aside = [line.text for line in bad]
         first = f"the first at {path}:{bad[0].number} ({bad[0].problem})"
         warnings.warn(
             f"{len(bad)} of {len(lines)} earlier records are not taken over, {first}", stacklevel=2
         )
-    return found
+    return before
 
 
 def _put_aside(suite: Suite, folder: Path, before: _Before, records: Sequence[Record]) -> None:

@@ -56,9 +56,9 @@ def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
         parts += [f"### {claim.id}: {overall(rows)}", "", claim.text, ""]
         if claim.note:
             parts += [claim.note, ""]
-        if len(found := readings(rows)) > 1:
+        if len(several := readings(rows)) > 1:
             parts += [
-                "; ".join(f"Read as {name}: {verdict}" for name, verdict in found.items()) + ".",
+                "; ".join(f"Read as {name}: {verdict}" for name, verdict in several.items()) + ".",
                 "",
             ]
         if "not run" in (verdicts := {j.verdict for j in rows}):
@@ -155,7 +155,7 @@ def unlike(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: 
         results: The folder of the files.
     """
     checks = {j.row.check for _, _, rows in judged for j in rows if j.row.check and not j.records}
-    found = []
+    names = []
     for name, text in zip(NAMES, (page(judged), as_json(judged)), strict=True):
         try:
             lines = (results / name).read_text(encoding="utf-8").splitlines()
@@ -167,8 +167,8 @@ def unlike(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]], results: 
             a != b and not (i in free and close(a, b))
             for i, (a, b) in enumerate(zip(lines, said, strict=True))
         ):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _free(lines: Sequence[str], checks: Collection[str]) -> set[int]:
@@ -230,8 +230,8 @@ def _reported(judged: Judged) -> str:
 
 
 def _measured(judged: Judged) -> str:
-    found = judged.measured
-    if found is None:
+    measured = judged.measured
+    if measured is None:
         return "–"
     row = judged.row
     if (
@@ -241,11 +241,17 @@ def _measured(judged: Judged) -> str:
         and 0 < row.bound <= ROUNDING
     ):
         # rounding errors, which no two machines share
-        return f"{row.direction} {row.bound:g}{_unit(row.unit)} (n={found.n})"
-    small = found.mean and abs(found.mean) < 0.01
-    value = f"{found.mean:.2e}" if small else f"{found.mean:.2f}"
-    spread = "" if found.std is None else f" ± {found.std:.2e}" if small else f" ± {found.std:.2f}"
-    return f"{value}{spread}{_unit(judged.row.unit)} (n={found.n})"
+        return f"{row.direction} {row.bound:g}{_unit(row.unit)} (n={measured.n})"
+    small = measured.mean and abs(measured.mean) < 0.01
+    value = f"{measured.mean:.2e}" if small else f"{measured.mean:.2f}"
+    spread = (
+        ""
+        if measured.std is None
+        else f" ± {measured.std:.2e}"
+        if small
+        else f" ± {measured.std:.2f}"
+    )
+    return f"{value}{spread}{_unit(judged.row.unit)} (n={measured.n})"
 
 
 def _why(judged: Judged) -> str:

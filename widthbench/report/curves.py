@@ -131,23 +131,23 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
     networks = _networks(records)
     drawn = [_curves(networks, folder / f"curves-{what}.png", what) for what in KINDS if networks]
     for (dataset, network), block in networks.items():
-        if found := _with_errors(block):
+        if errors := _with_errors(block):
             drawn.append(
-                _errors(found, folder / _file(network, dataset), f"{network} on {dataset}")
+                _errors(errors, folder / _file(network, dataset), f"{network} on {dataset}")
             )
     return drawn
 
 
 def _networks(records: Sequence[Record]) -> dict[tuple[str, str], list[Line]]:
     """The lines with paths, by network; of one technique at several budgets, the longest path."""
-    found: dict[tuple[str, str], dict[str, Line]] = {}
+    networks: dict[tuple[str, str], dict[str, Line]] = {}
     for row in lines(records):
         line = replace(row, records={k: r for k, r in row.done.items() if _drawable(r)})
         if line.records:
-            block = found.setdefault((line.dataset, line.model), {})
+            block = networks.setdefault((line.dataset, line.model), {})
             if line.label not in block or _length(line) > _length(block[line.label]):
                 block[line.label] = line
-    return {network: list(block.values()) for network, block in found.items()}
+    return {network: list(block.values()) for network, block in networks.items()}
 
 
 def _length(line: Line) -> int:
@@ -156,8 +156,8 @@ def _length(line: Line) -> int:
 
 def _row(line: Line) -> list[str]:
     def mean(value: Callable[[Record], float | None], digits: int = 2) -> str:
-        found = {k: v for k, r in line.records.items() if (v := value(r)) is not None}
-        summary = over_bases(found)
+        values = {k: v for k, r in line.records.items() if (v := value(r)) is not None}
+        summary = over_bases(values)
         return summary.text(digits) if summary else "–"
 
     def last(name: str) -> Callable[[Record], float | None]:
@@ -263,15 +263,15 @@ def _band(place: Axes, line: Line, series: str, colour: str, style: str) -> Any:
     """
     grid, curves, stops = np.linspace(0, 100, 201), [], []
     for record in line.records.values():
-        found = record.series
-        shares, values = removed_shares(found), found.get(series)
+        told = record.series
+        shares, values = removed_shares(told), told.get(series)
         if values is None or len(values) != len(shares):
             continue
         inside = np.interp(grid, shares, values)
         inside[grid > shares[-1] + 0.5] = np.nan
         curves.append(inside)
-        if series == "path.top1" and found.get("stop.removed"):
-            stops.append((found["stop.removed"][-1], found["stop.top1"][-1]))
+        if series == "path.top1" and told.get("stop.removed"):
+            stops.append((told["stop.removed"][-1], told["stop.top1"][-1]))
     if not curves:
         return None
     mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=1) if len(curves) > 1 else 0
@@ -285,18 +285,18 @@ def _band(place: Axes, line: Line, series: str, colour: str, style: str) -> Any:
 
 def _with_errors(block: Sequence[Line]) -> dict[str, Record]:
     """Records with error curves of one base network, by short label."""
-    found: dict[str, Record] = {}
+    shown: dict[str, Record] = {}
     chosen = None
     for line in block:
         for key, record in line.records.items():
             if record.series.get("gate") and chosen in (None, key):
-                chosen, found[short(line)] = key, record
-    return found
+                chosen, shown[short(line)] = key, record
+    return shown
 
 
-def _errors(found: Mapping[str, Record], path: Path, title: str) -> Path:
+def _errors(shown: Mapping[str, Record], path: Path, title: str) -> Path:
     """A panel per neuron: the loss over its gate, and the polynomials that rankings judge it by."""
-    any_record = next(iter(found.values()))
+    any_record = next(iter(shown.values()))
     series = any_record.series
     groups = [name.removeprefix("error ") for name in series if name.startswith("error ")]
     neurons = sorted(
@@ -323,7 +323,7 @@ def _errors(found: Mapping[str, Record], path: Path, title: str) -> Path:
         )
         first = series[f"first {group}"][i]
         place.plot(fine, first * (fine - 1), color=COLOURS[1], linestyle=":", label="first order")
-        for at, (label, record) in enumerate(sorted(found.items())):
+        for at, (label, record) in enumerate(sorted(shown.items())):
             second = record.series[f"second {group}"][i]
             parabola = first * (fine - 1) + 0.5 * second * (fine - 1) ** 2
             what = _family(label) + ("" if "exact" in label else ", back-propagated")

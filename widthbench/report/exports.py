@@ -32,14 +32,14 @@ def csv_text(rows: Iterable[Line]) -> str:
     Text that a spreadsheet would take for a formula gets an apostrophe in front; what would break a
     line is written as its escape.
     """
-    found = [
+    plain = [
         {k: _cell(v) if isinstance(v, str) else v for k, v in columns.plain(line).items()}
         for line in rows
     ]
     into = io.StringIO()
-    writer = csv.DictWriter(into, list(found[0]) if found else [], lineterminator="\n")
+    writer = csv.DictWriter(into, list(plain[0]) if plain else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(found)
+    writer.writerows(plain)
     return into.getvalue()
 
 
@@ -156,10 +156,10 @@ def citation(suite: Suite, records: Sequence[Record], digest: str | None) -> str
 
 def entries(suite: Suite) -> Mapping[str, str]:
     """The BibTeX of each technique of a suite; "" where it has none or is not installed here."""
-    found = {}
+    bibtex = {}
     for name in sorted({c.of or c.technique for c in suite.cells()}):
         try:
-            found[name] = registry.load(name).bibtex if name in registry.names() else ""
+            bibtex[name] = registry.load(name).bibtex if name in registry.names() else ""
         except UsageError:
-            found[name] = ""
-    return {n: t for n, t in found.items() if t or n in registry.names()}
+            bibtex[name] = ""
+    return {n: t for n, t in bibtex.items() if t or n in registry.names()}

@@ -46,7 +46,7 @@ def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
     Returns:
         The files written; none if no record is finished.
     """
-    found = [line for line in lines(records) if line.done]
+    finished = [line for line in lines(records) if line.done]
     panels: dict[tuple[str, str], list[Line]] = {}
     lost: dict[
         tuple[str, str], dict[str, list[int]]
@@ -61,7 +61,7 @@ def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
         )
         for network, rows in lost.items()
     }
-    for line in found:
+    for line in finished:
         panels.setdefault((line.dataset, line.model), []).append(line)
     panels = {
         k: block for k, block in panels.items() if any(ln.budget for ln in block)

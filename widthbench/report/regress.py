@@ -175,8 +175,8 @@ def commit_of(root: Path, name: str) -> str:
 
 def _top(folder: Path) -> Path:
     """The repository that a folder lies in, or the folder, if in none."""
-    found = _git(folder, "rev-parse", "--show-toplevel")
-    return Path(found) if found else folder
+    answer = _git(folder, "rev-parse", "--show-toplevel")
+    return Path(answer) if answer else folder
 
 
 def _git(folder: Path, *words: str) -> str:
@@ -268,14 +268,14 @@ def _pairs(
     """``{"base": ms, "head": ms}`` per pair, who goes first alternating; or the answers of both,
     where one of them is no number.
     """
-    found = []
+    pairs = []
     for i in range(count):
         sides = ("base", "head") if i % 2 else ("head", "base")
         answers = {side: workers[side].ask(item, rounds=1, least=LEAST) for side in sides}
         if any("ms" not in a for a in answers.values()):
             return answers
-        found.append({side: statistics.median(a["ms"]) for side, a in answers.items()})
-    return found
+        pairs.append({side: statistics.median(a["ms"]) for side, a in answers.items()})
+    return pairs
 
 
 def _peaks(
@@ -399,28 +399,28 @@ def _compared(
     count: int,
 ) -> Comparison:
     what = str(item)
-    found = _pairs(timing, item, count)
-    if isinstance(found, dict):
-        return _missing(what, found)
-    if _ratio(found) > factor:
+    pairs = _pairs(timing, item, count)
+    if isinstance(pairs, dict):
+        return _missing(what, pairs)
+    if _ratio(pairs) > factor:
         with again() as fresh:
             repeated = _pairs(fresh, item, 2 * count)
         if isinstance(repeated, dict):
             return _missing(what, repeated)
-        found = repeated
+        pairs = repeated
     peaks = _peaks(remembering, item)
     if not isinstance(peaks, dict) and _more(peaks, factor):
         with again_frugal() as fresh:
             peaks = _peaks(fresh, item)
     if isinstance(peaks, dict):
         return _missing(what, peaks)
-    ratio, ratios = _ratio(found), [p["head"] / p["base"] for p in found]
+    ratio, ratios = _ratio(pairs), [p["head"] / p["base"] for p in pairs]
     verdict: Verdict = (
         "slower" if ratio > factor else "more memory" if _more(peaks, factor) else "same"
     )
     if verdict == "same" and ratio < 1 / factor:
         verdict = "faster"
-    middle = {side: statistics.median(p[side] for p in found) for side in ("base", "head")}
+    middle = {side: statistics.median(p[side] for p in pairs) for side in ("base", "head")}
     return Comparison(
         what,
         verdict,
@@ -429,12 +429,12 @@ def _compared(
         ratio,
         (min(ratios), max(ratios)),
         peaks,
-        len(found),
+        len(pairs),
     )
 
 
-def _ratio(found: Sequence[Mapping[str, float]]) -> float:
-    return statistics.median(p["head"] / p["base"] for p in found)
+def _ratio(pairs: Sequence[Mapping[str, float]]) -> float:
+    return statistics.median(p["head"] / p["base"] for p in pairs)
 
 
 def _chosen(items: Sequence[Any], only: Sequence[str]) -> list[Any]:

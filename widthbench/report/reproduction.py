@@ -120,7 +120,7 @@ def pairs(published: Sequence[Record], records: Sequence[Record]) -> list[Pair]:
         {(ln.dataset, ln.model, ln.label, ln.budget): ln for ln in lines(some)}
         for some in (published, records)
     ]
-    found = []
+    paired = []
     for place, new in places[1].items():
         if (old := places[0].get(place)) is None:
             continue
@@ -135,21 +135,21 @@ def pairs(published: Sequence[Record], records: Sequence[Record]) -> list[Pair]:
             b.rows[-1].top1 - a.rows[-1].top1 for a, b in both if a.status == b.status == "done"
         ]
         largest = max(gaps, key=abs, default=0.0)
-        found.append(
+        paired.append(
             Pair(old, new, sum(equal(a, b) for a, b in both), gaps.count(0.0), len(both), largest)
         )
-    return found
+    return paired
 
 
 def summary(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -> str:
     """Two or three lines for a terminal."""
-    found = pairs(published, records)
-    same, scored, both = (sum(getattr(p, n) for p in found) for n in ("same", "scored", "both"))
+    paired = pairs(published, records)
+    same, scored, both = (sum(getattr(p, n) for p in paired) for n in ("same", "scored", "both"))
     lines = [
         f"against the published results of {suite.name} ({_machine(published)}): {same} of {both}"
         f" cells are equal bit by bit, {scored} have the same test top-1"
     ]
-    gaps = [p for p in found if p.difference is not None]
+    gaps = [p for p in paired if p.difference is not None]
     if gaps:
         worst = max(gaps, key=lambda p: abs(p.difference or 0.0))
         middle = statistics.median(abs(p.difference or 0.0) for p in gaps)
@@ -169,8 +169,8 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
         published: Its published records.
         records: Those measured here.
     """
-    found = pairs(published, records)
-    judged = [p for p in found if p.difference is not None and p.spread]
+    paired = pairs(published, records)
+    judged = [p for p in paired if p.difference is not None and p.spread]
     within = sum(abs(p.difference or 0.0) <= (p.spread or 0.0) for p in judged)
     parts = [
         f"# {suite.name}: reproduction",
@@ -188,7 +188,7 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
         "",
     ]
     networks: dict[tuple[str, str], list[Pair]] = {}
-    for pair in found:
+    for pair in paired:
         networks.setdefault((pair.new.dataset, pair.new.model), []).append(pair)
     for (dataset, model), some in networks.items():
         rows = [
@@ -234,9 +234,9 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
 
 
 def _text(line: Line) -> str:
-    found: Summary | None = line.summary(None)
+    summary: Summary | None = line.summary(None)
     failed = f" ({line.no_result})" if line.failed else ""
-    return line.no_result if found is None else f"{found.text()}{failed}"
+    return line.no_result if summary is None else f"{summary.text()}{failed}"
 
 
 def _signed(value: float | None) -> str:

@@ -229,7 +229,7 @@ def _floor(described: Mapping[str, Any], place: str) -> float | None:
 
 def _plain(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """Records by key, with the line of ``records.jsonl`` that each stands in."""
-    found = {}
+    by_key = {}
     for number, record in enumerate(sorted(records, key=lambda r: r.cell.id), 1):
         data = json.loads(
             record.model_dump_json()
@@ -240,8 +240,13 @@ def _plain(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
             if data[name]
         }
         data = {k: v for k, v in data.items() if k not in DROPPED}
-        found[record.key] = {"id": record.cell.id, "line": number, "left out": left, "record": data}
-    return found
+        by_key[record.key] = {
+            "id": record.cell.id,
+            "line": number,
+            "left out": left,
+            "record": data,
+        }
+    return by_key
 
 
 def _packed(text: str) -> str:

@@ -132,7 +132,7 @@ def table(block: Sequence[Line]) -> str:
         return f"**{text}**" if column.bold and text else text
 
     columns = for_people(block)
-    rows = [[cell(line, *found) for found in cells_of(line, columns)] for line in block]
+    rows = [[cell(line, *pair) for pair in cells_of(line, columns)] for line in block]
     return _tabulated(columns, rows, "pipe")
 
 

@@ -51,16 +51,16 @@ def parse_timings(path: Path) -> list[dict[str, Any]]:
         raise UsageError(
             f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
         ) from error
-    found = []
+    timings = []
     for number, line in enumerate(text, 1):
         try:
-            found.append(json.loads(line))
-            _Timing.model_validate(found[-1])
+            timings.append(json.loads(line))
+            _Timing.model_validate(timings[-1])
         except (ValueError, RecursionError) as error:  # pydantic's are ValueErrors
             raise UsageError(
                 f"{path}:{number} is no timing: {str(error).splitlines()[0]}"
             ) from error
-    return found
+    return timings
 
 
 def read_timings(folder: Path) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def timings_of(
     """
     kept = [t for t in before if t.get("hardware") == hardware() or not measure]
     old = {(t["dataset"], t["model"], t["shape"]): t for t in kept}
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    timings: dict[tuple[str, str, str], dict[str, Any]] = {}
     waiting: dict[tuple[str, str, str], Record] = {}
     seen: dict[tuple[str, str, str], None] = {}
     for record in records:
@@ -101,15 +101,15 @@ def timings_of(
         path = cache_dir() / "timings" / f"{_timing_key(record)}.json"
         damaged = path.exists()
         if cached := _cached_timing(path):
-            found[key] = cached
+            timings[key] = cached
         elif measure and (damaged or key not in old):
             waiting[key] = record
         elif key in old:
-            found[key] = old[key]
+            timings[key] = old[key]
     for key, timing in zip(waiting, measured(list(waiting.values())), strict=False):
-        found[key] = timing
+        timings[key] = timing
         cache.write_json(cache_dir() / "timings" / f"{_timing_key(waiting[key])}.json", timing)
-    return [found[key] for key in seen if key in found]
+    return [timings[key] for key in seen if key in timings]
 
 
 def measured(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
@@ -138,14 +138,14 @@ def measured(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
 
 def _cached_timing(path: Path) -> dict[str, Any] | None:
     """A timing from the cache; None if there is none, or (named in a warning) it is damaged."""
-    found = cache.read_json(path, "timing")
+    timing = cache.read_json(path, "timing")
     try:
-        if found is not None:
-            _Timing.model_validate(found)
+        if timing is not None:
+            _Timing.model_validate(timing)
     except ValueError as error:
         cache.damaged(path, "timing", str(error).splitlines()[0])
         return None
-    return found
+    return timing
 
 
 def _timing_key(record: Record) -> str:

@@ -80,11 +80,11 @@ def page(records: Sequence[Record], title: str) -> str:
         title: Of the suite.
     """
     parts = [f"# {title}: trajectories", "", PREFACE, ""]
-    found = _blocks(records)
+    blocks = _blocks(records)
     parts += [
-        f"![{technique} along its steps](figures/{_file(technique)})\n" for technique in found
+        f"![{technique} along its steps](figures/{_file(technique)})\n" for technique in blocks
     ]
-    for technique, networks in found.items():
+    for technique, networks in blocks.items():
         everything = [(key, line) for key, block in networks.items() for line in block]
         columns = {
             title: [_mean(line, name, pick, digits) for _, line in everything]
@@ -149,26 +149,26 @@ def _values(record: Record, name: str) -> list[Any]:
 
 
 def _mean(line: Line, name: str, pick: Any, digits: int) -> str:
-    found = over_bases(
+    summary = over_bases(
         {k: float(pick(values)) for k, r in line.done.items() if (values := _values(r, name))}
     )
-    return found.text(digits) if found else "–"
+    return summary.text(digits) if summary else "–"
 
 
 def _blocks(records: Sequence[Record]) -> dict[str, dict[tuple[str, str], list[Line]]]:
     """Lines with trajectories by technique and network, each at its smallest budget."""
-    found: dict[str, dict[tuple[str, str], dict[str, Line]]] = {}
+    blocks: dict[str, dict[tuple[str, str], dict[str, Line]]] = {}
     for row in lines(records):
         line = replace(row, records={k: r for k, r in row.done.items() if _drawable(r)})
         if line.records:
-            block = found.setdefault(line.first().cell.technique, {}).setdefault(
+            block = blocks.setdefault(line.first().cell.technique, {}).setdefault(
                 (line.dataset, line.model), {}
             )
             if line.label not in block or _fraction(line) < _fraction(block[line.label]):
                 block[line.label] = line
     return {
         t: {network: sorted(block.values(), key=_rank) for network, block in n.items()}
-        for t, n in found.items()
+        for t, n in blocks.items()
     }
 
 

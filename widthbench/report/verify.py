@@ -111,7 +111,7 @@ def _sums(folder: Path) -> list[Check]:
         lines = read_sums(folder / SUMS)
     except OSError:
         return [Check(SUMS, "digest", False, "there is none: `widthbench report` writes it")]
-    found = []
+    checks = []
     pictures = (folder / "figures").is_dir()  # an installed package comes without
     for digest, name in lines:
         if name.startswith("figures/") and not pictures:
@@ -120,12 +120,12 @@ def _sums(folder: Path) -> list[Check]:
             inside = bool(name) and (folder / name).resolve().is_relative_to(folder.resolve())
             same = (file_digest(folder / name) == digest) if inside else None
         except FileNotFoundError:
-            found.append(Check(name, "digest", False, "the file is gone"))
+            checks.append(Check(name, "digest", False, "the file is gone"))
             continue
         except (OSError, ValueError):  # a folder, a name that no file can have
             same = None
         if same is None:
-            found.append(
+            checks.append(
                 Check(
                     SUMS,
                     "digest",
@@ -134,12 +134,14 @@ def _sums(folder: Path) -> list[Check]:
                 )
             )
         else:
-            found.append(
+            checks.append(
                 Check(name, "digest", same, "" if same else f"was changed after {SUMS} was written")
             )
     named = {name for _, name in lines} | {SUMS, ASIDE}
     there = _names(folder)
-    return found + [Check(n, "digest", False, f"is not in {SUMS}") for n in there if n not in named]
+    return checks + [
+        Check(n, "digest", False, f"is not in {SUMS}") for n in there if n not in named
+    ]
 
 
 def _names(folder: Path) -> list[str]:
@@ -153,7 +155,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _records(suite: Suite, lines: Sequence[Line]) -> list[Check]:
-    found = [
+    checks = [
         Check(f"records.jsonl:{line.number}", "record", False, line.problem)
         for line in lines
         if line.problem
@@ -161,7 +163,7 @@ def _records(suite: Suite, lines: Sequence[Line]) -> list[Check]:
     cells = {c.identity for c in suite.cells()}
     counted = Counter(line.record.cell.identity for line in lines if line.record)
     if twice := sum(n > 1 for n in counted.values()):
-        found.append(
+        checks.append(
             Check("records.jsonl", "record", False, f"{twice} cells have more than one record")
         )
     foreign = [line for line in lines if line.record and line.record.cell.identity not in cells]
@@ -171,15 +173,15 @@ def _records(suite: Suite, lines: Sequence[Line]) -> list[Check]:
             f"{len(foreign)} records are of cells that the suite does not have, the first of"
             f" {foreign[0].record.cell.id}"
         )
-        found.append(Check(where, "record", False, note))
+        checks.append(Check(where, "record", False, note))
     good = sum(not line.problem for line in lines)
     if good:
         left = len(cells - counted.keys())
         note = f"{good} records as they were written" + (
             f"; {left} cells of the suite have none" if left else ""
         )
-        found.append(Check("records.jsonl", "record", True, note))
-    return found
+        checks.append(Check("records.jsonl", "record", True, note))
+    return checks
 
 
 def _tables(suite: Suite, folder: Path, records: Sequence[Record]) -> list[Check]:
@@ -194,7 +196,7 @@ def _tables(suite: Suite, folder: Path, records: Sequence[Record]) -> list[Check
     )
     ours = {*pages, SUMS, "records.jsonl", ASIDE, "timings.jsonl"}
     names = _names(folder)
-    found = [
+    checks = [
         Check(n, "table", False, "is nothing that a report of these records writes")
         for n in names
         if n not in ours and not re.fullmatch(r"figures/[^/]+\.png", n)
@@ -213,8 +215,8 @@ def _tables(suite: Suite, folder: Path, records: Sequence[Record]) -> list[Check
                 " anew"
             )
         )
-        found.append(Check(name, "table", same, note))
-    return found
+        checks.append(Check(name, "table", same, note))
+    return checks
 
 
 def _same_but_bibtex(one: bytes, other: bytes) -> bool:
@@ -305,15 +307,15 @@ def rerun(
     suites.check(suite, [r.cell for r in records])
     old = {r.cell.identity: r for r in records}
     spread = spreads([*beside, *records])
-    found: list[Check] = []
+    checks: list[Check] = []
     elsewhere: list[tuple[Record, Record]] = []
 
     def done(new: Record) -> None:
         before = old[new.cell.identity]
-        found.append(compare(before, new, spread.get(_row(before.cell), {})))
-        if before.status == new.status == "done" and found[-1].by == "tolerance":
+        checks.append(compare(before, new, spread.get(_row(before.cell), {})))
+        if before.status == new.status == "done" and checks[-1].by == "tolerance":
             elsewhere.append((before, new))
-        tell(found[-1])
+        tell(checks[-1])
 
     apart: dict[
         str, list[Cell]
@@ -327,7 +329,7 @@ def rerun(
             _cache(Path(folder)),
         ):
             local.run(cells, jobs=jobs, done=done, limits=suites.limits([suite]))
-    return found + means(elsewhere, spread)
+    return checks + means(elsewhere, spread)
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
@@ -347,7 +349,7 @@ def spreads(records: Sequence[Record]) -> dict[tuple[str, ...], dict[str, float]
             values.setdefault(_row(record.cell), {}).setdefault(row.stage, {})[record.cell.seed] = (
                 row.top1
             )
-    found: dict[tuple[str, ...], dict[str, float]] = {}
+    spread: dict[tuple[str, ...], dict[str, float]] = {}
     for key, stages in values.items():
         for stage in stages:
             others = [
@@ -355,8 +357,8 @@ def spreads(records: Sequence[Record]) -> dict[tuple[str, ...], dict[str, float]
             ]
             variances = [statistics.variance(of.values()) for of in others if len(of) > 1]
             if variances:
-                found.setdefault(key, {})[stage] = math.sqrt(fmean(variances))
-    return found
+                spread.setdefault(key, {})[stage] = math.sqrt(fmean(variances))
+    return spread
 
 
 def means(
@@ -378,7 +380,7 @@ def means(
         cell = pair[0].cell
         for name in (" ".join(_row(cell)).rstrip(), cell.label, "all cells"):
             grouped.setdefault(name, []).append(pair)
-    found = []
+    checks = []
     seen: list[list[tuple[Record, Record]]] = []
     for name, some in grouped.items():
         if len(some) < 2 or some in seen:
@@ -405,8 +407,8 @@ def means(
         note = f"mean difference of top-1 {apart:+.2f} (allowed ±{most:.2f})" + (
             f"; beyond it: {', '.join(bad)}" if bad else ""
         )
-        found.append(Check(f"{name}: mean of {len(some)}", "tolerance", not bad, note))
-    return found
+        checks.append(Check(f"{name}: mean of {len(some)}", "tolerance", not bad, note))
+    return checks
 
 
 def _allowed(old: Record, row: Row, spread: Mapping[str, float]) -> float | None:
@@ -467,14 +469,14 @@ def compare(old: Record, new: Record, spread: Mapping[str, float] | None = None)
         return Check(new.cell.id, "status", same or bool(why) or old.status == "failed", note)
     if why:
         return _within(old, new, why, spread or {})
-    found = sorted(differences(result(old), result(new)))
+    differing = sorted(differences(result(old), result(new)))
     if old.key == new.key:  # which hashes them
         then, now = (
             {k: v for k, v in r.provenance.get("versions", {}).items() if k != "widthbench"}
             for r in (old, new)
         )
-        found += differences(then, now, "versions")
-    return Check(new.cell.id, "bit-equal", not found, _shortened(found))
+        differing += differences(then, now, "versions")
+    return Check(new.cell.id, "bit-equal", not differing, _shortened(differing))
 
 
 def _shortened(differences: Sequence[str]) -> str:
@@ -519,7 +521,7 @@ def _within(old: Record, new: Record, why: str, spread: Mapping[str, float]) -> 
     then, now = old.rows[-1], new.rows[-1]
     assert old.macs  # of records that are done
     assert new.macs
-    found = sorted(
+    differing = sorted(
         [
             *differences(_facts(old), _facts(new)),
             *_size_differences(old),
@@ -542,11 +544,14 @@ def _within(old: Record, new: Record, why: str, spread: Mapping[str, float]) -> 
             continue
         note += f", {a.stage} {b.top1 - a.top1:+.2f}"
         if abs(b.top1 - a.top1) > more:
-            found.append(f"{a.stage}: top-1 {a.top1:.2f} and {b.top1:.2f}, allowed ±{more:.2f}")
-    found += _score_differences(then, now)
-    note += f"; {_shortened(found)}" if found else ""
+            differing.append(f"{a.stage}: top-1 {a.top1:.2f} and {b.top1:.2f}, allowed ±{more:.2f}")
+    differing += _score_differences(then, now)
+    note += f"; {_shortened(differing)}" if differing else ""
     return Check(
-        new.cell.id, "tolerance", not found and abs(apart) <= allowed and abs(macs) <= MACS, note
+        new.cell.id,
+        "tolerance",
+        not differing and abs(apart) <= allowed and abs(macs) <= MACS,
+        note,
     )
 
 
@@ -568,11 +573,11 @@ def _score_differences(then: Row, now: Row) -> Iterator[str]:
 def _size_differences(record: Record) -> Iterator[str]:
     """Where a record's sizes are not those of a network of its widths."""
     try:
-        found = sizes(record)
+        actual = sizes(record)
     except Exception as error:  # widths that no network can have
         yield f"widths: no network of the kind has them ({type(error).__name__}: {str(error)[:80]})"
         return
-    for name, value in found.items():
+    for name, value in actual.items():
         said = getattr(record, name)
         same = math.isclose(said or 0.0, value, rel_tol=1e-9) if name == "kept" else said == value
         if not same:
@@ -591,19 +596,19 @@ def sizes(record: Record) -> dict[str, Any]:
         model, groups, cost = controls.fresh_at(cell, record.widths, 0)
         now = cost.counted(model, record.widths)
     full = cost.original
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "macs": now.macs,
         "params": now.params,
         "base_macs": full.macs,
         "base_params": full.params,
     }
     if cell.budget is None:
-        return found
+        return values
     scoped = groups.select(cell.scope, cell.include or None)
     budget = adaptation.budget_of(cell, scoped, cost)
     kept = used(budget, record.widths, scoped, now, full)
     floor = budget != Budget.parse(cell.budget, grows=True)
-    return found | {"kept": kept, "met": check(budget, kept, scoped), "floor": floor}
+    return values | {"kept": kept, "met": check(budget, kept, scoped), "floor": floor}
 
 
 def _cost_differences(old: Record, new: Record) -> Iterator[str]:
@@ -620,13 +625,13 @@ def _cost_differences(old: Record, new: Record) -> Iterator[str]:
 
 def _facts(record: Record) -> dict[str, Any]:
     """What does not depend on how training went: equal on every machine."""
-    found = {
+    facts = {
         n: getattr(record, n)
         for n in ("access", "base_macs", "base_params", "base_widths", "coupled", "floor", "trials")
     }
     seen = {n: record.provenance.get(n) for n in ("dataset_digest", "val_seen", "checkpoint")}
     return (
-        found
+        facts
         | seen
         | {
             "stages": [r.stage for r in record.rows],

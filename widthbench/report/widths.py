@@ -122,7 +122,7 @@ def _panel(place: Axes, block: Sequence[Line], groups: Sequence[str]):  # type: 
 
 
 def _mean(line: Line, group: str) -> float:
-    found = over_bases(
+    summary = over_bases(
         {key: float(r.widths[group]) for key, r in line.done.items() if group in r.widths}
     )
-    return found.mean if found else float("nan")
+    return summary.mean if summary else float("nan")

@@ -315,26 +315,28 @@ class Ablation:
                 raise UsageError(f"channel group '{name}': a candidate's gate must be 1")
         shut = {n: g.cpu().tolist() for n, g in gates.items()}
         some = {n: index.cpu() for n, index in candidates.items() if len(index)}
-        found = {n: torch.zeros(len(index), dtype=torch.float64) for n, index in candidates.items()}
+        losses = {
+            n: torch.zeros(len(index), dtype=torch.float64) for n, index in candidates.items()
+        }
         try:
             jobs = {
                 n: [w.submit(_work, shut, n, index.tolist(), value) for w in self._workers]
                 for n, index in some.items()
             }
             for name, index in some.items():
-                found[name] += self._group(name, index, gates, value)
+                losses[name] += self._group(name, index, gates, value)
                 for job in jobs[name]:
                     sums, macs = job.result()
-                    found[name] += torch.tensor(sums, dtype=torch.float64)
+                    losses[name] += torch.tensor(sums, dtype=torch.float64)
                     self.forward_macs += macs
-                found[name] /= len(self.sample)
+                losses[name] /= len(self.sample)
                 done(len(index))
         except BrokenProcessPool as error:
             raise UsageError(
                 "the worker processes of processes > 1 died: is there memory for one network and"
                 " sample in each?"
             ) from error
-        return found
+        return losses
 
     def _group(self, name: str, index: Tensor, gates: Mapping[str, Tensor], value: float) -> Tensor:
         """Losses summed over this process's samples, float64 ``[C]`` on the CPU, for the candidates

@@ -247,12 +247,12 @@ class BackpropDiagonal:
         for node in reversed(nodes):  # asserts and the like lead nowhere
             if node.op == "output" or node in wanted:
                 wanted.update(node.all_input_nodes)
-        found: dict[fx.Node, None] = {}
+        behind: dict[fx.Node, None] = {}
         for node in nodes:
             gate = node.op == "call_module" and node.target in self._consumers
-            if node in wanted and (gate or any(n in found for n in node.all_input_nodes)):
-                found[node] = None
-        return found
+            if node in wanted and (gate or any(n in behind for n in node.all_input_nodes)):
+                behind[node] = None
+        return behind
 
     def _rule(self, node: fx.Node) -> Callable[..., dict[fx.Node, Tensor]]:
         """How a node takes second derivatives backwards."""
@@ -331,9 +331,9 @@ def _at_the_logits(criterion: Any, logits: Tensor, y: Tensor) -> Tensor:
 
 def _tensors_in(node: fx.Node) -> int:
     """How many of a node's arguments are other nodes, counted as often as they stand there."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return len(found)
+    nodes: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), nodes.append)
+    return len(nodes)
 
 
 def _again(

@@ -144,7 +144,7 @@ def compare(
     affines = affines_of(model, groups, name)
     if isinstance(affines, str):
         raise UsageError(f"channel group '{name}': {affines}")
-    found = []
+    by_way = []
     for way in ways:
         pairs = Pairs.of(factors, removed, kept)
         for layer in way:
@@ -159,9 +159,9 @@ def compare(
                 pairs = pairs.through_affine(*weight_and_bias(model, groups, name, layer))
         for affine in affines.values():
             pairs = pairs.through_affine(*affine)
-        found.append(pairs)
+        by_way.append(pairs)
     mean = {
-        k: torch.stack([getattr(p, k) for p in found]).mean(dim=0)
+        k: torch.stack([getattr(p, k) for p in by_way]).mean(dim=0)
         for k in ("cosine", "ratio", "scale", "mismatch")
     }
     return Pairs(removed, kept, **mean)

@@ -99,8 +99,8 @@ class SplittingMatrices:
         self.forward_macs = self.backward_macs = 0
         self.loss = 0.0
         graph = trace(self.model, sample.x[:1])
-        found, self.left_out = _found(graph, self.model, groups)
-        self.neurons = {n: f for n, f in found.items() if only is None or n in only}
+        neurons, self.left_out = _found(graph, self.model, groups)
+        self.neurons = {n: f for n, f in neurons.items() if only is None or n in only}
         self.inputs: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
         if self.neurons:
@@ -135,7 +135,7 @@ class SplittingMatrices:
         self.loss += float(loss.detach()) / len(self.sample)
         values = run.env
         at = [values[n.activation] for n in self.neurons.values()]
-        found = {}
+        kept = {}
         slopes = torch.autograd.grad(loss, at, retain_graph=True)
         for (name, neurons), slope in zip(self.neurons.items(), slopes, strict=True):
             (before,) = neurons.activation.all_input_nodes
@@ -147,8 +147,8 @@ class SplittingMatrices:
                 )  # batch norm in eval mode: one number per channel
                 factor = factor * scale.square()
             (read,) = neurons.producer.all_input_nodes
-            found[name] = values[read].detach(), factor.detach()
-        return found
+            kept[name] = values[read].detach(), factor.detach()
+        return kept
 
     def _second(self, neurons: Neurons, z: Tensor, a: Tensor) -> Tensor:
         """``σ''(z)``."""
@@ -178,16 +178,16 @@ class SplittingMatrices:
         Returns:
             ``[N, d]`` per group.
         """
-        found = {}
+        products = {}
         for name, v in vectors.items():
             module: Any = self.model.get_submodule(self.neurons[name].layer)
             x, factor = self.inputs[name], self.factors[name]
             channels = factor.dim() - 1 if isinstance(module, nn.Linear) else 1
             if rows is not None and len(rows[name]) < factor.shape[channels]:
                 factor = factor.index_select(channels, rows[name])
-            found[name] = _product(module, x, factor, v)
+            products[name] = _product(module, x, factor, v)
             self.backward_macs += 2 * factor.numel() * v.shape[1]
-        return found
+        return products
 
     def exact(self, name: str) -> Tensor:
         """``S_i`` of a group's neurons, formed: float64 ``[N, d, d]``. For small d."""
@@ -299,20 +299,20 @@ def _found(
 ) -> tuple[dict[str, Neurons], dict[str, str]]:
     wanted = _wanted(graph)
     nodes = {str(n.target): n for n in graph.graph.nodes if n.op == "call_module" and n in wanted}
-    found = {name: _neurons(model, groups, name, nodes, wanted) for name in groups}
+    neurons = {name: _neurons(model, groups, name, nodes, wanted) for name in groups}
     return (
-        {n: f for n, f in found.items() if isinstance(f, Neurons)},
-        {n: f for n, f in found.items() if isinstance(f, str)},
+        {n: f for n, f in neurons.items() if isinstance(f, Neurons)},
+        {n: f for n, f in neurons.items() if isinstance(f, str)},
     )
 
 
 def _wanted(graph: fx.GraphModule) -> set[fx.Node]:
     """The nodes that the output depends on: without asserts and the like."""
-    found: set[fx.Node] = set()
+    wanted_nodes: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
-        if node.op == "output" or node in found:
-            found.update(node.all_input_nodes)
-    return found
+        if node.op == "output" or node in wanted_nodes:
+            wanted_nodes.update(node.all_input_nodes)
+    return wanted_nodes
 
 
 def _neurons(

@@ -175,14 +175,16 @@ class Technique(ABC):
                 f"technique '{self.id}' left declared and real shapes in disagreement: {bad[0]}"
             )
         if outcome.model is not None and not outcome.plan:
-            found = task.regroup(resized)  # of one head alone nothing is found
+            regrouped = task.regroup(resized)  # of one head alone nothing is found
             # as in a plan, channels per head count for all heads, those that are gone too
             full = {
-                n: found[n].channels * g.blocks // found[n].blocks
+                n: regrouped[n].channels * g.blocks // regrouped[n].blocks
                 for n, g in task.groups.items()
-                if n in found
+                if n in regrouped
             }
-            widths = {n: full.get(n, 1) for n, g in task.groups.items() if n in found or g.heads}
+            widths = {
+                n: full.get(n, 1) for n, g in task.groups.items() if n in regrouped or g.heads
+            }
         else:
             widths = {
                 n: len(outcome.plan[n].rows) if n in outcome.plan else g.channels

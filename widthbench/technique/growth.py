@@ -61,7 +61,7 @@ def carried(
         after: Groups of the network after.
     """
     plan = {n: keep(copies(groups[n].channels, rows)[0]) for n, (rows, _) in split.items()}
-    found: OptimizerState = {
+    carried_state: OptimizerState = {
         name: {k: v for k, v in kept.items() if not _shaped(v)} for name, kept in state.items()
     }
     for what in sorted({k for kept in state.values() for k, v in kept.items() if _shaped(v)}):
@@ -83,8 +83,8 @@ def carried(
                         value[positions] *= each.view(-1, *[1] * (value.dim() - 1))
         for name, p in twin.named_parameters():
             if what in state.get(name, {}):
-                found[name][what] = p.data
-    return found
+                carried_state[name][what] = p.data
+    return carried_state
 
 
 def _shaped(value: Any) -> bool:

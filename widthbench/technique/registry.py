@@ -179,7 +179,7 @@ def entry_points(*, group: str) -> list[EntryPoint]:
     """The entry points of all distributions; one whose metadata cannot be read is named in a
     warning, and stops nothing.
     """
-    found: list[EntryPoint] = []
+    points: list[EntryPoint] = []
     seen: set[str] = set()
     for distribution in distributions():
         where = getattr(distribution, "_path", "a distribution")
@@ -188,14 +188,14 @@ def entry_points(*, group: str) -> list[EntryPoint]:
             if name in seen:  # further back on the path
                 continue
             seen.add(name)
-            found += distribution.entry_points.select(group=group)
+            points += distribution.entry_points.select(group=group)
         except Exception as error:  # anything may lie in site-packages
             why = f"{type(error).__name__}: {error}"
             warnings.warn(
                 f"the metadata of {where} cannot be read ({why}): mend or uninstall it",
                 stacklevel=2,
             )
-    return found
+    return points
 
 
 def _declared() -> dict[str, list[EntryPoint]]:
@@ -215,11 +215,11 @@ def _scanned(
     scan: Callable[..., Iterable[EntryPoint]], installed: tuple[tuple[str, int], ...]
 ) -> dict[str, list[EntryPoint]]:
     """What all distributions declare, read again (10 ms) once something has been installed."""
-    found: dict[str, dict[str, EntryPoint]] = {}
+    by_name: dict[str, dict[str, EntryPoint]] = {}
     for point in scan(group=GROUP):
         # a checkout's own metadata on sys.path repeats what the installed distribution says
-        found.setdefault(point.name, {})[point.value] = point
-    return {name: list(points.values()) for name, points in found.items()}
+        by_name.setdefault(point.name, {})[point.value] = point
+    return {name: list(points.values()) for name, points in by_name.items()}
 
 
 def _owner(point: EntryPoint) -> str:

@@ -158,23 +158,23 @@ def curves(
     return made
 
 
-def told(order: Scores, found: Scores) -> dict[str, list[Any]]:
+def told(order: Scores, made: Scores) -> dict[str, list[Any]]:
     """Curves as plain numbers, for ``Outcome.series``, and what follows from them.
 
     Beside the curves: "joint", the increase of the loss after k removals; "summed", that of the
     same channels removed each alone; "correlation", Spearman's, of the predicted with the true
     changes.
     """
-    series: dict[str, list[Any]] = {k: _rounded(v) for k, v in found.items()}
-    loss = found["loss"]
+    series: dict[str, list[Any]] = {k: _rounded(v) for k, v in made.items()}
+    loss = made["loss"]
     alone = torch.zeros(len(loss), dtype=torch.float64)
     for name, position in order.items():
         gone = position.isfinite()
-        alone.index_add_(0, position[gone].long() + 1, found[f"change {name}"][gone])
+        alone.index_add_(0, position[gone].long() + 1, made[f"change {name}"][gone])
     series |= {"joint": _rounded(loss - loss[0]), "summed": _rounded(alone.cumsum(0))}
-    if all(f"score {n}" in found for n in order):
+    if all(f"score {n}" in made for n in order):
         predicted, true = (
-            torch.cat([found[f"{what} {n}"] for n in order]) for what in ("score", "change")
+            torch.cat([made[f"{what} {n}"] for n in order]) for what in ("score", "change")
         )
         rho = float(spearmanr(predicted, true).statistic)
         # there is none where all predictions are equal

@@ -84,12 +84,12 @@ class Since:
 
     def taken(self) -> dict[str, float | None]:
         """The means and minima, None for those of no step; and begin anew."""
-        found = {
+        numbers = {
             n: float(v / (self._steps[n] if n in self._means else 1)) if self._steps[n] else None
             for n, v in self._values.items()
         }
         self._begin()
-        return found
+        return numbers
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""

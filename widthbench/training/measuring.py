@@ -94,9 +94,9 @@ def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accura
             loss += float(F.cross_entropy(logits.double(), y, reduction="sum"))
             total += len(y)
     if shared:
-        found = parallel.gather((right, right5, loss, total, classes))
-        right, right5, total = (sum(int(f[i]) for f in found) for i in (0, 1, 3))
-        loss, classes = sum(f[2] for f in found), max(f[4] for f in found)
+        parts = parallel.gather((right, right5, loss, total, classes))
+        right, right5, total = (sum(int(f[i]) for f in parts) for i in (0, 1, 3))
+        loss, classes = sum(f[2] for f in parts), max(f[4] for f in parts)
     model.train(training).to(memory_format=before)
     top5 = 100 * right5 / total if classes >= 100 else None
     return Accuracy(100 * right / total, top5, loss / total, total)
@@ -258,9 +258,9 @@ class Meter:
     def uncounted(self, work: Callable[[], T]) -> T:
         """What a piece of work gives, its passes left out of the count."""
         before = self.forward_macs, self.backward_macs, self.passes
-        found = work()
+        result = work()
         self.forward_macs, self.backward_macs, self.passes = before
-        return found
+        return result
 
     @contextmanager
     def costing(self, macs: int) -> Iterator[None]:

@@ -261,9 +261,9 @@ class Run:
                 x.tensor_split(self.parts), y.tensor_split(self.parts), strict=True
             ):
                 share = len(some_y) / whole
-                found = self.objective(self.network, some_x, some_y)
+                losses = self.objective(self.network, some_x, some_y)
                 with amp():
-                    loss = next(found, None)
+                    loss = next(losses, None)
                 value = 0.0
                 while loss is not None:
                     value = float(loss.detach())
@@ -271,7 +271,7 @@ class Run:
                         return value
                     (loss if share == 1 else loss * share).backward()
                     with amp():
-                        loss = next(found, None)
+                        loss = next(losses, None)
                 seen += share * value
         if parallel.world() > 1:
             total = torch.tensor([seen], dtype=torch.float32, device=x.device)

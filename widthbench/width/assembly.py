@@ -75,10 +75,10 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
                 shapes_of(output),
                 f"its channels cannot be followed: {type(error).__name__}: {first[:120]}",
             )
-    found = _Assembly(model, labels).groups()
+    groups = _Assembly(model, labels).groups()
     shapes = tuple((len(example_input), *s[1:]) if s else s for s in shapes_of(labels.output))
     return replace(
-        found,
+        groups,
         output_shapes=shapes,
         input_shape=tuple(example_input.shape[1:]),
         program=labels.program,
@@ -394,13 +394,13 @@ class _Assembly:
         """Parts of one cut of which none may change are one group: head dimensions where heads lie
         between them.
         """
-        found: list[_Part] = []
+        whole: list[_Part] = []
         for _, several in itertools.groupby(self.parts, key=lambda p: p.raw):
             parts = list(several)
             if len(parts) > 1 and all(p.reason for p in parts):
                 parts = [replace(parts[0], channels=np.concatenate([p.channels for p in parts]))]
-            found += parts
-        self.parts = found
+            whole += parts
+        self.parts = whole
         self._index()
         self._one_number_each()
 
@@ -622,8 +622,8 @@ class _Run:
 
 def _firsts(values: Ids) -> Ids:
     """Distinct values in the order in which they first appear."""
-    found, first = np.unique(values, return_index=True)
-    return found[np.argsort(first)]
+    distinct, first = np.unique(values, return_index=True)
+    return distinct[np.argsort(first)]
 
 
 def _by_mark(channels: Ids, marks: Ids) -> Iterator[Ids]:
@@ -672,7 +672,7 @@ def _runs(owner: Ids, place: Ids, sizes: Sequence[int]) -> list[_Run]:
 def _split_fixed(runs: list[_Run], heads: Sequence[_Run]) -> list[_Run]:
     """Fixed positions cut where heads begin and end."""
     borders = sorted({b for h in heads for b in (h.start, h.stop)})
-    found: list[_Run] = []
+    cut: list[_Run] = []
     for run in runs:
         cuts = (
             [run.start, *[b for b in borders if run.start < b < run.stop], run.stop]
@@ -680,10 +680,10 @@ def _split_fixed(runs: list[_Run], heads: Sequence[_Run]) -> list[_Run]:
             else [run.start, run.stop]
         )
         if len(cuts) == 2:
-            found.append(run)
+            cut.append(run)
         else:
-            found += [_Run(-1, b - a, 1, a, b) for a, b in itertools.pairwise(cuts)]
-    return found
+            cut += [_Run(-1, b - a, 1, a, b) for a, b in itertools.pairwise(cuts)]
+    return cut
 
 
 def _shared_layers(model: nn.Module) -> dict[str, str]:

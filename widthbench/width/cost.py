@@ -98,17 +98,17 @@ class CostModel:
         Raises:
             CostError: If they differ; it names the modules in which they do.
         """
-        found = Cost(
+        cost = Cost(
             count_macs(model, self._example_input), sum(p.numel() for p in model.parameters())
         )
         said = self(widths)
-        if found != said:
+        if cost != said:
             raise CostError(
                 f"{type(model).__name__} was predicted to have {said.macs:,} MACs and"
-                f" {said.params:,} parameters, but has {found.macs:,} and {found.params:,}:"
+                f" {said.params:,} parameters, but has {cost.macs:,} and {cost.params:,}:"
                 f" {self._differences(model, widths)}"
             )
-        return found
+        return cost
 
     def _differences(self, model: nn.Module, widths: Mapping[str, int]) -> str:
         """The modules, innermost ones only, whose MACs or parameters are not those that were

@@ -145,12 +145,12 @@ def macs_by_module(model: nn.Module, x: Tensor) -> dict[str, int]:
             f"MACs of {type(model).__name__} cannot be counted: {names} takes weights, and has no"
             " formula"
         )
-    found = {
+    by_module = {
         name.partition(".")[2]: sum(c.values()) // 2
         for name, c in counter.get_flop_counts().items()
         if name != "Global"
     }
-    return found | {"": int(counter.get_total_flops()) // 2}
+    return by_module | {"": int(counter.get_total_flops()) // 2}
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:

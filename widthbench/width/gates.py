@@ -63,11 +63,11 @@ def gated(
         for (layer, side), axis in groups.axes.items():
             if side == "in" and any(s.group in values or s.outer in values for s in axis):
                 module = model.get_submodule(layer)
-                found = None if products is None else products.setdefault(layer, [])
+                used = None if products is None else products.setdefault(layer, [])
                 for handle in (
                     _on_input(module, axis, values)
                     if on == "input"
-                    else _on_weight(module, axis, values, found)
+                    else _on_weight(module, axis, values, used)
                 ):
                     stack.callback(handle.remove)
             elif side == "out" and any(
@@ -200,7 +200,7 @@ def sums_by_channel(
         .sum(dim=(1, 3))
         .flatten()
     )  # [I]
-    found: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     for segment, part in zip(axis, along.split([s.size for s in axis]), strict=True):
         for name, channels in (
             (segment.group, segment.channels),
@@ -208,8 +208,8 @@ def sums_by_channel(
         ):
             if name is not None:
                 total = part.view(channels, -1).sum(dim=1)
-                found[name] = found[name] + total if name in found else total
-    return found
+                sums[name] = sums[name] + total if name in sums else total
+    return sums
 
 
 def sums_over_consumers(
@@ -226,10 +226,10 @@ def sums_over_consumers(
         ``[N]`` for each of the groups that the consumers read.
     """
     heads = {n: g.channels for n, g in groups.everything.items() if g.heads}
-    found: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     for layer, value in values.items():
         axis = groups.axes[layer, "in"]
         parts = sums_by_channel(model.get_submodule(layer), axis, value, heads)
         for name in parts.keys() & groups.keys():
-            found[name] = found[name] + parts[name] if name in found else parts[name]
-    return found
+            sums[name] = sums[name] + parts[name] if name in sums else parts[name]
+    return sums

@@ -197,22 +197,22 @@ class Groups(Mapping[str, Group]):
             if at != side:
                 continue
             offset = 0
-            found: list[int] = []
+            positions: list[int] = []
             for segment in axis:
                 if segment.made_by(name):
-                    found.extend(range(offset, offset + segment.size))
+                    positions.extend(range(offset, offset + segment.size))
                 offset += segment.size
-            if found:
-                yield layer, found
+            if positions:
+                yield layer, positions
 
     @cached_property
     def readers(self) -> Mapping[str, tuple[str, ...]]:
         """The layers that read each layer's output next: ``behind`` the other way round."""
-        found: dict[str, tuple[str, ...]] = {}
+        readers: dict[str, tuple[str, ...]] = {}
         for reader, before in self.behind.items():
             for layer in before:
-                found[layer] = (*found.get(layer, ()), reader)
-        return found
+                readers[layer] = (*readers.get(layer, ()), reader)
+        return readers
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The producers that do not read the group's own channels: without the gates of

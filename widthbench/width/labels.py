@@ -288,16 +288,16 @@ class Call:
 
     def integers(self) -> list[Integer]:
         """All integers with an origin among the arguments."""
-        found, waiting = [], [*self.args, *self.kwargs.values()]
+        integers, waiting = [], [*self.args, *self.kwargs.values()]
         while waiting:
             at = waiting.pop(0)
             if isinstance(at, Integer):
-                found.append(at)
+                integers.append(at)
             elif isinstance(at, list | tuple):
                 waiting.extend(at)
             elif isinstance(at, slice):
                 waiting.extend((at.start, at.stop))
-        return found
+        return integers
 
 
 class Tracer(TorchDispatchMode):
@@ -418,30 +418,30 @@ class Tracer(TorchDispatchMode):
         """Labels for the rows of a grid along some of its axes."""
         rest = [i for i in range(ids.ndim) if i not in kept]
         rows = ids.transpose([*kept, *rest]).reshape(math.prod(ids.shape[i] for i in kept), -1)
-        found = []
+        blocks = []
         for row in rows:
             row = np.unique(row)
             key = row.tobytes()
             if key not in self.rows:
                 self.rows[key] = int(self._new(1)[0])
                 self.members[self.rows[key]] = row
-            found.append(self.rows[key])
-        return np.array(found, dtype=np.int64).reshape([ids.shape[i] for i in kept])
+            blocks.append(self.rows[key])
+        return np.array(blocks, dtype=np.int64).reshape([ids.shape[i] for i in kept])
 
     def merged(self, factors: Iterable[Factor]) -> list[Factor]:
         """Factors of tensors that meet position by position: one for each set of dimensions, the
         rest tied to it.
         """
-        found: list[Factor] = []
+        merged: list[Factor] = []
         for new in factors:
             at: Factor | None = new
-            for old in list(found):
+            for old in list(merged):
                 if at is not None and set(old[0]) & set(at[0]):
-                    found.remove(old)
+                    merged.remove(old)
                     at = self._met(old, at)
             if at is not None:
-                found.append(at)
-        return found
+                merged.append(at)
+        return merged
 
     def _met(self, a: Factor, b: Factor) -> Factor | None:
         if a[0] == b[0]:

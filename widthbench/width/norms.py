@@ -182,7 +182,7 @@ def affines_of(
     """The affines of all bare tensors that ride along a group, by the module that holds them; or
     why there is none for one.
     """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    affines: dict[str, tuple[Tensor, Tensor]] = {}
     group = groups[name]
     for tensor in group.tensors:
         owner = tensor.rpartition(".")[0]
@@ -191,12 +191,12 @@ def affines_of(
                 f"tensor '{tensor}' rides along with {len(group.producers)} layers, and may not be"
                 " behind all of them"
             )
-        if owner not in found:
+        if owner not in affines:
             affine = affine_of(model, groups, name, tensor)
             if isinstance(affine, str):
                 return affine
-            found[owner] = affine
-    return found
+            affines[owner] = affine
+    return affines
 
 
 def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor) -> str | None:

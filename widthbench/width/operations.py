@@ -82,7 +82,7 @@ def _pointwise(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
     for dims, ids in factors:
         if plain & set(dims):
             tracer.freeze(ids, MEETS)
-    found = [f for f in tracer.merged(factors) if not plain & set(f[0])]
+    kept = [f for f in tracer.merged(factors) if not plain & set(f[0])]
     if name in JOINING:
         for parts in branches.values():
             if len(parts) > 1 and any(
@@ -92,7 +92,7 @@ def _pointwise(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
     values = [tracer.of(t) for t in inputs]
     value = plain_value(values)
     return with_factors(
-        value, found, direct=name in ("clone", "_to_copy", "alias", "detach") and values[0].direct
+        value, kept, direct=name in ("clone", "_to_copy", "alias", "detach") and values[0].direct
     )
 
 
@@ -216,11 +216,11 @@ def _view(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
             full.shape
         ) != math.prod(output.shape[d] for d in news):
             full = np.broadcast_to(full, [t.shape[d] for d in olds])
-        found = simple_factors(news, full.reshape([output.shape[d] for d in news]))
-        for f in found:
+        simple = simple_factors(news, full.reshape([output.shape[d] for d in news]))
+        for f in simple:
             if f[1].ndim > len(dims):
                 tracer.cut(f[1])
-        factors += found
+        factors += simple
     taken = [d for dims, _ in factors for d in dims]
     if len(taken) > len(set(taken)):
         tracer.freeze_all([value], "a reshape merges its channels with others")
@@ -695,7 +695,7 @@ def _batch_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
         next((a for a in args[1:] if isinstance(a, bool)), False) and "no_training" not in name
     )
     owners = [f for t in tensors if (f := tracer.of(t).at(0)) is not None]
-    layer = next((found for _, ids in owners if (found := tracer.layer_of(ids))), None)
+    layer = next((name_of for _, ids in owners if (name_of := tracer.layer_of(ids))), None)
     at = vx.at(1)
     factors = list(vx.factors)
     if at is not None and at[0] != (1,):
@@ -724,7 +724,7 @@ def _layer_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
     affine = [
         f[1] for t in args[2:4] if isinstance(t, Tensor) and (f := tracer.of(t).at(0)) is not None
     ]
-    layer = next((found for ids in affine if (found := tracer.layer_of(ids))), None)
+    layer = next((name_of for ids in affine if (name_of := tracer.layer_of(ids))), None)
     last = x.dim() - 1
     normed = {x.dim() - 1 - i for i in range(len(shape))}
     factors = []
@@ -755,7 +755,7 @@ def _group_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
     affine = [
         f[1] for t in args[1:3] if isinstance(t, Tensor) and (f := tracer.of(t).at(0)) is not None
     ]
-    layer = next((found for ids in affine if (found := tracer.layer_of(ids))), None)
+    layer = next((name_of for ids in affine if (name_of := tracer.layer_of(ids))), None)
     factors = []
     for dims, ids in vx.factors:
         if dims != (1,) or layer is None:

@@ -369,10 +369,10 @@ def _tensors(output: Any) -> list[Tensor]:
     for leaf in leaves:
         if not isinstance(leaf, Tensor | bool | int | float | str | None):
             raise TypeError(f"its output holds a {type(leaf).__name__}, which cannot be seen into")
-    found = [t.flatten() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-    if not found:
+    flat = [t.flatten() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    if not flat:
         raise TypeError("its output holds no floating-point numbers")
-    return found
+    return flat
 
 
 def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> str:

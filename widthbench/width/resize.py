@@ -168,7 +168,7 @@ def _bare(model: nn.Module, groups: Groups, plan: Plan) -> dict[str, Tensor]:
 
 def _numbers(groups: Groups, plan: Plan) -> dict[Origin, int]:
     """What numbers in the network's code become."""
-    found: dict[Origin, int] = {}
+    numbers: dict[Origin, int] = {}
     widths = {n: len(change.rows) for n, change in plan.items()}
     for attribute in groups.width_attributes:
         if not touched(attribute.axis, plan):
@@ -180,11 +180,11 @@ def _numbers(groups: Groups, plan: Plan) -> dict[Origin, int]:
                 f"'{name}' would have to be {number:g}, which is no whole number: its parts must"
                 " keep equal counts"
             )
-        if found.setdefault(attribute.origin, round(number)) != round(number):
+        if numbers.setdefault(attribute.origin, round(number)) != round(number):
             raise PlanError(
-                f"'{name}' would have to be both {found[attribute.origin]} and {round(number)}"
+                f"'{name}' would have to be both {numbers[attribute.origin]} and {round(number)}"
             )
-    return found
+    return numbers
 
 
 def _stages(axis: Axis, plan: Plan, groups: Groups) -> list[Axis]:
