@@ -411,7 +411,7 @@ def test_weights_that_the_last_step_spoils_are_named():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_amp_and_layouts_reach_every_width(layout, monkeypatch):
     task, seen = task_on(zoo.Plain), []
-    monkeypatch.setattr("widthbench.training.loop.fastest_layout", lambda model: layout)
+    monkeypatch.setattr("widthbench.training.state.fastest_layout", lambda model: layout)
     model, x = task.model.float(), task.example_input.float()
     data, cost = zoo.Shuffled(x, count=12), CostModel(model, task.groups, x)
 
