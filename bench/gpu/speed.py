@@ -22,7 +22,7 @@ from tabulate import tabulate
 from widthbench.data.splits import ImageSamples
 from widthbench.networks import models
 from widthbench.recipe import Recipe
-from widthbench.training import graphed, loop
+from widthbench.training import graphed, loop, state
 
 MODELS = ("vgg16_cifar", "mobilenetv1_100_cifar", "resnet20_cifar")
 IMAGES = 45_000
@@ -39,7 +39,7 @@ def epoch_s(
         return time.perf_counter() - begin
 
     with (
-        mock.patch.object(loop, "fastest_layout", return_value=layout),
+        mock.patch.object(state, "fastest_layout", return_value=layout),
         mock.patch.object(graphed, "RECORDABLE", ("cuda",) if graph else ()),
     ):
         seconds(1)
