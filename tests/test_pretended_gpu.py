@@ -1,0 +1,159 @@
+"""Device mistakes, found on a CPU: every technique on a GPU that is pretended, from a fresh and
+from a resumed state, and how often a training step waits for it."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pretended_gpu
+import pytest
+import torch
+from pretended_gpu import DEVICE, OnDevice, onto
+from torch.utils._pytree import tree_map
+
+from widthbench import api
+from widthbench.networks import models
+from widthbench.recipe import Recipe
+from widthbench.technique import registry
+from widthbench.technique.task import Task
+from widthbench.training.loop import fit
+from widthbench.width import proofs
+
+BRIEF = {
+    "nmf": {"iterations": 5},
+    "torch-pruning:taylor": {"samples": 16},
+    "torch-pruning:hessian": {"samples": 4},
+    "neuron-removal": {"samples": 32},
+    "autoprune": {"epochs": 3},
+    "autoslim": {"epochs": 1, "steps": 2, "samples": 64, "calibration": 32},
+    "splitting": {"epochs": 1, "rounds": 2, "samples": 16, "final_epochs": 1},
+}
+NORMED = "torch-pruning:bn-scale"  # LeNet-5 has no BatchNorm
+# of each: parameters beside those above
+VARIANTS = [
+    *(
+        (name, {})
+        for name in sorted(registry.names())
+        if registry.built_in(name) and name != NORMED
+    ),
+    ("neuron-removal", {"ranking": "first_order"}),
+    ("neuron-removal", {"ranking": "second_order", "softplus_beta": 3.0}),
+    ("neuron-removal", {"ranking": "random"}),
+    ("splitting", {"exact": True, "samples": 8}),
+    ("splitting", {"select": "random", "rounds": 1}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_cpu(monkeypatch, fresh_cache):
+    """Wrapped tensors have no memory layouts, and shapes are not looked at on the meta device."""
+    usual = torch.contiguous_format
+    for place in ("training.state", "training.measuring"):
+        monkeypatch.setattr(f"widthbench.{place}.fastest_layout", lambda model: usual)
+    monkeypatch.setattr(proofs, "_mismatched", lambda *args: {})
+
+
+def images(count, size=20):
+    x = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(10, (count,), generator=torch.Generator().manual_seed(1))
+    return x.to(DEVICE), y.to(DEVICE)
+
+
+def halved(name, **params):
+    """LeNet-5 at half of its MACs, on the device."""
+    model = onto(models.create("lenet5", classes=10, channels=1, size=20, seed=0))
+    x, y = images(64)
+    return api.outcome(name, model, budget="macs:0.5", example_input=x[:1], data=(x, y), **params)
+
+
+@pytest.mark.parametrize(("name", "params"), VARIANTS, ids=lambda v: str(v) if v else "")
+def test_a_technique_mixes_no_devices(name, params):
+    with pretended_gpu.gpu():
+        outcome = halved(name, **{**BRIEF.get(name, {}), **params})
+        x, _ = images(2)
+        assert {p.device for p in outcome.resized.parameters()} == {DEVICE}
+        assert outcome.resized(x).shape == (2, 10)
+
+
+class Batches:
+    """Samples that lie on the device."""
+
+    def __init__(self, count):
+        self.x, self.y = images(count)
+
+    def __len__(self):
+        return len(self.x)
+
+    def batches(self, size, *, generator=None, augment=None):
+        for at in range(0, len(self), size):
+            yield self.x[at : at + size], self.y[at : at + size]
+
+
+def test_a_plain_training_step_waits_once():
+    with pretended_gpu.gpu() as waits:
+        model, samples = onto(models.create("lenet5", classes=10, channels=1, size=20)), Batches(64)
+        recipe = Recipe(epochs=1, batch_size=8, lr=0.01)
+        fit(model, samples, recipe, macs=1)  # makes the optimizer's state
+        counts = []
+        for epochs in (1, 2):
+            waits.clear()
+            fit(model, samples, recipe.model_copy(update={"epochs": epochs}), macs=1)
+            counts.append(sum(waits.values()))
+    assert (counts[1] - counts[0]) / 8 <= 1, waits
+
+
+class Kept:
+    """States as they come back from a file: on the CPU."""
+
+    def __init__(self):
+        self.trainings, self.checkpoints, self.kills = {}, {}, 1
+
+    def fit(self, model, train, recipe, *, desc, **options):
+        """A training that is killed after its first epoch, once, and then goes on."""
+        state = self.trainings.setdefault(desc, {})
+
+        def after_epoch(epoch):
+            if self.kills and epoch >= 1 and state:
+                self.kills = 0
+                raise KeyboardInterrupt
+
+        resume = SimpleNamespace(
+            read=lambda recipe, samples: state or None,
+            due=lambda: True,
+            write=lambda recipe, samples, kept: state.update(on_the_cpu(kept)),
+        )
+        return fit(model, train, recipe, after_epoch=after_epoch, resume=resume, **options)
+
+    def checkpoint(self, name, make):
+        """What comes back from the store in every case, so that what follows starts from it."""
+        if name not in self.checkpoints:
+            self.checkpoints[name] = on_the_cpu(make())
+        return tree_map(lambda v: v, self.checkpoints[name])
+
+
+def on_the_cpu(state):
+    return tree_map(lambda v: v.held.clone() if isinstance(v, OnDevice) else v, state)
+
+
+@pytest.mark.parametrize("name", ["autoprune", "autoslim", "splitting", "neuron-removal"])
+def test_a_resumed_technique_mixes_no_devices(monkeypatch, name):
+    kept = Kept()
+    monkeypatch.setattr(api, "fit", kept.fit)
+    monkeypatch.setattr(api, "Task", partial(Task, checkpoint=kept.checkpoint))
+    params = {**BRIEF[name], **({} if name == "neuron-removal" else {"epochs": 3})}
+    with pretended_gpu.gpu():
+        if name != "neuron-removal":
+            with pytest.raises(KeyboardInterrupt):
+                halved(name, **params)
+            assert any(kept.trainings.values())
+        assert {p.device for p in halved(name, **params).resized.parameters()} == {DEVICE}
+
+
+def test_it_would_find_a_mistake():
+    with pretended_gpu.gpu() as waits:
+        x, _ = images(2)
+        with pytest.raises(RuntimeError, match="same device"):
+            x + torch.ones(20)
+        with pytest.raises(TypeError, match="no numpy array"):
+            x.numpy()
+        float(x.sum())
+        assert sum(waits.values()) == 3, waits  # two copies to the device, one number back
