@@ -74,8 +74,8 @@ class AutoPrune(Technique):
         mu: A fixed μ, for which the channels that end open are kept, if the budget allows; None: as
             above.
         penalty: What μ is the price of: "cost", what a channel adds to what the budget counts
-            (MACs, parameters; channels alike); "channels", all channels alike, as in the paper. By
-            the latter, small channels close before dear ones.
+            (MACs, parameters; channels alike); "channels", all channels alike, as in the paper:
+            cheap channels then close first.
         ramp: Share of the steps in which the budget is reached.
         freeze: Share of the steps after which gates are frozen.
     """
@@ -276,8 +276,10 @@ class Gates:
         s = sensitivities(model, self.task.groups, slopes, self.method.decoupling)
         gradient = sensitivities(model, self.task.groups, slopes, "none")
         slope_of = {n: derivative(m, self.method.estimator) for n, m in self.m.items()}
-        rule, true = (torch.cat([some[n] * slope_of[n] for n in self.m]) for some in (s, gradient))
-        self.since.add("cosine", F.cosine_similarity(rule, true, dim=0))
+        update, gradient_step = (
+            torch.cat([some[n] * slope_of[n] for n in self.m]) for some in (s, gradient)
+        )
+        self.since.add("cosine", F.cosine_similarity(update, gradient_step, dim=0))
         self.since.add("val_loss", loss)
         square = torch.cat(list(s.values())).square().mean()
         if not torch.isfinite(loss + square):
@@ -305,12 +307,14 @@ class Gates:
         line = Budget(budget.kind, 1 - (1 - budget.fraction) * share, budget.rounding)
         # m - EVERY η (s/ρ + μ price) ĥ'(m) is at most 0 from this μ on, if s stays what it has been
         steps, seen = EVERY * self.method.eta, max(1e-9, 1 - RECENT**self.drawn)
-        reach = {}
+        mu_to_close = {}
         for n, m in self.m.items():
-            alone = m / (steps * derivative(m, self.method.estimator)) - self.drift[n] / seen
-            reach[n] = (alone / self.price[n]).cpu()
-        widths = global_widths(reach, self.task.groups, line, self.task.cost, self.task.reference)
-        cut = [(r, widths[n]) for n, r in reach.items() if widths[n] < len(r)]
+            unpriced = m / (steps * derivative(m, self.method.estimator)) - self.drift[n] / seen
+            mu_to_close[n] = (unpriced / self.price[n]).cpu()
+        widths = global_widths(
+            mu_to_close, self.task.groups, line, self.task.cost, self.task.reference
+        )
+        cut = [(r, widths[n]) for n, r in mu_to_close.items() if widths[n] < len(r)]
         return max([0.0, *(float(r.sort(descending=True).values[w]) for r, w in cut)])
 
     def _prices(self) -> dict[str, float]:

@@ -125,14 +125,16 @@ class NeuronMerging(ScoredTechnique):
         block_n, block_p = (rows * group.blocks // group.channels for rows in (removed, kept))
         same_block = (block_n[:, None] == block_p).to(pairs.scale.device)
         possible = same_block & pairs.scale.isfinite() & pairs.mismatch.isfinite()
+        # without a norm all mismatches are 0, and rescaled they would be noise
         lam = self.lam if bool((pairs.mismatch != 0).any()) else 1.0
         badness = lam * (1 - pairs.cosine) + (1 - lam) * _rescaled(pairs.mismatch, possible)
-        published = 0.1 if normed(model, group.riders) else 0.45
-        threshold = published if self.threshold is None else self.threshold
+        published_threshold = 0.1 if normed(model, group.riders) else 0.45
+        threshold = published_threshold if self.threshold is None else self.threshold
         scale = pairs.scale.where(possible & (pairs.cosine >= threshold), 0)
         mix = scale.new_zeros(group.channels, len(kept))
         mix[kept, torch.arange(len(kept))] = 1
         if len(removed):
+            # rows without a possible partner stay 0, since their scale is
             best = badness.where(possible, math.inf).argmin(dim=1, keepdim=True)
             mix[removed] = torch.zeros_like(scale).scatter(1, best, scale.gather(1, best))
         return Resize(kept, mix)
@@ -194,6 +196,7 @@ def through_norm(pairs: Pairs, norm: Norm, bn_scale: BnScale) -> Pairs:
         s = pairs.ratio
         scale = s * (gp / gn) * (vn / vp)
         rest = (gp / vp) * (s * (mn - vn * bn / gn) - mp) + bp
+        # negative where S is, as in the published code: such pairs look better than they are
         return replace(pairs, scale=scale, mismatch=rest.abs() / scale)
     scale = pairs.scale * (gn / gp) * (sp / sn)
     rest = (gn / sn) * (pairs.scale * (mp - sp * bp / gp) - mn) + bn

@@ -136,7 +136,7 @@ class NeuronRemoval(Technique):
                 while unfinished(order, task.groups):
                     order = task.checkpoint(
                         f"{removed(order)} removals",
-                        partial(self.further, order, work, task.groups),
+                        partial(self.remove_for_a_while, order, work, task.groups),
                     )
             return {"order": order} | ({"curves": self.curves(work, order)} if task.curves else {})
 
@@ -153,7 +153,7 @@ class NeuronRemoval(Technique):
             )
         )
 
-    def further(self, order: Scores, work: Ranker, groups: Groups) -> Scores:
+    def remove_for_a_while(self, order: Scores, work: Ranker, groups: Groups) -> Scores:
         """The order after as many more removals as half a minute takes."""
         order, begin = {n: o.clone() for n, o in order.items()}, time.monotonic()
         while True:
@@ -257,7 +257,7 @@ class Ranker:
     def _brute_force(self, gates: Scores, here: Scores, save: bool) -> Scores:
         changes = {}
         now = 0.0
-        # else a constant that orders nothing
+        # without blocks, subtracting the present loss would not change the order
         if save or any(g.blocks > 1 for g in self.task.groups.values()):
             with self.task.billed(self.brute):
                 now = self.brute.loss(gates)

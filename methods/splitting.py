@@ -33,9 +33,9 @@ from widthbench.width.groups import Groups
 from widthbench.width.resize import Resize, resize
 
 Select = Literal["eigen", "random", "width"]
-# times the rounds asked for that growth may go on where doubling, or neurons without a way down,
-# held it up
-MOST = 2
+# rounds may be at most this multiple of those asked for, where doubling, or neurons that no split
+# improves, slow growth down
+MOST_ROUNDS = 2
 
 
 class Splitting(Technique):
@@ -170,7 +170,7 @@ class Growing:
         self._point(number)
         if not last:
             split = self._chosen(number, self._target(number))
-            most = MOST * method.rounds + math.ceil(-math.log2(method.narrow))
+            most = MOST_ROUNDS * method.rounds + math.ceil(-math.log2(method.narrow))
             self.stable = not split or (method.growth is None and number + 1 >= most)
             if not self.stable:
                 self._split(split)
@@ -239,22 +239,23 @@ class Growing:
                 for n, p in shapes.items()
             }
         chosen: dict[str, list[int]] = {n: [] for n in self.growable}
-        before, growth = dict(self.widths), self.method.growth
-        for name, row in self._ranked(scores):
+        widths, growth = dict(self.widths), self.method.growth
+        for name, row in self._ranked(scores, widths):
             if growth is not None and sum(map(len, chosen.values())) >= growth:
                 break
             # one at least, else growth would end
-            if any(chosen.values()) and self.task.kept(self.widths) >= allowed:
+            if any(chosen.values()) and self.task.kept(widths) >= allowed:
                 break
             # what is left of the budget goes to those that still fit, in the same order
-            if self._room(name):
-                self.widths[name] += 1
+            if self.task.fits(widths | {name: widths[name] + 1}):
+                widths[name] += 1
                 chosen[name].append(row)
-        self.widths = before
         rows = {n: torch.tensor(sorted(r)) for n, r in chosen.items() if r}
         return {n: (r, vectors[n][r.to(vectors[n].device)]) for n, r in rows.items()}
 
-    def _ranked(self, scores: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
+    def _ranked(
+        self, scores: Mapping[str, Tensor], widths: Mapping[str, int]
+    ) -> Iterator[tuple[str, int]]:
         """Neurons as (group, row) in the order in which they are split: by score, or so that the
         groups' shares stay alike.
         """
@@ -262,9 +263,9 @@ class Growing:
         if self.method.select == "width":
             left = {n: len(s) for n, s in scores.items()}
             while left:
-                name = min(left, key=lambda n: (self.widths[n] / self.task.groups[n].channels, n))
+                name = min(left, key=lambda n: (widths[n] / self.task.groups[n].channels, n))
                 yield name, next(order[name])
-                # one that does not fit is left out: its group would come first for ever
+                # without counting one that does not fit, `min` would pick its group for ever
                 left[name] -= 1
                 if not left[name]:
                     del left[name]

@@ -41,7 +41,7 @@ WAYS = {
     "leaves-traces-and-exits": "SystemExit: 3",
     "leaves-traces-and-interrupts": "KeyboardInterrupt",
     "leaves-others-and-ends": "its process ended with exit code 7 without a word",
-    "closes-everything": "its process closed the way to its parent",
+    "closes-everything": "its process closed its pipe to the parent",
 }
 
 

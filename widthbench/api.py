@@ -220,7 +220,6 @@ def outcome(
     try:
         decided = chosen.apply(task)
         resized = decided.resized
-        assert resized is not None
         if not decided.met:
             warnings.warn(
                 f"technique '{chosen.id}' leaves part of the budget {parsed} unused: it keeps"

@@ -1,8 +1,9 @@
-"""Processes of our own: what is run apart, so that whatever it does to its process ends nothing
-else.
+"""Child processes: code runs in one so that a crash, a hang or an exit there ends nothing else.
 
 Parent and child exchange lines of JSON over pipes. What the child prints goes to standard error. It
-ends when its parent does, with all that it has started.
+ends when its parent does, with all that it has started. (Not here: ``sensitivity.ablation`` sends
+tensors to loky's workers, a ``DataLoader`` has its own, and other programs are run by
+``subprocess``.)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-POLL_S = 0.2  # between two looks of a watch
+POLL_S = 0.2  # seconds between two calls of a watch
 MARK = "WIDTHBENCH_WORKER"  # set for a child and inherited by all that it starts
 ENDINGS = {-s.value: s.name for s in signal.Signals}
 
@@ -38,9 +39,9 @@ class ChildDied(RuntimeError):
     """A child that ended, or was ended, before it answered.
 
     Attributes:
-        how: The signal or exit code, ``"SIGSEGV"`` or ``"exit code 3"``; "" where it was ended, or
-            says itself why.
-        from_outside: Whether something else than itself has killed it (the system for want of
+        how: The signal or exit code, ``"SIGSEGV"`` or ``"exit code 3"``; "" if we ended it, or it
+            gave the reason itself.
+        from_outside: Whether something other than itself killed it (the system for want of
             memory, a person).
     """
 
@@ -166,7 +167,7 @@ class Child:
             code = process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self.close()
-            return ChildDied("its process closed the way to its parent")
+            return ChildDied("its process closed its pipe to the parent")
         self.close()
         if code >= 0:
             how = f"exit code {code}"
@@ -226,8 +227,8 @@ def _kill_marked(mark: str) -> None:
 
 
 def _said(line: bytes, asked: int) -> dict[str, Any]:
-    """What a child says to the request of that number; {} for what is none of it, which foreign
-    code may have written.
+    """What a child says to the request of that number; {} for any other line, which foreign code
+    may have written.
     """
     try:
         said = json.loads(line)
@@ -238,8 +239,8 @@ def _said(line: bytes, asked: int) -> dict[str, Any]:
 
 
 def _serve(answer: Callable[[], Answer]) -> None:
-    """What the child does: requests from its standard input, answers to what was its standard
-    output.
+    """The child's loop: reads requests from its standard input, writes answers to what was its
+    standard output.
     """
     commands = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "w")

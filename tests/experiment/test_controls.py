@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from widthbench.experiment.bases import obtain_base
-from widthbench.experiment.cell import CONTROLS as NAMES
-from widthbench.experiment.cell import Cell
-from widthbench.experiment.controls import CONTROLS, first_channels, fresh_at
+from widthbench.experiment.cell import CONTROLS, Cell
+from widthbench.experiment.controls import RUNNERS, Control, first_channels, fresh_at
 from widthbench.experiment.protocol import run_cell
 from widthbench.experiment.store import Store
 from widthbench.recipe import Recipe
@@ -61,11 +60,10 @@ def test_controls_of_one_shape_draw_different_weights():
     the same experiment."""
     drawn = [
         fresh_at(cell("scratch"), {"ip1": 75}, seed=control.fresh)[0].ip1.weight
-        for control in CONTROLS.values()
-        if control.fresh
+        for control in RUNNERS.values()
     ]
     base = obtain_base(cell("l1-norm")).model.ip1.weight[:75]
-    assert len({w.detach().numpy().tobytes() for w in [*drawn, base]}) == 4
+    assert len({w.detach().numpy().tobytes() for w in [*drawn, base]}) == len(RUNNERS) + 1
 
 
 def test_scratch_budget_trains_it_for_as_many_macs():
@@ -162,6 +160,12 @@ def test_a_control_whose_source_failed_has_failed_and_is_tried_again(fresh_cache
 
 
 def test_every_control_has_a_name_that_suites_know_and_seeds_of_its_own():
-    assert tuple(CONTROLS) == NAMES
-    fresh = [c.fresh for c in CONTROLS.values() if c.fresh]
-    assert len(set(fresh)) == len(fresh) == 3
+    assert list(RUNNERS) == list(CONTROLS)
+    assert len({c.fresh for c in RUNNERS.values()}) == len(RUNNERS)
+
+
+def test_a_control_without_an_entry_says_where_it_belongs():
+    with pytest.raises(TypeError, match=r"'new' has no entry in CONTROLS of experiment/cell.py"):
+
+        class New(Control, name="new"):
+            pass

@@ -49,9 +49,12 @@ def test_cells_are_mean_shares_of_the_base():
 def test_the_middle_budget_is_drawn_and_controls_with_a_source_are_not(tmp_path):
     block = lines([made("l1-norm", budget=f"macs:{b}") for b in (0.5, 0.25, 0.125)])
     assert {line.budget for line in widths._at_middle(block)} == {"macs:0.25"}
-    assert widths.write([made("scratch")], tmp_path) == []
+    scratch = made("scratch")
+    cell = scratch.cell.model_copy(update={"of": "l1-norm"})
+    scratch = scratch.model_copy(update={"cell": cell})
+    assert widths.write([scratch], tmp_path) == []
     assert widths.write([record()], tmp_path) == []
-    (path,) = widths.write([made("l1-norm"), made("scratch")], tmp_path)
+    (path,) = widths.write([made("l1-norm"), scratch], tmp_path)
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -1,4 +1,4 @@
-"""What is installed: techniques, suites, recipes, data sets."""
+"""What is installed: techniques, controls, suites, recipes, data sets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from widthbench.cli.common import as_json, data_folder, show
 def add(verbs: Any) -> None:
     """Add the verb to the command line."""
     verb = verbs.add_parser(
-        "list", help="techniques, suites, recipes and data sets that are installed"
+        "list", help="techniques, controls, suites, recipes and data sets that are installed"
     )
     verb.add_argument(
         "what",
         nargs="?",
-        choices=["techniques", "suites", "datasets", "recipes"],
+        choices=["techniques", "controls", "suites", "datasets", "recipes"],
         help="only these (default: all)",
     )
     as_json(verb)
@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Do it; gives the exit code."""
     from widthbench.data import sources
     from widthbench.experiment import recipes, suites
+    from widthbench.experiment.cell import CONTROLS
+    from widthbench.experiment.controls import RUNNERS
     from widthbench.technique import registry
 
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -44,6 +46,14 @@ def run(args: argparse.Namespace) -> int:
                 "what it does": " ".join((c.__doc__ or "").partition("\n\n")[0].split()),
             }
             for n, c in good.items()
+        ]
+    if args.what in (None, "controls"):
+        tables["controls"] = [
+            {
+                "control": f"{name}:TECHNIQUE" if CONTROLS[name].sourced else name,
+                "what it is": " ".join((type(c).__doc__ or "").partition("\n\n")[0].split()),
+            }
+            for name, c in RUNNERS.items()
         ]
     if args.what in (None, "suites"):
         tables["suites"] = []

@@ -116,13 +116,9 @@ def code_of(cell: Cell) -> str:
     """Digest of the code that decides a cell's record: ours, and the technique's."""
     from widthbench.cache import digest_of
     from widthbench.experiment import keys
-    from widthbench.experiment.cell import CONTROLS
-    from widthbench.provenance import code_digest, source_digest
-    from widthbench.technique import registry
+    from widthbench.provenance import code_digest
 
-    technique = cell.of or cell.technique
-    theirs = None if technique in CONTROLS else source_digest(registry.load(technique))
-    return digest_of([code_digest(*keys.CELL_CODE), theirs])
+    return digest_of([code_digest(*keys.CELL_CODE), keys.technique_digest(cell)])
 
 
 class _Clock:
@@ -179,22 +175,16 @@ def failure(cell: Cell, reason: str) -> Record:
     """The record of a cell whose process has ended, kept in the store as failures are: reported,
     and tried again by a next run.
     """
-    from widthbench.data import sources
     from widthbench.experiment import keys
     from widthbench.experiment.records import Record
     from widthbench.experiment.store import Store
-    from widthbench.provenance import stamp
 
-    where = {
-        **stamp(),
-        "threads": cell.threads,
-        "dtype": "float32",
-        "device": str(keys.device_of(cell)),
-        "seed": cell.seed,
-    }
-    where |= {"processes": 1, "dataset_digest": sources.load(cell.dataset).digest}
     record = Record(
-        key=keys.cell_key(cell), cell=cell, status="failed", reason=reason, provenance=where
+        key=keys.cell_key(cell),
+        cell=cell,
+        status="failed",
+        reason=reason,
+        provenance=keys.machine_of(cell),
     )
     Store().put(record)
     return record

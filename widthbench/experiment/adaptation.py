@@ -22,7 +22,7 @@ from widthbench.experiment.keys import device_of
 from widthbench.experiment.records import Row, Stage
 from widthbench.progress import Progress, quiet
 from widthbench.recipe import Recipe, Spent
-from widthbench.technique.base import Outcome, Technique
+from widthbench.technique.base import Outcome, Result, Technique
 from widthbench.technique.budget import Budget, feasible
 from widthbench.technique.task import Nothing, Task
 from widthbench.training.loop import fit
@@ -143,6 +143,18 @@ def _fit_for(base: Base, cell: Cell, progress: Progress) -> Callable[..., Spent]
 
 
 STOP = 0.25  # points of val accuracy that a path may lose at its stopping point
+
+
+def decided(cell: Cell, task: Task, outcome: Result) -> dict[str, Any]:
+    """What a record says of a decision."""
+    return {
+        "kept": outcome.kept,
+        "met": outcome.met,
+        "floor": task.budget != Budget.parse(str(cell.budget), grows=True),
+        "coupled": any(task.groups[n].grade == "coupled" for n in outcome.plan),
+        "widths": outcome.widths,
+        "base_widths": {n: g.channels for n, g in task.groups.items()},
+    }
 
 
 def replay(task: Task, outcome: Outcome, base: Base) -> dict[str, list[Any]]:

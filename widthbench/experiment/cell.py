@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -16,8 +16,39 @@ from widthbench.errors import visible
 from widthbench.recipe import Recipe
 from widthbench.technique.budget import written
 
-SOURCED = ("scratch", "scratch-budget", "l1-budget")  # controls of a technique
-CONTROLS = ("base", "uniform-width", *SOURCED)
+
+class ControlEntry(NamedTuple):
+    """What is known of a control where torch is not wanted.
+
+    Attributes:
+        note: What the legend of a leaderboard says of it; ``{longest}`` stands for the suite's
+            limit.
+        sourced: Whether it is about a technique, as "scratch:l1-norm" is.
+    """
+
+    note: str
+    sourced: bool = False
+
+
+# each has a class of its name in ``experiment.controls``
+CONTROLS = {
+    "base": ControlEntry(""),
+    "uniform-width": ControlEntry(
+        "`uniform-width` is the base scaled down uniformly and trained by the base's recipe"
+    ),
+    "scratch": ControlEntry(
+        "`scratch:X` trains the shape that X found from fresh weights for as many epochs as base,"
+        " decision and fine-tuning took",
+        sourced=True,
+    ),
+    "scratch-budget": ControlEntry("`scratch-budget:X` for as many MACs{longest}", sourced=True),
+    "l1-budget": ControlEntry(
+        "`l1-budget:X` prunes the base by L1 norm to X's budget and fine-tunes it until it has cost"
+        " as much as X in all{longest}; where base and fine-tuning together cost more than that,"
+        " both are shortened alike",
+        sourced=True,
+    ),
+}
 
 
 class Frozen(BaseModel):
@@ -39,8 +70,7 @@ class Cell(Frozen):
         model: Name of the network.
         model_args: Further arguments of its constructor.
         size: Input height and width in pixels.
-        technique: A registered technique, or a control: base, uniform-width, scratch,
-            scratch-budget, l1-budget.
+        technique: A registered technique, or a control (``CONTROLS``).
         params: The technique's parameters; for scratch controls those of the technique whose shape
             they train.
         of: For scratch controls, the technique whose shape they train.

@@ -5,6 +5,7 @@ techniques.
 from __future__ import annotations
 
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from widthbench.experiment.adaptation import (
     NotApplicableError,
     adapt,
     budget_of,
+    decided,
     score,
     task_of,
     train,
 )
 from widthbench.experiment.bases import Base, example_input, fresh_model, load_data, obtain_base
-from widthbench.experiment.cell import Cell
+from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.records import Record, Row
 from widthbench.networks import models
 from widthbench.progress import Progress
@@ -37,6 +39,8 @@ from widthbench.width.certify import find_groups
 from widthbench.width.cost import Cost, CostModel, count_macs
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep, resize
+
+RUNNERS: dict[str, Control] = {}
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,11 @@ class Call:
             cell=self.cell,
             status="done",
             rows=rows,
-            access="training",
             macs=cost.macs,
             params=cost.params,
             base_macs=full.macs,
             base_params=full.params,
-            **more,
+            **{"access": "training", **more},
         )
 
     def source(self) -> Record:
@@ -92,14 +95,27 @@ class Call:
 
 
 class Control(ABC):
-    """A row that is no technique.
+    """A row that is no technique. A subclass says which by ``name=``, and is then one of
+    ``RUNNERS``.
 
     Attributes:
         fresh: Keeps the seeds of its fresh weights apart from the base network's and from other
-            controls'.
+            controls'; from its name if a class says none.
     """
 
-    fresh: ClassVar[int] = 0
+    fresh: ClassVar[int]
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        """Take it among the controls.
+
+        Raises:
+            TypeError: If the name stands for none.
+        """
+        if name not in CONTROLS:
+            raise TypeError(f"control '{name}' has no entry in CONTROLS of experiment/cell.py")
+        if "fresh" not in vars(cls):
+            cls.fresh = zlib.crc32(name.encode())
+        RUNNERS[name] = cls()
 
     @abstractmethod
     def run(self, call: Call) -> Record:
@@ -134,7 +150,7 @@ class Control(ABC):
         )
 
 
-class Whole(Control):
+class Whole(Control, name="base"):
     """The base network as it is."""
 
     def run(self, call: Call) -> Record:
@@ -153,7 +169,7 @@ class Whole(Control):
         )
 
 
-class UniformWidth(Control):
+class UniformWidth(Control, name="uniform-width"):
     """The base network scaled uniformly to the budget and trained by the base's own recipe."""
 
     fresh = 1_000_003
@@ -167,13 +183,17 @@ class UniformWidth(Control):
         cost = CostModel(model, everything, x)
         budget = budget_of(cell, groups, cost)
         try:
-            widths = uniform_widths(groups, budget, cost, cost.original)
+            widths = self.widths(cell, groups, budget, cost)
         except InfeasibleBudgetError as error:
             raise NotApplicableError(str(error)) from error
         return self.trained(call, widths, groups, cell.base, None)
 
+    def widths(self, cell: Cell, groups: Groups, budget: Budget, cost: CostModel) -> dict[str, int]:
+        """Channels per group."""
+        return uniform_widths(groups, budget, cost, cost.original)
 
-class Scratch(Control):
+
+class Scratch(Control, name="scratch"):
     """The shape that a technique found, trained from fresh weights for the epochs that it took."""
 
     fresh = 2_000_003
@@ -195,7 +215,7 @@ class Scratch(Control):
         return sum(s.epochs for s in spent)
 
 
-class ScratchBudget(Scratch):
+class ScratchBudget(Scratch, name="scratch-budget"):
     """The same for as many MACs as the technique took."""
 
     fresh = 3_000_017
@@ -211,7 +231,7 @@ class ScratchBudget(Scratch):
         )
 
 
-class L1Budget(Control):
+class L1Budget(Control, name="l1-budget"):
     """The base pruned by L1 norm to the same budget, fine-tuned until all of it has cost what the
     source has.
 
@@ -247,15 +267,10 @@ class L1Budget(Control):
             base.cost.original,
             cost,
             rows,
-            kept=outcome.kept,
-            met=outcome.met,
-            floor=task.budget != Budget.parse(str(cell.budget), grows=True),
-            coupled=any(task.groups[n].grade == "coupled" for n in outcome.plan),
-            widths=outcome.widths,
-            base_widths={n: g.channels for n, g in task.groups.items()},
             spent={"base": base.spent, "decision": Spent(), "adaptation": adaptation},
             source=source.key,
             provenance={**call.where, **base.provenance},
+            **decided(cell, task, outcome),
         )
 
     def _pruned(self, call: Call, base: Base) -> tuple[Task, Result, int]:
@@ -268,13 +283,8 @@ class L1Budget(Control):
         return task, outcome, count_macs(outcome.resized, base.example_input)
 
 
-CONTROLS: dict[str, Control] = {
-    "base": Whole(),
-    "uniform-width": UniformWidth(),
-    "scratch": Scratch(),
-    "scratch-budget": ScratchBudget(),
-    "l1-budget": L1Budget(),
-}
+if missing := CONTROLS.keys() - RUNNERS.keys():
+    raise ImportError(f"experiment/controls.py has no class for {', '.join(sorted(missing))}")
 
 
 def fresh_at(cell: Cell, widths: dict[str, int], seed: int) -> tuple[nn.Module, Groups, CostModel]:

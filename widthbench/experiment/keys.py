@@ -14,7 +14,7 @@ from widthbench.errors import UsageError
 from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.records import digest_of
 from widthbench.networks import weights
-from widthbench.provenance import code_digest, source_digest, versions
+from widthbench.provenance import code_digest, source_digest, stamp, versions
 from widthbench.technique import registry
 
 BASE_CODE = (
@@ -125,19 +125,41 @@ def cell_key(cell: Cell) -> str:
     Raises:
         UsageError: If the technique, model or data set is unknown.
     """
-    technique = cell.of or cell.technique
-    source = None if technique in CONTROLS else source_digest(registry.load(technique))
-    if cell.technique == "l1-budget":
-        source = f"{source} {source_digest(registry.load('l1-norm'))}"
     plain = cell.model_dump(mode="json")
     return digest_of(
         {
             "cell": {k: v for k, v in plain.items() if k != "device"},
             "base": _base_key(cell, plain),
             "code": code_digest(*CELL_CODE),
-            "technique": source,
+            "technique": technique_digest(cell),
         }
     )[:40]
+
+
+def technique_digest(cell: Cell) -> str | None:
+    """Digest of the techniques' code that a cell's record comes from; None for a control that has
+    none.
+    """
+    technique = cell.of or cell.technique
+    source = None if technique in CONTROLS else source_digest(registry.load(technique))
+    if cell.technique == "l1-budget":
+        source = f"{source} {source_digest(registry.load('l1-norm'))}"
+    return source
+
+
+def machine_of(cell: Cell, processes: int = 1) -> dict[str, Any]:
+    """What a cell's record says of where it was computed."""
+    where = {
+        **stamp(),
+        "threads": cell.threads,
+        "dtype": "float32",
+        "device": str(device_of(cell)),
+        "seed": cell.seed,
+        "processes": processes,
+    }
+    if cell.trains_base and cell.base.amp:
+        where["base_dtype"] = "bfloat16"
+    return where | {"dataset_digest": sources.load(cell.dataset).digest}
 
 
 def _relevant_versions() -> dict[str, str]:

@@ -13,24 +13,21 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from widthbench import parallel
-from widthbench.data import sources
 from widthbench.errors import InfeasibleBudgetError, UsageError
-from widthbench.experiment.adaptation import NotApplicableError, adapt, replay, task_of
+from widthbench.experiment.adaptation import NotApplicableError, adapt, decided, replay, task_of
 from widthbench.experiment.bases import (
     obtain_base,
 )
 from widthbench.experiment.billing import bill, metered, prepared
 from widthbench.experiment.cell import Cell
-from widthbench.experiment.controls import CONTROLS, Call
-from widthbench.experiment.keys import cell_key, device_of
+from widthbench.experiment.controls import RUNNERS, Call
+from widthbench.experiment.keys import cell_key, machine_of
 from widthbench.experiment.records import Record
 from widthbench.experiment.store import Store
 from widthbench.progress import Progress, quiet
-from widthbench.provenance import stamp
 from widthbench.recipe import Spent
 from widthbench.technique import registry
 from widthbench.technique.base import runs
-from widthbench.technique.budget import Budget
 from widthbench.training.measuring import Meter
 
 
@@ -94,23 +91,12 @@ def run_cell(cell: Cell, store: Store, *, progress: Progress = quiet) -> Record:
 
 
 def _compute(cell: Cell, key: str, store: Store, progress: Progress) -> Record:
-    where = {
-        **stamp(),
-        "threads": cell.threads,
-        "dtype": "float32",
-        "device": str(device_of(cell)),
-        "seed": cell.seed,
-    }
-    where["processes"] = parallel.world()
-    if cell.trains_base and cell.base.amp:
-        where["base_dtype"] = "bfloat16"
-    where["dataset_digest"] = sources.load(cell.dataset).digest
+    where = machine_of(cell, parallel.world())
     try:
-        if cell.technique in CONTROLS:
-            obtain = partial(run_cell, store=store, progress=progress)
-            record = CONTROLS[cell.technique].run(Call(cell, key, obtain, progress, where))
-        else:
-            record = _run_technique(cell, key, store, progress, where)
+        obtain = partial(run_cell, store=store, progress=progress)
+        call = Call(cell, key, obtain, progress, where)
+        run = RUNNERS[cell.technique].run if cell.technique in RUNNERS else _run_technique
+        record = run(call)
         record.model_dump_json()  # what a technique put into its series must be plain data
         return record
     except NotApplicableError as error:
@@ -123,9 +109,8 @@ def _compute(cell: Cell, key: str, store: Store, progress: Progress) -> Record:
         )
 
 
-def _run_technique(
-    cell: Cell, key: str, store: Store, progress: Progress, where: dict[str, Any]
-) -> Record:
+def _run_technique(call: Call) -> Record:
+    cell, progress = call.cell, call.progress
     technique = registry.create(cell.technique, cell.params)
     base = obtain_base(cell, progress=progress)
     task = task_of(cell, base, technique, progress=progress)
@@ -134,7 +119,7 @@ def _run_technique(
     state, preparing = prepared(cell, technique, task, base)
     try:
         with Meter(task.model, base.cost.original.macs) as meter:
-            outcome = technique.apply(metered(task, key, meter), state)
+            outcome = technique.apply(metered(task, call.key, meter), state)
     except InfeasibleBudgetError as error:
         raise NotApplicableError(str(error)) from error
     model = outcome.resized
@@ -144,28 +129,18 @@ def _run_technique(
             f"technique '{technique.id}' changed the output's shape or made it non-finite"
         )
     path = replay(task, outcome, base) if cell.curves else {}
-    rows, adaptation, cost = adapt(model, cell, base, progress, key)
-    return Record(
-        key=key,
-        cell=cell,
-        status="done",
-        rows=rows,
+    rows, adaptation, cost = adapt(model, cell, base, progress, call.key)
+    return call.record(
+        base.cost.original,
+        cost,
+        rows,
         access=technique.access,
-        macs=cost.macs,
-        params=cost.params,
-        base_macs=base.cost.original.macs,
-        base_params=base.cost.original.params,
-        kept=outcome.kept,
-        met=outcome.met,
-        floor=task.budget != Budget.parse(str(cell.budget), grows=True),
-        coupled=any(task.groups[n].grade == "coupled" for n in outcome.plan),
-        widths=outcome.widths,
-        base_widths={n: g.channels for n, g in task.groups.items()},
         spent={
             "base": base.spent if technique.start == "trained" else Spent(),
             "decision": preparing.add(bill(meter, base)),
             "adaptation": adaptation,
         },
         series={k: list(v) for k, v in outcome.series.items()} | path,
-        provenance={**where, **base.provenance},
+        provenance={**call.where, **base.provenance},
+        **decided(cell, task, outcome),
     )

@@ -24,7 +24,7 @@ from pydantic import (
 from widthbench import toml
 from widthbench.errors import BudgetError, UsageError, did_you_mean, first_problem, visible
 from widthbench.experiment import bases, recipes
-from widthbench.experiment.cell import CONTROLS, SOURCED, Cell
+from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.limits import Limits
 from widthbench.paths import cache_dir, require_writable
 from widthbench.recipe import Recipe
@@ -172,8 +172,7 @@ class Suite(_Strict):
         seeds: Each gives its own split, base network and decision.
         budgets: What is kept.
         techniques: Ids, or ``{ id = ..., params = {...} }``.
-        controls: "base", "uniform-width", "scratch:TECHNIQUE", "scratch-budget:TECHNIQUE",
-            "l1-budget:TECHNIQUE".
+        controls: As ``widthbench list controls`` has them.
         models: The networks.
         base: Recipe of the base networks: a name (``widthbench list recipes``), or settings, or
             both.
@@ -235,12 +234,12 @@ class Suite(_Strict):
                 name, _, source = control.partition(":")
                 if name not in CONTROLS:
                     raise ValueError(f"unknown control '{name}'{did_you_mean(name, CONTROLS)}")
-                if name in SOURCED and source not in known:
+                if CONTROLS[name].sourced and source not in known:
                     raise ValueError(
                         f"control '{control}' of {network.name} must name one of the suite's"
                         f" techniques, as in '{name}:l1-norm'"
                     )
-                if name not in SOURCED and source:
+                if source and not CONTROLS[name].sourced:
                     raise ValueError(f"control '{name}' takes no technique")
         if (count := self._count()) > MAX_CELLS:
             raise ValueError(

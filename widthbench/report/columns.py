@@ -1,4 +1,8 @@
-"""The columns of a leaderboard: one table, from which all formats and their legend follow."""
+"""The columns of a leaderboard: all formats and the legend are made from this one table.
+
+A new column makes published leaderboards differ from what is written anew: `widthbench report SUITE
+--publish` for each of them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,8 @@ class Column:
     """One column.
 
     Attributes:
-        name: In CSV, where it has all digits; a ``Summary`` has two there, ``_mean`` and ``_std``.
+        name: Its name in CSV, where numbers have all digits; where ``text`` is ``Summary.text``, it
+            is two there, ``_mean`` and ``_std``.
         of: What a row with a result has there; None where it has nothing.
         title: Its heading in markdown and on the page; "" if it is in CSV alone.
         text: Its value as people read it.
@@ -29,7 +34,7 @@ class Column:
         optional: Left out, but for CSV, where no row has a value.
         number: Whether it is set to the right.
         bold: Whether markdown has it in bold.
-        always: Whether rows without a result have it, too.
+        always: Whether rows without a result have it, too: those of cells that did not run.
         note: What the legend says of it.
     """
 
@@ -196,8 +201,8 @@ def plain(line: Line) -> dict[str, Any]:
 
 
 def cells_of(line: Line, columns: Sequence[Column]) -> list[tuple[Column, str]]:
-    """What stands in each column of a row; why there is nothing, in the first one of a number,
-    where it has no result.
+    """The text of each column of a row. A row without a result says why in its first column of a
+    number.
     """
     if line.done:
         return [(c, c.shown(line)) for c in columns]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from widthbench.experiment.records import Record
-
-if TYPE_CHECKING:
-    from widthbench.report.lines import Line
+from widthbench.report.lines import Line
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ from widthbench.statistics import Summary, ranks, summarise
 
 ACCESS_ORDER = ("none", "unlabelled", "labelled", "training", "")
 
-# the base network (a checkpoint's digest, else the seed that it was trained with), and the seed
+# the base network (its checkpoint's digest, or the seed that trained it), and the cell's seed
 Key = tuple[object, int]
 Place = tuple[str, str, str, str | None]  # data set, network, technique with parameters, budget
 
 
 @dataclass
 class Line:
-    """All records of one technique on one network at one budget; several seeds may share a base,
-    which then counts once.
+    """All records of one technique on one network at one budget. Seeds that share one base count
+    once.
 
     Attributes:
         dataset: Of its cells.
@@ -51,7 +51,7 @@ class Line:
 
     @cached_property
     def done(self) -> dict[Key, Record]:
-        """The finished ones by base and seed, once all records are there."""
+        """The finished ones by base and seed; cached: read it only after all records are added."""
         return {k: r for k, r in self.records.items() if r.status == "done"}
 
     @property
@@ -86,7 +86,7 @@ class Line:
 
     @property
     def counted(self) -> str:
-        """Distinct bases, and of how many cells where some have no result."""
+        """Distinct bases and, where some cells have no result, of how many cells."""
         if not self.left:
             return str(self.bases)
         failed = f", {self.failed} of {self.cells} failed" if self.failed else ""
@@ -106,7 +106,7 @@ class Line:
         return over_bases({k: row.top1 for k, row in rows.items() if row is not None})
 
     def mean(self, name: str) -> float | None:
-        """Mean of a number of its records, say "params" or "macs"; None if none is finished."""
+        """Mean over its records of one field, say "params" or "macs"; None if none is finished."""
         values = over_bases({k: float(getattr(r, name)) for k, r in self.done.items()})
         return values.mean if values else None
 

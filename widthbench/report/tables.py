@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from widthbench.errors import visible
+from widthbench.experiment.cell import CONTROLS
 from widthbench.experiment.records import Record
 from widthbench.experiment.suites import Suite
 from widthbench.report.columns import COLUMNS, Column, cells_of, for_people, legend
@@ -20,12 +21,8 @@ NOTES = """\
 How to read this: one row is one technique at one budget, mean ± sample standard
 deviation over n distinct base networks (seeds: each has its own train/val split, base and decision;
 seeds on one published checkpoint are averaged and count as one). {legend} *Controls* are not
-techniques: `uniform-width` is the base scaled down uniformly
-and trained by the base's recipe; `scratch:X` trains the shape that X found from fresh weights for
-as many epochs as base, decision and fine-tuning took; `scratch-budget:X` for as many MACs{longest};
-`l1-budget:X` prunes the base by L1 norm to X's budget and fine-tunes it until it has cost as much
-as X in all{longest}; where base and fine-tuning together cost more than that, both are shortened
-alike. Where a technique spreads its budget uniformly, `scratch` and `uniform-width` train the same
+techniques: {controls}. Where a technique spreads its budget uniformly, `scratch` and
+`uniform-width` train the same
 widths (with other draws, for other numbers of epochs); channels outside the suite's scope keep
 their width in every row."""
 
@@ -93,7 +90,8 @@ def leaderboard(
         if most > 1
         else "one base network each: no ± and no ranks"
     )
-    notes = NOTES.format(legend=legend(), longest=longest)
+    controls = "; ".join(c.note for c in CONTROLS.values() if c.note).format(longest=longest)
+    notes = NOTES.format(legend=legend(), controls=controls)
     parts += [f"{state}; {bases_each}.{grain}", "", notes, ""]
     rows = lines(records, suite.cells(), timings, ranked=suite.citable)
     for (dataset, model), block in blocks(rows).items():

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from widthbench.experiment.cell import SOURCED
 from widthbench.experiment.records import Record
 from widthbench.report.curves import save
 from widthbench.report.lines import Line, lines, over_bases
@@ -40,13 +39,7 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
     panels: dict[tuple[str, str], list[Line]] = {}
     for line in lines(records):
         first = line.first()
-        if (
-            line.done
-            and line.budget
-            and first.cell.technique not in SOURCED
-            and first.widths
-            and first.base_widths
-        ):
+        if line.done and line.budget and not first.cell.of and first.widths and first.base_widths:
             panels.setdefault((line.dataset, line.model), []).append(line)
     if not panels:
         return []

@@ -1,5 +1,5 @@
-"""Pairs of channels: by what factor one does what another did, behind all that lies between their
-producer and their consumers.
+"""Pairs of channels: by which factor a kept channel can stand in for a removed one, after every
+layer between producer and consumers.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from widthbench.width.norms import (
 
 @dataclass
 class Pairs:
-    """What merging each removed channel n into each kept channel p would do, ``[R, P]`` in float64
-    each.
+    """What merging each removed channel n into each kept channel p would do, ``[R, P]``, all
+    float64.
 
     Attributes:
         removed: ``[R]``.
         kept: ``[P]``.
         cosine: Of their filters.
         ratio: s, the ratio of their norms.
-        scale: S, what p's output is to be multiplied by; NaN where the pair is impossible.
+        scale: S, the factor on p's output; NaN where the pair is impossible.
         mismatch: The size of B, what then remains of n's output.
     """
 
@@ -56,9 +56,9 @@ class Pairs:
         return cls(removed, kept, cosine, ratio, ratio, torch.zeros_like(ratio))
 
     def through_depthwise(self, rows: Tensor, bias: Tensor, *, opposite: bool) -> Pairs:
-        """After a depthwise convolution: filters ``[N, D]``, and what its bias ``[N]`` adds where
-        no norm takes it. Opposite filters are no multiples through an activation between them:
-        ``opposite`` says whether they count as such.
+        """After a depthwise convolution: filters ``[N, D]``, bias ``[N]``, zero where a norm
+        follows. ``opposite``: accept pairs of filters of opposite sign, which no activation in
+        between preserves.
         """
         c, s = _compared(rows, self.removed, self.kept)
         scale = self.scale * s
@@ -104,7 +104,7 @@ def compare(
 
     Where several norms read the channels side by side (DenseNet; a residual stream before each
     block), the means over them. Where an addition joins several producers, the norms right behind
-    those are folded and all are compared at once.
+    the producers are folded into the filters, which are then compared side by side.
 
     Args:
         model: The network.

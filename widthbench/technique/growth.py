@@ -1,5 +1,5 @@
-"""What growing needs of the harness: networks at given widths, and an optimizer's state that
-follows a split.
+"""Helpers for techniques that grow: networks at given widths, and an optimizer's state through a
+split.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Split = dict[str, tuple[Tensor, Tensor]]
 
 
 def at_widths(task: Task, widths: Mapping[str, int]) -> nn.Module:
-    """The task's network at channels per group, more than it has, too; its weights mean nothing."""
+    """The task's network at channels per group, also wider than it is; weights are placeholders."""
     groups = task.groups
     rows = {
         n: torch.arange(w) % groups[n].channels
@@ -35,8 +35,8 @@ def at_widths(task: Task, widths: Mapping[str, int]) -> nn.Module:
 
 
 def copies(channels: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(source of each new channel ``[P]``, whether it is one of two copies ``[P]``) when some of N
-    channels are split.
+    """(source of each new channel ``[P]``, mask of the copies that a split makes ``[P]``) when some
+    of N channels are split.
 
     Copies θ + ε v stay where their originals were, copies θ - ε v follow behind all.
     """
@@ -47,8 +47,8 @@ def copies(channels: int, rows: Tensor) -> tuple[Tensor, Tensor]:
 def carried(
     state: OptimizerState, model: nn.Module, groups: Groups, split: Split, after: Groups
 ) -> OptimizerState:
-    """An optimizer's state for the network after a split, in which gradients are what they were
-    before at ε = 0.
+    """An optimizer's state for the network after a split, such that at ε = 0 it matches the split
+    network's gradients.
 
     Both copies of a neuron have half of its gradient by incoming weights (a quarter where squares
     are kept), and each all of its gradient by outgoing weights.

@@ -35,19 +35,19 @@ def open_gates(order: Scores, like: Tensor) -> Scores:
 
 
 def left(order: Tensor, blocks: int) -> int:
-    """How many more removals a group bears: each takes a channel of every block, and each block
-    keeps one.
+    """How many more removals a group allows. A removal takes one channel from every block; every
+    block keeps at least one.
     """
     return int(order.isinf().sum()) // blocks - 1
 
 
 def unfinished(order: Scores, groups: Groups) -> bool:
-    """Whether some group bears more removals."""
+    """Whether some group allows more removals."""
     return any(left(order[n], g.blocks) for n, g in groups.items())
 
 
 def candidates(order: Scores, groups: Groups) -> dict[str, Tensor]:
-    """The channels that may go next: long ``[C]`` per group, none where the group bears no more
+    """The channels that may go next: long ``[C]`` per group, none where the group allows no more
     removals.
     """
     return {
@@ -76,8 +76,8 @@ def kept_after(order: Scores, count: int) -> Plan:
 
 
 def remove(order: Scores, changes: Scores, groups: Groups, count: int | None = None) -> None:
-    """Enter the next removals into the order, in place: those that change the loss least, of all
-    groups together.
+    """Record the next removals in the order, in place: over all groups, those that raise the loss
+    least.
 
     Args:
         order: ``[N]`` per group.
@@ -119,8 +119,8 @@ def curves(
     *,
     errors: bool = False,
 ) -> dict[str, Tensor]:
-    """The loss after each removal and, of the whole network, the true and predicted changes and
-    error curves over the gate. Nothing here decides anything, nor is it billed.
+    """Losses after each removal; also, for the whole network, true and predicted changes, and
+    error curves over the gate. Not billed; nothing depends on it.
 
     Args:
         brute: Gives the loss at any gates.
@@ -159,7 +159,7 @@ def curves(
 
 
 def told(order: Scores, made: Scores) -> dict[str, list[Any]]:
-    """Curves as plain numbers, for ``Outcome.series``, and what follows from them.
+    """Curves as plain numbers, for ``Outcome.series``, and statistics derived from them.
 
     Beside the curves: "joint", the increase of the loss after k removals; "summed", that of the
     same channels removed each alone; "correlation", Spearman's, of the predicted with the true

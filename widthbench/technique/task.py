@@ -80,7 +80,7 @@ class Task:
             for fine-tuning where the technique starts from the trained base, the base's own where
             it starts fresh.
         fit: ``fit(model, train, recipe, seed=, desc=, losses=, state=)``: the one training loop
-            (``widthbench.training.fit``); it resumes where a killed run stopped.
+            (``widthbench.training.loop.fit``); it resumes where a killed run stopped.
         regroup: ``regroup(model) -> Groups``: discovery and certification of a network that was
             grown.
         progress: Progress bar.

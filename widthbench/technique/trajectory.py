@@ -1,4 +1,4 @@
-"""What a technique notes while it decides: points on its way, as plain numbers for figures."""
+"""Points that a technique records while it runs, as plain numbers for figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from widthbench.technique.task import Task
 
 
 class Trajectory:
-    """Points of one run, by what was noted.
+    """Points of one run: one list per quantity.
 
     Args:
         task: The task, for the costs of widths.
@@ -31,7 +31,7 @@ class Trajectory:
         Args:
             step: As the technique counts.
             widths: Channels per group, whose shares of MACs and parameters are noted, too.
-            **values: Anything else, by name; None for what there is not at this point.
+            **values: Anything else, by name; None where there is no value at this point.
         """
         cost, reference = self._task.cost(widths), self._task.reference
         shares = {
@@ -57,13 +57,13 @@ class Trajectory:
 
 
 class Since:
-    """Means and minima over the steps since the last point, kept on their device, so that no step
-    waits for it.
+    """Means and minima over the steps since the last point, kept on the device, so that steps need
+    not wait for it.
 
     Args:
         like: A tensor of that device.
         means: Names of means.
-        least: Names of minima, of what is at most 1.
+        least: Names of minima (of values that are at most 1, where they start).
     """
 
     def __init__(self, like: Tensor, means: Sequence[str], least: Sequence[str]) -> None:
@@ -106,7 +106,7 @@ class Returns:
 
     Args:
         like: ``[N]`` per group.
-        long: Steps that a channel must have been closed for its return to count.
+        long: Steps that a channel must have been closed for its reopening to count.
     """
 
     def __init__(self, like: Mapping[str, Tensor], long: int) -> None:
@@ -126,7 +126,7 @@ class Returns:
 
     def counts(self, gates: Mapping[str, Tensor]) -> dict[str, int]:
         """The "recoveries" so far; "shut", the channel-steps in which one could have happened;
-        "returned", channels open now that had once been closed so long.
+        "returned", channels open now that were once closed for at least ``long`` steps.
         """
         back = sum(int((once & (gates[n] > 0)).sum()) for n, once in self._once.items())
         return {n: int(c) for n, c in self._counts.items()} | {"returned": back}
@@ -137,7 +137,6 @@ class Returns:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        for mine, kept in zip(
-            (self._closed, self._once, self._counts), state.values(), strict=True
-        ):
-            mine.update({n: v.to(mine[n].device) for n, v in kept.items()})
+        parts = {"closed": self._closed, "once": self._once, "counts": self._counts}
+        for name, mine in parts.items():
+            mine.update({n: v.to(mine[n].device) for n, v in state[name].items()})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from widthbench import parallel
 from widthbench.data.augmentation import Draws
 from widthbench.data.splits import ImageSamples
-
-if TYPE_CHECKING:
-    from widthbench.training.state import Run
+from widthbench.training.state import Run
 
 WARM_UP = 3  # real steps before the recording: libraries choose their algorithms, buffers are made
 RECORDABLE = ("cuda",)
