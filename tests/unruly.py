@@ -138,7 +138,7 @@ class Unruly(Technique):
         assert sys.stdin.read() == ""
 
     def starts_others(self, task):
-        subprocess.Popen(["sleep", "98765"], start_new_session=True)
+        subprocess.Popen(["sleep", os.environ.get("UNRULY_SLEEP", "98765")], start_new_session=True)
         time.sleep(1000)
 
     def waits_at_its_own_lock(self, task):
