@@ -188,6 +188,10 @@ def _show_claims(terminalreporter: pytest.TerminalReporter) -> None:
         return
     terminalreporter.section("claims, judged by the published records")
     for verdict in ledger.VERDICTS:
-        ids = [c.id for _, c, rows in judged if ledger.overall(rows) == verdict]
+        ids = [
+            c.id
+            for d, c, rows in judged
+            if ledger.overall(rows) == verdict and not ledger.is_sanity(d, rows)
+        ]
         if ids:
             terminalreporter.write_line(f"{verdict}: {', '.join(ids)}")

@@ -376,9 +376,10 @@ def test_without_records_a_claim_is_not_run_and_shows_no_number(tmp_path):
 def test_proxies_are_never_reproduced(tmp_path):
     found = evidence(tmp_path, {"a": [92, 93, 94, 95, 96], "b": [90, 91.1, 92.2, 92.8, 94.1]})
     shown, hidden = (judge_row(order(proxy=True, direction=d), claim(), found) for d in "><")
-    assert (shown.verdict, hidden.verdict) == ("proxy scale", "not reproduced")
-    assert shown.detail.startswith("direction shown")
-    assert hidden.detail.startswith("direction not shown")
+    assert (shown.verdict, hidden.verdict) == (
+        "proxy: direction shown",
+        "proxy: direction not shown",
+    )
 
 
 def test_checks_measure_ratios_and_properties(tmp_path, monkeypatch):
@@ -547,6 +548,25 @@ def test_a_check_that_does_not_exist_is_named(tmp_path):
         judge_row(row, claim(), Evidence(tmp_path))
 
 
+SHOWN, HIDDEN = "proxy: direction shown", "proxy: direction not shown"
+
+
+def test_sanity_checks_decide_nothing_unless_they_fail_and_are_listed_apart():
+    number, check = value(), value(sanity=True)
+    found = summarise({0: 1.0})
+    holds, fails = (Judged(check, v, found) for v in ("reproduced", "not reproduced"))
+    assert overall([holds, Judged(number, "not run")]) == "not run"
+    assert overall([fails, Judged(number, "reproduced", found)]) == "not reproduced"
+    assert overall([holds]) == "reproduced"
+    document = ledger.load()[0]
+    finding = (document, claim(number), [Judged(number, "reproduced", found), holds])
+    alone = (document, claim(check), [holds])
+    text = page([alone, finding])
+    assert "1 claims: 1 reproduced." in text
+    assert "1 sanity checks: 1 reproduced." in text
+    assert text.index("## Sanity checks") > text.index(f"## {document.document}")
+
+
 @pytest.mark.parametrize(
     ("verdicts", "expected"),
     [
@@ -554,7 +574,8 @@ def test_a_check_that_does_not_exist_is_named(tmp_path):
         (["reproduced", "not reproduced", "not run"], "not reproduced"),
         (["reproduced", "not run"], "inconclusive"),
         (["not run", "not run"], "not run"),
-        (["reproduced", "proxy scale"], "proxy scale"),
+        (["reproduced", SHOWN], SHOWN),
+        (["reproduced", HIDDEN, "not run"], HIDDEN),
     ],
 )
 def test_a_claim_is_as_good_as_its_rows(verdicts, expected):
@@ -564,13 +585,13 @@ def test_a_claim_is_as_good_as_its_rows(verdicts, expected):
 @pytest.mark.parametrize(
     ("proxies", "expected"),
     [
-        (["proxy scale", "proxy scale"], "proxy scale"),
-        (["proxy scale", "not run"], "inconclusive"),
-        (["proxy scale", "not reproduced"], "not reproduced"),
+        ([SHOWN, SHOWN], SHOWN),
+        ([SHOWN, "not run"], "inconclusive"),
+        ([SHOWN, HIDDEN], HIDDEN),
         (["not run"], "not run"),
     ],
 )
-def test_rows_at_proxy_scale_stand_in_for_those_at_full_scale_that_were_not_run(proxies, expected):
+def test_proxies_stand_in_for_those_at_full_scale_that_were_not_run(proxies, expected):
     rows = [Judged(value(proxy=True), v, summarise({0: 1.0})) for v in proxies]
     assert overall([*rows, Judged(value(), "not run")]) == expected
     assert (

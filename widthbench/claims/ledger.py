@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,14 +26,15 @@ from widthbench.technique import registry
 from widthbench.technique.budget import written
 
 Kind = Literal["value", "gain", "order", "ratio", "property"]
-Verdict = Literal["reproduced", "not reproduced", "inconclusive", "proxy scale", "not run"]
-VERDICTS: tuple[Verdict, ...] = (
+Verdict = Literal[
     "reproduced",
     "not reproduced",
+    "proxy: direction shown",
+    "proxy: direction not shown",
     "inconclusive",
-    "proxy scale",
     "not run",
-)
+]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 Direction = Literal["<", "<=", ">", ">="]
 METRICS = ("top1", "top5", "loss", "val_top1", "val_loss")
 SIZES = ("params", "macs")
@@ -161,8 +162,10 @@ class Row(_Strict):
             pair of runs. A function that takes ``evidence`` is given it and returns a ``Picked``,
             for what no single pick can say; what it picks stands in its attribute ``picks``.
         given: Arguments of the check.
-        proxy: Smaller work than the document's: where it shows the direction, the verdict is "proxy
-            scale" and never "reproduced".
+        proxy: Smaller work than the document's, or in another set-up: it can show the direction or
+            not, and says nothing else ("proxy: ..."; never "reproduced" or "not reproduced").
+        sanity: What must hold whatever was trained (algebra, counts of parameters): listed apart,
+            and no part of a claim's verdict unless it fails.
         reading: Which of several readings of an ambiguous sentence the row belongs to; rows without
             one belong to all.
     """
@@ -179,6 +182,7 @@ class Row(_Strict):
     check: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
     given: dict[str, Any] = Field(default_factory=dict)
     proxy: bool = False
+    sanity: bool = False
     reading: str = ""
 
     @model_validator(mode="after")
@@ -476,11 +480,8 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
         # what is missing might say otherwise, and nobody can look up uncommitted code
         verdict = "inconclusive"
     if row.proxy and verdict in ("reproduced", "not reproduced"):
-        detail = (
-            f"direction {'shown' if verdict == 'reproduced' else 'not shown'} on smaller work;"
-            f" {detail}"
-        )
-        verdict = "proxy scale" if verdict == "reproduced" else "not reproduced"
+        shown = verdict == "reproduced"
+        verdict = "proxy: direction shown" if shown else "proxy: direction not shown"
     return Judged(
         row,
         verdict,
@@ -586,20 +587,28 @@ def overall(judged: Sequence[Judged]) -> Verdict:
 
     Reproduced only if every row is; not reproduced if any row is not; else the weakest of what is
     left. Rows that were not run leave the claim "not run" if nothing was, else "inconclusive"; but
-    where a claim has rows at proxy scale, these stand in for the rows at the document's scale that
-    were not run. Where the document's sentence has several readings, the best of their verdicts
-    (see ``readings``).
+    where a claim has proxies, these stand in for the rows at the document's scale that were not
+    run. Where the document's sentence has several readings, the best of their verdicts (see
+    ``readings``). Sanity checks count where they fail, or where a claim has nothing else.
     """
     return min(readings(judged).values(), key=_ORDER.index)
 
 
 _ORDER: tuple[Verdict, ...] = (
     "reproduced",
-    "proxy scale",
+    "proxy: direction shown",
     "inconclusive",
+    "proxy: direction not shown",
     "not reproduced",
     "not run",
 )
+
+
+def is_sanity(document: Document, rows: Sequence[Judged]) -> bool:
+    """Whether a claim is no finding of its document, but what must hold here before any is
+    believed.
+    """
+    return document.calibrates or all(j.row.sanity for j in rows)
 
 
 def readings(judged: Sequence[Judged]) -> dict[str, Verdict]:
@@ -609,12 +618,16 @@ def readings(judged: Sequence[Judged]) -> dict[str, Verdict]:
 
 
 def _together(judged: Sequence[Judged]) -> Verdict:
+    deciding = [j for j in judged if not j.row.sanity or j.verdict == "not reproduced"]
+    judged = deciding or judged
     proxies = any(j.row.proxy for j in judged)
     verdicts = {j.verdict for j in judged if j.row.proxy or j.verdict != "not run" or not proxies}
-    if "not reproduced" in verdicts:
-        return "not reproduced"
+    for worst in ("not reproduced", "proxy: direction not shown"):
+        if worst in verdicts:
+            return worst
     if verdicts == {"not run"}:
         return "not run"
     if "inconclusive" in verdicts or "not run" in verdicts:
         return "inconclusive"
-    return "proxy scale" if "proxy scale" in verdicts else "reproduced"
+    shown: Verdict = "proxy: direction shown"
+    return shown if shown in verdicts else "reproduced"

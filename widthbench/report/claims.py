@@ -12,7 +12,15 @@ from typing import Any
 
 from tabulate import tabulate
 
-from widthbench.claims.ledger import VERDICTS, Claim, Document, Judged, overall, readings
+from widthbench.claims.ledger import (
+    VERDICTS,
+    Claim,
+    Document,
+    Judged,
+    is_sanity,
+    overall,
+    readings,
+)
 from widthbench.paths import write_atomic
 
 NAMES = ("claims.md", "claims.json")
@@ -28,8 +36,10 @@ here and a verdict by a rule that was committed before the run that it judges (`
 *Value*: within the tolerance of the reported number (the same weights ±0.01 points; ImageNet ±0.3;
 own base networks ±1.0, gains ±3.0). *Order*: the paired difference over at least five base networks
 has a 95 % t-interval beyond the bound. *Ratio*: the median of at least three paired runs.
-*Property*: every value within the bound. *Proxy scale*: the direction is shown, on smaller work
-than the document's, and never called reproduced. *Not run* names what it needs.
+*Property*: every value within the bound. *Proxy*: smaller work than the document's, or another
+set-up; it can show the direction or not, and is never called reproduced or not reproduced. *Not
+run* names what it needs. *Sanity checks*, at the end, are no findings: algebra, counts, and the
+accuracy of public weights, which must hold before anything else is believed.
 
 Runs that failed or diverged are counted, and never averaged in. A bound on rounding errors stands
 for the errors themselves, which no two machines share. Measured: mean ± sample standard deviation
@@ -45,14 +55,19 @@ def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
     Args:
         judged: Documents and claims with their judged rows, in order.
     """
-    counted = Counter(overall(rows) for _, _, rows in judged)
-    state = ", ".join(f"{counted[v]} {v}" for v in VERDICTS if counted[v])
-    parts = ["# Claims", "", f"{len(judged)} claims: {state}.", "", NOTES, ""]
-    last = None
-    for document, claim, rows in judged:
-        if document.document != last:
-            last = document.document
-            parts += [f"## {document.document}: {document.title}", ""]
+    claims = [item for item in judged if not is_sanity(item[0], item[2])]
+    checks = [item for item in judged if is_sanity(item[0], item[2])]
+    parts = ["# Claims", "", f"{len(claims)} claims: {_counted(claims)}.", ""]
+    if checks:
+        parts[-1:] = [f"{len(checks)} sanity checks: {_counted(checks)}.", ""]
+    parts += [NOTES, ""]
+    last = ""
+    for document, claim, rows in [*claims, *checks]:
+        check = is_sanity(document, rows)
+        heading = "Sanity checks" if check else f"{document.document}: {document.title}"
+        if heading != last:
+            last = heading
+            parts += [f"## {heading}", ""]
         parts += [f"### {claim.id}: {overall(rows)}", "", claim.text, ""]
         if claim.note:
             parts += [claim.note, ""]
@@ -89,6 +104,12 @@ def page(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+def _counted(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> str:
+    """``"7 reproduced, 4 not reproduced"``."""
+    counts = Counter(overall(rows) for _, _, rows in judged)
+    return ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
+
+
 def plain(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> list[dict[str, Any]]:
     """All claims as plain data: what ``claims.json`` holds and the static page shows."""
     return [
@@ -101,6 +122,7 @@ def plain(judged: Sequence[tuple[Document, Claim, Sequence[Judged]]]) -> list[di
             "note": claim.note,
             "needs": claim.needs,
             "verdict": overall(rows),
+            "sanity": is_sanity(document, rows),
             "readings": readings(rows) if len(readings(rows)) > 1 else {},
             "rows": [
                 {
@@ -125,7 +147,7 @@ def summary(claims: Sequence[Mapping[str, Any]]) -> str:
     Args:
         claims: As ``plain`` gives them.
     """
-    body = [[c["id"], _cell(c["text"]), f"**{c['verdict']}**"] for c in claims]
+    body = [[c["id"], _cell(c["text"]), f"**{c['verdict']}**"] for c in claims if not c["sanity"]]
     return tabulate(
         body, headers=["claim", "what", "verdict"], tablefmt="pipe", disable_numparse=True
     )
