@@ -55,6 +55,19 @@ def test_ranks_are_tied_unless_a_paired_difference_carries_them():
     }
 
 
+def test_a_lower_mean_never_has_a_better_rank():
+    """One that is told apart from the best, and one of a lower mean that spreads too widely to
+    be."""
+    seeds = range(5)
+    noise = [0.0, 0.03, -0.02, 0.01, -0.01]
+    best = {k: 98 + noise[k] for k in seeds}
+    second = {k: 97 + noise[(k + 1) % 5] for k in seeds}
+    wide = {k: 60 + 35 * (-1) ** k for k in seeds}
+    assert paired_p(best, second) < 0.01 < 0.05 < paired_p(best, wide)
+    found = ranks({"wide": wide, "second": second, "best": best})
+    assert found == {"best": 1, "second": 2, "wide": 2}
+
+
 def test_constant_differences_do_not_divide_by_zero():
     a, b = {k: float(k) for k in range(5)}, {k: k + 1.0 for k in range(5)}
     assert paired_p(a, b) == 0.0

@@ -148,10 +148,11 @@ def differences(scores: Mapping[str, Mapping[object, float]]) -> list[Difference
 def ranks(
     scores: Mapping[str, Mapping[object, float]], *, level: float = 0.05
 ) -> dict[str, int] | None:
-    """Ranks of rows by their mean, higher first, tied unless a paired difference says otherwise.
+    """Ranks of rows in the order of their means, higher first; a row shares the rank of the rows
+    before it unless a paired difference tells it apart from the first of them.
 
-    A row's rank is one more than the number of rows that beat it: whose paired difference over
-    shared bases has a Holm-corrected 95 % t-interval above 0.
+    Rows are told apart by the paired t-test over shared bases, Holm-corrected over all pairs. A
+    lower mean never has a better rank. A rank is one more than the number of rows before its first.
 
     Args:
         scores: For each row one score per base.
@@ -160,16 +161,16 @@ def ranks(
     Returns:
         Rank by row, or None where fewer than ``LEAST`` bases are shared by any pair.
     """
-    names = list(scores)
+    names = sorted(scores, key=lambda n: -statistics.fmean(scores[n].values()))
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     raw = [paired_p(scores[a], scores[b]) for a, b in pairs]
     known = [p for p in raw if p is not None]
     if len(known) < len(pairs) or not pairs:
         return None
-    beaten = dict.fromkeys(names, 0)
-    for (a, b), p in zip(pairs, holm(known), strict=True):
-        if p < level:
-            shared = [k for k in scores[a] if k in scores[b]]
-            ahead = statistics.fmean(scores[a][k] - scores[b][k] for k in shared)
-            beaten[b if ahead > 0 else a] += 1
-    return {name: 1 + count for name, count in beaten.items()}
+    corrected = dict(zip(pairs, holm(known), strict=True))
+    first, ranked = names[0], {names[0]: 1}
+    for position, name in enumerate(names[1:], 2):
+        tied = corrected[first, name] >= level
+        ranked[name] = ranked[first] if tied else position
+        first = first if tied else name
+    return ranked
