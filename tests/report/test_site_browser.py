@@ -236,7 +236,7 @@ def test_an_address_that_leads_nowhere_shows_a_page(page, odd):
 
 def test_committed_results_fit_a_phone(browser, tmp_path):
     """Real suites: long names of networks, many rows."""
-    results = Path(__file__).parents[2] / "results"
+    results = Path(__file__).parents[2] / "results" / "published"
     shown = [site._shown(results / name, {}) for name in ("shrinking", "lenet-public", "digits")]
     (tmp_path / "site.html").write_text(site.html(shown, site._claims(results)))
     page = browser.new_page(viewport={"width": 390, "height": 844})
