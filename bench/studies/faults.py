@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 from tabulate import tabulate
 
+from widthbench.engines.worker import ANSWER
 from widthbench.experiment.records import Record, read_records
 from widthbench.provenance import commit, hardware
 
@@ -184,7 +185,7 @@ def victims(process: subprocess.Popen[str], how: str, whom: str) -> list[psutil.
             return [
                 p for p in driver.children() if "readline" in " ".join(p.cmdline())
             ]  # as execnet starts them
-        return [p for p in below if "widthbench.engines.worker" in " ".join(p.cmdline())]
+        return [p for p in below if ANSWER in p.cmdline()]
     except psutil.Error:
         return []
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from widthbench.experiment.cell import Cell
     from widthbench.experiment.records import Record
 
+ANSWER = "widthbench.engines.inside:answer"  # by which its process is known among others
 GRACE_S = 120.0  # what starting a child may take: imports, the first look at a GPU
 
 
@@ -39,7 +40,7 @@ class Worker:
 
     def __init__(self, env: Mapping[str, str] | None = None) -> None:
         self.code: str | None = None
-        self.child = Child("widthbench.engines.inside:answer", env=env)
+        self.child = Child(ANSWER, env=env)
         self._over = False
 
     def run(self, cell: Cell, limits: Limits | None = None, *, bar: bool = False) -> Record:
