@@ -30,7 +30,7 @@ from widthbench.data.splits import ImageSamples
 from widthbench.networks import models
 from widthbench.provenance import commit, hardware, versions
 from widthbench.recipe import Recipe
-from widthbench.training.loop import fit
+from widthbench.training.state import Run
 
 MODELS = ("resnet20_cifar", "mobilenetv1_100_cifar", "vgg16_cifar")
 BATCH = 128
@@ -51,9 +51,11 @@ def loader(pictures: Pictures) -> DataLoader:
 
 
 def ours(name: str, pictures: Pictures, amp: bool) -> Callable[[], None]:
-    model, recipe = fresh(name), Recipe(epochs=1, batch_size=BATCH, amp=amp, **SETTINGS)
+    """The epochs of ``loop.fit``, without what it does before the first and after the last."""
+    model = fresh(name)
+    recipe = Recipe(epochs=1000, batch_size=BATCH, amp=amp, **SETTINGS)
     samples = ImageSamples(*pictures, (0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
-    return lambda: (fit(model, samples, recipe, macs=1), None)[1]
+    return Run(model, samples, recipe, seed=0, desc=name).one_epoch
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
