@@ -450,6 +450,13 @@ def test_nothing_outlives_a_parent_that_is_killed(plug_ins, tmp_path, monkeypatc
     assert alive == []
 
 
+def test_latencies_that_make_no_sense_are_named_in_a_warning(plug_ins, in_process):
+    record = run("l1-norm")["l1-norm"]
+    cell = record.cell.model_copy(update={"dataset": "no-such-one"})
+    with pytest.warns(UserWarning, match="1 shapes were not measured: unknown dataset"):
+        assert list(measured([record.model_copy(update={"cell": cell})])) == []
+
+
 def test_suites_that_share_a_cell_allow_it_what_the_roomier_one_does():
     assert Limits(3, None).roomier(Limits(5, 7)) == Limits(5, None)
     assert Limits(3, 8).roomier(Limits(None, 7)) == Limits(None, 8)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from widthbench import cache
-from widthbench.children import Child, ChildDied, Say
+from widthbench.children import Child, ChildDied, ChildRefused, Say
 from widthbench.errors import UsageError
 from widthbench.experiment import bases, keys, protocol
 from widthbench.experiment.controls import fresh_at
@@ -127,7 +127,7 @@ def measured(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
             plain = record.model_copy(update={"series": {}, "trace": ""}).model_dump(mode="json")
             try:
                 timing = child.ask(plain)
-            except ChildDied as died:
+            except (ChildDied, ChildRefused) as died:
                 warnings.warn(
                     f"latencies of {len(records) - count} shapes were not measured: {died}",
                     stacklevel=2,
