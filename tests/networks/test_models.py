@@ -96,6 +96,7 @@ def test_settings_that_a_network_refuses_are_named():
         ("resnet20_cifar", 40.6, 269_722),  # He et al. 2016: 0.27 M parameters
         ("resnet56_cifar", 125.5, 853_018),  # 0.85 M; Li et al. 2017: 125 M
         ("mobilenetv1_100_cifar", 46.4, 3_217_226),  # the neuron merging document: 3.2 M
+        ("mobilenetv1_025_cifar", 3.3, 215_642),  # Howard et al. 2017: a quarter of the width
         ("mobilenetv2_100_cifar", 88.0, 2_236_682),
     ],
 )

@@ -5,11 +5,14 @@ those for images of 32 px.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
 from timm.layers import get_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.efficientnet import _gen_mobilenet_v1
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +22,7 @@ __all__ = [
     "lenet5",
     "lenet_300_100",
     "mlp_sigmoid",
+    "mobilenetv1_025_cifar",
     "mobilenetv1_100_cifar",
     "mobilenetv2_100_cifar",
     "resnet20_cifar",
@@ -50,6 +54,7 @@ default_cfgs = generate_default_cfgs(
         "vgg16_cifar.untrained": _cfg(3, 32),
         "resnet20_cifar.untrained": _cfg(3, 32),
         "resnet56_cifar.untrained": _cfg(3, 32),
+        "mobilenetv1_025_cifar.untrained": _cfg(3, 32),
         "mobilenetv1_100_cifar.untrained": _cfg(3, 32),
         "mobilenetv2_100_cifar.untrained": _cfg(3, 32),
     }
@@ -361,6 +366,16 @@ def mobilenetv1_100_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 @register_model
+def mobilenetv1_025_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """``mobilenetv1_100_cifar`` with a quarter of the channels in each layer, the classifier's 256
+    inputs included.
+    """
+    # timm registers no such width; its constructor of all widths is private
+    build = partial(_gen_mobilenet_v1, "mobilenetv1_100", 0.25)
+    return _for_32_px("mobilenetv1_025", pretrained, kwargs, unstrided=1, build=build)
+
+
+@register_model
 def mobilenetv2_100_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Timm's mobilenetv2_100 for 32 px: stem and first stage keep the resolution, so that the last
     layers see 4 x 4 pixels.
@@ -368,14 +383,22 @@ def mobilenetv2_100_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _for_32_px("mobilenetv2_100", pretrained, kwargs, unstrided=2)
 
 
-def _for_32_px(name: str, pretrained: bool, kwargs: dict[str, Any], *, unstrided: int) -> nn.Module:
+def _for_32_px(
+    name: str,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    *,
+    unstrided: int,
+    build: Callable[..., nn.Module] | None = None,
+) -> nn.Module:
     """A timm network whose first strided convolutions are not strided; its weights have the same
     names and shapes.
     """
     kwargs = {k: v for k, v in kwargs.items() if not k.startswith("pretrained")}
     if pretrained:
         raise ValueError(f"no weights are published for the 32 px variant of {name}")
-    model = timm.create_model(name, **{"num_classes": 10, **kwargs})
+    build = build or partial(timm.create_model, name)
+    model: Any = build(**{"num_classes": 10, **kwargs})
     strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)]
     for layer in strided[:unstrided]:
         layer.stride = (1, 1)
