@@ -5,8 +5,9 @@ the validation loss.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -25,14 +26,12 @@ from widthbench.technique.trajectory import Returns, Since, Trajectory
 from widthbench.training.measuring import accuracy, laid_out
 from widthbench.training.recalibration import norms_left_alone
 from widthbench.training.state import steps_of
-from widthbench.width.gates import gated, sums_over_consumers
+from widthbench.width.gates import Joined, gated, sums_over_consumers
 from widthbench.width.groups import Groups
 from widthbench.width.resize import keep
 
 Estimator = Literal["softplus", "leaky_relu", "linear"]
 Decoupling = Literal["sgn", "unit", "none"]
-PerGroup = dict[str, Tensor]  # [N] per group
-
 START = 1.0  # of all auxiliary parameters: open, and all alike
 LEAK = 0.1  # slope of the leaky ReLU where m is not above 0
 MEMORY = 0.99  # of the running mean square of the sensitivities
@@ -40,7 +39,8 @@ RECENT = 0.9  # of the running mean of each channel's sensitivity
 EVERY = 10  # steps between two choices of μ
 CLOSED = 25  # steps that a channel must have been closed for its return to count as a recovery
 POINTS = 40  # of the trajectory
-KEPT = ("m", "drift", "open", "step", "drawn", "mu", "price", "square")
+JOINED = ("m", "drift", "open")
+KEPT = ("step", "drawn", "mu", "price", "square")
 NOTES = ("trajectory", "since", "returns")
 
 
@@ -134,7 +134,7 @@ def derivative(m: Tensor, estimator: Estimator) -> Tensor:
     return torch.ones_like(m) if estimator == "linear" else (m > 0).to(m) * (1 - LEAK) + LEAK
 
 
-def updated(m: Tensor, s: Tensor, mu: float, eta: float, estimator: Estimator) -> Tensor:
+def updated(m: Tensor, s: Tensor, mu: float | Tensor, eta: float, estimator: Estimator) -> Tensor:
     """One step of auxiliary parameters ``m [N]`` with sensitivities ``s [N]``: ``m - η (s + μ)
     ĥ'(m)``.
     """
@@ -142,52 +142,63 @@ def updated(m: Tensor, s: Tensor, mu: float, eta: float, estimator: Estimator) -
 
 
 def sensitivities(
-    model: nn.Module, groups: Groups, slopes: Mapping[str, Tensor], decoupling: Decoupling = "sgn"
-) -> PerGroup:
+    model: nn.Module, groups: Groups, slopes: Mapping[str, Tensor], *decouplings: Decoupling
+) -> list[Tensor]:
     """What the loss says of each channel's gate.
 
     Args:
         model: The network.
         groups: The gated groups.
         slopes: ``∂L/∂t`` by consumer, of the shape of its weight; ``t = w · h``.
-        decoupling: "sgn" ``Σ ∂L/∂t · sgn(w)``; "none" ``Σ ∂L/∂t · w``; "unit" that over ``‖w‖``;
+        decouplings: "sgn" ``Σ ∂L/∂t · sgn(w)``; "none" ``Σ ∂L/∂t · w``; "unit" that over ``‖w‖``;
             sums are over the channel's weights in all consumers.
 
     Returns:
-        ``[N]`` per group.
+        ``[ΣN]`` for each of them, groups one after another.
     """
-    layers: dict[str, Any] = {layer: model.get_submodule(layer) for layer in slopes}
-    weights = {n: layer._parameters["weight"].detach() for n, layer in layers.items()}
+    weights = [model.get_submodule(layer)._parameters["weight"] for layer in slopes]
+    # all layers' in one vector: three products, however many layers there are
+    w = torch.cat([cast("Tensor", some).detach().flatten() for some in weights])
+    slope = torch.cat([some.flatten() for some in slopes.values()])
+    terms = {"sgn": lambda: slope * w.sign(), "none": lambda: slope * w, "squares": w.square}
+    needed = {n for d in decouplings for n in ({"unit": ("none", "squares")}.get(d, (d,)))}
+    names = [n for n in terms if n in needed]
+    made = torch.stack([terms[n]() for n in names])
+    parts = made.split([some.numel() for some in slopes.values()], dim=1)
+    sums = sums_over_consumers(
+        model,
+        groups,
+        {n: p.view(-1, *slopes[n].shape) for n, p in zip(slopes, parts, strict=True)},
+    )
+    total = dict(zip(names, torch.cat([sums[n] for n in groups], dim=1), strict=True))
+    return [
+        total[d] if d != "unit" else total["none"] / total["squares"].sqrt().clamp_min(1e-12)
+        for d in decouplings
+    ]
 
-    def total(factor: Callable[[Tensor, Tensor], Tensor]) -> PerGroup:
-        made = {layer: factor(slope, weights[layer]) for layer, slope in slopes.items()}
-        return sums_over_consumers(model, groups, made)
 
-    if decoupling == "sgn":
-        return total(lambda slope, w: slope * w.sign())
-    gradient = total(lambda slope, w: slope * w)
-    if decoupling == "none":
-        return gradient
-    squares = total(lambda slope, w: w.square())
-    return {n: g / squares[n].sqrt().clamp_min(1e-12) for n, g in gradient.items()}
-
-
-def opened(m: Tensor, blocks: int) -> Tensor:
+def opened(m: Tensor, block: Tensor) -> Tensor:
     """Gates h(m) as 0 and 1, ``[N]``: 1 where m > 0, and for the largest m of a block in which none
     is.
+
+    Args:
+        m: ``[N]``.
+        block: long ``[N]``, which block of channels each belongs to.
     """
-    table = m.view(blocks, -1)
-    best = torch.zeros_like(table).scatter(1, table.argmax(dim=1, keepdim=True), 1.0)
-    above = (table > 0).to(m)
-    return torch.where(above.any(dim=1, keepdim=True), above, best).flatten()
+    channel = torch.arange(len(m), device=m.device)
+    best = m.new_full(m.shape, -math.inf).scatter_reduce(0, block, m, "amax")[block]
+    place = torch.where(m == best, channel, len(m))
+    first = torch.full_like(channel, len(m)).scatter_reduce(0, block, place, "amin")[block]
+    return torch.where(best > 0, m > 0, channel == first).to(m)
 
 
 class Gates:
     """Auxiliary parameters and gates of one run, and what is told of it.
 
     Attributes:
-        m: Auxiliary parameters, ``[N]`` per group.
-        open: The gates h(m), 0 or 1, ``[N]`` per group; changed in place.
+        m: Auxiliary parameters.
+        open: The gates h(m), 0 or 1.
+        drift: Recent means of s/ρ.
         products: The gated weights that the last pass used, by consumer.
         trajectory: At each point the step, open channels, shares of MACs and
             parameters, μ, mean losses since the last point, recoveries so far (channels that opened
@@ -206,38 +217,38 @@ class Gates:
         self.ramp = max(1, round(method.ramp * self.total))
         self.last = max(1, round(method.freeze * self.total))
         like = task.example_input.new_ones(())
-        self.m = {n: START * like.new_ones(g.channels) for n, g in task.groups.items()}
-        self.open = {n: torch.ones_like(m) for n, m in self.m.items()}
-        self.drift = {n: torch.zeros_like(m) for n, m in self.m.items()}  # recent means of s/ρ
+        self.m, self.open = (Joined(task.groups, like, START) for _ in range(2))
+        self.drift = Joined(task.groups, like)
+        blocks = [g.channels // g.blocks for g in task.groups.values() for _ in range(g.blocks)]
+        block = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks))
+        self.block = block.to(like.device)
         self.products: dict[str, list[Tensor]] = {}
         self.trajectory = Trajectory(task)
         self.trajectory.note("freeze", self.last)
         self.step = self.drawn = 0  # steps, and batches of val
         self.mu = method.mu or 0.0
-        self.price = dict.fromkeys(self.m, 1.0)
+        self.price = torch.ones_like(self.m.all, dtype=torch.float64)
         self.square = like * 0  # the running mean square
         self.since = Since(like, ("loss", "val_loss"), ("cosine",))
-        self.returns = Returns(self.m, CLOSED)
+        self.returns = Returns(self.open.all, CLOSED)
         self.val = Passes(task.val, recipe.batch_size, task.seed)
         task.widths(self.m, "global")  # a budget below the floor is refused before any work
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        notes = {name: getattr(self, name).state_dict() for name in NOTES}
-        return {name: getattr(self, name) for name in KEPT} | {"notes": notes}
+        state = {name: getattr(self, name).all for name in JOINED}
+        state |= {name: getattr(self, name) for name in KEPT}
+        return state | {"notes": {name: getattr(self, name).state_dict() for name in NOTES}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back; gates change in place."""
-        gates, notes = state.pop("open"), state.pop("notes")
-        for name, value in state.items():
-            setattr(self, name, value)
-        for name, gate in self.open.items():
-            gate.copy_(gates[name])
-        for some in (self.m, self.drift):
-            some.update({k: t.to(self.task.device) for k, t in some.items()})
-        self.square = self.square.to(self.task.device)
+        for name in JOINED:
+            getattr(self, name).all.copy_(state[name])
+        for name in KEPT:
+            value = state[name]
+            setattr(self, name, value.to(self.task.device) if isinstance(value, Tensor) else value)
         for name in NOTES:
-            getattr(self, name).load_state_dict(notes[name])
+            getattr(self, name).load_state_dict(state["notes"][name])
 
     def losses(self, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """A step of the auxiliary parameters, and the training loss for a step of the weights."""
@@ -245,8 +256,7 @@ class Gates:
         if self.step < self.last:
             self._learn(model)
         elif self.step == self.last:
-            for name, gate in self.frozen().items():
-                self.open[name].copy_(gate)
+            self.open.all.copy_(torch.cat(list(self.frozen().values())))
         loss = F.cross_entropy(model(x), y, label_smoothing=self.recipe.label_smoothing)
         yield loss
         self.since.add("loss", loss)
@@ -261,7 +271,8 @@ class Gates:
     def _learn(self, model: nn.Module) -> None:
         """One step of the auxiliary parameters on a batch of val."""
         if self.step % EVERY == 0:
-            self.price = self._prices()
+            if self.method.penalty == "cost":
+                self.price = self._prices()
             if self.method.mu is None:
                 self.mu = self._needed()
         x, y = self.val.batch(self.drawn)
@@ -273,15 +284,13 @@ class Gates:
         slopes: dict[str, Tensor] = {}
         for layer, slope in zip(layers, torch.autograd.grad(loss, used), strict=True):
             slopes[layer] = slopes[layer] + slope if layer in slopes else slope
-        s = sensitivities(model, self.task.groups, slopes, self.method.decoupling)
-        gradient = sensitivities(model, self.task.groups, slopes, "none")
-        slope_of = {n: derivative(m, self.method.estimator) for n, m in self.m.items()}
-        update, gradient_step = (
-            torch.cat([some[n] * slope_of[n] for n in self.m]) for some in (s, gradient)
-        )
-        self.since.add("cosine", F.cosine_similarity(update, gradient_step, dim=0))
+        both = {self.method.decoupling: 0, "none": 0}
+        found = sensitivities(model, self.task.groups, slopes, *both)
+        s, slope_of = found[0], derivative(self.m.all, self.method.estimator)
+        cosine = F.cosine_similarity(s * slope_of, found[-1] * slope_of, dim=0)
+        self.since.add("cosine", cosine)
         self.since.add("val_loss", loss)
-        square = torch.cat(list(s.values())).square().mean()
+        square = s.square().mean()
         if not torch.isfinite(loss + square):
             raise UsageError(
                 f"autoprune diverged: the val loss is {loss.item()}, the mean square of its slopes"
@@ -289,14 +298,13 @@ class Gates:
             )
         self.drawn += 1
         self.square = MEMORY * self.square + (1 - MEMORY) * square
-        scale = (self.square / (1 - MEMORY**self.drawn)).sqrt().clamp_min(1e-30)
+        scaled = s / (self.square / (1 - MEMORY**self.drawn)).sqrt().clamp_min(1e-30)
+        self.drift.all.mul_(RECENT).add_((1 - RECENT) * scaled)
         eta, estimator = self.method.eta, self.method.estimator
-        for name, m in self.m.items():
-            self.drift[name] = RECENT * self.drift[name] + (1 - RECENT) * s[name] / scale
-            mu = self.mu * self.price[name]
-            self.m[name] = updated(m, s[name] / scale, mu, eta, estimator)
-            self.open[name].copy_(opened(self.m[name], self.task.groups[name].blocks))
-            self.returns.note(name, self.open[name])
+        mu = (self.mu * self.price).to(scaled)
+        self.m.all.copy_(updated(self.m.all, scaled, mu, eta, estimator))
+        self.open.all.copy_(opened(self.m.all, self.block))
+        self.returns.note(self.open.all)
 
     def _needed(self) -> float:
         """The least μ that keeps the open channels on the line to the budget for the steps to
@@ -307,41 +315,40 @@ class Gates:
         line = Budget(budget.kind, 1 - (1 - budget.fraction) * share, budget.rounding)
         # m - EVERY η (s/ρ + μ price) ĥ'(m) is at most 0 from this μ on, if s stays what it has been
         steps, seen = EVERY * self.method.eta, max(1e-9, 1 - RECENT**self.drawn)
-        mu_to_close = {}
-        for n, m in self.m.items():
-            unpriced = m / (steps * derivative(m, self.method.estimator)) - self.drift[n] / seen
-            mu_to_close[n] = (unpriced / self.price[n]).cpu()
+        per_step = derivative(self.m.all, self.method.estimator)
+        unpriced = self.m.all / (steps * per_step) - self.drift.all / seen
+        mu_to_close = self.m.parts((unpriced / self.price.to(unpriced)).cpu())
         widths = global_widths(
             mu_to_close, self.task.groups, line, self.task.cost, self.task.reference
         )
         cut = [(r, widths[n]) for n, r in mu_to_close.items() if widths[n] < len(r)]
         return max([0.0, *(float(r.sort(descending=True).values[w]) for r, w in cut)])
 
-    def _prices(self) -> dict[str, float]:
-        """What a channel of each group adds to what the budget counts, over the mean of all open
-        channels.
+    def _prices(self) -> Tensor:
+        """What a channel adds to what the budget counts, over the mean of all open channels,
+        float64 ``[ΣN]``.
         """
-        if self.method.penalty == "channels":
-            return dict.fromkeys(self.m, 1.0)
         widths, groups = self.widths(), self.task.groups
         each = {
             n: self.task.price(widths, n, 1 if w == groups[n].blocks else -1)
             for n, w in widths.items()
         }
         mean = sum(each[n] * w for n, w in widths.items()) / sum(widths.values())
-        return {n: price / mean for n, price in each.items()}
+        spread = [each[n] / mean for n, m in self.m.items() for _ in m]
+        return torch.tensor(spread, dtype=torch.float64).to(self.task.device)
 
     def widths(self) -> dict[str, int]:
         """Open channels per group, equally many per block."""
         blocks = {n: g.blocks for n, g in self.task.groups.items()}
-        each = {n: gate.view(blocks[n], -1).sum(dim=1) for n, gate in self.open.items()}
+        gates = self.open.parts(self.open.all.cpu())
+        each = {n: gate.view(blocks[n], -1).sum(dim=1) for n, gate in gates.items()}
         return {n: blocks[n] * int(count.min()) for n, count in each.items()}
 
-    def frozen(self) -> PerGroup:
+    def frozen(self) -> dict[str, Tensor]:
         """The gates to end with: those with the largest m that the budget allows, or, with a fixed
         μ, that are open.
         """
-        scores = {n: m.cpu() for n, m in self.m.items()}
+        scores = self.m.parts(self.m.all.cpu())
         widths = self.widths()
         if self.method.mu is None or not self.task.fits(widths):
             widths = self.task.filled(self.task.widths(scores, "global"), scores)
@@ -353,10 +360,10 @@ class Gates:
 
     def _point(self, model: nn.Module) -> None:
         """Note where the run is, and what happened since the last point."""
-        point: dict[str, Any] = self.since.taken() | self.returns.counts(self.open)
+        point: dict[str, Any] = self.since.taken() | self.returns.counts(self.open.all)
         point["mu"] = self.mu if point["val_loss"] is not None else None
         if self.task.curves:
             point["val_top1"] = accuracy(model, self.task.val).top1
             model.train()
-        point["open"] = sum(int(gate.sum()) for gate in self.open.values())
+        point["open"] = int(self.open.all.sum())
         self.trajectory.point(self.step, self.widths(), **point)

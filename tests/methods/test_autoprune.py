@@ -26,6 +26,7 @@ from widthbench.technique.task import Task
 from widthbench.technique.trajectory import Returns
 from widthbench.training.loop import fit
 from widthbench.width import CostModel, find_groups, gated, keep, resize
+from widthbench.width.gates import Joined
 
 BASE = Recipe(epochs=3, batch_size=32, lr=0.02)
 
@@ -73,7 +74,7 @@ def test_sensitivities_by_hand():
     slopes = {"1": torch.tensor([[1.0, 5.0], [0.5, -1.0]], dtype=torch.float64)}
     expected = {"sgn": [1 - 0.5, -1.0], "none": [3 - 2.0, -2.0], "unit": [1 / 5, -2 / 2]}
     for decoupling, values in expected.items():
-        found = sensitivities(model, groups, slopes, decoupling)["0"]
+        (found,) = sensitivities(model, groups, slopes, decoupling)
         assert torch.allclose(found, torch.tensor(values, dtype=torch.float64)), decoupling
 
 
@@ -91,8 +92,8 @@ def slopes_of(model, groups, gates, sample):
 def test_coupled_sensitivities_are_the_gradient_of_gates_by_finite_differences(cls):
     model, x, groups = zoo.certified(cls)
     sample, (gates, _) = zoo.sample_for(x), zoo.started(groups, x)
-    found = sensitivities(model, groups, slopes_of(model, groups, gates, sample), "none")
-    assert found.keys() == groups.keys()
+    (found,) = sensitivities(model, groups, slopes_of(model, groups, gates, sample), "none")
+    found = Joined(groups, found).parts(found)
     for name in groups:
         for channel in (0, 1, groups[name].channels - 1):
             losses = []
@@ -110,14 +111,13 @@ def test_at_fixed_slopes_only_the_decoupled_rule_ignores_the_size_of_weights():
     model, x, groups = zoo.certified(zoo.Plain)
     sample, (gates, _) = zoo.sample_for(x), zoo.started(groups, x)
     slopes = slopes_of(model, groups, gates, sample)
-    before = {d: sensitivities(model, groups, slopes, d) for d in ("sgn", "unit", "none")}
+    decouplings = ("sgn", "unit", "none")
+    before = sensitivities(model, groups, slopes, *decouplings)
     for layer in slopes:
         model.get_submodule(layer).weight.data *= 3
-    after = {d: sensitivities(model, groups, slopes, d) for d in before}
-    for name in groups:
-        assert torch.allclose(after["sgn"][name], before["sgn"][name])
-        assert torch.allclose(after["unit"][name], before["unit"][name])
-        assert torch.allclose(after["none"][name], 3 * before["none"][name])
+    after = sensitivities(model, groups, slopes, *decouplings)
+    for decoupling, old, new in zip(decouplings, before, after, strict=True):
+        assert torch.allclose(new, 3 * old if decoupling == "none" else old)
 
 
 def test_under_function_preserving_rescaling_only_the_coupled_rule_stays():
@@ -134,7 +134,7 @@ def test_under_function_preserving_rescaling_only_the_coupled_rule_stays():
     assert zoo.error(scaled(x), model(x)) < 1e-12
     for decoupling, ratio in {"none": 1.0, "sgn": 4.0, "unit": 4.0}.items():
         one, other = (
-            sensitivities(m, groups, slopes_of(m, groups, gates, sample), decoupling)["0"]
+            sensitivities(m, groups, slopes_of(m, groups, gates, sample), decoupling)[0]
             for m in (model, scaled)
         )
         assert torch.allclose(other, ratio * one), decoupling
@@ -142,8 +142,10 @@ def test_under_function_preserving_rescaling_only_the_coupled_rule_stays():
 
 def test_no_block_is_ever_closed():
     m = torch.tensor([-3.0, -1.0, 2.0, -1.0])
-    assert opened(m, 2).tolist() == [0, 1, 1, 0]
-    assert opened(m, 1).tolist() == [0, 0, 1, 0]
+    assert opened(m, torch.tensor([0, 0, 1, 1])).tolist() == [0, 1, 1, 0]
+    assert opened(m, torch.tensor([0, 0, 0, 0])).tolist() == [0, 0, 1, 0]
+    alike = torch.tensor([-2.0, -2.0, -2.0, 5.0])  # of equals, one
+    assert opened(alike, torch.tensor([0, 0, 1, 2])).tolist() == [1, 0, 1, 1]
 
 
 class Repeated:
@@ -188,9 +190,9 @@ def test_a_channel_that_the_loss_needs_recovers():
     method, task = planted(mu=0.0, epochs=40, freeze=1.0)
     gates = Gates(method, task, task.recipe.model_copy(update={"epochs": 40.0}))
     gates.m["0"][0] = -0.5  # closed by hand: its slope says that the loss misses it
-    gates.open["0"].copy_(opened(gates.m["0"], 1))
+    gates.open.all.copy_(opened(gates.m.all, gates.block))
     for _ in range(autoprune.CLOSED):
-        gates.returns.note("0", gates.open["0"])
+        gates.returns.note(gates.open.all)
     model = copy.deepcopy(task.model)
     with gated(model, task.groups, gates.open, on="weight", products=gates.products):
         task.fit(model, task.train, gates.recipe, losses=gates.losses)
@@ -201,14 +203,14 @@ def test_a_channel_that_the_loss_needs_recovers():
 
 
 def test_recoveries_and_the_chances_for_them_are_counted_by_gate_and_after_a_while_only():
-    returns = Returns({"0": torch.ones(4)}, long=3)
+    returns = Returns(torch.ones(4), long=3)
     # flickers; returns after two steps; after four; stays closed
     history = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]
     for row in history:
         gates = torch.tensor(row, dtype=torch.float32)
-        returns.note("0", gates)
+        returns.note(gates)
     # the third channel could have at steps 4 and 5, the fourth at steps 4 to 6
-    assert returns.counts({"0": gates}) == {"recoveries": 1, "shut": 2 + 3, "returned": 1}
+    assert returns.counts(gates) == {"recoveries": 1, "shut": 2 + 3, "returned": 1}
 
 
 def test_the_channel_that_the_labels_need_is_kept():
@@ -309,7 +311,10 @@ def test_prices_are_what_a_channel_adds_to_what_the_budget_counts():
     recipe = Recipe(epochs=1, batch_size=4, lr=0.01)
     whole = {n: g.channels for n, g in groups.items()}
     for kind in ("macs", "params"):
-        prices = Gates(AutoPrune(), Task(**shared, budget=Budget(kind, 0.5)), recipe)._prices()
+        gates = Gates(AutoPrune(), Task(**shared, budget=Budget(kind, 0.5)), recipe)
+        prices = gates.m.parts(gates._prices())
+        assert all(len(set(p.tolist())) == 1 for p in prices.values())
+        prices = {n: float(p[0]) for n, p in prices.items()}
         saved = {
             n: getattr(cost(whole), kind) - getattr(cost(whole | {n: w - groups[n].blocks}), kind)
             for n, w in whole.items()
@@ -318,10 +323,6 @@ def test_prices_are_what_a_channel_adds_to_what_the_budget_counts():
         mean = sum(each[n] * whole[n] for n in whole) / sum(whole.values())
         assert prices == pytest.approx({n: e / mean for n, e in each.items()})
     assert len({round(p, 6) for p in prices.values()}) > 1
-    alike = Gates(
-        AutoPrune(penalty="channels"), Task(**shared, budget=Budget("macs", 0.5)), recipe
-    )._prices()
-    assert set(alike.values()) == {1.0}
 
 
 def test_gates_learn_from_val_and_weights_from_train():
@@ -453,16 +454,22 @@ def test_a_step_on_val_is_the_rule_with_each_channels_price_and_leaves_statistic
         patch.setattr(autoprune, "sensitivities", lambda *a: found.append(real(*a)) or found[-1])
         gates._learn(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    s, prices = found[0], gates._prices()
-    assert len({round(p, 6) for p in gates.price.values()}) > 1
-    rms = torch.cat(list(s.values())).square().mean().sqrt()
+    s, m = found[0][0], gates.m.all
+    assert len(set(gates.price.tolist())) > 1
     whole = Gates(method, task, task.recipe)._prices()
-    for name, m in gates.m.items():
-        expected = 1 - 0.2 * (s[name] / rms + 0.3 * whole[name]) * derivative(
-            torch.ones_like(m), "softplus"
-        )
-        assert torch.allclose(m, expected)
-    assert prices.keys() == whole.keys()
+    slope = derivative(torch.ones_like(m), "softplus")
+    expected = 1 - 0.2 * (s / s.square().mean().sqrt() + 0.3 * whole) * slope
+    assert torch.allclose(m, expected.to(m))
+
+
+def test_without_a_price_of_channels_all_are_alike():
+    method, task = two_prices()
+    method = AutoPrune(mu=0.3, eta=0.2, penalty="channels")
+    gates = Gates(method, task, task.recipe)
+    model = copy.deepcopy(task.model).train()
+    with gated(model, task.groups, gates.open, on="weight", products=gates.products):
+        gates._learn(model)
+    assert set(gates.price.tolist()) == {1.0}
 
 
 def test_mu_is_what_closes_the_channels_that_the_line_asks_for_by_the_next_choice():
@@ -473,10 +480,10 @@ def test_mu_is_what_closes_the_channels_that_the_line_asks_for_by_the_next_choic
     gates.step, gates.drawn = 60, 60
     draw = torch.Generator().manual_seed(0)
     for name, m in gates.m.items():
-        gates.m[name] = 0.5 + torch.rand(m.shape, generator=draw, dtype=m.dtype)
-        gates.drift[name] = 0.2 * torch.randn(m.shape, generator=draw, dtype=m.dtype)
+        m.copy_(0.5 + torch.rand(m.shape, generator=draw, dtype=m.dtype))
+        gates.drift[name].copy_(0.2 * torch.randn(m.shape, generator=draw, dtype=m.dtype))
     gates.price = gates._prices()
-    mu = gates._needed()
+    mu, prices = gates._needed(), gates.m.parts(gates.price)
     share = 1 - 0.5 * (60 + autoprune.EVERY) / gates.ramp
 
     def kept(mu):
@@ -484,9 +491,7 @@ def test_mu_is_what_closes_the_channels_that_the_line_asks_for_by_the_next_choic
         there = {}
         for name, m in gates.m.items():
             fall = autoprune.EVERY * 0.2 * derivative(m, "softplus")
-            after = m - fall * (
-                gates.drift[name] / (1 - autoprune.RECENT**60) + mu * gates.price[name]
-            )
+            after = m - fall * (gates.drift[name] / (1 - autoprune.RECENT**60) + mu * prices[name])
             there[name] = max(1, int((after > 1e-9).sum()))
         return task.cost(there).macs / task.reference.macs
 
@@ -508,7 +513,8 @@ def test_what_still_fits_is_kept_in_the_order_of_the_ranking():
         for name, group in task.groups.items():
             if full[name] < group.channels:
                 assert gates.task.kept(full | {name: full[name] + group.blocks}) > 0.5
-        gates.m = scores
+        for name, score in scores.items():
+            gates.m[name].copy_(score)
         assert {n: int(g.sum()) for n, g in gates.frozen().items()} == full
 
 

@@ -105,38 +105,40 @@ class Returns:
     """Channels that open again after they have been closed for long.
 
     Args:
-        like: ``[N]`` per group.
+        like: ``[N]``, one of each channel.
         long: Steps that a channel must have been closed for its reopening to count.
     """
 
-    def __init__(self, like: Mapping[str, Tensor], long: int) -> None:
+    def __init__(self, like: Tensor, long: int) -> None:
         self._long = long
-        self._closed = {n: torch.zeros_like(t) for n, t in like.items()}  # steps since
-        self._once = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in like.items()}
-        zero = next(iter(like.values())).new_zeros((), dtype=torch.float64)
-        self._counts = {"recoveries": zero, "shut": zero}
+        zero = like.new_zeros((), dtype=torch.float64)
+        self._state = {
+            "closed": torch.zeros_like(like),  # steps since
+            "once": torch.zeros_like(like, dtype=torch.bool),
+            "recoveries": zero,
+            "shut": zero,
+        }
 
-    def note(self, name: str, gate: Tensor) -> None:
-        """A group's gates ``[N]`` after a step."""
-        long, counts = self._closed[name] >= self._long, self._counts
-        self._once[name] |= long
-        counts["shut"] = counts["shut"] + long.sum()
-        counts["recoveries"] = counts["recoveries"] + (long & (gate > 0)).sum()
-        self._closed[name] = torch.where(gate > 0, 0.0, self._closed[name] + 1)
+    def note(self, gate: Tensor) -> None:
+        """The gates ``[N]`` after a step."""
+        now, open_ = self._state, gate > 0
+        long = now["closed"] >= self._long
+        now["once"] |= long
+        now["shut"] = now["shut"] + long.sum()
+        now["recoveries"] = now["recoveries"] + (long & open_).sum()
+        now["closed"] = torch.where(open_, 0.0, now["closed"] + 1)
 
-    def counts(self, gates: Mapping[str, Tensor]) -> dict[str, int]:
+    def counts(self, gate: Tensor) -> dict[str, int]:
         """The "recoveries" so far; "shut", the channel-steps in which one could have happened;
         "returned", channels open now that were once closed for at least ``long`` steps.
         """
-        back = sum(int((once & (gates[n] > 0)).sum()) for n, once in self._once.items())
-        return {n: int(c) for n, c in self._counts.items()} | {"returned": back}
+        counts = {n: int(self._state[n]) for n in ("recoveries", "shut")}
+        return counts | {"returned": int((self._state["once"] & (gate > 0)).sum())}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        return {"closed": self._closed, "once": self._once, "counts": self._counts}
+        return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        parts = {"closed": self._closed, "once": self._once, "counts": self._counts}
-        for name, mine in parts.items():
-            mine.update({n: v.to(mine[n].device) for n, v in state[name].items()})
+        self._state = {n: v.to(self._state[n].device) for n, v in state.items()}

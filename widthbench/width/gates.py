@@ -12,8 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from widthbench.errors import PlanError, did_you_mean
-from widthbench.width.groups import Axis, Groups
+from widthbench.width.groups import Axis, Group, Groups
 from widthbench.width.layers import kind_of
+
+
+class Joined(dict[str, Tensor]):
+    """A number for each channel of all groups; ``[name]`` is a group's ``[N]``.
+
+    They lie one after another in one vector, so that what is done to each of them is one operation,
+    however many groups there are.
+
+    Args:
+        groups: The groups.
+        like: Their device and type.
+        value: What they begin with.
+
+    Attributes:
+        all: ``[ΣN]``; change it in place.
+    """
+
+    def __init__(self, groups: Mapping[str, Group], like: Tensor, value: float = 0.0) -> None:
+        self.all = like.new_full((sum(g.channels for g in groups.values()),), value)
+        sizes = [g.channels for g in groups.values()]
+        super().__init__(zip(groups, self.all.split(sizes), strict=True))
+
+    def parts(self, vector: Tensor) -> dict[str, Tensor]:
+        """Another vector ``[ΣN]``, by group."""
+        return dict(zip(self, vector.split([len(v) for v in self.values()]), strict=True))
 
 
 @contextmanager
@@ -179,57 +204,40 @@ def _on_rows(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> lis
     ]
 
 
-def sums_by_channel(
-    module: nn.Module, axis: Axis, values: Tensor, heads: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Sum what belongs to a consumer's weights over each channel's part of them: the adjoint of
-    gating weights.
-
-    Args:
-        module: The consumer.
-        axis: Its "in" axis.
-        values: Of the shape of its weight, ``[O, I/G, ...]``.
-        heads: Channels of the groups of heads among those on the axis.
-
-    Returns:
-        ``[N]`` per group on the axis.
-    """
-    count = getattr(module, "groups", 1)
-    along = (
-        values.reshape(count, values.shape[0] // count, values.shape[1], -1)
-        .sum(dim=(1, 3))
-        .flatten()
-    )  # [I]
-    sums: dict[str, Tensor] = {}
-    for segment, part in zip(axis, along.split([s.size for s in axis]), strict=True):
-        for name, channels in (
-            (segment.group, segment.channels),
-            (segment.outer, heads.get(str(segment.outer), 1)),
-        ):
-            if name is not None:
-                total = part.view(channels, -1).sum(dim=1)
-                sums[name] = sums[name] + total if name in sums else total
-    return sums
-
-
 def sums_over_consumers(
     model: nn.Module, groups: Groups, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Sum what belongs to the weights of all consumers over each channel's part of them.
+    """Sum what belongs to the weights of all consumers over each channel's part of them: the
+    adjoint of gating weights.
 
     Args:
         model: The network.
         groups: Its groups.
-        values: By consumer, of the shape of its weight.
+        values: By consumer, of the shape of its weight, ``[..., O, I/G, ...]``; any number of such
+            tensors beside each other.
 
     Returns:
-        ``[N]`` for each of the groups that the consumers read.
+        ``[..., N]`` for each of the groups that the consumers read.
     """
     heads = {n: g.channels for n, g in groups.everything.items() if g.heads}
     sums: dict[str, Tensor] = {}
     for layer, value in values.items():
-        axis = groups.axes[layer, "in"]
-        parts = sums_by_channel(model.get_submodule(layer), axis, value, heads)
-        for name in parts.keys() & groups.keys():
-            sums[name] = sums[name] + parts[name] if name in sums else parts[name]
+        module: Any = model.get_submodule(layer)
+        axis, count = groups.axes[layer, "in"], getattr(module, "groups", 1)
+        several = value.shape[: value.dim() - module._parameters["weight"].dim()]
+        rows, columns = value.shape[len(several) : len(several) + 2]
+        along = value.reshape(*several, count, rows // count, columns, -1).sum(dim=(-3, -1))
+        parts = along.flatten(len(several)).split([s.size for s in axis], dim=-1)
+        for segment, part in zip(axis, parts, strict=True):
+            for name, channels in (
+                (segment.group, segment.channels),
+                (segment.outer, heads.get(str(segment.outer), 1)),
+            ):
+                if name is None or name not in groups:
+                    continue
+                if channels != segment.size:
+                    part_of = part.reshape(*several, channels, -1).sum(dim=-1)
+                else:
+                    part_of = part
+                sums[name] = sums[name] + part_of if name in sums else part_of
     return sums
