@@ -24,7 +24,7 @@ from widthbench.technique.parameters import Count, NotNegative, Positive, Share
 from widthbench.technique.task import State, Task
 from widthbench.training.measuring import accuracy
 from widthbench.training.recalibration import recalibrate
-from widthbench.width.gates import gated
+from widthbench.width.gates import Joined, gated
 from widthbench.width.groups import producer_rows
 from widthbench.width.resize import keep, resize
 
@@ -172,13 +172,16 @@ class Slimmable:
     """The gates of a slimmable network, and the losses that it is trained by.
 
     Attributes:
-        gates: ``[N]`` of ones and zeros per group; replaced by others, not changed.
+        gates: Ones and zeros; changed in place.
     """
 
     def __init__(self, task: Task, first: Mapping[str, Tensor], narrowest: float) -> None:
-        self.groups, self.device = task.groups, task.device
-        self.first, self.narrowest = first, narrowest
-        self.gates: dict[str, Tensor] = {}
+        self.groups, self.narrowest = task.groups, narrowest
+        self.gates = Joined(task.groups, task.example_input)
+        ranks = [ranks_of(first[n], g.blocks) for n, g in task.groups.items()]
+        sizes = torch.tensor([g.channels for g in task.groups.values()])
+        self._rank = torch.cat(ranks).to(task.device)
+        self._group = torch.arange(len(sizes)).repeat_interleave(sizes).to(task.device)
         self._draw = torch.Generator().manual_seed(task.seed)
         self.smoothing = task.recipe.label_smoothing
         self.set(self.widths(1.0))
@@ -203,27 +206,40 @@ class Slimmable:
 
     def set(self, widths: Mapping[str, int]) -> None:
         """Open the first channels of each group."""
-        for name, width in widths.items():
-            rows = top_channels(self.first[name], width, self.groups[name].blocks)
-            self.gates[name] = (
-                torch.zeros(self.groups[name].channels).index_fill(0, rows, 1.0).to(self.device)
-            )
+        self._open(self._limits(widths)[0])
+
+    def _limits(self, *shapes: Mapping[str, int]) -> Tensor:
+        """Channels that each block keeps, long ``[shapes, groups]`` on the device."""
+        each = [[w[n] // g.blocks for n, g in self.groups.items()] for w in shapes]
+        return torch.tensor(each).to(self._rank.device)
+
+    def _open(self, limits: Tensor) -> None:
+        self.gates.all.copy_(self._rank < limits[self._group])
 
     def losses(self, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """Largest first, then the smallest and random ones, which learn its outputs."""
-        self.set(self.widths(1.0))
-        logits = model(x)
-        yield F.cross_entropy(logits, y, label_smoothing=self.smoothing)
-        soft = logits.detach().float().softmax(dim=1)
         narrow = self.narrowest
         drawn = [
             narrow + (1 - narrow) * torch.rand(len(self.groups), generator=self._draw)
             for _ in range(RANDOM)
         ]
-        for widths in (self.widths(narrow), *(self.widths(*d.tolist()) for d in drawn)):
-            self.set(widths)
+        whole, smallest = self.widths(1.0), self.widths(narrow)
+        shapes = [whole, smallest, *(self.widths(*d.tolist()) for d in drawn)]
+        limits = self._limits(*shapes)  # the one copy to the device of a step
+        self._open(limits[0])
+        logits = model(x)
+        yield F.cross_entropy(logits, y, label_smoothing=self.smoothing)
+        soft = logits.detach().float().softmax(dim=1)
+        for each in limits[1:]:
+            self._open(each)
             yield F.cross_entropy(model(x), soft)  # of probabilities: distillation
-        self.set(self.widths(1.0))
+        self._open(limits[0])
+
+
+def ranks_of(score: Tensor, blocks: int) -> Tensor:
+    """At which place of its block each channel opens, long ``[N]``, as ``top_channels`` has it."""
+    order = score.view(blocks, -1).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1).flatten()
 
 
 class Most(NamedTuple):

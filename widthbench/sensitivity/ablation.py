@@ -179,6 +179,7 @@ class Ablation:
         self._rows = slice(0, 1)
         self._chosen: dict[str, Way] = {}
         self._costs: dict[tuple[str, Way], tuple[int, int]] = {}
+        self._positions: dict[tuple[str, str], Tensor] = {}
         torch.empty(
             31 * MIB, dtype=torch.uint8
         )  # glibc, once it has freed this much at once, keeps freed memory for the next batch
@@ -276,12 +277,12 @@ class Ablation:
         Args:
             gates: ``[N]`` per group; groups that are not named are open.
         """
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.sample.x.device)
         with torch.no_grad(), gated(self.model, self.groups, gates) as net:
             for x, y in self._batches(LOOP_BATCH):
-                total += float(self.sample.criterion(net(x), y).sum(dtype=torch.float64))
+                total += self.sample.criterion(net(x), y).sum(dtype=torch.float64)
         self.forward_macs += self._whole * len(self.sample)
-        return total / len(self.sample)
+        return float(total) / len(self.sample)
 
     def losses(
         self,
@@ -348,7 +349,8 @@ class Ablation:
         parts, size = (
             self._parts(name, len(index)) if chosen != "loop" else (len(index), LOOP_BATCH)
         )
-        total = torch.zeros(len(index), dtype=torch.float64)
+        index = index.to(self.sample.x.device)
+        total = torch.zeros(len(index), dtype=torch.float64, device=index.device)
         for at in range(0, len(index), parts):
             for x, y in self._batches(size, self._mine):
                 total[at : at + parts] += self._batch(
@@ -356,7 +358,7 @@ class Ablation:
                 )
         once, each = self._cost(name, chosen)
         self.forward_macs += self._mine * (once * -(-len(index) // parts) + each * len(index))
-        return total
+        return total.cpu()
 
     def _choose(self, name: str, index: Tensor, gates: Mapping[str, Tensor], value: float) -> Way:
         """The faster of the batched way and the loop, on the first batch."""
@@ -371,7 +373,7 @@ class Ablation:
         if self.way is not None:
             return self.way
         parts, size = self._parts(name, len(index))
-        index = index[:parts]
+        index = index[:parts].to(self.sample.x.device)
         few = index[: max(1, min(4, len(index)))]
         x, y = self.sample.x[:size], self.sample.y[:size]
         self._rows = slice(0, len(x))
@@ -397,9 +399,9 @@ class Ablation:
         if batched == "update" and kinds == {"linear"}:
             return batched
         begin = time.perf_counter()
-        self._batch(batched, name, index, gates, value, x, y)
+        self._batch(batched, name, index, gates, value, x, y).cpu()  # waits for the device
         middle = time.perf_counter()
-        self._batch("loop", name, few, gates, value, x, y)
+        self._batch("loop", name, few, gates, value, x, y).cpu()
         loop = (time.perf_counter() - middle) / len(few) * len(index)
         return "loop" if loop * LOOP_WINS < middle - begin else batched
 
@@ -434,37 +436,20 @@ class Ablation:
         x: Tensor,
         y: Tensor,
     ) -> Tensor:
-        """Summed losses of one batch of samples, ``[C]`` in float64, for the candidates ``index
-        [C]``.
+        """Summed losses of one batch of samples, float64 ``[C]`` on the device, for the candidates
+        ``index [C]``.
         """
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            if way == "loop":
-                sums = []
-                for channel in index.tolist():
-                    with gated(
-                        self.model, self.groups, self._closed(gates, name, channel, value, x)
-                    ) as net:
-                        sums.append(self.sample.criterion(net(x), y).sum(dtype=torch.float64))
-                return torch.stack(sums).cpu()
             if way == "update":
-                logits = torch.func.vmap(partial(self._updated, name, gates, value, x))(
-                    index.to(x.device)
-                )
-            else:
-                vectors = torch.stack(
-                    [self._closed(gates, name, c, value, x)[name] for c in index.tolist()]
-                )
-                logits = torch.func.vmap(partial(self._gated, name, gates, x))(vectors)
-            return _sums(self.sample.criterion, logits, y)
-
-    def _closed(
-        self, gates: Mapping[str, Tensor], name: str, channel: int, value: float, x: Tensor
-    ) -> dict[str, Tensor]:
-        vector = gates[name].to(x) if name in gates else x.new_ones(self.groups[name].channels)
-        return {
-            **gates,
-            name: vector.index_fill(0, torch.tensor([channel], device=x.device), value),
-        }
+                logits = torch.func.vmap(partial(self._updated, name, gates, value, x))(index)
+                return _sums(self.sample.criterion, logits, y)
+            vector = gates[name].to(x) if name in gates else x.new_ones(self.groups[name].channels)
+            vectors = vector.expand(len(index), -1).scatter(1, index[:, None], value)
+            run = partial(self._gated, name, gates, x)
+            if way == "gates":
+                return _sums(self.sample.criterion, torch.func.vmap(run)(vectors), y)
+            sums = [self.sample.criterion(run(v), y).sum(dtype=torch.float64) for v in vectors]
+            return torch.stack(sums)
 
     def _gated(self, name: str, gates: Mapping[str, Tensor], x: Tensor, vector: Tensor) -> Tensor:
         with gated(self.model, self.groups, {**gates, name: vector}) as net:
@@ -476,12 +461,19 @@ class Ablation:
         """Logits with one channel's part taken out of what the consumers give."""
         with gated(self.model, self.groups, gates) as net, ExitStack() as stack:
             for layer in self.groups[name].consumers:
-                where = channel_positions(self.groups, name, layer).to(x.device)
+                where = self._where(name, layer)
                 handle = net.get_submodule(layer).register_forward_hook(
                     partial(_subtract, where, channel, 1 - value)
                 )
                 stack.callback(handle.remove)
             return net(x)
+
+    def _where(self, name: str, layer: str) -> Tensor:
+        """``channel_positions`` on the device, copied there once."""
+        if (name, layer) not in self._positions:
+            where = channel_positions(self.groups, name, layer)
+            self._positions[name, layer] = where.to(self.sample.x.device)
+        return self._positions[name, layer]
 
     def _cost(self, name: str, way: Way) -> tuple[int, int]:
         """MACs for one sample: (once for all candidates, for each of them)."""
@@ -492,7 +484,7 @@ class Ablation:
             self._rows = slice(0, 1)
             counts = []
             for some in (1, 2):
-                index = torch.arange(self.groups[name].channels).repeat(2)[:some]
+                index = torch.arange(self.groups[name].channels, device=x.device).repeat(2)[:some]
                 with FlopCounterMode(display=False) as counter:
                     self._batch(way, name, index, {}, 0.0, x, y)
                 counts.append(int(counter.get_total_flops()) // 2)
@@ -519,16 +511,12 @@ class Ablation:
 
 
 def _sums(criterion: Criterion, logits: Tensor, y: Tensor) -> Tensor:
-    """Losses summed over samples: ``logits [C, B, K]`` and ``y [B]`` to float64 ``[C]`` on the
-    CPU.
-    """
-    if (
-        criterion is cross_entropy
-        # exponentials as they are, 2.5 times as fast; the label's own term is 1, so that none
-        # vanish
-    ):
+    """Losses summed over samples: ``logits [C, B, K]`` and ``y [B]`` to float64 ``[C]``."""
+    if criterion is cross_entropy and logits.device.type == "cpu":
+        # exponentials as they are, 2.5 times as fast on a CPU; the label's own term is 1, so that
+        # none vanish
         own = logits.gather(2, y[:, None].expand(len(logits), -1, 1))
-        sums = logits.sub(own).exp_().sum(dim=2).log_().sum(dim=1, dtype=torch.float64).cpu()
+        sums = logits.sub(own).exp_().sum(dim=2).log_().sum(dim=1, dtype=torch.float64)
         if bool(sums.isfinite().all()):
             return sums
     repeated = y.repeat(len(logits), *[1] * (y.dim() - 1))
@@ -536,7 +524,6 @@ def _sums(criterion: Criterion, logits: Tensor, y: Tensor) -> Tensor:
         criterion(logits.flatten(0, 1), repeated)
         .view(len(logits), -1)
         .sum(dim=1, dtype=torch.float64)
-        .cpu()
     )
 
 
