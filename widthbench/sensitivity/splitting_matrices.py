@@ -234,8 +234,10 @@ class SplittingMatrices:
             products = self.product(
                 {n: r.last for n, r in open_.items()}, {n: r.rows for n, r in open_.items()}
             )
-            for name, run in open_.items():
-                run.step(products[name])
+            ended = torch.stack([run.step(products[n]) for n, run in open_.items()])
+            # all groups' at once: the host waits for the device once for each product
+            for run, one_ended in zip(open_.values(), ended.tolist(), strict=True):
+                run.go_on(one_ended)
         for run in runs.values():
             run.stop()
         return {n: r.values for n, r in runs.items()}, {n: r.vectors for n, r in runs.items()}
@@ -390,6 +392,7 @@ class _Lanczos:
         self.values = torch.zeros(len(like), dtype=torch.float64, device=like.device)
         self.rows = torch.arange(len(like), device=like.device)
         self.size = self._beta = like.new_zeros(len(like))
+        self._rest = like[:0]
         self.k = 0
         self.basis = like.new_zeros(len(like), 16, like.shape[1])  # [A, room, d]
         self.basis[:, 0] = self.vectors
@@ -400,8 +403,8 @@ class _Lanczos:
         """The vectors that the next products are wanted of, ``[A, d]``."""
         return self.basis[:, self.k]
 
-    def step(self, product: Tensor) -> None:
-        """Take the products ``S q`` of the last vectors in."""
+    def step(self, product: Tensor) -> Tensor:
+        """Take the products ``S q`` of the last vectors in; whether one of the spaces is whole."""
         q = self.last
         alpha = (product * q).sum(dim=1)
         rest = torch.addcmul(product, alpha[:, None], q, value=-1)
@@ -410,14 +413,17 @@ class _Lanczos:
         self.t[:, self.k, self.k] = alpha.double()
         self.k += 1
         beta = rest.norm(dim=1)
-        self.size = torch.maximum(
-            self.size, alpha.abs() + beta
-        )  # ‖S‖ is no smaller than half of this
-        if (
-            self.k % EVERY == 0
-            or self.k >= product.shape[1]
-            or bool((beta <= 1e-6 * self.size).any())
-        ):
+        # ‖S‖ is no smaller than half of this
+        self.size = torch.maximum(self.size, alpha.abs() + beta)
+        self._rest, self._beta = rest, beta
+        return (beta <= 1e-6 * self.size).any()
+
+    def go_on(self, ended: bool) -> None:
+        """Look for eigenvalues that are known well enough, every few steps and where a space has
+        ``ended``; and make the next vectors.
+        """
+        rest, beta = self._rest, self._beta
+        if ended or self.k % EVERY == 0 or self.k >= self.basis.shape[2]:
             done = self._solve(beta)
             rest, beta = rest[~done], beta[~done]
         if self.k == self.basis.shape[1]:
@@ -431,7 +437,7 @@ class _Lanczos:
         """Note the least eigenvalues in the spaces so far, and take out those that are known well
         enough; which ones.
         """
-        values, weights = torch.linalg.eigh(self.t[:, : self.k, : self.k])
+        values, weights = self._eigenpairs()
         size = values.abs().amax(dim=1)
         residual = beta.double() * weights[:, -1, 0].abs()
         invariant = beta.double() <= 1e-6 * size
@@ -454,9 +460,16 @@ class _Lanczos:
     def stop(self) -> None:
         """Note what is known of those that are not done."""
         if len(self.rows) and self.k:
-            values, weights = torch.linalg.eigh(self.t[:, : self.k, : self.k])
+            values, weights = self._eigenpairs()
             self.values[self.rows] = values[:, 0]
             self.vectors[self.rows] = self._combined(self.basis, weights)
+
+    def _eigenpairs(self) -> tuple[Tensor, Tensor]:
+        """Of the tridiagonal matrices; on the CPU, since a GPU takes small ones of more than 32
+        rows one after another.
+        """
+        pairs = torch.linalg.eigh(self.t[:, : self.k, : self.k].cpu())
+        return pairs.eigenvalues.to(self.t.device), pairs.eigenvectors.to(self.t.device)
 
     def _combined(self, basis: Tensor, weights: Tensor) -> Tensor:
         least = weights[:, None, :, 0].to(basis)
