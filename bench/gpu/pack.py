@@ -28,6 +28,7 @@ NEED = (
     "annotated-types",
     "typing-inspection",
     "platformdirs",
+    "loky",
 )
 GLIBC = (17, 27, 28, 31, 34)
 MIB = 2**20
