@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import special
 
 LEAST = 5  # bases below which nothing is ranked
@@ -95,7 +96,7 @@ class Difference:
         mean: Mean of ``first - second``.
         low: Lower end of its 95 % t-interval.
         high: Upper end.
-        adjusted: p-value of the paired t-test after Holm's correction over all pairs.
+        adjusted: p-value of the paired t-test after Holm's correction over the family.
         n: Shared bases.
     """
 
@@ -125,24 +126,31 @@ def interval(values: Sequence[float], level: float = 0.05) -> tuple[float, float
     return mean - half, mean + half
 
 
-def differences(scores: Mapping[str, Mapping[object, float]]) -> list[Difference]:
-    """All pairs of rows that share at least ``LEAST`` bases, compared.
+def differences(
+    scores: Mapping[str, Mapping[object, float]], references: Sequence[str]
+) -> list[Difference]:
+    """Each row against each of the references that are there, over the bases that both have; Holm's
+    correction is over these comparisons, a family that is fixed before anything is run.
 
     Args:
         scores: For each row one score per base.
+        references: Rows that the others are held against; of two references the one named first is
+            held against the other.
     """
-    compared = []
-    names = list(scores)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            if (p := paired_p(scores[a], scores[b])) is not None:
-                gaps = [scores[a][k] - scores[b][k] for k in scores[a] if k in scores[b]]
-                compared.append((a, b, gaps, p))
-    adjusted = holm([p for *_, p in compared])
-    return [
-        Difference(a, b, statistics.fmean(gaps), *interval(gaps), q, len(gaps))
-        for (a, b, gaps, _), q in zip(compared, adjusted, strict=True)
+    there = [r for r in references if r in scores]
+    pairs = [
+        (name, reference)
+        for i, reference in enumerate(there)
+        for name in scores
+        if name != reference and name not in there[i:]
     ]
+    compared = [(a, b, p) for a, b in pairs if (p := paired_p(scores[a], scores[b])) is not None]
+    adjusted = holm([p for *_, p in compared])
+    found = []
+    for (a, b, _), q in zip(compared, adjusted, strict=True):
+        gaps = [scores[a][k] - scores[b][k] for k in scores[a] if k in scores[b]]
+        found.append(Difference(a, b, statistics.fmean(gaps), *interval(gaps), q, len(gaps)))
+    return found
 
 
 def ranks(
@@ -151,8 +159,9 @@ def ranks(
     """Ranks of rows in the order of their means, higher first; a row shares the rank of the rows
     before it unless a paired difference tells it apart from the first of them.
 
-    Rows are told apart by the paired t-test over shared bases, Holm-corrected over all pairs. A
-    lower mean never has a better rank. A rank is one more than the number of rows before its first.
+    The first of a rank is held against all rows below it by the paired t-test over shared bases,
+    Holm-corrected over these comparisons. A lower mean never has a better rank. A rank is one more
+    than the number of rows before its first.
 
     Args:
         scores: For each row one score per base.
@@ -163,14 +172,55 @@ def ranks(
     """
     names = sorted(scores, key=lambda n: -statistics.fmean(scores[n].values()))
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    raw = [paired_p(scores[a], scores[b]) for a, b in pairs]
-    known = [p for p in raw if p is not None]
-    if len(known) < len(pairs) or not pairs:
+    if not pairs or any(paired_p(scores[a], scores[b]) is None for a, b in pairs):
         return None
-    corrected = dict(zip(pairs, holm(known), strict=True))
-    first, ranked = names[0], {names[0]: 1}
-    for position, name in enumerate(names[1:], 2):
-        tied = corrected[first, name] >= level
-        ranked[name] = ranked[first] if tied else position
-        first = first if tied else name
+    ranked: dict[str, int] = {}
+    while len(ranked) < len(names):
+        at = len(ranked)
+        best, below = names[at], names[at + 1 :]
+        corrected = holm([paired_p(scores[best], scores[b]) or 0.0 for b in below])
+        tied = next((i for i, p in enumerate(corrected) if p < level), len(below))
+        ranked |= dict.fromkeys(names[at : at + 1 + tied], at + 1)
     return ranked
+
+
+Tasks = Mapping[object, Sequence[float]]  # by task (a network on a data set): a score for each run
+
+
+def interquartile_mean(tasks: Tasks) -> float:
+    """Mean of the middle half of all runs of all tasks (Agarwal et al. 2021, "Deep Reinforcement
+    Learning at the Edge of the Statistical Precipice").
+    """
+    from scipy import stats  # half a second, which a command line need not wait
+
+    return float(stats.trim_mean([v for runs in tasks.values() for v in runs], 0.25))
+
+
+def probability_of_improvement(first: Tasks, second: Tasks) -> float:
+    """Probability that a run of the first is better than one of the second on the same task, the
+    mean over tasks (Agarwal et al. 2021); equal ones count half.
+    """
+    signs = [np.sign(np.subtract.outer(runs, second[task])).mean() for task, runs in first.items()]
+    return float(0.5 + np.mean(signs) / 2)
+
+
+def stratified(
+    statistic: Callable[..., float], *rows: Tasks, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """A 95 % percentile interval by the stratified bootstrap (Agarwal et al. 2021): runs are drawn
+    anew within each task.
+
+    Args:
+        statistic: Of the rows.
+        *rows: Each a score for each run, by task.
+        draws: Bootstrap samples.
+        seed: Of the draws.
+    """
+    draw = np.random.default_rng(seed)
+
+    def again(row: Tasks) -> Tasks:
+        return {task: draw.choice(runs, len(runs)).tolist() for task, runs in row.items()}
+
+    values = [statistic(*map(again, rows)) for _ in range(draws)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -181,15 +181,30 @@ def test_a_public_checkpoint_counts_once_has_no_cost_and_says_that_val_may_be_se
     assert "one base network each: no ± and no ranks" in page
 
 
-def test_paired_differences_compare_all_rows_of_a_budget_controls_included():
+def cells_of(page, label):
+    return [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith(f"| {label} ")
+    ]
+
+
+def test_techniques_are_held_against_l1_and_uniform_width_and_nothing_else():
     gaps = [0.0, 0.1, -0.1, 0.05, 0.02]
     records = [record(seed=s, top1=90.0 + gaps[s]) for s in range(5)]
     records += [record("uniform-width", seed=s, top1=92.0 - gaps[s]) for s in range(5)]
     page = tables.paired(suite(**citable()), records)
-    (line,) = [ln for ln in page.splitlines() if ln.startswith("| l1-norm - uniform-width")]
-    cells = [c.strip() for c in line.strip("|").split("|")]
-    assert cells[1] == "-1.97"
-    assert cells[4:] == ["5", "uniform-width"]
+    over_all, alone = cells_of(page, "l1-norm")
+    assert over_all[1:] == ["1", "5", "90.02 (89.93 to 90.07)", "", "0.00 (0.00 to 0.00)", "0"]
+    assert alone[1:3] == ["90.01 ± 0.08", "**-1.97** (-2.16 to -1.78)"]
+    assert len(cells_of(page, "uniform-width")) == 1  # it is the reference: over all networks only
+    more = [record("random-channels", seed=s, top1=80.0 + s) for s in range(4)]
+    more.append(record("random-channels", seed=4, status="failed"))
+    page = tables.paired(suite(**citable()), records + more)
+    assert cells_of(page, "random-channels")[0][-1] == "1 of 5"
+    assert [c[0] for c in cells_of(page, "random-channels")] == [
+        "random-channels"
+    ]  # 4 bases: no test
     few = tables.paired(suite(**citable()), records[:3] + records[5:8])
     assert "Fewer than 5 shared bases" in few
     assert tables.comparable(suite(**citable()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -15,7 +15,15 @@ from widthbench.report.columns import COLUMNS, Column, cells_of, for_people, leg
 from widthbench.report.flags import FLAGS
 from widthbench.report.lines import Line, blocks, lines
 from widthbench.report.markdown import escaped, fenced
-from widthbench.statistics import LEAST, differences
+from widthbench.statistics import (
+    LEAST,
+    Difference,
+    differences,
+    interquartile_mean,
+    probability_of_improvement,
+    stratified,
+    summarise,
+)
 
 NOTES = """\
 How to read this: one row is one technique at one budget, mean ± sample standard
@@ -27,11 +35,19 @@ widths (with other draws, for other numbers of epochs); channels outside the sui
 their width in every row."""
 
 
+REFERENCES = ("l1-norm", "uniform-width")
+
 PAIRED = """\
-Each row compares two rows of the [leaderboard](leaderboard.md) on the same base
-networks (seeds): the mean of the paired differences of test top-1 at the last stage, in points; its
-95 % t-interval; the p-value of the paired t-test after Holm's correction over all pairs of this
-table; n; and which row is higher, "tied" where the corrected p-value is 0.05 or more."""
+Each technique against `l1-norm` and against `uniform-width`, by test top-1 at the last stage; no
+other pair is tested. *Difference*: the mean of the paired differences over base networks (seeds),
+in points, with its 95 % t-interval; p is that of the paired t-test, after Holm's correction over
+the comparisons of one network and budget. **Bold**: p below 0.05."""
+
+TOGETHER = """\
+Over all networks: the interquartile mean of the test top-1 of all runs, and the probability that a
+run is better than one of `l1-norm`, or of `uniform-width`, on the same network; both with 95 %
+intervals of the stratified bootstrap (2,000 draws; Agarwal et al. 2021). Only networks that both
+ran on count. Failed runs are counted in the last column and in nothing else."""
 
 
 CITING = "## Citing"
@@ -63,7 +79,7 @@ def leaderboard(
             "",
         ]
     if comparable(suite):
-        parts += ["Paired differences of all rows: [paired.md](paired.md).", ""]
+        parts += ["Each technique against L1 and uniform width: [paired.md](paired.md).", ""]
     state = _state(records, expected)
     images = {row.samples for r in records for row in r.rows}
     grain = (
@@ -170,45 +186,85 @@ def comparable(suite: Suite) -> bool:
 
 
 def paired(suite: Suite, records: Sequence[Record]) -> str:
-    """The markdown page of paired differences between all rows of each network and budget, controls
-    included.
+    """The markdown page that holds each technique against ``REFERENCES``: over all networks, then
+    on each.
     """
-    parts = [f"# {suite.name}: paired differences", "", PAIRED, ""]
+    parts = [f"# {suite.name}: comparisons", "", TOGETHER, ""]
+    rows = [line for line in lines(records, suite.cells()) if line.records and line.budget]
+    budgets: dict[str, list[Line]] = {}
+    for line in rows:
+        budgets.setdefault(str(line.budget), []).append(line)
+    for kept, block in budgets.items():
+        parts += [f"## {kept}", "", _together(block), ""]
+    parts += ["# Network by network", "", PAIRED, ""]
     grouped: dict[tuple[str, str, str | None], list[Line]] = {}
-    for line in lines(records):
-        if line.done and line.budget:
+    for line in rows:
+        if line.done:
             grouped.setdefault((line.dataset, line.model, line.budget), []).append(line)
     for (dataset, model, budget), block in grouped.items():
         parts += [f"## {escaped(model)} on {escaped(dataset)}, {budget}", ""]
-        compared = differences({line.label: line.scores() for line in block})
+        scores = {line.label: line.scores() for line in block}
+        compared = {(d.first, d.second): d for d in differences(scores, REFERENCES)}
         if not compared:
             parts += [f"Fewer than {LEAST} shared bases: nothing is compared.", ""]
             continue
-        rows = [
-            [
-                escaped(f"{d.first} - {d.second}"),
-                f"{d.mean:+.2f}",
-                f"{d.low:+.2f} to {d.high:+.2f}",
-                f"{d.adjusted:.2g}",
-                d.n,
-                escaped(d.verdict()),
-            ]
-            for d in compared
-        ]
-        headers = [
-            "difference of test top-1",
-            "mean",
-            "95 % interval",
-            "p, Holm",
-            "n",
-            "which is higher",
-        ]
-        align = ("left", "right", "right", "right", "right", "left")
-        parts += [
-            tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True),
-            "",
-        ]
+        parts += [_compared(block, compared), ""]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _compared(block: Sequence[Line], compared: Mapping[tuple[str, str], Difference]) -> str:
+    """Rows of one network and budget, each with its differences from the references."""
+    there = [r for r in REFERENCES if any(second == r for _, second in compared)]
+    headers = ["technique", "top-1"]
+    for reference in there:
+        headers += [f"difference from {reference}", "p, Holm"]
+    cells = []
+    for line in block:
+        if not any(first == line.label for first, _ in compared):
+            continue
+        row = [escaped(line.label), summarise(line.scores()).text()]
+        for reference in there:
+            if (d := compared.get((line.label, reference))) is None:
+                row += ["", ""]
+                continue
+            mark = "**" if d.adjusted < 0.05 else ""
+            row += [
+                f"{mark}{d.mean:+.2f}{mark} ({d.low:+.2f} to {d.high:+.2f})",
+                f"{d.adjusted:.2g}",
+            ]
+        cells.append(row)
+    align = ["left"] + ["right"] * (len(headers) - 1)
+    return tabulate(cells, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+
+
+def _together(block: Sequence[Line]) -> str:
+    """Rows of one budget over all networks."""
+    tasks: dict[str, dict[object, list[float]]] = {}
+    for line in block:
+        if line.done:
+            runs = [*line.scores().values()]
+            tasks.setdefault(line.label, {})[line.dataset, line.model] = runs
+    references = [r for r in REFERENCES if r in tasks]
+    headers = ["technique", "networks", "runs", "interquartile mean"]
+    cells = []
+    for label, mine in tasks.items():
+        low, high = stratified(interquartile_mean, mine)
+        text = f"{interquartile_mean(mine):.2f} ({low:.2f} to {high:.2f})"
+        row = [escaped(label), str(len(mine)), str(sum(map(len, mine.values()))), text]
+        for reference in references:
+            shared = {k: v for k, v in mine.items() if k in tasks[reference]}
+            if label == reference or not shared:
+                row.append("")
+                continue
+            low, high = stratified(probability_of_improvement, shared, tasks[reference])
+            share = probability_of_improvement(shared, tasks[reference])
+            row.append(f"{share:.2f} ({low:.2f} to {high:.2f})")
+        same = [line for line in block if line.label == label]
+        failed, of = sum(line.failed for line in same), sum(line.cells for line in same)
+        cells.append([*row, f"{failed} of {of}" if failed else "0"])
+    headers += [*(f"better than {r}" for r in references), "failed"]
+    align = ["left"] + ["right"] * (len(headers) - 1)
+    return tabulate(cells, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
 
 
 def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
