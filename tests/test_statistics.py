@@ -11,6 +11,7 @@ from widthbench.statistics import (
     holm,
     interquartile_mean,
     interval,
+    mcnemar,
     paired_p,
     probability_of_improvement,
     ranks,
@@ -135,6 +136,12 @@ def test_the_stratified_bootstrap_draws_within_tasks():
         (values,), statistics.fmean, method="percentile", random_state=0, vectorized=False
     ).confidence_interval
     assert (low, high) == pytest.approx((same.low, same.high), abs=0.05)
+
+
+def test_mcnemar_against_the_binomial_distribution_by_hand():
+    # at most 2 of 10 on one side, either side: 2 (1 + 10 + 45) / 1024
+    assert mcnemar(2, 8) == mcnemar(8, 2) == pytest.approx(112 / 1024)
+    assert mcnemar(0, 0) == 1.0
 
 
 def test_deviations_and_intervals_are_those_of_the_libraries():

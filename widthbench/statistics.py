@@ -13,6 +13,7 @@ import numpy as np
 from scipy import special
 
 LEAST = 5  # bases below which nothing is ranked
+LEVEL = 0.05  # of tests
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,18 @@ def ranks(
         tied = next((i for i, p in enumerate(corrected) if p < level), len(below))
         ranked |= dict.fromkeys(names[at : at + 1 + tied], at + 1)
     return ranked
+
+
+def mcnemar(first: int, second: int) -> float:
+    """Two-sided p-value of McNemar's exact test (McNemar 1947): two networks on the same samples.
+
+    Args:
+        first: Samples that the first alone gets right.
+        second: Samples that the second alone gets right.
+    """
+    from scipy import stats
+
+    return float(stats.binomtest(first, first + second).pvalue) if first + second else 1.0
 
 
 Tasks = Mapping[object, Sequence[float]]  # by task (a network on a data set): a score for each run

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 from made import DONE
+from scipy import stats
 
 from widthbench.claims import ledger
 from widthbench.claims.ledger import Claim, Evidence, Judged, Pick, Row, judge_row, overall
 from widthbench.errors import UsageError
 from widthbench.experiment.cell import Cell
-from widthbench.experiment.records import Record, Spent, read_records, write_records
+from widthbench.experiment.records import Record, Spent, packed, read_records, write_records
 from widthbench.experiment.records import Row as Scores
 from widthbench.recipe import Recipe
 from widthbench.report.claims import page, plain
@@ -313,6 +314,41 @@ def test_a_pick_of_nothing_that_the_suite_has_is_an_error_not_a_claim_that_was_n
         judge_row(value(at=Pick(suite="digit")), claim(), Evidence(tmp_path))
     with pytest.raises(ValueError, match="metric"):
         Pick(suite="digits", metric="top_1")
+
+
+def on_images(name, hits, top1=None):
+    made = record(name, 0, 50.0, checkpoint="abc")
+    right = 100 * sum(hits) / len(hits) if top1 is None else top1
+    row = Scores(stage="resized", top1=right, loss=0.1, samples=len(hits), right=packed(hits))
+    return made.model_copy(update={"rows": (row,)})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [(20, 3, "reproduced"), (3, 20, "not reproduced"), (12, 9, "inconclusive")],
+)
+def test_an_order_on_one_checkpoint_is_judged_over_its_images(tmp_path, first, second, verdict):
+    """McNemar: only images that one of the two gets right alone say anything."""
+    a = [True] * first + [False] * second + [True] * 300 + [False] * 50
+    b = [False] * first + [True] * second + [True] * 300 + [False] * 50
+    write_records(tmp_path / "tiny" / "records.jsonl", [on_images("a", a), on_images("b", b)])
+    judged = judge_row(order(), claim(), Evidence(tmp_path))
+    assert judged.verdict == verdict
+    assert f"{len(a)} images: {first} right here alone, {second} there alone" in judged.detail
+    p = stats.binomtest(first, first + second).pvalue
+    assert f"McNemar p = {p:.2g}" in judged.detail
+    downwards = judge_row(order(direction="<"), claim(), Evidence(tmp_path)).verdict
+    opposite = {"reproduced": "not reproduced", "not reproduced": "reproduced"}
+    assert downwards == opposite.get(verdict, verdict)
+
+
+def test_bits_of_images_are_those_of_the_score():
+    hits = [True, False, True, True, False, False, True, False, True]
+    row = on_images("a", hits).rows[0]
+    assert row.hits == hits
+    assert "right" not in Scores(stage="resized", top1=5.0, loss=0.1, samples=450).model_dump_json()
+    with pytest.raises(ValueError, match="which samples top1 counts"):
+        on_images("a", hits, top1=90.0)
 
 
 def test_bases_that_failed_leave_an_order_open(tmp_path):

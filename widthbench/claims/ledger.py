@@ -21,7 +21,7 @@ from widthbench.errors import UsageError, did_you_mean, first_problem
 from widthbench.experiment import suites
 from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.records import Record, Stage, read_records
-from widthbench.statistics import LEAST, Summary, interval, summarise
+from widthbench.statistics import LEAST, LEVEL, Summary, interval, mcnemar, summarise
 from widthbench.technique import registry
 from widthbench.technique.budget import written
 
@@ -149,7 +149,8 @@ class Row(_Strict):
         what: What is measured.
         kind: "value": within ``tolerance`` of ``reported``. "gain": ``at - minus``, likewise.
             "order": the paired difference ``at - minus`` over at least five bases has a 95 %
-            t-interval beyond ``bound`` (0). "ratio": the median of at least three paired runs
+            t-interval beyond ``bound`` (0); on one public checkpoint, McNemar's exact test over its
+            test images has p < 0.05. "ratio": the median of at least three paired runs
             against ``bound``. "property": every value (or every ``at - minus``) against ``bound``.
         reported: What the document says; absent where it gives no number.
         tolerance: Largest difference that counts as reproduced.
@@ -476,6 +477,8 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
             detail="; ".join(remarks) if failed else claim.needs,
         )
     verdict, measured, detail = _verdict(row, values)
+    if row.kind == "order" and row.at and row.minus and len(values) == 1:
+        verdict, detail = _over_images(row, picked.records, other.records) or (verdict, detail)
     if verdict == "reproduced" and (missing or any(r.provenance.get("dirty") for r in records)):
         # what is missing might say otherwise, and nobody can look up uncommitted code
         verdict = "inconclusive"
@@ -555,6 +558,32 @@ def _order(row: Row, numbers: Sequence[float], summary: Summary) -> tuple[Verdic
         "reproduced" if low > bound else "not reproduced" if high < bound else "inconclusive"
     )
     return verdict, summary, detail
+
+
+def _over_images(
+    row: Row, records: Sequence[Record], others: Sequence[Record]
+) -> tuple[Verdict, str] | None:
+    """An order on one checkpoint, by McNemar's exact test over its test images; None where records
+    do not say which were right.
+    """
+    assert row.at is not None
+    assert row.minus is not None
+    if len(records) != 1 or len(others) != 1 or row.bound or row.at.metric != "top1":
+        return None
+    rows = records[0].row(row.at.stage), others[0].row(row.minus.stage)
+    hits = [r.hits for r in rows if r is not None and r.hits is not None]
+    if len(hits) < len(rows):
+        return None
+    only = [sum(a and not b for a, b in zip(*h, strict=True)) for h in (hits, hits[::-1])]
+    p = mcnemar(*only)
+    detail = (
+        f"one checkpoint, {len(hits[0])} images: {only[0]} right here alone, {only[1]} there alone;"
+        f" McNemar p = {p:.2g}"
+    )
+    if p >= LEVEL:
+        return "inconclusive", detail
+    shown = (only[0] > only[1]) == (row.direction == ">")
+    return ("reproduced" if shown else "not reproduced"), detail
 
 
 def _rule(row: Row) -> str:

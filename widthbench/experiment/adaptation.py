@@ -19,7 +19,7 @@ from widthbench.experiment.bases import (
 )
 from widthbench.experiment.cell import Cell
 from widthbench.experiment.keys import device_of
-from widthbench.experiment.records import Row, Stage
+from widthbench.experiment.records import Row, Stage, packed
 from widthbench.progress import Progress, quiet
 from widthbench.recipe import Recipe, Spent
 from widthbench.technique.base import Outcome, Result, Technique
@@ -63,8 +63,8 @@ def cost_of(model: nn.Module, base: Base) -> Cost:
     return cost
 
 
-def score(model: nn.Module, split: splits.Data, stage: Stage) -> Row:
-    """Test and val scores of a network."""
+def score(model: nn.Module, split: splits.Data, stage: Stage, *, each: bool = False) -> Row:
+    """Test and val scores of a network; with ``each``, also which test samples are right."""
     size = batch_of(model, split)
     test = accuracy(model, split.test, batch_size=size)
     val = accuracy(model, split.val, batch_size=size) if len(split.val) else None
@@ -82,6 +82,7 @@ def score(model: nn.Module, split: splits.Data, stage: Stage) -> Row:
         samples=test.samples,
         val_top1=val.top1 if val else None,
         val_loss=val.loss if val else None,
+        right=packed(test.hits.tolist()) if each and test.hits is not None else "",
     )
 
 
@@ -207,11 +208,14 @@ def adapt(
         The rows, what the adaptation cost, and the network's cost.
     """
     cost = cost_of(model, base)
-    rows = [score(model, base.data, "resized")]
+    # one public checkpoint has no spread over bases: orders on it are judged over its test images
+    each = base.loaded
+    rows = [score(model, base.data, "resized", each=each)]
     spent = recalibrate(
         model, base.data.train, samples=cell.calibration, macs=cost.macs, seed=cell.seed
     )
-    again = score(model, base.data, "recalibrated") if batch_norms(model) else rows[0]
+    recalibrated = bool(batch_norms(model))
+    again = score(model, base.data, "recalibrated", each=each) if recalibrated else rows[0]
     rows.append(again.model_copy(update={"stage": "recalibrated"}))
     if not cell.finetune.epochs:
         return tuple(rows), spent, cost
@@ -224,7 +228,7 @@ def adapt(
         progress=progress,
         desc=f"fine-tune {cell.id}",
     )
-    rows.append(score(model, base.data, "fine-tuned"))
+    rows.append(score(model, base.data, "fine-tuned", each=each))
     return tuple(rows), spent.add(tuned), cost
 
 

@@ -160,7 +160,7 @@ class Whole(Control, name="base"):
         return call.record(
             cost,
             cost,
-            (score(base.model, base.data, "base"),),
+            (score(base.model, base.data, "base", each=base.loaded),),
             kept=1.0,
             widths=widths,
             base_widths=widths,

@@ -4,19 +4,24 @@ atomically.
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import (
     BeforeValidator,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -48,6 +53,8 @@ class Row(Frozen):
         samples: Test samples; each counts once.
         val_top1: Top-1 accuracy on val, %; None where nothing is held out.
         val_loss: Cross-entropy on val, nats; None likewise.
+        right: Which test samples were right, where the base network is a public checkpoint, of
+            which there is one (``hits``); left out of the file where it is "".
     """
 
     stage: Stage
@@ -57,6 +64,31 @@ class Row(Frozen):
     samples: int = Field(gt=0)
     val_top1: Percent | None = None
     val_loss: Nats | None = None
+    right: str = ""
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return data if self.right else {k: v for k, v in data.items() if k != "right"}
+
+    @model_validator(mode="after")
+    def _whole(self) -> Row:
+        if self.right and round(self.samples * self.top1 / 100) != sum(self.hits or ()):
+            raise ValueError("right does not say which samples top1 counts")
+        return self
+
+    @property
+    def hits(self) -> list[bool] | None:
+        """Which test samples were right, in their order; None where that is not known."""
+        if not self.right:
+            return None
+        bits = np.frombuffer(zlib.decompress(base64.b64decode(self.right)), np.uint8)
+        return [bool(b) for b in np.unpackbits(bits, count=self.samples)]
+
+
+def packed(hits: Sequence[bool]) -> str:
+    """Bits as text, for ``Row.right``."""
+    return base64.b64encode(zlib.compress(np.packbits(hits).tobytes(), 9)).decode()
 
 
 def _facts(value: Any) -> Any:

@@ -35,7 +35,8 @@ here and a verdict by a rule that was committed before the run that it judges (`
 
 *Value*: within the tolerance of the reported number (the same weights ±0.01 points; ImageNet ±0.3;
 own base networks ±1.0, gains ±3.0). *Order*: the paired difference over at least five base networks
-has a 95 % t-interval beyond the bound. *Ratio*: the median of at least three paired runs.
+has a 95 % t-interval beyond the bound; on one public checkpoint, McNemar's exact test over its test
+images has p < 0.05. *Ratio*: the median of at least three paired runs.
 *Property*: every value within the bound. *Proxy*: smaller work than the document's, or another
 set-up; it can show the direction or not, and is never called reproduced or not reproduced. *Not
 run* names what it needs. *Sanity checks*, at the end, are no findings: algebra, counts, and the

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,12 +33,15 @@ class Accuracy:
         top5: Share whose label is among the five highest, in %; None below 100 classes.
         loss: Mean cross-entropy, in nats.
         samples: Number of samples; each counts once.
+        hits: bool ``[samples]`` on the CPU, which samples were right, in their order; None where
+            several processes share them.
     """
 
     top1: float
     top5: float | None
     loss: float
     samples: int
+    hits: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 def fastest_layout(model: nn.Module) -> torch.memory_format:
@@ -70,8 +73,9 @@ def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accura
     strided = any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters())
     before = torch.channels_last if strided else torch.contiguous_format
     model.eval().to(memory_format=layout)
-    right = right5 = total = classes = 0
-    loss = 0.0
+    total = classes = 0
+    sums = torch.zeros(3, dtype=torch.float64)  # of losses, right ones, right ones among five
+    hits: list[Tensor] = []
     shared = (
         {"part": parallel.part}
         if parallel.world() > 1 and getattr(samples, "parted", False)
@@ -88,18 +92,23 @@ def accuracy(model: nn.Module, samples: Any, *, batch_size: int = 512) -> Accura
             with parallel.sharing(whole, len(y)):
                 logits = model(x.contiguous(memory_format=layout) if x.dim() == 4 else x).float()
             classes = logits.shape[1]
-            right += int((logits.argmax(1) == y).sum())
+            sums = sums.to(logits.device)  # nobody waits for it there
+            hit = logits.argmax(1) == y
+            hits.append(hit)
+            sums[0] += F.cross_entropy(logits.double(), y, reduction="sum")
+            sums[1] += hit.sum()
             if classes >= 100:
-                right5 += int((logits.topk(5, dim=1).indices == y[:, None]).any(1).sum())
-            loss += float(F.cross_entropy(logits.double(), y, reduction="sum"))
+                sums[2] += (logits.topk(5, dim=1).indices == y[:, None]).any(1).sum()
             total += len(y)
+    loss, right, right5 = sums.tolist()
     if shared:
         parts = parallel.gather((right, right5, loss, total, classes))
-        right, right5, total = (sum(int(f[i]) for f in parts) for i in (0, 1, 3))
-        loss, classes = sum(f[2] for f in parts), max(f[4] for f in parts)
+        right, right5, loss, total = (sum(f[i] for f in parts) for i in range(4))
+        classes = max(f[4] for f in parts)
     model.train(training).to(memory_format=before)
     top5 = 100 * right5 / total if classes >= 100 else None
-    return Accuracy(100 * right / total, top5, loss / total, total)
+    each = None if shared else torch.cat(hits).cpu()
+    return Accuracy(100 * right / total, top5, loss / total, total, each)
 
 
 def replayed(work: Callable[[], object]) -> Callable[[], object]:
