@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
 from sklearn.decomposition import NMF as Factorisation
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
@@ -36,7 +37,13 @@ class NMF(Technique):
     Args:
         iterations: The most that scikit-learn's coordinate descent may take; its own default.
         tolerance: Where it stops before: the violation of the optimality conditions over that at
-            the start; its own default.
+            the start; its own default. With ``signed``: the relative fall of the error in a step.
+        signed: Semi-NMF (Ding, Li and Jordan 2010) instead: W and Y keep their signs, Z alone is
+            non-negative.
+        spread: With ``signed``, what is added to the clusters that Z starts from. With 0 each
+            channel stays a positive multiple of one filter, so that ReLU commutes with Z; Ding et
+            al. add 0.2, with which Z gets dense (the public LeNet-300-100 at half its channels then
+            scores 10 %, and 89 % with 0).
     """
 
     id = "nmf"
@@ -52,6 +59,8 @@ class NMF(Technique):
 
     iterations: Count = 200
     tolerance: NotNegative = 1e-4
+    signed: bool = False
+    spread: NotNegative = 0.0
 
     def skip(self, task: Task) -> str | None:
         """The first group that cannot be factorised, and why."""
@@ -64,7 +73,7 @@ class NMF(Technique):
         """Factorise every group at its width, from a random start by the task's seed."""
         plan, residuals = {}, {}
         for name, width in task.widths().items():
-            weights = non_negative(task.model, task.groups, name)
+            weights = folded(task.model, task.groups, name)
             if width == len(weights):
                 continue
             mix, filters, residuals[name] = self.factorise(weights, width, task.seed)
@@ -75,13 +84,17 @@ class NMF(Technique):
     def factorise(
         self, weights: np.ndarray, width: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray, float]:
-        """``W₊ᵀ [N, D]`` as ``Zᵀ [N, P]`` times ``Yᵀ [P, D]``, and ``‖W₊ - Y Z‖`` (Frobenius)."""
+        """``Wᵀ [N, D]`` as ``Zᵀ [N, P]`` times ``Yᵀ [P, D]``, and ``‖W - Y Z‖`` (Frobenius); W's
+        negative entries are zeroed unless signs are kept.
+        """
+        if self.signed:
+            return semi_nmf(weights, width, seed, self.spread, self.iterations, self.tolerance)
         model = Factorisation(
             width, init="random", random_state=seed, max_iter=self.iterations, tol=self.tolerance
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are a parameter
-            mix = model.fit_transform(weights)
+            mix = model.fit_transform(np.maximum(weights, 0))
         return mix, model.components_, float(model.reconstruction_err_)
 
 
@@ -108,16 +121,50 @@ def obstacle(model: nn.Module, groups: Groups, name: str) -> str | None:
     return None
 
 
+def folded(model: nn.Module, groups: Groups, name: str) -> np.ndarray:
+    """``Wᵀ [N, D]``: one row per channel, BatchNorm folded, bias last."""
+    rows = filter_rows(model, groups, name, groups[name].producers[0], fold=True)
+    return rows.cpu().numpy()
+
+
 def non_negative(model: nn.Module, groups: Groups, name: str) -> np.ndarray:
-    """``W₊ᵀ [N, D]``: one row per channel, BatchNorm folded, bias last, negative entries set to
-    zero.
+    """``W₊ᵀ [N, D]``: ``folded``, negative entries set to zero."""
+    return np.maximum(folded(model, groups, name), 0)
+
+
+def semi_nmf(
+    weights: np.ndarray, width: int, seed: int, spread: float, iterations: int, tolerance: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Semi-NMF by the multiplicative updates of Ding, Li and Jordan ("Convex and Semi-Nonnegative
+    Matrix Factorizations", 2010, equations 10 and 11), from the clusters of k-means as there.
+
+    Args:
+        weights: ``Wᵀ [N, D]``, of any sign.
+        width: P.
+        seed: Of k-means.
+        spread: Added to the clusters.
+        iterations: The most updates.
+        tolerance: Ends where the error falls by less, relative to itself.
+
+    Returns:
+        ``Zᵀ [N, P]``, not negative; ``Yᵀ [P, D]``; ``‖W - Y Z‖`` (Frobenius), which no update
+        raises.
     """
-    return (
-        filter_rows(model, groups, name, groups[name].producers[0], fold=True)
-        .clamp_min(0)
-        .cpu()
-        .numpy()
-    )
+    w = weights.astype(np.float64)
+    clusters = KMeans(width, n_init=1, random_state=seed).fit_predict(w)
+    z = np.eye(width)[clusters] + spread
+    error = math.inf
+    for _ in range(iterations):
+        y = np.linalg.pinv(z) @ w
+        before, error = error, float(np.linalg.norm(w - z @ y))
+        if before - error <= tolerance * error:
+            break
+        up, square = w @ y.T, y @ y.T
+        positive = np.maximum(up, 0) + z @ np.maximum(-square, 0)
+        negative = np.maximum(-up, 0) + z @ np.maximum(square, 0)
+        z *= np.sqrt(positive / np.maximum(negative, 1e-12))
+    y = np.linalg.pinv(z) @ w
+    return z, y, float(np.linalg.norm(w - z @ y))
 
 
 def replaced(

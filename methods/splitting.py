@@ -62,13 +62,17 @@ class Splitting(Technique):
     Args:
         select: "eigen" as above; controls: "random", neurons at random, each along a random
             direction; "width", all groups widened alike, along random directions.
-        per: What λ_min is divided by: "neuron" nothing, "cost" what the split adds to what the
-            budget counts.
+        per: What λ_min is divided by: "cost" what the split adds to what the budget counts (as in
+            the paper's sequel, Wang et al., "Energy-Aware Neural Architecture Optimization with
+            Fast Splitting Steepest Descent", 2019), "neuron" nothing. Without it a budget of MACs
+            starves layers: the least eigenvalues lie where inputs are many, and so does the cost.
         narrow: Share of the channels of the uniform network at the budget that the network starts
             with.
+        begin: The most that it starts with, as a share of the channels of the network that budgets
+            refer to: one small start for all budgets.
         rounds: Of growth, each by the same factor, and by one neuron at least. A round can at most
             double a layer: where it falls short, rounds are added, up to as many again, and one for
-            each halving by ``narrow``.
+            each doubling from the start to the uniform network.
         growth: Channels that a round adds at most; rounds then go on until the budget is reached.
         epochs: Of training in each round; other settings are those of the task's recipe, its
             warm-up in the first round only.
@@ -93,8 +97,9 @@ class Splitting(Technique):
 }"""
 
     select: Select = "eigen"
-    per: Literal["neuron", "cost"] = "neuron"
+    per: Literal["neuron", "cost"] = "cost"
     narrow: Share = 0.5
+    begin: Share | None = None
     rounds: Count = 5
     growth: Count | None = None
     epochs: Positive = 2
@@ -135,10 +140,9 @@ class Growing:
         self.method, self.task = method, task
         self.growable, left_out = splittable(task.model, task.groups, task.example_input[:1])
         full = uniform_widths(task.groups, task.budget, task.cost, task.reference)
-        self.widths = {
-            n: max(1, round(method.narrow * w)) if n in self.growable else w
-            for n, w in full.items()
-        }
+        self.widths = {n: self._start(n, w) for n, w in full.items()}
+        # doublings that the start asks for
+        self.doublings = math.ceil(math.log2(max(w / self.widths[n] for n, w in full.items())))
         self.model = at_widths(task, self.widths)
         reinitialise(self.model, task.seed)
         self.groups = task.regroup(self.model)
@@ -147,6 +151,15 @@ class Growing:
         self.way = Trajectory(task)
         self.way.series["left_out"] = [f"{n}: {why}" for n, why in left_out.items()]
         self.splits, self.stable = 0, False
+
+    def _start(self, name: str, width: int) -> int:
+        """Channels that a group starts with, where the uniform network at the budget has
+        ``width``.
+        """
+        if name not in self.growable:
+            return width
+        most = (self.method.begin or 1) * self.task.groups[name].channels
+        return max(1, round(min(self.method.narrow * width, most)))
 
     def _seed(self, number: int) -> int:
         """Of a round: each sees the data in an order of its own."""
@@ -170,7 +183,7 @@ class Growing:
         self._point(number)
         if not last:
             split = self._chosen(number, self._target(number))
-            most = MOST_ROUNDS * method.rounds + math.ceil(-math.log2(method.narrow))
+            most = MOST_ROUNDS * method.rounds + self.doublings
             self.stable = not split or (method.growth is None and number + 1 >= most)
             if not self.stable:
                 self._split(split)

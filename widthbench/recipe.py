@@ -23,6 +23,8 @@ class Recipe(BaseModel):
             by step.
         min_lr: Where the cosine ends.
         label_smoothing: Of the cross-entropy.
+        clip: The largest norm of a step's gradients, all parameters together; larger ones are
+            scaled down to it. 0 for no limit.
         crop: Pixels of black padding on each side before a random crop of the old size.
         flip: Mirror every other image, left to right.
         cutout: Side in pixels of a black square at a random place.
@@ -49,6 +51,7 @@ class Recipe(BaseModel):
     warmup_epochs: float = Field(default=0, ge=0)
     min_lr: float = Field(default=0, ge=0)
     label_smoothing: float = Field(default=0, ge=0, lt=1)
+    clip: float = Field(default=0, ge=0)
     crop: int = Field(default=0, ge=0, le=64)
     flip: bool = False
     cutout: int = Field(default=0, ge=0, le=512)

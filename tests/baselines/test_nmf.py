@@ -1,6 +1,8 @@
 """NMF: what it puts into a network against hand computation and scikit-learn; on public weights,
 near the document's average."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import zoo
 from torch import nn
 from torch.nn import functional as F
 from widthbench._claims import neuron_merging as checks
-from widthbench.baselines.nmf import NMF, non_negative, obstacle, replaced
+from widthbench.baselines.nmf import NMF, non_negative, obstacle, replaced, semi_nmf
 
 import widthbench
 from widthbench.errors import UsageError
@@ -46,6 +48,47 @@ def test_linear_layer_by_hand():
     )
     expected = net.fc3(net.act2(y @ torch.from_numpy(mix).T @ net.fc2.weight.T + net.fc2.bias))
     assert torch.allclose(small(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_semi_nmf_keeps_signs_and_never_gets_worse():
+    draw = np.random.default_rng(0)
+    weights = draw.normal(size=(20, 15))
+    mix, filters, error = semi_nmf(weights, 6, 0, 0.2, 200, 0.0)
+    assert (mix >= 0).all()
+    assert (filters < 0).any()
+    assert error == pytest.approx(np.linalg.norm(weights - mix @ filters))
+    errors = [semi_nmf(weights, 6, 0, 0.2, steps, 0.0)[2] for steps in (1, 3, 10, 30, 100)]
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(errors))
+    # the best of rank 6 with any signs bounds it from below
+    values = np.linalg.svd(weights, compute_uv=False)
+    assert np.sqrt((values[6:] ** 2).sum()) <= error < np.linalg.norm(weights)
+
+
+def test_semi_nmf_finds_what_a_product_was_made_of():
+    """W = Z Y with each channel a positive multiple of one of three filters."""
+    draw = np.random.default_rng(1)
+    filters = draw.normal(size=(3, 12))
+    mix = np.zeros((9, 3))
+    mix[np.arange(9), np.arange(9) % 3] = draw.uniform(0.5, 2, size=9)
+    error = min(semi_nmf(mix @ filters, 3, seed, 0.0, 500, 0.0)[2] for seed in range(3))
+    assert error < 1e-3 * np.linalg.norm(mix @ filters)
+
+
+def test_semi_nmf_keeps_more_of_a_network_than_nmf():
+    """Zeroing negative weights, as the document has it, is what breaks NMF here."""
+    net, data = zoo.public_lenet()
+    top1 = {}
+    for signed in (False, True):
+        small = widthbench.apply(
+            "nmf",
+            net,
+            budget="channels:0.5",
+            example_input=zoo.first(data),
+            signed=signed,
+            iterations=50,
+        )
+        top1[signed] = accuracy(small, data.test).top1
+    assert top1[True] > 85 > 30 > top1[False]
 
 
 def test_convolution_with_a_folded_norm_by_hand():

@@ -18,7 +18,7 @@ from widthbench.statistics import summarise
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = (
-    [f"M{i}" for i in range(1, 9)]
+    [f"M{i}" for i in range(1, 10)]
     + [f"A{i}" for i in range(1, 10)]
     + [f"S{i}" for i in range(1, 9)]
     + [f"R{i}" for i in range(1, 10)]
@@ -128,8 +128,15 @@ TABLES = {
         ResNet-34,20 40.66 53.95 13.29 67.32 78.66 11.34 17
         ResNet-34,30 12.52 35.56 23.04 29.43 61.07 31.64 15
     """,
+    "M9": """
+        50 88.40 88.69
+        60 85.17 86.92
+        70 71.26 82.75
+        80 66.76 80.02
+    """,
 }
 NAMES = {
+    "M9": ("{} %, pruned", "{} %, merged"),
     "M1": ("{}, baseline", "{}, pruned", "{}, merged", "{}, gain of merging"),
     "M2": ("{} %, pruned", "{} %, merged", "{} %, gain of merging", "{} %, parameters"),
     "M3": (

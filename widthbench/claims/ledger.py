@@ -568,12 +568,15 @@ def _over_images(
     """
     assert row.at is not None
     assert row.minus is not None
-    if len(records) != 1 or len(others) != 1 or row.bound or row.at.metric != "top1":
+    if row.bound or row.at.metric != "top1":
         return None
-    rows = records[0].row(row.at.stage), others[0].row(row.minus.stage)
-    hits = [r.hits for r in rows if r is not None and r.hits is not None]
-    if len(hits) < len(rows):
-        return None
+    hits = []
+    for some, stage in ((records, row.at.stage), (others, row.minus.stage)):
+        rows = [r for record in some if (r := record.row(stage)) is not None]
+        # seeds that draw nothing give the same network; where they do, there is not one order
+        if len({r.right for r in rows}) != 1 or rows[0].hits is None:
+            return None
+        hits.append(rows[0].hits)
     only = [sum(a and not b for a, b in zip(*h, strict=True)) for h in (hits, hits[::-1])]
     p = mcnemar(*only)
     detail = (

@@ -183,6 +183,7 @@ class _Steps:
         ):
             loss = next(run.objective(run.network, x, y))
         loss.backward()
+        run.clip()
         run.optimizer.step()
         self.losses.index_copy_(0, self.place, loss.detach().float()[None])
         self.step += 1

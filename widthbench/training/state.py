@@ -211,6 +211,7 @@ class Run:
         loss = self._gradients_or_halves(x, y, whole)
         if not math.isfinite(loss):
             raise self.diverged(loss, self.step)
+        self.clip()
         self.optimizer.step()
         if self.plain:
             self.ending.add(self.step, loss, y)
@@ -218,6 +219,11 @@ class Run:
             self.average.update(self.model)
         self.seen += whole
         self.step += 1
+
+    def clip(self) -> None:
+        """Scale large gradients down, where the recipe says so."""
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
 
     def diverged(self, loss: float, step: int) -> DivergedError:
         """The error that says so, for a step counted from 0."""
