@@ -213,7 +213,7 @@ def test_where_gradient_descent_is_stuck_a_split_lowers_the_loss_by_the_law():
         ({}, "channels:0.4"),
         ({"select": "random"}, "params:0.3"),
         ({"select": "width"}, "macs:0.5"),
-        ({"per": "cost"}, "params:0.3"),
+        ({"per": "neuron"}, "params:0.3"),
         ({"exact": True, "samples": 16}, "channels:0.4"),
     ],
 )
@@ -242,6 +242,18 @@ def test_a_round_splits_a_neuron_even_if_that_is_more_than_its_growth():
     assert len(splits) < 12
     assert all(after > before for before, after in itertools.pairwise(splits))
     assert record.met
+
+
+def test_one_small_start_for_all_budgets():
+    starts = []
+    for budget in ("channels:0.2", "channels:0.5"):
+        record = run_cell(cell({"begin": 0.05, "epochs": 0.25}, budget=budget, size=8), Store())
+        assert record.status == "done", record.reason
+        assert record.met
+        starts.append({n: record.series[f"width.{n}"][0] for n in record.widths})
+    assert starts[0] == starts[1] == {"ip1": 15, "ip2": 5}  # of 300 and 100
+    wide = run_cell(cell({"begin": 0.9, "epochs": 0.25}, budget="channels:0.2", size=8), Store())
+    assert wide.series["trajectory.open"][0] == 40  # half of the uniform network is less
 
 
 def test_budgets_above_1_grow_beyond_the_network():

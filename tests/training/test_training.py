@@ -208,6 +208,21 @@ def test_accuracy_is_the_same_at_any_batch_size(name):
     assert max(s.loss for s in scores) - min(s.loss for s in scores) < 1e-6
 
 
+@pytest.mark.parametrize("clip", [0.1, 1e6])
+def test_one_clipped_step_equals_torchs_own(digits, clip):
+    """Gradients of a larger norm than ``clip`` are scaled down to it, others left as they are."""
+    recipe = Recipe(epochs=1, batch_size=len(digits.train), lr=0.1, momentum=0, weight_decay=0)
+    model, twin = small(), small()
+    fit(model, digits.train, recipe.model_copy(update={"clip": clip}), macs=1)
+    ((x, y),) = digits.train.batches(len(digits.train), generator=torch.Generator().manual_seed(0))
+    F.cross_entropy(twin(x), y).backward()
+    norm = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm()
+    assert 0.1 < norm < 1e6
+    scale = min(1.0, clip / float(norm))
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(mine, other - 0.1 * scale * other.grad, atol=1e-6)
+
+
 def test_one_adamw_step_with_label_smoothing_equals_torchs_own(digits):
     model, reference = small(), small()
     recipe = Recipe(
