@@ -100,7 +100,7 @@ class Splitting(Technique):
     per: Literal["neuron", "cost"] = "cost"
     narrow: Share = 0.5
     begin: Share | None = None
-    rounds: Count = 5
+    rounds: Count = 10
     growth: Count | None = None
     epochs: Positive = 2
     final_epochs: Positive | None = None

@@ -52,11 +52,14 @@ def exponent_of_n(evidence: Evidence) -> Picked:
     return _exponent(evidence, "n", "d", 200)
 
 
+LARGE = {"d": 512, "n": 8}  # where time per operation has settled
+
+
 def _exponent(evidence: Evidence, name: str, fixed: str, value: int) -> Picked:
     rows = [
         r
         for r in _lines(evidence, "splitting-speed.jsonl")
-        if r["what"] == "exact" and r[fixed] == value
+        if r["what"] == "exact" and r[fixed] == value and r[name] >= LARGE[name]
     ]
     if len(rows) < 3:
         return Picked()
@@ -148,6 +151,18 @@ class Growth:
         return Picked(found, records, len(meant) - len(records))
 
 
+def most_rounds(evidence: Evidence) -> Picked:
+    """Rounds of the largest network, by seed."""
+    (pick,) = Growth.picks
+    records = [r for r in evidence.of(pick.suite) if r.status == "done" and pick.matches(r.cell)]
+    rounds: dict[object, float] = {}
+    for r in records:
+        seed = r.cell.seed
+        rounds[seed] = max(rounds.get(seed, 0.0), float(r.series["trajectory.step"][-1]))
+    return Picked(rounds, records)
+
+
+most_rounds.picks = Growth.picks  # type: ignore[attr-defined]
 rounds_against_width = Growth("step")
 splits_against_width = Growth("splits")
 
@@ -161,12 +176,17 @@ class Pipeline:
     Args:
         dataset: Its name.
         model: The network.
+        suite: Of both.
+        budget: Of both; None for all.
     """
 
-    def __init__(self, dataset: str, model: str) -> None:
-        shared: dict[str, Any] = {"suite": "growing", "dataset": dataset, "model": model}
+    def __init__(
+        self, dataset: str, model: str, suite: str = "growing", budget: str | None = None
+    ) -> None:
+        shared: dict[str, Any] = {"suite": suite, "dataset": dataset, "model": model}
+        shared |= {"budget": budget} if budget else {}
         self.picks = [
-            Pick(**shared, technique="splitting", params={"select": "eigen"}),
+            Pick(**shared, technique="splitting", params={"select": "eigen", "per": "cost"}),
             Pick(**shared, technique="l1-norm"),
         ]
 
@@ -193,3 +213,7 @@ pipeline_lenet_300_100 = Pipeline("mnist", "lenet_300_100")
 pipeline_lenet5 = Pipeline("mnist", "lenet5")
 pipeline_vgg16_cifar = Pipeline("cifar10", "vgg16_cifar")
 pipeline_mobilenetv1_100_cifar = Pipeline("cifar10", "mobilenetv1_100_cifar")
+pipeline_mobilenetv1_025_cifar = Pipeline(
+    "cifar10", "mobilenetv1_025_cifar", "cifar10-small", "macs:0.25"
+)
+pipeline_resnet20_cifar = Pipeline("cifar10", "resnet20_cifar", "cifar10-small", "macs:0.25")

@@ -30,7 +30,7 @@ NETWORKS = {  # (size, channels, batch)
 }
 PAIRS = 7
 TOLERANCE = 1e-3
-DEPTHS = (128, 256, 512, 1024)  # d
+DEPTHS = (128, 256, 512, 1024, 2048)  # d
 COUNTS = (8, 16, 32, 64)  # n
 REPEATS = 3
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,11 @@ def loss_of(model, sample: Sample) -> torch.Tensor:
     return sample.criterion(model(sample.x), sample.y).mean()
 
 
-def descend(model, sample: Sample, steps: int) -> list[float]:
-    """Losses along gradient descent with momentum."""
+def descend(model, sample: Sample, steps: int, origins: Sequence[int] = ()) -> list[float]:
+    """Losses along gradient descent with momentum; neurons of one origin stay copies of each other
+    (their slopes are the same but for rounding, which momentum would let part them).
+    """
+    share = torch.tensor(origins)[:, None] == torch.tensor(origins) if origins else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for _ in range(steps):
@@ -62,6 +66,12 @@ def descend(model, sample: Sample, steps: int) -> list[float]:
         loss = loss_of(model, sample)
         loss.backward()
         optimizer.step()
+        if share is not None:
+            mean = share.double() / share.sum(dim=1, keepdim=True)
+            with torch.no_grad():
+                for p in (model[0].weight, model[0].bias):
+                    p.copy_(mean @ p)
+                model[2].weight.copy_(model[2].weight @ mean)
         losses.append(float(loss.detach()))
     return losses
 
@@ -117,13 +127,14 @@ def law(seed: int) -> list[dict]:
 
 def grow(seed: int, select: str) -> list[float]:
     """Losses of a network that grows by one neuron a round: split by the law, along a random
-    direction, at ε = 0, or not at all.
+    direction, at ε = 0 as tied copies, or not at all.
     """
     model, sample = problem(seed)
-    losses = []
+    losses: list[float] = []
+    origins = [0]  # of copies
     draw = torch.Generator().manual_seed(seed)
     for neurons in range(1, NEURONS + 1):
-        losses += descend(model, sample, STEPS)
+        losses += descend(model, sample, STEPS, origins if select == "copies" else ())
         if select == "none" or neurons == NEURONS:
             continue
         groups = find_groups(model, sample.x[:1], cache=False)
@@ -134,6 +145,7 @@ def grow(seed: int, select: str) -> list[float]:
             vectors = F.normalize(
                 torch.randn(vectors.shape, generator=draw, dtype=torch.float64), dim=1
             )
+        origins.append(origins[row])
         epsilon = 0.0 if select == "copies" else 0.05
         model = split_neurons(
             model, groups, {"0": (torch.tensor([row]), vectors[row : row + 1])}, epsilon
@@ -164,7 +176,7 @@ def draw(rows: list[dict], curves: dict[str, list[list[float]]], path: Path) -> 
     names = {
         "eigen": "split along the eigenvector",
         "random": "a random neuron, a random direction",
-        "copies": "copied as they are (ε = 0)",
+        "copies": "copied as they are (ε = 0, tied)",
         "none": "not split",
     }
     for select, color in (("eigen", "C0"), ("random", "C1"), ("copies", "C2"), ("none", "0.5")):
