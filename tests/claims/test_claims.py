@@ -671,7 +671,9 @@ def test_splittings_costs_are_read_as_ratios_of_their_pairs(tmp_path):
         for n in ("lenet5", "x")
         for p in (1.0, 3.0)
     ]
-    times = [{"what": "exact", "n": 4, "d": d, "seconds": d**2.5} for d in (128, 256, 512)]
+    times = [{"what": "exact", "n": 4, "d": d, "seconds": d**2.5} for d in (512, 1024, 2048)]
+    # smaller ones, where LAPACK has not settled, are left out
+    times.append({"what": "exact", "n": 4, "d": 128, "seconds": 1e9})
     times += [{"what": "exact", "n": n, "d": 200, "seconds": 3 * n} for n in (8, 16, 32)]
     _write(tmp_path, "splitting-speed.jsonl", pairs + times)
     found = Evidence(tmp_path)
@@ -746,7 +748,9 @@ def test_a_pipelines_cost_is_all_that_it_spent(tmp_path):
         for c in ledger.suites.load("growing").cells()
         if c.model == "lenet5" and c.dataset == "mnist" and c.seed == 0
     ]
-    split = [c for c in cells if c.technique == "splitting" and "select" not in c.params]
+    split = [
+        c for c in cells if c.technique == "splitting" and not c.params.keys() & {"select", "per"}
+    ]
     prune = [c for c in cells if c.technique == "l1-norm"]
     assert len(split) == len(prune) == 2
     records = [spent(c, base=0, decision=20, adaptation=5) for c in split] + [
