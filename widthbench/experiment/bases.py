@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from widthbench import cache, parallel
 from widthbench.data import sources, splits
 from widthbench.errors import DivergedError
+from widthbench.experiment import published
 from widthbench.experiment.cell import Cell
-from widthbench.experiment.keys import base_key, device_of
+from widthbench.experiment.keys import base_key, device_of, published_base
 from widthbench.networks import models, weights
 from widthbench.paths import Lock, cache_dir, write_atomic
 from widthbench.progress import Progress, quiet
@@ -126,8 +127,11 @@ def obtain_base(cell: Cell, *, progress: Progress = quiet) -> Base:
     if not cell.trains_base:
         digest = load_weights(cell, model)
         return Base(model, *_known(cell, model, x), split, x, Spent(), digest, loaded=True)
+    if (known := published_base(cell)) is not None:
+        cost, digest = published.read(known[0], model)
+        return Base(model, *_known(cell, model, x), split, x, cost, digest)
     key = base_key(cell)
-    path = cache_dir() / "bases" / f"{key}.safetensors"
+    path = cache_dir() / published.FOLDER / f"{key}.safetensors"
     if (
         spent := _read_weights(path, model)
     ) is not None and parallel.world() == 1:  # where nothing may be written, too

@@ -84,6 +84,8 @@ class Cell(Frozen):
         checkpoint: Weights file of the base network, which is then not trained.
         sha256: What that file's digest must begin with.
         pretrained: Take the weights that timm publishes.
+        bases: "published" takes the base network that is published with the results, where there is
+            one of these settings, and trains it otherwise; "trained" always trains it.
         mean: Per-channel mean to normalise with; that of the training images (or of the pretrained
             network) if empty.
         std: Per-channel standard deviation likewise.
@@ -116,6 +118,7 @@ class Cell(Frozen):
     checkpoint: str | None = None
     sha256: str | None = None
     pretrained: bool = False
+    bases: Literal["trained", "published"] = "trained"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     finetune: Recipe

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from widthbench.data import sources
 from widthbench.errors import UsageError
+from widthbench.experiment import published
 from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.records import digest_of
 from widthbench.networks import weights
@@ -33,7 +35,7 @@ CELL_CODE = (
     "technique",
     *(
         f"experiment/{room}.py"
-        for room in ("adaptation", "bases", "billing", "controls", "keys", "protocol")
+        for room in ("adaptation", "bases", "billing", "controls", "keys", "protocol", "published")
     ),
 )
 
@@ -79,11 +81,24 @@ def base_key(cell: Cell) -> str:
 
 def _base_key(cell: Cell, plain: Mapping[str, Any]) -> str:
     text = json.dumps({name: plain[name] for name in BASE_FIELDS}, sort_keys=True)
+    if (known := published_base(cell)) is not None:  # whatever code and versions trained it
+        return digest_of({"published": known[1]["sha256"], "device": device_of(cell).type})[:40]
     data_digest, weights_digest = sources.load(cell.dataset).digest, _weights_digest(cell)
     used = tuple(sorted(_relevant_versions().items()))
     return _base_digest(
         text, device_of(cell).type, data_digest, weights_digest, used, code_digest(*BASE_CODE)
     )
+
+
+def published_base(cell: Cell) -> tuple[Path, dict[str, Any]] | None:
+    """The published base network that a cell takes, with what is published of it; None where it
+    takes none.
+    """
+    if cell.bases != "published" or not cell.trains_base:
+        return None
+    path = published.place(cell, BASE_FIELDS)
+    facts = published.facts(path)
+    return None if facts is None else (path, facts)
 
 
 @functools.lru_cache(maxsize=1024)  # a base has many cells

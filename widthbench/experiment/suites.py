@@ -182,6 +182,8 @@ class Suite(_Strict):
         longest: The most epochs that ``scratch-budget:X`` and ``l1-budget:X`` train for, as a
             multiple of X's in all: a network of 1/32 of the MACs would otherwise train 32 times as
             long. Its train cost on the leaderboard says what it used.
+        bases: "published" starts from the base networks that are published with the results, where
+            there are some of these settings; "trained" trains them.
         scope: "inner" or "all" groups.
         threads: CPU threads per cell.
         device: "auto", "cpu" or "cuda".
@@ -207,6 +209,7 @@ class Suite(_Strict):
     calibration: int = Field(default=1024, ge=2)
     val: float = Field(default=0.2, ge=0, lt=1)
     longest: float | None = Field(default=None, ge=1)
+    bases: Literal["trained", "published"] = "trained"
     scope: Literal["inner", "all"] = "inner"
     threads: int = Field(default=1, ge=1, le=256)
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from widthbench.errors import UsageError
-from widthbench.experiment import keys
+from widthbench.experiment import keys, published
 from widthbench.experiment.records import Line, Record, read_lines, read_records, write_records
 from widthbench.experiment.store import Store
 from widthbench.experiment.suites import Suite
@@ -274,8 +274,28 @@ def publish(suite: Suite, results: Path, *, replace: bool = False) -> list[Path]
             f" {suite.name}`)"
         )
     records = in_order(suite, list(merged.values()))
+    bases = _publish_bases(records) if suite.bases == "published" else []
     shapes = {(r.cell.dataset, r.cell.network, shape_of(r)) for r in records if r.status == "done"}
-    return write(suite, folder, records, [t for key, t in timings.items() if key in shapes], ())
+    kept = [t for key, t in timings.items() if key in shapes]
+    return [*write(suite, folder, records, kept, ()), *bases]
+
+
+def _publish_bases(records: Sequence[Record]) -> list[Path]:
+    """Put the base networks of records beside them, from the cache; those that are there stay."""
+    files: list[Path] = []
+    for record in records:
+        cell = record.cell
+        if cell.technique != "base" or record.status != "done" or keys.published_base(cell):
+            continue
+        source = published.cached(str(record.provenance["base_digest"]))
+        if source is None:
+            warnings.warn(
+                f"{cell.id}: its network is not in this cache, and is not published", stacklevel=3
+            )
+            continue
+        target = published.place(cell, keys.BASE_FIELDS)
+        files += published.publish(source, target, record.provenance)
+    return files
 
 
 def write(
