@@ -396,6 +396,7 @@ def more(rows: list[dict], path: Path) -> Path:
             values = np.array([r["single"][what] for r in some])
             band(left, np.array(SHARES), values, colour, f"{net}, {what}", style)
     left.set_yscale("symlog", linthresh=10)
+    left.set_ylim(-2, 1e6)  # room for the legend
     left.set_ylabel("increase of the squared error")
     left.set_title("Ten digits: the best of a single ranking", fontsize=10)
     for digit, colour in zip((0, 1, 2), COLOURS, strict=False):
@@ -416,7 +417,9 @@ def more(rows: list[dict], path: Path) -> Path:
     right.set_title("Cosine", fontsize=10)
     for place in (left, middle, right):
         place.set_xlabel("neurons removed, %")
-        place.legend(fontsize=9, frameon=False)
+        place.legend(
+            fontsize=9, frameon=False, loc="lower right" if place is right else "upper left"
+        )
         place.grid(alpha=0.3)
     return save(figure, path)
 
