@@ -1,5 +1,5 @@
-"""Brute force on neurons: ours over the plain loop, a whole greedy curve, and two processes over
-one, side by side in one run.
+"""Brute force on neurons: ours over the plain loop, a whole greedy curve, two processes over one,
+and over two independent copies, side by side in one run.
 
 ``python bench/speed/neuron_removal.py [--write results/published/neuron-removal-speed]`` prints the
 table (and writes FILE.md and FILE.jsonl). Random images stand in for data: the work is the same.
@@ -127,6 +127,63 @@ def _in_turn(model, groups, sample, pairs: int, job) -> tuple[list[tuple[float, 
     return found, started
 
 
+def _copy(pipe, widths: tuple[int, ...], images: int) -> None:
+    """A process of its own: a greedy curve whenever it is told to."""
+    torch.set_num_threads(1)
+    model, groups, sample = network("mlp_sigmoid", images, widths=widths)
+    work = Ablation(model, groups, sample)
+    work.losses({}, {n: torch.arange(4) for n in groups})
+    pipe.send(True)
+    while pipe.recv():
+        greedy(work, groups)
+        pipe.send(True)
+
+
+def beside_copies(
+    rounds: int, widths: tuple[int, ...], images: int = IMAGES
+) -> list[tuple[float, float, float]]:
+    """Seconds of a greedy curve by one copy alone, of two independent copies that each do all of
+    it at once, and by two processes that share one, in turn.
+    """
+    model, groups, sample = network("mlp_sigmoid", images, widths=widths)
+    spawn = torch.multiprocessing.get_context("spawn")
+    ends = [spawn.Pipe() for _ in range(2)]
+    copies = [
+        spawn.Process(target=_copy, args=(theirs, widths, images), daemon=True)
+        for _, theirs in ends
+    ]
+    for copy in copies:
+        copy.start()
+    pipes = [ours for ours, _ in ends]
+
+    def answers(some) -> None:
+        for pipe in some:
+            pipe.recv()
+
+    def together(some) -> None:
+        for pipe in some:
+            pipe.send(True)
+        answers(some)
+
+    answers(pipes)
+    found = []
+    with Ablation(model, groups, sample, processes=2) as shared:
+        shared.losses({}, {n: torch.arange(4) for n in groups})
+        jobs = [
+            lambda: together(pipes[:1]),
+            lambda: together(pipes),
+            lambda: greedy(shared, groups),
+        ]
+        for i in range(rounds):
+            turn = [(i + k) % 3 for k in range(3)]
+            seconds = {k: _seconds(jobs[k]) for k in turn}
+            found.append((seconds[0], seconds[1], seconds[2]))
+    for pipe, copy in zip(pipes, copies, strict=True):
+        pipe.send(False)
+        copy.join()
+    return found
+
+
 def measure() -> list[dict]:
     """All pairs, as plain rows."""
     rows = []
@@ -145,6 +202,16 @@ def measure() -> list[dict]:
         name = f"mlp_sigmoid {' x '.join(map(str, widths))}"
         what = "greedy curve, one process over two" + ("" if widths == (100,) else f", {name}")
         rows += [{"what": what, "one": one, "two": two, "start": started} for one, two in pairs]
+        rows += [
+            {
+                "what": f"greedy curve, half of two copies at once over two processes, {name}",
+                "copies": " x ".join(map(str, (len(widths), widths[0]))),
+                "alone": alone,
+                "one": both / 2,
+                "two": shared,
+            }
+            for alone, both, shared in beside_copies(PAIRS, widths)
+        ]
     pairs, started = first_layer_by_one_and_two(PAIRS)
     what = "300 neurons of the first layer of lenet_300_100, one process over two"
     rows += [{"what": what, "one": one, "two": two, "start": started} for one, two in pairs]
@@ -180,7 +247,8 @@ PAGE = """# Speed of brute force on neurons
 
 `python bench/speed/neuron_removal.py --write results/published/neuron-removal-speed`, 10,000 random
 images, float32; medians, each pair measured in turn in one run. The losses of both ways agree to
-1e-6 (asserted). Processes have one thread each.
+1e-6 (asserted). Processes have one thread each. Half the time of two independent copies is what
+a curve takes where the machine is full: two processes that share one can reach no more.
 
 {table}
 

@@ -179,8 +179,13 @@ OTHERS = {
     ("A1", "MobileNetV2 207 to 209 M, AutoPrune, top-1 error"): 26.7,
     ("S3", "measured exponent of d"): 3,
     ("S3", "measured exponent of n"): 1,
-    ("R1", "1 x 100: share removed at the stopping point, in every network"): 40,
-    ("R1", "2 x 50: share removed at the stopping point, in every network"): 40,
+    ("R1", "1 x 100: share removed with at most 0.5 points lost, own images"): 60,
+    ("R1", "2 x 50: share removed with at most 0.5 points lost, own images"): 40,
+    ("R1", "1 x 100: share removed with at most 2 points lost, own images"): 60,
+    ("R1", "2 x 50: share removed with at most 2 points lost, own images"): 40,
+    ("R1", "digit 1 against the rest: share removed until the error exceeds the start's"): 80,
+    ("R8", "2 x 10: share removed while the error is flat"): 50,
+    ("R8", "2 x 50: share removed while the error is flat"): 90,
 }
 
 

@@ -429,15 +429,6 @@ def test_uniform_allocation_keeps_the_same_fraction_of_each_group():
 
 def test_checks_read_records_and_measurements(tmp_path):
     evidence = ledger.Evidence(tmp_path)
-    assert checks.speed_up(evidence).values == {}
-    rows = [
-        {"what": "greedy curve, one process over two", "one": 4.0, "two": 2.0},
-        {"what": "other", "one": 1, "two": 1},
-    ]
-    (tmp_path / "neuron-removal-speed.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in rows)
-    )
-    assert list(checks.speed_up(evidence).values.values()) == [2.0]
     evidence._read["shrinking"] = [
         Record(key=c.id, cell=c, **DONE, series={"stop.channels": [10 + 0.1 * width + c.seed]})
         for c in evidence.cells("shrinking")
