@@ -1,14 +1,22 @@
-"""AutoPrune: checks of the claims A2 and A6, from committed records."""
+"""AutoPrune: checks of the claims A2 to A4, A6, A7 and A10, from committed records and the study of
+single weights.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from widthbench.claims.ledger import Evidence, Pick, Picked
 from widthbench.experiment.records import Record
 
 NEAR = 1.0  # points of val accuracy
+NETWORKS = ("lenet_300_100", "lenet5")
 
 
 def steps(record: Record) -> int | None:
@@ -105,20 +113,124 @@ def _difference(
     return Picked(values, [r for f in found for r in f.records], sum(f.missing for f in found))
 
 
-softplus_over_leaky_relu_lenet_300_100 = Slower(
-    "autoprune-lenet", "lenet_300_100", "softplus", "leaky_relu"
-)
-softplus_over_leaky_relu_lenet5 = Slower("autoprune-lenet", "lenet5", "softplus", "leaky_relu")
 softplus_over_leaky_relu_vgg16_cifar = Slower(
     "autoprune-cifar10", "vgg16_cifar", "softplus", "leaky_relu"
 )
-linear_over_softplus_lenet_300_100 = Slower(
-    "autoprune-lenet", "lenet_300_100", "linear", "softplus"
-)
-linear_over_softplus_lenet5 = Slower("autoprune-lenet", "lenet5", "linear", "softplus")
 linear_over_softplus_vgg16_cifar = Slower("autoprune-cifar10", "vgg16_cifar", "linear", "softplus")
-recoverability_lenet_300_100 = Recoverability("autoprune-lenet", "lenet_300_100")
-recoverability_lenet5 = Recoverability("autoprune-lenet", "lenet5")
 recoverability_vgg16_cifar = Recoverability("autoprune-cifar10", "vgg16_cifar")
-recoverability_at_ten_times_lenet_300_100 = Recoverability("autoprune-lenet", "lenet_300_100", 5e-3)
-recoverability_at_ten_times_lenet5 = Recoverability("autoprune-lenet", "lenet5", 5e-3)
+
+
+HALF_A_POINT, A_TENTH = 0.5, 0.1  # of val
+FEWER = 30  # times fewer weights, where accuracies are compared
+
+
+def _runs(evidence: Evidence, variant: str, network: str = "lenet_300_100") -> dict[int, list[Any]]:
+    """Runs of the study by seed, in the order of μ."""
+    path = evidence.results / "autoprune-weights.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    found: dict[int, list[Any]] = {}
+    for row in sorted(rows, key=lambda r: float(r["mu"])):
+        if (row["variant"], row["network"]) == (variant, network):
+            found.setdefault(row["seed"], []).append(row)
+    return found
+
+
+def _between(
+    evidence: Evidence, one: str, other: str, measure: Callable[[list[Any]], float | None]
+) -> Picked:
+    """A measure of one variant's sweep minus another's, by seed."""
+    values: dict[object, float] = {}
+    sweeps = [_runs(evidence, name) for name in (one, other)]
+    for seed in sweeps[0].keys() & sweeps[1].keys():
+        pair = [measure(some[seed]) for some in sweeps]
+        if pair[0] is not None and pair[1] is not None:
+            values[seed] = pair[0] - pair[1]
+    return Picked(values)
+
+
+def compression(runs: list[Any], loss: float = HALF_A_POINT) -> float | None:
+    """The largest compression of a sweep that loses at most so many points of val; None where all
+    lose more.
+    """
+    fine = [r["compression"] for r in runs if r["val_top1"] >= r["base_val_top1"] - loss]
+    return max(fine, default=None)
+
+
+def more_compact(evidence: Evidence, one: str, other: str) -> Picked:
+    """Difference of the decimal logarithms of compressions at half a point of val."""
+
+    def measure(runs: list[Any]) -> float | None:
+        best = compression(runs)
+        return None if best is None else math.log10(best)
+
+    return _between(evidence, one, other, measure)
+
+
+def more_accurate(evidence: Evidence, one: str, other: str) -> Picked:
+    """Difference of test top-1 at a thirtieth of the weights, between the runs of a sweep on either
+    side of it.
+    """
+
+    def measure(runs: list[Any]) -> float | None:
+        points = sorted((math.log(r["compression"]), r["top1"]) for r in runs)
+        x, y = zip(*points, strict=True)
+        if not x[0] <= math.log(FEWER) <= x[-1]:
+            return None
+        return float(np.interp(math.log(FEWER), x, y))
+
+    return _between(evidence, one, other, measure)
+
+
+def slower(evidence: Evidence, slow: str, fast: str) -> Picked:
+    """Difference of the steps to convergence, mean over the sweep."""
+    return _between(evidence, slow, fast, lambda runs: fmean(r["converged"] for r in runs))
+
+
+def stays_open(evidence: Evidence, one: str, other: str) -> Picked:
+    """Difference of the shares of recovered weights that are still open at the end."""
+    return _between(
+        evidence,
+        one,
+        other,
+        lambda runs: sum(r["returned"] for r in runs) / max(1, sum(r["recoveries"] for r in runs)),
+    )
+
+
+def recovers_more(evidence: Evidence, one: str, other: str) -> Picked:
+    """Difference of the recoveries per million closed weight-steps, mean over the sweep."""
+    return _between(
+        evidence,
+        one,
+        other,
+        lambda runs: fmean(1e6 * r["recoveries"] / max(1, r["shut"]) for r in runs),
+    )
+
+
+def recoveries(evidence: Evidence) -> Picked:
+    """Recoveries of a run, the least of the sweep, by seed."""
+    runs = _runs(evidence, "rule")
+    return Picked({seed: min(r["recoveries"] for r in some) for seed, some in runs.items()})
+
+
+def _least(evidence: Evidence, name: str) -> Picked:
+    runs = {(n, s): v for n in NETWORKS for s, v in _runs(evidence, "rule", n).items()}
+    return Picked({key: min(r[name] for r in some) for key, some in runs.items()})
+
+
+def least_product(evidence: Evidence) -> Picked:
+    """The least product of update and gradient at one weight, over the largest, by network and
+    seed.
+    """
+    return _least(evidence, "product")
+
+
+def least_cosine(evidence: Evidence) -> Picked:
+    """The least cosine between update and gradient, by network and seed."""
+    return _least(evidence, "cosine")
+
+
+def without_loss(evidence: Evidence) -> Picked:
+    """LeNet-5's compression at a tenth of a point of val, by seed."""
+    runs = _runs(evidence, "rule", "lenet5")
+    found = {seed: compression(some, A_TENTH) for seed, some in runs.items()}
+    return Picked({seed: value for seed, value in found.items() if value is not None})

@@ -1,11 +1,11 @@
-"""Which learning rate, with or without clipped gradients, the LeNets' recipes have: by val accuracy.
+"""The LeNets' learning rate, with or without clipped gradients, by val accuracy.
 
     python bench/studies/recipes.py [--write results/recipes] [--seeds 2]
 
 Each setting trains the whole network and the uniform one at 1/32 of its MACs, on seeds that no
 suite has (100, 101, ...); test data are not looked at. Chosen is the highest mean over both
-networks, both data sets and all seeds, of the settings under which no run dies. Writes FILE.md and FILE.jsonl; half
-an hour on one core.
+networks, both data sets and all seeds, of the settings under which no run dies. Writes FILE.md and
+FILE.jsonl; half an hour on one core.
 """
 
 from __future__ import annotations

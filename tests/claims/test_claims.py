@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from widthbench.statistics import summarise
 ROOT = Path(__file__).parents[2]
 EXPECTED = (
     [f"M{i}" for i in range(1, 10)]
-    + [f"A{i}" for i in range(1, 10)]
+    + [f"A{i}" for i in range(1, 11)]
     + [f"S{i}" for i in range(1, 9)]
     + [f"R{i}" for i in range(1, 10)]
 )
@@ -666,6 +667,65 @@ def test_incomplete_rules_are_refused(changes, message):
 
 def _write(tmp_path, name, rows):
     (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def weights_run(variant, seed, mu, **values):
+    usual = {"network": "lenet_300_100", "base_val_top1": 98.0, "val_top1": 98.0, "top1": 97.0}
+    usual |= {"compression": 10.0, "converged": 100, "returned": 1, "recoveries": 4, "shut": 10**6}
+    usual |= {"product": 0.0, "cosine": 0.5}
+    return {**usual, "variant": variant, "seed": seed, "mu": mu, **values}
+
+
+def test_single_weights_are_compared_at_equal_accuracy_and_at_equal_compression(tmp_path):
+    from widthbench._claims import autoprune
+
+    rule = [
+        weights_run("rule", 0, 0.4, val_top1=97.6, compression=100.0, top1=96.0),
+        weights_run("rule", 0, 0.1, compression=10.0, top1=98.0),
+        weights_run("rule", 0, 0.8, val_top1=97.4, compression=900.0, top1=90.0),
+    ]
+    coupled = [
+        weights_run("coupled", 0, 0.1, compression=10.0, top1=97.0),
+        weights_run("coupled", 0, 0.4, val_top1=97.0, compression=100.0, top1=96.0),
+    ]
+    _write(tmp_path, "autoprune-weights.jsonl", rule + coupled)
+    found, pair = Evidence(tmp_path), ("rule", "coupled")
+    # at most half a point: 100 times against 10 times
+    assert autoprune.more_compact(found, *pair).values == {0: pytest.approx(1.0)}
+    # halfway between 10 and 1000 in the logarithm lies 31.6; at 30: 97.05 against 96.52
+    share = (math.log(30) - math.log(10)) / (math.log(100) - math.log(10))
+    expected = (98 - 2 * share) - (97 - share)
+    assert autoprune.more_accurate(found, *pair).values == {0: pytest.approx(expected)}
+    assert autoprune.slower(found, *pair).values == {0: 0.0}
+    assert autoprune.stays_open(found, *pair).values == {0: 0.0}
+    assert autoprune.recovers_more(found, *pair).values == {0: 0.0}
+    assert autoprune.more_compact(found, "rule", "absent").values == {}
+    far = [
+        weights_run("far", 0, 0.1, compression=50.0),
+        weights_run("far", 0, 0.4, compression=60.0),
+    ]
+    _write(tmp_path, "autoprune-weights.jsonl", rule + far)
+    assert autoprune.more_accurate(Evidence(tmp_path), "rule", "far").values == {}  # none near 30
+
+
+def test_single_weights_angles_recoveries_and_compression(tmp_path):
+    from widthbench._claims import autoprune
+
+    rows = [
+        weights_run("rule", 0, 0.1, product=-0.5, cosine=0.2, recoveries=7),
+        weights_run("rule", 0, 0.2, recoveries=3),
+        weights_run("rule", 1, 0.1, network="lenet5", val_top1=97.95, compression=400.0),
+        weights_run("rule", 1, 0.2, network="lenet5", val_top1=97.8, compression=900.0),
+        weights_run("rule", 2, 0.1, network="lenet5", val_top1=97.0),
+        weights_run("coupled", 0, 0.1, product=-9.0),
+    ]
+    _write(tmp_path, "autoprune-weights.jsonl", rows)
+    found = Evidence(tmp_path)
+    assert autoprune.least_product(found).values[("lenet_300_100", 0)] == -0.5
+    assert autoprune.least_cosine(found).values[("lenet_300_100", 0)] == 0.2
+    assert autoprune.recoveries(found).values == {0: 3}
+    assert autoprune.without_loss(found).values == {1: 400.0}
+    assert autoprune.recoveries(Evidence(tmp_path / "nowhere")).values == {}
 
 
 def test_splittings_costs_are_read_as_ratios_of_their_pairs(tmp_path):
