@@ -124,9 +124,10 @@ class Line:
         """Top-1 after training of some kind; None where a suite trains nothing after the resize."""
         return next((s for stage in FINAL if (s := self.summary(stage)) is not None), None)
 
-    def scores(self) -> dict[object, float]:
-        """Top-1 at the last stage by base."""
-        return by_base({k: row.top1 for k, r in self.done.items() if (row := r.row()) is not None})
+    def scores(self, stage: Stage | None = None) -> dict[object, float]:
+        """Top-1 by base at a stage, the last one if None."""
+        rows = {k: r.row(stage) for k, r in self.done.items()}
+        return by_base({k: row.top1 for k, row in rows.items() if row is not None})
 
     def speed_up(self) -> Summary | None:
         """Median latency of the base over that of its shapes; None where it was not measured."""

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from widthbench.errors import visible
 from widthbench.experiment.cell import CONTROLS
-from widthbench.experiment.records import Record
+from widthbench.experiment.records import Record, Stage
 from widthbench.experiment.suites import Suite
 from widthbench.report.columns import COLUMNS, Column, cells_of, for_people, legend
 from widthbench.report.flags import FLAGS
@@ -21,6 +21,7 @@ from widthbench.statistics import (
     differences,
     interquartile_mean,
     probability_of_improvement,
+    ranks,
     stratified,
     summarise,
 )
@@ -41,7 +42,10 @@ PAIRED = """\
 Each technique against `l1-norm` and against `uniform-width`, by test top-1 at the last stage; no
 other pair is tested. *Difference*: the mean of the paired differences over base networks (seeds),
 in points, with its 95 % t-interval; p is that of the paired t-test, after Holm's correction over
-the comparisons of one network and budget. **Bold**: p below 0.05."""
+the comparisons of one network and budget. **Bold**: p below 0.05. *Ranks* are among the techniques
+right after the resize, after recalibration (which looks at training images, without their labels),
+and at the end (fine-tuning looks at labels, too): techniques that a paired test does not tell apart
+share one."""
 
 TOGETHER = """\
 Over all networks: the interquartile mean of the test top-1 of all runs, and the probability that a
@@ -215,14 +219,19 @@ def paired(suite: Suite, records: Sequence[Record]) -> str:
 def _compared(block: Sequence[Line], compared: Mapping[tuple[str, str], Difference]) -> str:
     """Rows of one network and budget, each with its differences from the references."""
     there = [r for r in REFERENCES if any(second == r for _, second in compared)]
-    headers = ["technique", "top-1"]
+    stages: tuple[Stage | None, ...] = ("resized", "recalibrated", None)
+    competing = [line for line in block if not line.control]
+    ranked = [ranks({ln.label: ln.scores(s) for ln in competing if ln.scores(s)}) for s in stages]
+    headers = ["technique", "top-1", "ranks"]
     for reference in there:
         headers += [f"difference from {reference}", "p, Holm"]
     cells = []
     for line in block:
         if not any(first == line.label for first, _ in compared):
             continue
+        places = [str((known or {}).get(line.label, "–")) for known in ranked]
         row = [escaped(line.label), summarise(line.scores()).text()]
+        row.append("" if line.control else " / ".join(places))
         for reference in there:
             if (d := compared.get((line.label, reference))) is None:
                 row += ["", ""]
