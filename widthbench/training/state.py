@@ -27,6 +27,7 @@ Losses = Callable[[nn.Module, Tensor, Tensor], Iterator[Tensor]]
 gradients add up."""
 
 
+FUSED = ("cpu", "cuda")  # where torch has optimizers that pass over weights and state once
 OptimizerState = dict[str, dict[str, Any]]
 """By name of the parameter: its momentum buffer and the like, as the optimizer names them."""
 
@@ -106,6 +107,7 @@ class Run:
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             momentum=recipe.momentum,
+            fused=next(model.parameters()).device.type in FUSED or None,
         )
         warmup = min(round(recipe.warmup_epochs * self.per_epoch), self.total - 1)
         self.schedule = CosineLRScheduler(
