@@ -1,4 +1,4 @@
-"""Neuron removal: checks of the claims R1, R3 and R5 to R8, from committed measurements and
+"""Neuron removal: checks of the claims R1 to R8, from committed measurements and
 records.
 """
 
@@ -18,6 +18,8 @@ from widthbench.sensitivity.backprop_diagonal import BackpropDiagonal
 from widthbench.width import find_groups
 
 SETUPS = "neuron-removal-setups.jsonl"
+AGAIN = "neuron-removal-ten-digits.jsonl"  # of other seeds
+OWN = "own, 2"  # images and points, as the study names them
 FIRST = 5  # removals
 
 WIDTHS = (50, 100, 200, 400)
@@ -56,6 +58,20 @@ def removable(evidence: Evidence, network: str, judged: str) -> Picked:
     """
     rows = _ten_digits(evidence, network)
     return Picked({r["seed"]: r["removable"]["brute force, iterative"][judged] for r in rows})
+
+
+def ahead(evidence: Evidence, network: str, one: str, other: str) -> Picked:
+    """Share removable at two points of the own images by one ranking minus that by another, in
+    points of the share, by seed.
+
+    Args:
+        evidence: Where it is read.
+        network: "1 x 100" or "2 x 50".
+        one: A ranking, "brute force, iterative" and the like.
+        other: Another.
+    """
+    rows = [(r["seed"], r["removable"]) for r in _lines(evidence, AGAIN, network=network)]
+    return Picked({seed: r[one][OWN] - r[other][OWN] for seed, r in rows})
 
 
 def below_the_start(evidence: Evidence, digit: int) -> Picked:

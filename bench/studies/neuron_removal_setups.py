@@ -2,8 +2,11 @@
 against the rest, a cosine.
 
     python bench/studies/neuron_removal_setups.py [--seeds 10] [--write FILE]
+    python bench/studies/neuron_removal_setups.py --seeds 10 --from 10 --ten-digits FILE
 
-MNIST must be in WIDTHBENCH_DATA. Writes FILE.md, FILE.jsonl, FILE.png and FILE-more.png.
+MNIST must be in WIDTHBENCH_DATA. Writes FILE.md, FILE.jsonl, FILE.png and FILE-more.png; the second
+call writes FILE.jsonl alone, of other seeds and the ten digits alone, for claims whose rules were
+written after the first seeds were known.
 """
 
 from __future__ import annotations
@@ -328,7 +331,7 @@ def cosine(seed: int, width: int, steps: int = 3000) -> dict:
     }
 
 
-def measure(seeds: int) -> list[dict]:
+def measure(seeds: Sequence[int], *, ten_alone: bool = False) -> list[dict]:
     """All rows, with a line for each on the terminal."""
     rows: list[dict] = []
     begin = time.monotonic()
@@ -341,12 +344,12 @@ def measure(seeds: int) -> list[dict]:
     (images, digits), (others, their) = mnist(True), mnist(False)
     data = shrunk(images), digits, shrunk(others), their
     whole = images.flatten(1), digits, others.flatten(1), their
-    for seed in range(seeds):
-        for width in (10, 25, 50):
+    for seed in seeds:
+        for width in () if ten_alone else (10, 25, 50):
             done(cosine(seed, width))
         for widths in ((100,), (50, 50)):
             done(ten_digits(seed, widths, data))
-        for digit in (0, 1, 2) if seed < FEWER else ():
+        for digit in (0, 1, 2) if seed < FEWER and not ten_alone else ():
             done(one_digit(seed, digit, whole))
     return rows
 
@@ -542,11 +545,17 @@ L-BFGS. *Flat*: the mean squared error has not exceeded {flat:g}, 1 % of what a 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--from", type=int, default=0, metavar="SEED", dest="first")
     parser.add_argument("--write", metavar="FILE", help="write FILE.md, .jsonl, .png, -more.png")
+    parser.add_argument("--ten-digits", metavar="FILE", help="write FILE.jsonl of these alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    code = where()
-    rows = measure(options.seeds)
+    code, seeds = where(), range(options.first, options.first + options.seeds)
+    rows = measure(seeds, ten_alone=bool(options.ten_digits))
+    if options.ten_digits:
+        lines = "".join(json.dumps(r) + "\n" for r in rows)
+        write_atomic(Path(options.ten_digits).with_suffix(".jsonl"), lines)
+        return 0
     made = tables(rows)
     print("\n\n".join(made.values()))
     if options.write:
