@@ -204,6 +204,23 @@ def test_checks_read_what_the_study_writes(tmp_path):
     assert checks.slope_on_the_cosine(evidence).values == {3: pytest.approx(0.5)}
 
 
+def test_rankings_are_compared_by_seeds_that_no_rule_had_seen(tmp_path):
+    def row(network, seed, brute, first):
+        shares = {"brute force, iterative": brute, "first order, iterative": first}
+        removable = {name: {"own, 2": share, "own, 0.5": 0.0} for name, share in shares.items()}
+        return {"setup": "ten digits", "network": network, "seed": seed, "removable": removable}
+
+    rows = [row("2 x 50", 10, 48.0, 14.0), row("2 x 50", 11, 40.0, 45.0), row("1 x 100", 10, 9, 9)]
+    text = "".join(f"{json.dumps(r)}\n" for r in rows)
+    (tmp_path / checks.AGAIN).write_text(text)
+    found = checks.ahead(
+        Evidence(tmp_path), "2 x 50", "brute force, iterative", "first order, iterative"
+    )
+    assert found.values == {10: 34.0, 11: -5.0}
+    (tmp_path / checks.AGAIN).rename(tmp_path / checks.SETUPS)  # the seeds that were seen
+    assert checks.ahead(Evidence(tmp_path), "2 x 50", "a", "b").values == {}
+
+
 def test_two_processes_are_held_against_two_copies(tmp_path):
     row = {"copies": "1 x 100", "alone": 4.0, "one": 2.5, "two": 3.0}  # copies at once: 5 s
     other = {"what": "greedy curve, one process over two", "one": 4.0, "two": 2.0}
