@@ -96,6 +96,15 @@ def test_other_settings_are_another_network(folder, changes):
     assert keys.published_base(cell(technique="l1-norm", budget="macs:0.5", threads=1)) is not None
 
 
+def test_trials_go_from_the_suite_to_the_record_and_its_controls(fresh_cache):
+    text = TOML.replace(
+        '"l1-norm"]', '{ id = "l1-norm", trials = 3 }]\ncontrols = ["scratch:l1-norm"]'
+    )
+    cells = parse(text, "few.toml").cells()
+    assert [c.trials for c in cells] == [3, 3]
+    assert [run_cell(c, Store()).trials for c in cells] == [3, 3]
+
+
 def test_a_file_that_was_changed_is_named_and_loses_nothing(folder):
     publish(cell())
     path = published.place(cell(), keys.BASE_FIELDS)

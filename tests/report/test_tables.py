@@ -211,6 +211,13 @@ def test_techniques_are_held_against_l1_and_uniform_width_and_nothing_else():
     assert not tables.comparable(suite(**citable(seeds=[0])))
 
 
+def test_trials_are_a_column_where_settings_were_tried():
+    page = board([record(trials=4)])
+    at = row_of(page, "technique").index("trials")
+    assert row_of(page, "l1-norm")[at] == "4"
+    assert "trials" not in row_of(board([record()]), "technique")
+
+
 def test_each_stage_is_ranked_by_itself():
     """Recalibration can undo a lead: what is ahead right after the resize need not be at the end."""
 

@@ -73,6 +73,7 @@ class Cell(Frozen):
         technique: A registered technique, or a control (``CONTROLS``).
         params: The technique's parameters; for scratch controls those of the technique whose shape
             they train.
+        trials: How many settings of the technique were tried before these were chosen.
         of: For scratch controls, the technique whose shape they train.
         variant: Tells networks apart that are trained by different recipes.
         budget: What is kept, ``kind:fraction``, however it is given, in one way
@@ -109,6 +110,7 @@ class Cell(Frozen):
     size: int
     technique: str
     params: dict[str, Any] = Field(default_factory=dict)
+    trials: int = Field(default=1, ge=1)
     of: str | None = None
     budget: WrittenBudget | None = None
     seed: int = 0

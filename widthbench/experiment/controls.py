@@ -79,6 +79,7 @@ class Call:
             params=cost.params,
             base_macs=full.macs,
             base_params=full.params,
+            trials=self.cell.trials,
             **{"access": "training", **more},
         )
 

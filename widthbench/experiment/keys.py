@@ -58,6 +58,7 @@ def device_of(cell: Cell) -> torch.device:
 DECISION_FIELDS = {
     "technique",
     "params",
+    "trials",
     "of",
     "budget",
     "variant",

@@ -58,10 +58,17 @@ Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Entry(_Strict):
-    """A technique in a suite: its id and parameters."""
+    """A technique in a suite.
+
+    Attributes:
+        id: The technique's.
+        params: Its parameters.
+        trials: How many settings were tried before these were chosen, these included.
+    """
 
     id: str
     params: Plain = Field(default_factory=dict)
+    trials: int = Field(default=1, ge=1)
 
 
 def _entries(value: Any) -> Any:
@@ -348,7 +355,7 @@ class Suite(_Strict):
             rows.append({"technique": "base"})
         for budget in budgets:
             rows += [
-                {"technique": e.id, "params": e.params, "budget": budget}
+                {"technique": e.id, "params": e.params, "trials": e.trials, "budget": budget}
                 for e in self.entries(network)
             ]
         for control in controls:
@@ -357,7 +364,7 @@ class Suite(_Strict):
                 row: dict[str, Any] = {"technique": name, "budget": budget}
                 if source:
                     entry = next(e for e in self.entries(network) if e.id == source)
-                    row |= {"of": source, "params": entry.params}
+                    row |= {"of": source, "params": entry.params, "trials": entry.trials}
                 rows.append(row)
         return rows
 

@@ -145,6 +145,14 @@ COLUMNS = (
         note="*Rank* is among the techniques of one network and budget, from paired differences"
         " over shared base networks; rows that these do not tell apart share one.",
     ),
+    Column(
+        "trials",
+        lambda line: most if (most := line.first().trials) > 1 else None,
+        "trials",
+        optional=True,
+        note="*Trials*: settings of the technique that were tried on other seeds before one was"
+        " chosen by val.",
+    ),
     Column("top5", Line.top5, "top-5 %, last", Summary.text, optional=True),
     Column(
         "params",
