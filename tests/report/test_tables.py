@@ -219,7 +219,7 @@ def test_trials_are_a_column_where_settings_were_tried():
 
 
 def test_each_stage_is_ranked_by_itself():
-    """Recalibration can undo a lead: what is ahead right after the resize need not be at the end."""
+    """Recalibration can undo a lead: what is ahead after the resize need not be so at the end."""
 
     def run(technique, seed, resized, last):
         rows = [
