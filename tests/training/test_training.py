@@ -413,3 +413,41 @@ def test_chance_is_what_labels_say_and_few_steps_say_nothing():
         resumed.add(step, 0.33, uneven)
     with pytest.raises(DivergedError):
         resumed.require_learned()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_optimizers_state_may_lie_otherwise_in_memory(optimizer):
+    """Fused optimizers walk over memory as it lies: a kept state in the usual layout, beside
+    weights in channels-last, must give what torch's plain optimizer gives."""
+    from widthbench.data.splits import ImageSamples
+
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (32, 3, 16, 16), generator=draw, dtype=torch.uint8)
+    samples = ImageSamples(
+        pixels, torch.arange(32) % 10, (0.5,) * 3, (0.25,) * 3, torch.device("cpu")
+    )
+    recipe = Recipe(epochs=1, batch_size=32, lr=0.05, optimizer=optimizer, weight_decay=0.0)
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = models.create("resnet20_cifar", classes=10, channels=3, size=16, seed=1)
+        state = {}
+        for name, p in model.named_parameters():
+            like = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) ** 2
+            like = like.contiguous(memory_format=layout) if p.dim() == 4 else like
+            kept = {"momentum_buffer": like}
+            if optimizer == "adamw":
+                kept = {"step": torch.tensor(3.0), "exp_avg": like, "exp_avg_sq": like.clone()}
+            state[name] = kept
+        fit(model, samples, recipe, macs=1, optimizer_state=state)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*ends, atol=1e-6)
+    if optimizer == "sgd":  # and what torch's own gives, not fused, written out
+        model = models.create("resnet20_cifar", classes=10, channels=3, size=16, seed=1).train()
+        ((x, y),) = samples.batches(32, generator=torch.Generator().manual_seed(0))
+        F.cross_entropy(model(x), y).backward()
+        by_hand = []
+        for name, p in model.named_parameters():
+            old = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) ** 2
+            momentum = 0.9 * old + p.grad
+            by_hand.append((p - 0.05 * (p.grad + 0.9 * momentum)).detach().flatten())
+        assert torch.allclose(ends[0], torch.cat(by_hand), atol=1e-4)

@@ -119,15 +119,15 @@ class Run:
             warmup_prefix=True,
             t_in_epochs=False,
         )
+        self.plain = losses is None
+        self.objective = losses or partial(_cross_entropy, recipe.label_smoothing)
+        self.layout = fastest_layout(model)
+        model.to(memory_format=self.layout)
         named = dict(model.named_parameters())
         for name, kept in (optimizer_state or {}).items():
             self.optimizer.state[named[name]] = {
                 k: _beside(v, named[name]) for k, v in kept.items()
             }
-        self.plain = losses is None
-        self.objective = losses or partial(_cross_entropy, recipe.label_smoothing)
-        self.layout = fastest_layout(model)
-        model.to(memory_format=self.layout)
         self.network: Any = torch.compile(model) if recipe.compile and self.plain else model
         self.average = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
         self.order = torch.Generator().manual_seed(seed)
@@ -163,6 +163,8 @@ class Run:
         """Go on from there; gives the seconds that it had taken."""
         self.model.load_state_dict(last["model"])
         self.optimizer.load_state_dict(last["optimizer"])
+        for parameter, kept in self.optimizer.state.items():
+            kept |= {k: _beside(v, parameter) for k, v in kept.items()}
         self.order.set_state(last["order"])
         if self.average is not None:
             self.average.module.load_state_dict(last["average"])
@@ -306,12 +308,15 @@ class Run:
 
 
 def _beside(value: Any, parameter: Tensor) -> Any:
-    """A copy of an optimizer's tensor on its parameter's device; a counter stays where it is, and
-    so does plain data.
+    """A copy of an optimizer's tensor on its parameter's device, laid out as the parameter is: fused
+    optimizers pass over memory as it lies, and look at neither.
     """
     if not isinstance(value, Tensor):
         return value
-    return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+    if value.dim() == 0:  # a counter; optimizers that are not fused want it on the CPU
+        fused = parameter.device.type in FUSED
+        return value.to(parameter.device, copy=True) if fused else value.clone()
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _require_possible(recipe: Recipe, losses: Losses | None) -> None:
