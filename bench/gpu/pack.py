@@ -30,6 +30,7 @@ NEED = (
     "platformdirs",
     "loky",
 )
+TARS = ("train.tar", "test.tar")
 GLIBC = (17, 27, 28, 31, 34)
 MIB = 2**20
 
@@ -75,29 +76,31 @@ def main() -> None:
     options = parser.parse_args()
     if command("git", "status", "--porcelain", "--", ".", ":!results"):
         parser.error("commit first: records will name the commit that is checked out")
+    where = locate("cifar10")
+    tars = [Path(where[0]) / name for name in TARS] if where else []
+    if not tars or not all(tar.is_file() for tar in tars):
+        parser.error(f"cifar10 must lie as {' and '.join(TARS)} where data are looked for")
+    ours = (options.dest / "1" / "COMMIT").is_file()
+    if options.dest.is_dir() and not ours and any(options.dest.iterdir()):
+        parser.error(f"{options.dest} holds what this script did not write: name another folder")
     shutil.rmtree(options.dest, ignore_errors=True)
     first = options.dest / "1"
     wheels(first / "wheels", options.python, options.need)
     (first / "COMMIT").write_text(command("git", "rev-parse", "HEAD") + "\n")
-    where = (
-        Path(locate("cifar10")[0])
-        if locate("cifar10")
-        else parser.error("no cifar10 where data are looked for")
-    )
-    number, room = (
-        1,
-        options.part_mib * MIB - sum(f.stat().st_size for f in first.rglob("*") if f.is_file()),
-    )
-    for tar in ("train.tar", "test.tar"):
+    taken = sum(f.stat().st_size for f in first.rglob("*") if f.is_file())
+    number, room = 1, options.part_mib * MIB - taken
+    if room <= 0:
+        parser.error(f"the wheels alone are {taken / MIB:.0f} MiB: raise --part-mib")
+    for tar in tars:
         with tempfile.TemporaryFile() as packed:
-            with (where / tar).open("rb") as file, lzma.open(packed, "wb", preset=1) as out:
+            with tar.open("rb") as file, lzma.open(packed, "wb", preset=1) as out:
                 shutil.copyfileobj(file, out)  # headers of small files are a third of a tar
             packed.seek(0)
             piece = 0
             while data := packed.read(room):
                 folder = options.dest / str(number)
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{tar}.xz.{piece:03d}").write_bytes(data)
+                (folder / f"{tar.name}.xz.{piece:03d}").write_bytes(data)
                 piece, room = piece + 1, room - len(data)
                 if not room:
                     number, room = number + 1, options.part_mib * MIB

@@ -262,6 +262,9 @@ def measured(wanted: Sequence[Item]) -> Measured:
     found: Measured = {}
     with Worker() as timing, Worker(frugal=True) as remembering:
         for item in wanted:
+            if item.device != os.environ.get("WIDTHBENCH_ASV_DEVICE", item.device):
+                found[str(item)] = {"skip": f"{item.device} was not asked for"}
+                continue
             answer = remembering.ask(item, memory=True, warm=not quick())
             if "ms" in answer and not quick():
                 answer = answer | timing.ask(item, rounds=7, least=0.05)

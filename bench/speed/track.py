@@ -94,6 +94,9 @@ def main() -> None:
         action="store_true",
         help="each benchmark once, on one network, nothing kept: do they run?",
     )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="which rows are measured (cpu)"
+    )
     parser.add_argument("--bench", metavar="REGEX", action="append", default=[], help="only these")
     parser.add_argument(
         "--publish", action="store_true", help="write the pages of all numbers that are kept"
@@ -115,6 +118,7 @@ def main() -> None:
             f"what would be measured is {widthbench.__file__}, not this checkout: `pip install -e"
             " .` here first"
         )
+    os.environ["WIDTHBENCH_ASV_DEVICE"] = options.device
     name = machine()
     described(name)
     kept = (

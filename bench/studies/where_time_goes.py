@@ -48,6 +48,13 @@ EPOCHS = (  # network, recipe, data, pixels
 )
 
 
+def _now() -> float:
+    """Seconds, once a GPU has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Stopwatch:
     """Seconds by name, each without those of what it calls."""
 
@@ -57,12 +64,12 @@ class Stopwatch:
 
     @contextmanager
     def on(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin = _now()
         self._open.append((name, 0.0))
         try:
             yield
         finally:
-            took = time.perf_counter() - begin
+            took = _now() - begin
             _, inside = self._open.pop()
             self.seconds[name] += took - inside
             if self._open:

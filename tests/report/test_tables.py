@@ -414,3 +414,24 @@ def test_a_damaged_timing_in_the_cache_is_measured_again_and_what_a_report_has_i
     assert again["speed_up"] == 2.0
     assert timing.timings_of([made], measure=True, before=[entry]) == [again]
     assert len(measured) == 1
+
+
+def test_bfloat16_is_said_of_a_row():
+    for where in ({"base_dtype": "bfloat16"}, {"dtype": "bfloat16"}):
+        page = board([record(provenance={**WHERE, **where})])
+        assert row_of(page, "l1-norm")[0] == "l1-norm ᵇ"
+        assert "ᵇ its base network or its fine-tuning was computed in bfloat16" in page
+    assert "ᵇ" not in board([record()])
+
+
+def test_a_record_of_another_kind_of_device_stays_with_a_warning(fresh_cache):
+    from widthbench.experiment.store import Store
+
+    there, here = ({**WHERE, "device": d} for d in ("cuda:0", "cpu"))
+    old, new = record(top1=90.0, provenance=there), record(top1=80.0, provenance=here)
+    mine = suite(techniques=["l1-norm"], controls=[])
+    old, new = (r.model_copy(update={"cell": mine.cells()[0]}) for r in (old, new))
+    with pytest.warns(UserWarning, match="another kind of device, and stay"):
+        assert build.collect(mine, Store(), [old], [new]) == [old]
+    failed = old.model_copy(update={"status": "failed"})
+    assert build.collect(mine, Store(), [failed], [new]) == [new]

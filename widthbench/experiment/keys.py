@@ -168,7 +168,7 @@ def machine_of(cell: Cell, processes: int = 1) -> dict[str, Any]:
     where = {
         **stamp(),
         "threads": cell.threads,
-        "dtype": "float32",
+        "dtype": "bfloat16" if cell.finetune.amp and cell.finetune.epochs else "float32",
         "device": str(device_of(cell)),
         "seed": cell.seed,
         "processes": processes,

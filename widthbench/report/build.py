@@ -80,6 +80,7 @@ def collect(
 
     Of a cell counts what the run gave that has just ended; else what the store has finished under
     the cell's key; else the later one of the store's failure and the record of an earlier report.
+    A record of an earlier report that another kind of device has finished stays, with a warning.
 
     Args:
         suite: The suite.
@@ -97,6 +98,7 @@ def collect(
     collected: list[Record] = []
     candidates = store.cells(at_most=len(suite.cells())) if len(new) < len(suite.cells()) else set()
     absent: set[tuple[str | None, ...]] = set()
+    other_device: list[str] = []
     for cell in suite.cells():
         earlier, record = old.get(cell.identity), new.get(cell.identity)
         needs = (cell.dataset, cell.model, cell.checkpoint, cell.of or cell.technique)
@@ -110,8 +112,17 @@ def collect(
                 record = store.get(key) or _later(store.failure(key), earlier)
             except UsageError:  # a key hashes the data: without them the store cannot be asked
                 absent.add(needs)
+        if record and earlier and earlier.status == "done" and kind_of(earlier) != kind_of(record):
+            other_device.append(cell.id)
+            record = earlier
         if (record := record or earlier) is not None:
             collected.append(record)
+    if other_device:
+        warnings.warn(
+            f"{len(other_device)} records of an earlier report come from another kind of device,"
+            f" and stay ({other_device[0]}, ...): write to another folder (--results)",
+            stacklevel=2,
+        )
     if not collected:
         for cell in suite.cells()[:1]:
             keys.cell_key(cell)  # says what is not at hand

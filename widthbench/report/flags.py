@@ -71,6 +71,14 @@ FLAGS = (
         _any(lambda r: r.provenance.get("val_seen")),
     ),
     Flag(
+        "bfloat16",
+        "ᵇ",
+        "bfloat16",
+        "its base network or its fine-tuning was computed in bfloat16 (autocast); scores are of"
+        " float32 passes",
+        _any(lambda r: "bfloat16" in (r.provenance.get("dtype"), r.provenance.get("base_dtype"))),
+    ),
+    Flag(
         "incomplete",
         "✕",
         "incomplete",

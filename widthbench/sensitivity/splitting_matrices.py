@@ -246,8 +246,11 @@ class SplittingMatrices:
         """As ``smallest``, of one group, from the formed matrices in float64: ``[N]`` and ``[N,
         d]``.
         """
-        values, vectors = torch.linalg.eigh(self.exact(name))
-        return values[:, 0], vectors[:, :, 0]
+        formed = self.exact(name)
+        pairs = torch.linalg.eigh(formed.cpu())  # a GPU takes large batches one after another
+        return pairs.eigenvalues[:, 0].to(formed.device), pairs.eigenvectors[:, :, 0].to(
+            formed.device
+        )
 
 
 def _product(module: Any, x: Tensor, factor: Tensor, v: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class _Steps:
         self._copy(choices[:full])
         self.step.fill_(run.step)
         self.place.zero_()
-        done = 0
+        done, why = 0, ""
         try:
             for _ in range(full):
                 self._next()
@@ -105,7 +105,9 @@ class _Steps:
                 self._take(*self._moved(choices[full]))
                 done += 1
         except torch.OutOfMemoryError as error:
-            self._give_up(f"memory ran out ({str(error).splitlines()[0]})")
+            why = f"memory ran out ({str(error).splitlines()[0]})"
+        if why:
+            self._give_up(why)  # out of the handler, whose traceback holds activations
         self._account(choices[:done])
         for choice in choices[done:steps]:
             index, draws = self._moved(choice)
