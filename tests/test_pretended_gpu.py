@@ -11,6 +11,7 @@ from pretended_gpu import DEVICE, OnDevice, onto
 from torch.utils._pytree import tree_map
 
 from widthbench import api
+from widthbench.data.splits import ImageSamples
 from widthbench.networks import models
 from widthbench.recipe import Recipe
 from widthbench.technique import registry
@@ -97,6 +98,24 @@ def test_a_plain_training_step_waits_once():
         for epochs in (1, 2):
             waits.clear()
             fit(model, samples, recipe.model_copy(update={"epochs": epochs}), macs=1)
+            counts.append(sum(waits.values()))
+    assert (counts[1] - counts[0]) / 8 <= 1, waits
+
+
+@pytest.mark.parametrize("recipe", [{}, {"crop": 2, "flip": True, "cutout": 4}, {"clip": 1.0}])
+def test_a_step_on_images_in_memory_waits_once(recipe):
+    """For its loss; samples and what is drawn for them go there once a pass."""
+    with pretended_gpu.gpu() as waits:
+        model = onto(models.create("lenet5", classes=10, channels=1, size=20))
+        pixels = torch.randint(256, (64, 1, 20, 20), dtype=torch.uint8).to(DEVICE)
+        labels = torch.zeros(64, dtype=torch.long).to(DEVICE)
+        samples = ImageSamples(pixels, labels, (0.5,), (0.25,), DEVICE)
+        made = Recipe(epochs=1, batch_size=8, lr=0.01, **recipe)
+        fit(model, samples, made, macs=1)
+        counts = []
+        for size in (8, 4):  # eight steps an epoch, and sixteen
+            waits.clear()
+            fit(model, samples, made.model_copy(update={"batch_size": size}), macs=1)
             counts.append(sum(waits.values()))
     assert (counts[1] - counts[0]) / 8 <= 1, waits
 

@@ -57,3 +57,21 @@ def test_batches_are_normalised_by_the_training_part_and_cover_every_sample_once
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(UsageError, match=message):
         splits.load(arguments[0], arguments[1], val=arguments[2] if len(arguments) > 2 else 0.2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"crop": 2, "flip": True, "cutout": 3}])
+def test_what_is_copied_to_a_device_at_once_is_what_each_batch_draws(changes):
+    pixels = torch.randint(256, (21, 3, 8, 8), dtype=torch.uint8)
+    cpu = torch.device("cpu")
+    samples = splits.ImageSamples(pixels, torch.arange(21), (0.5,) * 3, (0.25,) * 3, cpu)
+    recipe = Recipe(epochs=1, lr=0.1, **changes)
+    asked = recipe if recipe.augments else None
+
+    def drawn():
+        return {"generator": torch.Generator().manual_seed(1), "augment": asked}
+
+    there = splits.on_device(list(samples.choices(8, **drawn())), cpu)
+    at_once = [samples.at(index, asked, draws) for index, draws in there]
+    for (x, y), (other, labels) in zip(samples.batches(8, **drawn()), at_once, strict=True):
+        assert torch.equal(x, other)
+        assert torch.equal(y, labels)

@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, ClassVar
 
 import numpy as np
@@ -122,7 +123,12 @@ class ImageSamples(_Normalised):
         Raises:
             UsageError: If the recipe asks for what only images read from files can have.
         """
-        for whole, draws in self.choices(size, generator=generator, augment=augment):
+        choices = self.choices(size, generator=generator, augment=augment)
+        if part is None and self.device.type != "cpu":
+            for index, draws in on_device(list(choices), self.device):
+                yield self.at(index, augment, draws)
+            return
+        for whole, draws in choices:
             mine = slice(None) if part is None else part(len(whole))
             some = None if draws is None else draws.part(mine, self.device)
             yield self.at(whole[mine].to(self.device), augment, some)
@@ -158,6 +164,26 @@ class ImageSamples(_Normalised):
             draws: What was drawn for these samples.
         """
         return self._finish(self.images[index], augment, draws), self.labels[index]
+
+
+def on_device(
+    choices: Sequence[tuple[Tensor, Draws | None]], device: torch.device
+) -> Iterator[tuple[Tensor, Draws | None]]:
+    """The samples and draws of a pass's batches on a device, copied there all at once: a step need
+    not wait for its own.
+    """
+    sizes = [len(index) for index, _ in choices]
+    whole = torch.cat([index for index, _ in choices]).to(device).split(sizes)
+    if choices[0][1] is None:
+        yield from ((index, None) for index in whole)
+        return
+    kinds = zip(*(draws.tensors() for _, draws in choices if draws is not None), strict=True)
+    there = [
+        repeat(None) if some[0] is None else torch.cat(some, dim=-1).to(device).split(sizes, dim=-1)
+        for some in kinds
+    ]
+    for index, *drawn in zip(whole, *there, strict=False):
+        yield index, Draws(*drawn)
 
 
 @dataclass(frozen=True)
