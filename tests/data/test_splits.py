@@ -5,6 +5,7 @@ from sklearn.datasets import load_digits
 
 from widthbench.data import splits
 from widthbench.errors import UsageError
+from widthbench.recipe import Recipe
 
 
 def test_digits_splits_are_stratified_disjoint_and_complete():
