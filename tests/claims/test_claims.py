@@ -561,7 +561,8 @@ def test_steps_to_convergence_are_counted_to_the_point_after_which_no_accuracy_i
     write_records(
         tmp_path / "autoprune-lenet" / "records.jsonl", [converging(*run) for run in runs]
     )
-    found = autoprune.softplus_over_leaky_relu_lenet5(Evidence(tmp_path))
+    check = autoprune.Slower("autoprune-lenet", "lenet5", "softplus", "leaky_relu")
+    found = check(Evidence(tmp_path))
     assert (found.values, len(found.records), found.missing) == ({0: 30.0}, 3, 7)
 
 
@@ -587,7 +588,7 @@ def test_recoverability_is_recoveries_per_chance(tmp_path):
     assert autoprune.rate(gated(0, 0, 0, 0)) is None
     runs = [(0, 0, 3, 600), (5e-4, 0, 4, 1000), (0, 1, 1, 500), (5e-4, 1, 0, 0)]
     write_records(tmp_path / "autoprune-lenet" / "records.jsonl", [gated(*run) for run in runs])
-    found = autoprune.recoverability_lenet5(Evidence(tmp_path))
+    found = autoprune.Recoverability("autoprune-lenet", "lenet5")(Evidence(tmp_path))
     assert (found.values, len(found.records), found.missing) == ({0: 1.0}, 4, 6)
 
 
