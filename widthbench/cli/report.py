@@ -95,7 +95,13 @@ def run(args: argparse.Namespace, fresh: Sequence[Any] = ()) -> int:
         )
         timings = [t for file in getattr(args, "add", []) for t in read_timings(file.parent)]
         report = build(
-            suite, results, Store(), time_shapes=not args.no_timing, fresh=added, timings=timings
+            suite,
+            results,
+            Store(),
+            time_shapes=not args.no_timing,
+            fresh=added,
+            timings=timings,
+            replace=getattr(args, "replace", False),
         )
         failed += report.failed
         if args.json:

@@ -73,7 +73,12 @@ class _Before:
 
 
 def collect(
-    suite: Suite, store: Store, before: Iterable[Record] = (), fresh: Iterable[Record] = ()
+    suite: Suite,
+    store: Store,
+    before: Iterable[Record] = (),
+    fresh: Iterable[Record] = (),
+    *,
+    replace: bool = False,
 ) -> list[Record]:
     """What was measured of a suite's cells, here and last: finished records, and the failures of
     those that are not finished.
@@ -89,6 +94,7 @@ def collect(
             loses nothing: of the cells that the store knows nothing of, since the code has changed,
             or another machine ran them. Each says where it comes from.
         fresh: Records of a run that has just ended; the store is not asked for these.
+        replace: Whether another kind of device's record may be replaced.
 
     Raises:
         UsageError: If there is nothing to show, and what the cells need (data, weights, a
@@ -112,7 +118,8 @@ def collect(
                 record = store.get(key) or _later(store.failure(key), earlier)
             except UsageError:  # a key hashes the data: without them the store cannot be asked
                 absent.add(needs)
-        if record and earlier and earlier.status == "done" and kind_of(earlier) != kind_of(record):
+        finished = record and earlier and earlier.status == "done"
+        if record and earlier and finished and kind_of(earlier) != kind_of(record) and not replace:
             other_device.append(cell.id)
             record = earlier
         if (record := record or earlier) is not None:
@@ -144,6 +151,7 @@ def build(
     time_shapes: bool = True,
     fresh: Iterable[Record] = (),
     timings: Iterable[dict[str, Any]] = (),
+    replace: bool = False,
 ) -> Report:
     """Write what was measured to ``results/SUITE``: records, timings, figures, leaderboard, a
     comparison with what was published.
@@ -156,6 +164,7 @@ def build(
             worker is busy.
         fresh: Records of a run that has just ended, whose keys may be those of other machines.
         timings: Lines of ``timings.jsonl`` that came with them.
+        replace: Whether another kind of device's record may be replaced.
 
     Raises:
         UsageError: If no cell of the suite has a record.
@@ -172,7 +181,7 @@ def build(
     ):  # two runs into one folder report one after the other
         before = _before(folder / "records.jsonl")
         known = [line.record for line in before.lines if line.record]
-        records = collect(suite, store, known, fresh)
+        records = collect(suite, store, known, fresh, replace=replace)
         if not records:
             raise UsageError(nothing)
         _put_aside(suite, folder, before, records)

@@ -308,8 +308,8 @@ class Run:
 
 
 def _beside(value: Any, parameter: Tensor) -> Any:
-    """A copy of an optimizer's tensor on its parameter's device, laid out as the parameter is: fused
-    optimizers pass over memory as it lies, and look at neither.
+    """A copy of an optimizer's tensor on its parameter's device, laid out as the parameter is:
+    fused optimizers pass over memory as it lies, and look at neither.
     """
     if not isinstance(value, Tensor):
         return value
