@@ -6,8 +6,8 @@ by side in one run.
 All three train the same network from the same seed on the same random pictures of 32 px, with
 SGD, Nesterov's momentum and weight decay (torch's fused kernels in all three), in batches of 128.
 The other two loops are given the layout that is fastest here (channels-last) and pictures that lie
-in memory, normalised: nothing in them is slower than it must be. A round is as many steps of each in turn, after one that does not count;
-what counts are ratios within a round.
+in memory, normalised: nothing in them is slower than it must be. A round is as many steps of
+each in turn, after one that does not count; what counts are ratios within a round.
 """
 
 from __future__ import annotations

@@ -177,8 +177,8 @@ def test_two_suites_of_one_name_in_a_call_are_refused(tmp_path, capsys):
 def test_two_runs_into_one_folder_keep_the_cells_of_both(made, tmp_path, monkeypatch):
     slow = build.collect
 
-    def later(*args):
-        found = slow(*args)
+    def later(*args, **options):
+        found = slow(*args, **options)
         time.sleep(0.3)  # what another run writes meanwhile must not be lost
         return found
 
