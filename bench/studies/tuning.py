@@ -4,7 +4,7 @@
 
 LeNet-300-100 on MNIST at 1/16 of the MACs, on seeds that no suite has (100, 101, ...), fine-tuned
 as in the suite ``lenets``. Test data are not looked at. What a technique has no setting for is not
-tried: there are fewer than four then. Writes FILE.md and FILE.jsonl; an hour on one core.
+tried: there are fewer than four then. Writes FILE.md and FILE.jsonl.
 """
 
 from __future__ import annotations
