@@ -3,10 +3,12 @@ against the rest, a cosine.
 
     python bench/studies/neuron_removal_setups.py [--seeds 10] [--write FILE]
     python bench/studies/neuron_removal_setups.py --seeds 10 --from 10 --ten-digits FILE
+    python bench/studies/neuron_removal_setups.py --surfaces FILE
 
 MNIST must be in WIDTHBENCH_DATA. Writes FILE.md, FILE.jsonl, FILE.png and FILE-more.png; the second
 call writes FILE.jsonl alone, of other seeds and the ten digits alone, for claims whose rules were
-written after the first seeds were known.
+written after the first seeds were known. The third writes FILE.md and FILE.png: the error as a
+neuron's output is turned down, and what both approximations make of it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -232,18 +235,32 @@ def rounded(values: Sequence[float] | Tensor) -> list[float]:
     return [float(f"{float(v):.6g}") for v in values]
 
 
-def ten_digits(seed: int, widths: tuple[int, ...], data, epochs: int = 250) -> dict:
+def for_ten_digits(seed: int, widths: tuple[int, ...], data, epochs: int = 250):
+    """(trained network, the images that it was trained on); ``data`` as for ``ten_digits``."""
+    torch.manual_seed(seed)
+    x, digits, *_ = data
+    rows = torch.randperm(len(x))[:IMAGES]
+    own = Sample(x[rows], F.one_hot(digits[rows], 10).float(), sigmoid_error)
+    return fit(network(x.shape[1], *widths, 10), own, 0.01, epochs, 100), own
+
+
+def for_the_cosine(seed: int, width: int, steps: int = 3000):
+    """(fitted network, its points)."""
+    torch.manual_seed(seed)
+    x = torch.linspace(-math.pi, math.pi, 200, dtype=torch.float64)[:, None]
+    sample = Sample(x, x.cos(), linear_error)
+    return fit_closely(network(1, width, width, 1).double(), sample, steps), sample
+
+
+def ten_digits(seed: int, widths: tuple[int, ...], data) -> dict:
     """A network for ten digits: all rankings, joint and summed, faults that heal.
 
     ``data`` is (training vectors, their digits, held-out vectors, their digits).
     """
-    torch.manual_seed(seed)
-    x, digits, other, others = data
-    rows = torch.randperm(len(x))[:IMAGES]
-    own = Sample(x[rows], F.one_hot(digits[rows], 10).float(), sigmoid_error)
+    model, own = for_ten_digits(seed, widths, data)
+    *_, other, others = data
     rest = Sample(other, F.one_hot(others, 10).float(), wrong)
-    model = fit(network(x.shape[1], *widths, 10), own, 0.01, epochs, 100)
-    groups = find_groups(model, x[:1], cache=False)
+    groups = find_groups(model, own.x[:1], cache=False)
     neurons = sum(widths)
     brute = Ablation(model, groups, own)
     judges = {
@@ -310,13 +327,10 @@ def one_digit(seed: int, digit: int, data, epochs: int = 3) -> dict:
     }
 
 
-def cosine(seed: int, width: int, steps: int = 3000) -> dict:
+def cosine(seed: int, width: int) -> dict:
     """Two layers fitted to one period of a cosine: iterative brute force."""
-    torch.manual_seed(seed)
-    x = torch.linspace(-math.pi, math.pi, 200, dtype=torch.float64)[:, None]
-    sample = Sample(x, x.cos(), linear_error)
-    model = fit_closely(network(1, width, width, 1).double(), sample, steps)
-    groups = find_groups(model, x[:1], cache=False)
+    model, sample = for_the_cosine(seed, width)
+    groups = find_groups(model, sample.x[:1], cache=False)
     brute = Ablation(model, groups, sample)
     order = order_by(by_ranking(RANKINGS[0], model, groups, brute), groups, "iterative")
     error = along(order, brute)
@@ -352,6 +366,67 @@ def measure(seeds: Sequence[int], *, ten_alone: bool = False) -> list[dict]:
         for digit in (0, 1, 2) if seed < FEWER and not ten_alone else ():
             done(one_digit(seed, digit, whole))
     return rows
+
+
+def surfaces(path: Path) -> str:
+    """A figure and its page: the error by a neuron's gate, its tangent and its parabola at 1."""
+    (images, digits), shown = mnist(True), 4
+    data = shrunk(images), digits
+    made = {
+        "ten digits, 1 x 100": for_ten_digits(0, (100,), data),
+        "ten digits, 2 x 50": for_ten_digits(0, (50, 50), data),
+        "cosine, 2 x 10": for_the_cosine(0, 10),
+    }
+    figure = Figure(figsize=(11.5, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    lines, gates = [], torch.linspace(0, 1, 41, dtype=torch.float64)
+    for (title, (model, sample)), places in zip(
+        made.items(), figure.subplots(3, shown), strict=True
+    ):
+        model = model.double()
+        sample = Sample(sample.x.double(), sample.y.double(), sample.criterion)
+        groups = find_groups(model, sample.x[:1], cache=False)
+        brute = Ablation(model, groups, sample)
+        whole = open_gates(untouched(groups), sample.x)
+        start = brute.loss(whole)
+        slope = GateDerivatives(model, groups, sample).first(whole)
+        bend = BackpropDiagonal(model, groups, sample).second(whole)
+        neurons = [(n, i) for n, g in groups.items() for i in range(g.channels)]
+        true = brute.losses(whole, {n: torch.arange(g.channels) for n, g in groups.items()})
+        exact = np.array([float(true[n][i]) - start for n, i in neurons])
+        first = np.array([-float(slope[n][i]) for n, i in neurons])
+        second = first + np.array([float(bend[n][i]) / 2 for n, i in neurons])
+        lines.append(
+            [title, *(f"{spearmanr(exact, p).statistic:.2f}" for p in (first, second))]
+            + [f"{np.mean((p > 0) == (exact > 0)):.0%}" for p in (first, second)]
+        )
+        order = exact.argsort()
+        for k, place in zip(np.linspace(0, len(order) - 1, shown).round(), places, strict=True):
+            name, i = neurons[at := int(order[int(k)])]
+            errors = []
+            for gate in gates:
+                turned = whole | {name: whole[name].index_fill(0, torch.tensor([i]), float(gate))}
+                errors.append(brute.loss(turned) - start)
+            away = (1 - gates).numpy()
+            bent = away * first[at] + away**2 * (second - first)[at]
+            for values, colour, style, label in (
+                (errors, "0.2", "-", "true"),
+                (away * first[at], COLOURS[1], "--", "first order"),
+                (bent, COLOURS[2], "-.", "second order"),
+            ):
+                place.plot(gates, values, color=colour, linestyle=style, label=label)
+            place.axhline(0, color="0.7", linewidth=0.6)
+            place.grid(alpha=0.3)
+            nth = f"neuron {int(k) + 1} of {len(order)} by the true rise"
+            place.set_title(f"{title}\n{nth}", fontsize=9)
+        places[0].set_ylabel("rise of the mean squared error")
+    for place in places:
+        place.set_xlabel("gate on the neuron's output")
+    figure.axes[0].legend(fontsize=9, frameon=False)
+    image = save(figure, path.with_suffix(".png"))
+    headers = ["network", "rank correlation, 1st", "2nd", "sign right, 1st", "2nd"]
+    table = tabulate(lines, headers=headers, tablefmt="pipe", disable_numparse=True)
+    return SURFACES.format(image=image.name, table=table, where=where())
 
 
 def curves(rows: list[dict], path: Path) -> Path:
@@ -501,6 +576,8 @@ PAGE = """# Neuron removal in the set-ups of its authors
 `python bench/studies/neuron_removal_setups.py --write results/published/neuron-removal-setups`,
 {seeds} seeds; means ± standard deviations over them. No retraining; each layer keeps a neuron.
 What the authors do not say, and is ours: how networks are trained and that ten of each are.
+What one neuron does to the error, and both approximations of it: [the error as one neuron is turned
+down](neuron-removal-surfaces.md).
 
 ## Ten digits
 
@@ -542,14 +619,40 @@ L-BFGS. *Flat*: the mean squared error has not exceeded {flat:g}, 1 % of what a 
 """
 
 
+SURFACES = """# The error as one neuron is turned down
+
+`python bench/studies/neuron_removal_setups.py --surfaces
+results/published/neuron-removal-surfaces`: one network of each kind (seed 0), float64, its own
+training data. The rise of the error as the gate on one neuron's output goes from 1 to 0, all
+others left alone, and the tangent and the parabola at 1 that stand for it in the rankings of first
+and second order. Four neurons of each network: the least, two between and the greatest by the true
+rise at 0. The second derivative is that of the diagonal back-propagated as the authors do.
+
+![the error by the gate of one neuron]({image})
+
+Over all neurons of a network: Spearman's rank correlation of the predicted with the true rise at 0,
+and how often its sign is right.
+
+{table}
+
+{where}.
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--from", type=int, default=0, metavar="SEED", dest="first")
     parser.add_argument("--write", metavar="FILE", help="write FILE.md, .jsonl, .png, -more.png")
     parser.add_argument("--ten-digits", metavar="FILE", help="write FILE.jsonl of these alone")
+    parser.add_argument("--surfaces", metavar="FILE", help="write FILE.md and .png of these alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.surfaces:
+        page = surfaces(Path(options.surfaces))
+        write_atomic(Path(options.surfaces).with_suffix(".md"), page)
+        print(page)
+        return 0
     code, seeds = where(), range(options.first, options.first + options.seeds)
     rows = measure(seeds, ten_alone=bool(options.ten_digits))
     if options.ten_digits:

@@ -211,6 +211,19 @@ def test_techniques_are_held_against_l1_and_uniform_width_and_nothing_else():
     assert not tables.comparable(suite(**citable(seeds=[0])))
 
 
+def test_interquartile_means_of_different_networks_do_not_stand_in_one_column():
+    other = record().cell.model_copy(update={"model": "lenet_300_100"})
+    records = [record(seed=s, top1=99.0) for s in range(5)]
+    records += [
+        record(seed=s, cell=other.model_copy(update={"seed": s}), top1=90.0) for s in range(5)
+    ]
+    records += [record("random-channels", seed=s, top1=98.0) for s in range(5)]
+    both = [{"name": "lenet5", "size": 20}, {"name": "lenet_300_100", "size": 20}]
+    page = tables.paired(suite(**citable(models=both)), records)
+    assert cells_of(page, "l1-norm")[0][1:4] == ["2", "10", "94.50 (94.50 to 94.50)"]
+    assert cells_of(page, "random-channels")[0][1:5] == ["1", "5", "–", "0.00 (0.00 to 0.00)"]
+
+
 def test_trials_are_a_column_where_settings_were_tried():
     page = board([record(trials=4)])
     at = row_of(page, "technique").index("trials")

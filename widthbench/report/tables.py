@@ -51,7 +51,9 @@ TOGETHER = """\
 Over all networks: the interquartile mean of the test top-1 of all runs, and the probability that a
 run is better than one of `l1-norm`, or of `uniform-width`, on the same network; both with 95 %
 intervals of the stratified bootstrap (2,000 draws; Agarwal et al. 2021). Only networks that both
-ran on count. Failed runs are counted in the last column and in nothing else."""
+ran on count; a row without runs on every network has no interquartile mean, since means of
+different networks cannot be compared. Failed runs are counted in the last column and in nothing
+else."""
 
 
 CITING = "## Citing"
@@ -254,11 +256,14 @@ def _together(block: Sequence[Line]) -> str:
             runs = [*line.scores().values()]
             tasks.setdefault(line.label, {})[line.dataset, line.model] = runs
     references = [r for r in REFERENCES if r in tasks]
+    every = {network for mine in tasks.values() for network in mine}
     headers = ["technique", "networks", "runs", "interquartile mean"]
     cells = []
     for label, mine in tasks.items():
-        low, high = stratified(interquartile_mean, mine)
-        text = f"{interquartile_mean(mine):.2f} ({low:.2f} to {high:.2f})"
+        text = "–"
+        if set(mine) == every:
+            low, high = stratified(interquartile_mean, mine)
+            text = f"{interquartile_mean(mine):.2f} ({low:.2f} to {high:.2f})"
         row = [escaped(label), str(len(mine)), str(sum(map(len, mine.values()))), text]
         for reference in references:
             shared = {k: v for k, v in mine.items() if k in tasks[reference]}
