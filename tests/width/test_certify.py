@@ -564,11 +564,65 @@ class Helped(nn.Module):
         return self.b(HELPERS["norm"](F.relu(self.a(x))))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
-def test_few_rounds_tell_any_two_groups_apart(count):
-    names = [f"g{i}" for i in range(count)]
-    rounds = proofs._separating(names)
-    assert len(rounds) <= 2 * max(1, (count - 1).bit_length())
-    for a in names:
-        assert any(a in r for r in rounds)
-        assert all(any(a in r and b not in r for r in rounds) for b in names if b != a)
+@pytest.mark.parametrize(
+    "sizes", [[64], [3] * 12 + [64] * 12, [2] * 9, [8, 64, 128, 256], [1, 1, 4]]
+)
+def test_any_two_groups_keep_different_shares_in_some_network(sizes):
+    """Or widths that must be equal, or in proportion, would not be found out."""
+    chosen = [Group(f"g{i}", n) for i, n in enumerate(sizes)]
+    rounds = [proofs._widths(chosen), *(widths for widths, _ in proofs._rounds(chosen))]
+    assert len(rounds) <= 3 + 2 * max(1, (len(sizes) - 1).bit_length())
+    for i, a in enumerate(sizes):
+        assert any(r[i] == 1 for r in rounds)
+        assert all(1 <= r[i] <= a for r in rounds)
+        assert rounds[0][i] < a or a == 1
+        for j, b in enumerate(sizes[:i]):
+            assert any(r[i] * b != r[j] * a for r in rounds) or a == b == 1
+
+
+class Proportional(nn.Module):
+    """The second width must be twice the first, which is no tie."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 16)
+        self.c, self.d = nn.Linear(8, 3), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h, g = self.a(x).relu(), self.b(x).relu()
+        return self.c(h) + self.d(g.reshape(len(x), 2 * h.shape[1]))
+
+
+def test_a_width_that_must_be_in_proportion_to_another_is_found_out():
+    found = find_groups(Proportional(), torch.randn(2, 4), cache=False)
+    assert {g.grade for g in found.values()} == {"frozen"}
+
+
+class Pooled(nn.Module):
+    """Takes any image; ``end`` makes something of its last map."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 4, 1)
+        self.c, self.end = nn.Linear(8, 3), end
+
+    def forward(self, x):
+        return self.c(self.end(self.b(self.a(x).relu()).relu()))
+
+
+def test_a_proof_takes_the_smallest_image_that_shows_the_same():
+    x = torch.randn(1, 3, 256, 256)
+
+    def side(end):
+        model = Pooled(end).eval()
+        return proofs.smallest(model, discover(model, x), x).shape[-1]
+
+    assert side(lambda h: h.mean((2, 3))) == 32  # its last map is 2 by 2 then
+    grown = lambda h: h.mean((2, 3)) if h.shape[-1] > 4 else h.amax((2, 3))  # noqa: E731
+    assert side(grown) == 96
+    assert side(lambda h: h[:, :, :16, :16].flatten(2).mean(2)) == 32
+    fixed = Pooled(lambda h: h.reshape(1, 8, 256).mean(2)).eval()
+    assert proofs.smallest(fixed, discover(fixed, x), x).shape == x.shape
+    one = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    x = torch.randn(2, 4)
+    assert proofs.smallest(one, discover(one, x), x) is x

@@ -82,6 +82,7 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
         output_shapes=shapes,
         input_shape=tuple(example_input.shape[1:]),
         program=labels.program,
+        steps=labels.steps,
     )
 
 

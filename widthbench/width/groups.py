@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from widthbench.errors import NoGroupsError, UsageError, did_you_mean
 from widthbench.width.adapters import Origin
-from widthbench.width.layers import Side
+from widthbench.width.layers import Side, Step
 
 Grade = Literal["exact", "coupled", "frozen"]
 Scope = Literal["inner", "all"]
@@ -150,6 +150,7 @@ class Groups(Mapping[str, Group]):
         adjacent: BatchNorms whose input is the output of the layer before, with no operation in
             between.
         program: A digest of what the network computes on the example input.
+        steps: The operations by which it does so, with the shapes of what they give.
     """
 
     members: Mapping[str, Group]
@@ -165,6 +166,7 @@ class Groups(Mapping[str, Group]):
     input_shape: tuple[int, ...] = ()
     everything: Mapping[str, Group] = field(default_factory=dict, repr=False)
     program: str = field(default="", repr=False)
+    steps: tuple[Step, ...] = field(default=(), repr=False)
 
     def __getitem__(self, name: str) -> Group:
         try:

@@ -38,7 +38,7 @@ from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from widthbench.width.adapters import Integer
-from widthbench.width.layers import Side, axis_length, kind_of
+from widthbench.width.layers import Side, Step, axis_length, kind_of
 
 PLAIN = (bool, int, float, complex, str, torch.dtype)
 Ids = np.ndarray
@@ -212,6 +212,7 @@ class Labels:
         adjacent: BatchNorms right behind another layer.
         output: The network's output.
         program: A digest of all calls with their arguments, tensors by shape.
+        steps: All operations, with the shapes of what they give.
     """
 
     axes: dict[Key, tuple[int, int]]
@@ -230,6 +231,7 @@ class Labels:
     adjacent: frozenset[str] = frozenset()
     output: Any = None
     program: str = ""
+    steps: tuple[Step, ...] = ()
 
 
 class Calls(TorchFunctionMode):
@@ -336,6 +338,7 @@ class Tracer(TorchDispatchMode):
         self.views: Any = WeakTensorKeyDictionary()
         self.families: Any = WeakTensorKeyDictionary()
         self.program = hashlib.sha256()
+        self.steps: list[Step] = []
         self._label_tensors(model)
 
     # labels
@@ -474,6 +477,7 @@ class Tracer(TorchDispatchMode):
         rule = self.rules(func)
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        self.steps.extend((name, tuple(t.shape)) for t in outputs)
         values = [self.of(t) for t in inputs]
         if not any(v.factors or v.data for v in values):
             result: Any = [Value(constant=True)] * len(outputs)
@@ -704,6 +708,7 @@ class Tracer(TorchDispatchMode):
             adjacent=frozenset(self.adjacent),
             output=output,
             program=self.program.hexdigest(),
+            steps=tuple(self.steps),
         )
 
     def _tie_numbers(self, heads: Ids) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from widthbench.errors import UsageError
 
 Side = Literal["out", "in"]
+Step = tuple[str, tuple[int, ...]]  # the name of an operation and the shape of what it gives
 
 
 def kind_of(module: nn.Module) -> str | None:

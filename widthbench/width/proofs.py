@@ -1,27 +1,34 @@
 """The two numerical proofs that a channel group's index maps are right.
 
 On a float64 copy with randomised statistics, (1) every group's channels are permuted and a few of
-them split into halves: the output must not move, nor in training mode; (2) half of the channels are
-removed: the output must equal that of the whole network with those input gates at 0. Each group
-alone must fit together by its shapes; both proofs are then asked of all groups in one pass, in
-which those of one width go to different ones as far as there are any; if that fails, of each alone.
+them split into halves: the output must not move, nor in training mode; (2) about half of the
+channels are removed: the output must equal that of the whole network with those input gates at 0.
+Both are asked of all groups in one pass, in which no two keep the same share of their channels
+(where there are too few numbers for that, of a few networks more, by their shapes alone); if that
+fails, of halves of them, down to those that fail alone. The input is the smallest that shows the
+same groups.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from widthbench.errors import UsageError
 from widthbench.randomness import seeded
+from widthbench.width.assembly import discover
 from widthbench.width.gates import gated
 from widthbench.width.groups import Grade, Group, Groups
 from widthbench.width.layers import kind_of
@@ -31,6 +38,9 @@ TOLERANCE = 1e-9  # relative to the largest output, in float64
 ATTEMPTS = 4  # draws of weights after which a group that the output does not depend on is given up
 INSENSITIVE = "the output does not depend on its channels"
 PICKED = 3  # channels split per block of a group
+STRIDE, TRIED = 32, 3  # smaller images: multiples of it, and how many are tried
+SLOW = 0.1  # seconds
+FURTHER = 16  # networks that are tried by their shapes, at the most
 
 Grades = dict[str, tuple[Grade, str]]
 
@@ -108,7 +118,7 @@ def errors_of_all(model: nn.Module, groups: Groups, example_input: Tensor) -> tu
         return 0.0, 0.0
     net, x = randomised(model), _random_input(example_input)
     split = _resized(net, groups, {g.name: _split_plan(g, i) for g, i in _placed(chosen)})
-    kept = {g.name: _kept(g, i) for g, i in _placed(chosen)}
+    kept = {g.name: _kept(g, n) for g, n in zip(chosen, _widths(chosen), strict=True)}
     removed = _resized(net, groups, {n: keep(k) for n, k in kept.items()})
     with gated(net, groups, _gates(chosen, kept)):
         gates = _output(net, x)
@@ -158,22 +168,17 @@ def grades_of(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades
     candidates = [n for n in groups if n not in grades]
     if not candidates:
         return grades
-    x = _random_input(example_input)
+    x = _random_input(smallest(model, groups, example_input))
     for attempt in range(ATTEMPTS):
         try:
             net = randomised(model, seed=attempt, redraw=attempt > 0)
         except Exception as error:  # a network that cannot be copied cannot be resized
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return grades | dict.fromkeys(
-                candidates, ("frozen", f"the network cannot be copied: {first[:120]}")
-            )
-        try:
-            _output(net, x)
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            reason = f"nothing can be proven on two samples in float64: {first[:120]}"
+            reason = f"the network cannot be copied: {_first_line(error)[:120]}"
             return grades | dict.fromkeys(candidates, ("frozen", reason))
-        grades |= _grade_on(net, groups, candidates, x)
+        try:
+            grades |= _grade_on(net, groups, candidates, x)
+        except _UnprovenError as error:
+            return grades | dict.fromkeys(candidates, ("frozen", str(error)))
         # a grade holds for the architecture: channels that are dead with these weights are tried
         # with others
         candidates = [n for n in candidates if grades[n] == ("frozen", INSENSITIVE)]
@@ -182,17 +187,59 @@ def grades_of(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades
     return {n: grades[n] for n in groups}
 
 
+def smallest(model: nn.Module, groups: Groups, example_input: Tensor) -> Tensor:
+    """A smaller example input that shows the same groups, if there is one: a proof on it is as good
+    and cheaper.
+
+    Images are shrunk as long as the network makes the same calls, finds the same axes, and has no
+    map of a single pixel where there were several.
+    """
+    if example_input.dim() != 4 or not groups.steps:
+        return example_input
+    least = min((n for _, s in groups.steps if len(s) == 4 for n in s[2:] if n > 1), default=1)
+    sides = example_input.shape[2:]
+    for more in range(TRIED):
+        small = [math.ceil(n * 2 / least / STRIDE + more) * STRIDE for n in sides]
+        if math.prod(small) * 2 > math.prod(sides):
+            break
+        x = example_input[:1, :, : small[0], : small[1]]
+        try:
+            found = discover(model, x)
+        except UsageError:  # it takes this size alone
+            continue
+        if _alike(groups, found):
+            return x
+    return example_input
+
+
+def _alike(groups: Groups, other: Groups) -> bool:
+    """Whether two inputs of one network show the same."""
+    same = ("members", "axes", "tensors", "width_attributes", "scales", "behind", "adjacent")
+    return (
+        all(getattr(groups, a) == getattr(other, a) for a in same)
+        and len(groups.steps) == len(other.steps)
+        and all(
+            n == m
+            and len(a) == len(b)
+            and all((i > 1) == (j > 1) for i, j in zip(a, b, strict=True))
+            for (n, a), (m, b) in zip(groups.steps, other.steps, strict=True)
+        )
+    )
+
+
 def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Tensor) -> Grades:
-    """Grades of the candidates by the probes on one randomised network, which may be changed."""
+    """Grades of the candidates by the proofs on one randomised network, which may be changed."""
     grades: Grades = {}
     both: tuple[Grade, Grade] = ("exact", "coupled")
     for grade in both:
         names = [n for n in candidates if groups[n].normalised == (grade == "coupled")]
-        if grade == "coupled" and names:
+        if not names:
+            continue
+        if grade == "coupled":
             net = _with_affines(net, groups, names)
-        passed, failed = _passing(net, groups, names, x)
+        failed = _Proof(net, groups, x).failures(names)
         coupled = "a norm across its channels rides along: a resize changes what it divides by"
-        grades |= dict.fromkeys(passed, (grade, "" if grade == "exact" else coupled))
+        grades |= dict.fromkeys(names, (grade, "" if grade == "exact" else coupled))
         grades |= {n: ("frozen", reason) for n, reason in failed.items()}
     return grades
 
@@ -208,151 +255,230 @@ def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Mo
     return net
 
 
-def _passing(
-    net: nn.Module, groups: Groups, names: list[str], x: Tensor
-) -> tuple[list[str], dict[str, str]]:
-    """The groups that pass, first all at once, else each alone and then together; and the reasons
-    of the others.
+class _UnprovenError(Exception):
+    """Nothing can be proven on this network."""
+
+
+class _Operations(TorchDispatchMode):
+    """Notes which operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+Stage = Callable[[Sequence[str]], str]
+
+
+class _Proof:
+    """The stages of the proof, each asked of several groups at once: why they cannot be resized
+    together, "" if they can.
+
+    Args:
+        net: A randomised network.
+        groups: Its groups.
+        x: ``[2, ...]``.
     """
-    if not names:
-        return [], {}
-    reference = _output(net, x)
-    failed = _mismatched(net, groups, names, x)
-    fitting = [n for n in names if n not in failed]
-    if not fitting or not _probe(net, groups, fitting, x, reference):
-        return fitting, failed
-    half = len(fitting) // 2  # all together have just failed
-    parts = (fitting[:half], fitting[half:]) if half else (fitting,)
-    passed = [n for part in parts for n in _found_out(net, groups, part, x, reference, failed)]
-    if passed and _probe(net, groups, passed, x, reference):
+
+    def __init__(self, net: nn.Module, groups: Groups, x: Tensor) -> None:
+        self.net, self.groups, self.x = net, groups, x
+        evaluation = _Operations()
+        begin = time.perf_counter()
+        try:
+            with evaluation:
+                self.reference = _output(net, x)
+        except Exception as error:
+            reason = f"nothing can be proven on two samples in float64: {_first_line(error)[:120]}"
+            raise _UnprovenError(reason) from error
+        self.shapes = self._by_shapes(time.perf_counter() - begin)
+        self.runs_in_training, self.trained = self._trained(evaluation.names)
+        self.made: dict[tuple[str, ...], tuple[nn.Module, nn.Module]] = {}
+
+    def _by_shapes(self, seconds: float) -> tuple[nn.Module, Tensor]:
+        """What widths are tried on: without numbers, where that is faster than a pass, which takes
+        so many seconds, and works.
+        """
+        if seconds > SLOW:
+            try:
+                shapes, y = copy.deepcopy(self.net).to("meta"), self.x.to("meta")
+                begin = time.perf_counter()
+                _output(shapes, y)
+                if time.perf_counter() - begin < seconds:
+                    return shapes, y
+            except Exception:  # a network that looks at values
+                return self.net, self.x
+        return self.net, self.x
+
+    def _trained(self, operations: list[str]) -> tuple[bool, list[Tensor] | None]:
+        """Whether the network runs in training mode on this input, and what it gives there if that
+        is to be compared: something else than in evaluation, and the same each time.
+        """
+        training = _Operations()
+        try:
+            with _training(self.net), seeded(0), training:
+                output = _output(self.net, self.x)
+            if training.names == operations and not _difference(output, self.reference):
+                return True, None  # the same computation
+            with _training(self.net), seeded(1):
+                steady = not _difference(_output(self.net, self.x), output)
+        except Exception:
+            return False, None
+        return True, output if steady else None
+
+    def failures(self, names: Sequence[str]) -> dict[str, str]:
+        """The groups that cannot be resized, and why."""
+        stages = (self.fits, self.splits, self.removes, self.trains)
+        failed: dict[str, str] = {}
+        left = [*names]
+        for stage in stages:
+            left = self._survivors(stage, left, failed)
+            if stage == self.removes and left:
+                failed |= dict.fromkeys(self.insensitive(left), INSENSITIVE)
+                left = [n for n in left if n not in failed]
+        if failed and left:  # what is left has passed each stage among others
+            self._survivors(
+                lambda some: next(filter(None, (s(some) for s in stages)), ""), left, failed
+            )
+        return failed
+
+    def _survivors(self, stage: Stage, names: Sequence[str], failed: dict[str, str]) -> list[str]:
+        """The groups that pass together; the reasons of the others go into ``failed``."""
+        if not names or not (why := stage(names)):
+            return [*names]
+        passed = self._alone(stage, names, why, failed)
+        if not passed or (len(passed) < len(names) and not stage(passed)):
+            return passed
         together: list[str] = []
         for n in passed:
-            if _probe(net, groups, [*together, n], x, reference):
-                failed[n] = f"passes alone, but not together with {together[-1] if together else n}"
+            if stage([*together, n]):
+                whom = together[-1] if together else n
+                failed[n] = f"passes alone, but not together with {whom}"
             else:
                 together.append(n)
-        passed = together
-    return passed, failed
+        return together
 
+    def _alone(
+        self, stage: Stage, names: Sequence[str], why: str, failed: dict[str, str]
+    ) -> list[str]:
+        """Those of groups that do not pass together that do in smaller sets, by halves."""
+        if len(names) == 1:
+            failed[names[0]] = why
+            return []
+        half = len(names) // 2
+        passed: list[str] = []
+        for part in (names[:half], names[half:]):
+            why = stage(part)
+            passed += self._alone(stage, part, why, failed) if why else part
+        return passed
 
-def _mismatched(net: nn.Module, groups: Groups, names: list[str], x: Tensor) -> dict[str, str]:
-    """Groups that cannot be resized alone, and why: to half, to one channel per block, and split,
-    by shapes without numbers.
-
-    First several at once, in rounds in which each group changes while each other one stays as it
-    is: what fits then fits alone. Only where a round does not fit is each group tried for itself.
-    """
-    failed: dict[str, str] = {}
-    try:
-        shapes, y = copy.deepcopy(net).to("meta"), x.to("meta")
-        _output(shapes, y)
-    except Exception:  # a network that looks at values: the probes will tell
-        return failed
-    plans = {n: _shapes_alone(groups[n]) for n in names}
-
-    def problem(some: Sequence[str]) -> str:
+    def fits(self, names: Sequence[str]) -> str:
+        """Widths fit together, by shapes: down to one channel per block, and for any two groups a
+        network in which they keep different shares of their channels.
+        """
+        chosen = [self.groups[n] for n in names]
         try:
-            for i in range(max(len(plans[n]) for n in some)):
-                _output(
-                    _resized(
-                        shapes, groups, {n: plans[n][min(i, len(plans[n]) - 1)] for n in some}
-                    ),
-                    y,
-                )
+            for widths, samples in _rounds(chosen):
+                plan = {
+                    g.name: keep(_kept(g, left)) for g, left in zip(chosen, widths, strict=True)
+                }
+                _output(_resized(self.shapes[0], self.groups, plan), self.shapes[1][:samples])
+            self._pair(names)
         except Exception as error:
             return _does_not_run(error)
         return ""
 
-    rounds = _separating(names)
-    if len(rounds) < len(names) and not any(map(problem, rounds)):
-        return failed
-    for n in names:
-        if why := problem([n]):
-            failed[n] = why
-    return failed
+    def _pair(self, names: Sequence[str]) -> tuple[nn.Module, nn.Module]:
+        """The network with channels of these groups split, and with half of them removed."""
+        if (key := tuple(names)) not in self.made:
+            chosen = [self.groups[n] for n in names]
+            wide = {g.name: _split_plan(g, i) for g, i in _placed(chosen)}
+            small = {n: keep(k) for n, k in self._removed(names).items()}
+            self.made.clear()
+            self.made[key] = (
+                _resized(self.net, self.groups, wide),
+                _resized(self.net, self.groups, small),
+            )
+        return self.made[key]
+
+    def _removed(self, names: Sequence[str]) -> dict[str, Tensor]:
+        chosen = [self.groups[n] for n in names]
+        return {g.name: _kept(g, n) for g, n in zip(chosen, _widths(chosen), strict=True)}
+
+    def splits(self, names: Sequence[str]) -> str:
+        """Splitting channels leaves the output as it is."""
+        try:
+            problem = _difference(_output(self._pair(names)[0], self.x), self.reference)
+        except Exception as error:
+            return _does_not_run(error)
+        return f"splitting its channels {problem}" if problem else ""
+
+    def removes(self, names: Sequence[str]) -> str:
+        """Removing channels equals gates at 0, on inputs and on weights."""
+        values = self._gates(names)
+        try:
+            removed = _output(self._pair(names)[1], self.x)
+            with gated(self.net, self.groups, values):
+                if problem := _difference(removed, _output(self.net, self.x)):
+                    return f"removing channels instead of gating them {problem}"
+            with gated(self.net, self.groups, values, on="weight"):
+                if problem := _difference(removed, _output(self.net, self.x)):
+                    return f"gating weights instead of inputs {problem}"
+        except Exception as error:
+            return _does_not_run(error)
+        return ""
+
+    def _gates(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """1 for kept channels, 0 for the others."""
+        return _gates([self.groups[n] for n in names], self._removed(names))
+
+    def insensitive(self, names: Sequence[str]) -> list[str]:
+        """Groups that the output does not depend on, on which a proof would be empty: no gradient
+        at their gates.
+        """
+        values = {n: torch.ones_like(v).requires_grad_() for n, v in self._gates(names).items()}
+        with torch.enable_grad(), gated(self.net, self.groups, values):
+            total = torch.stack([t.square().sum() for t in _tensors(self.net(self.x))]).sum()
+            gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
+        found = zip(names, gradients, strict=True)
+        return [n for n, g in found if g is None or float(g.abs().max()) == 0.0]
+
+    def trains(self, names: Sequence[str]) -> str:
+        """What only training mode uses (auxiliary heads) is not in the trace: there a split must
+        change nothing, a removal must run.
+
+        Batch norms and dropout stay as in evaluation.
+        """
+        if not self.runs_in_training:
+            return ""
+        try:
+            wide, small = self._pair(names)
+            self.made.clear()  # training changes the statistics of batch norms
+            if self.trained is not None:
+                with _training(wide), seeded(0):
+                    problem = _difference(_output(wide, self.x), self.trained)
+                if problem:
+                    return f"in training mode splitting its channels {problem}"
+            _output(small.train(), self.x)
+        except Exception as error:
+            return f"a resized network does not run in training mode: {_first_line(error)[:120]}"
+        return ""
 
 
-def _shapes_alone(group: Group) -> list[Resize]:
-    """Split, to half, and to one channel per block."""
-    size = group.channels // group.blocks
-    half, least = _kept(group), torch.arange(group.blocks) * size
-    return [_split_plan(group), keep(half), *([keep(least)] if len(least) < len(half) else [])]
-
-
-def _separating(names: Sequence[str]) -> list[list[str]]:
-    """Few sets of names such that for any two one set holds the first and not the second: by the
-    binary digits of their places.
-    """
-    digits = max(1, (len(names) - 1).bit_length())
-    rounds = [
-        [n for i, n in enumerate(names) if i >> d & 1 == side]
-        for d in range(digits)
-        for side in (0, 1)
-    ]
-    return [r for r in rounds if r]
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _does_not_run(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"a resized network does not run: {first[:160]}"
-
-
-def _found_out(
-    net: nn.Module,
-    groups: Groups,
-    names: list[str],
-    x: Tensor,
-    reference: list[Tensor],
-    failed: dict[str, str],
-) -> list[str]:
-    """The groups that pass, by halves; the reasons of the others go into ``failed``."""
-    if not names:
-        return []
-    why = _probe(net, groups, names, x, reference)
-    if why and len(names) == 1:
-        failed[names[0]] = why
-    if not why or len(names) == 1:
-        return [] if why else names
-    half = len(names) // 2
-    return [
-        n
-        for part in (names[:half], names[half:])
-        for n in _found_out(net, groups, part, x, reference, failed)
-    ]
-
-
-def _probe(
-    net: nn.Module, groups: Groups, names: list[str], x: Tensor, reference: list[Tensor]
-) -> str:
-    """Why these groups cannot be resized together; "" if they can. ``reference`` is what the
-    network gives.
-    """
-    chosen = [groups[n] for n in names]
-    try:
-        wide = _resized(net, groups, {g.name: _split_plan(g, i) for g, i in _placed(chosen)})
-        if problem := _difference(_output(wide, x), reference):
-            return f"splitting its channels {problem}"
-        kept = {g.name: _kept(g, i) for g, i in _placed(chosen)}
-        small = _resized(net, groups, {n: keep(k) for n, k in kept.items()})
-        removed = _output(small, x)
-        values = _gates(chosen, kept)
-        with gated(net, groups, values):
-            if problem := _difference(removed, _output(net, x)):
-                return f"removing channels instead of gating them {problem}"
-        with gated(net, groups, values, on="weight"):
-            if problem := _difference(removed, _output(net, x)):
-                return f"gating weights instead of inputs {problem}"
-        return _insensitive(net, groups, chosen, x) or _untrainable(net, wide, small, x)
-    except (
-        Exception
-    ) as error:  # whatever a foreign forward raises: the group stays frozen, with the cause
-        return _does_not_run(error)
+    return f"a resized network does not run: {_first_line(error)[:160]}"
 
 
 def _resized(net: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
-    new = resize_uncertified(
-        net, groups, plan
-    )  # a deep copy, which binds an instance's own forward to the copy
+    # a deep copy, which binds an instance's own forward to the copy
+    new = resize_uncertified(net, groups, plan, share=True)
     if bad := disagreements(new):
         raise RuntimeError(f"declared and real shapes differ at {bad[0]}")
     return new
@@ -419,46 +545,63 @@ def _split_plan(group: Group, place: int = 0) -> Resize:
     return Resize(all_rows, mix)
 
 
-def _kept(group: Group, place: int = 0) -> Tensor:
-    """A random part of the channels, in order: half of each block and another number at each place;
-    a block of one keeps it.
-
-    Widths that must be equal and are not tied are found out: groups of one width shrink alike only
-    where widths run out.
-    """
+def _kept(group: Group, left: int) -> Tensor:
+    """A random part of the channels, in order: ``left`` of each block."""
     generator = torch.Generator().manual_seed(group.channels + 1)
     size = group.channels // group.blocks
-    left = 1 + (max(1, size // 2) - 1 + place) % max(1, size - 1)
-    dropped = _picks(group, generator, size - left).flatten()
     mask = torch.ones(group.channels, dtype=torch.bool)
-    mask[dropped] = False
+    mask[_picks(group, generator, size - left).flatten()] = False
     return mask.nonzero().flatten()
 
 
-def _untrainable(net: nn.Module, wide: nn.Module, small: nn.Module, x: Tensor) -> str:
-    """What only training mode uses (auxiliary heads) is not in the trace: there a split must change
-    nothing, a removal must run.
+def _widths(chosen: Iterable[Group]) -> list[int]:
+    """How many channels of each block the proof of removal keeps: about half, another number for
+    each of as many channels, and no fixed share.
 
-    Batch norms and dropout stay as in evaluation; a network that draws at random elsewhere is not
-    compared.
+    Widths that must be equal, or in a fixed proportion, and are not tied are found out by it.
     """
-    try:
-        with _training(net), seeded(0):
-            reference = _output(net, x)
-        with _training(net), seeded(1):
-            steady = not _difference(_output(net, x), reference)
-    except Exception:
-        return ""  # the network itself does not run in training mode on this input
-    try:
-        with _training(wide), seeded(0):
-            split = _output(wide, x)
-        if steady and (problem := _difference(split, reference)):
-            return f"in training mode splitting its channels {problem}"
-        _output(small.train(), x)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"a resized network does not run in training mode: {first[:120]}"
-    return ""
+    widths = []
+    for group, place in _placed(chosen):
+        size = group.channels // group.blocks
+        start = int(size * (0.4 + size * 0.618 % 0.2))
+        widths.append(1 + (start + place) % max(1, size - 1))
+    return widths
+
+
+def _rounds(chosen: Sequence[Group]) -> Iterator[tuple[list[int], int]]:
+    """Further networks to try by their shapes: channels that are left of each block, and how many
+    samples show it.
+
+    Each group is at one channel per block in one of them, and for any two there is one in which
+    they keep different shares, ``_widths`` included. Groups of few channels run out of numbers:
+    these need more networks.
+    """
+    first, sizes = _widths(chosen), np.array([g.channels // g.blocks for g in chosen])
+    can_change = (sizes > 1)[:, None] | (sizes > 1)[None]
+    alike = can_change & ~np.eye(len(sizes), dtype=bool) & _same_share(first, sizes)
+    for side in (0, 1):
+        least = [1 if i % 2 == side else n for i, n in enumerate(first)]
+        if least != first:
+            yield least, 2
+            alike &= _same_share(least, sizes)
+    draw = np.random.default_rng(0)
+    for _ in range(FURTHER):
+        if not alike.any():
+            return
+        widths = np.array(first)
+        for i in np.flatnonzero(alike.any(axis=1)):
+            options = draw.permutation(sizes[i])[:8] + 1
+            others = np.flatnonzero(alike[i, :i])
+            clashes = options[:, None] * sizes[others] == widths[others] * sizes[i]
+            widths[i] = options[clashes.sum(axis=1).argmin()]
+        yield widths.tolist(), 1
+        alike &= _same_share(widths.tolist(), sizes)
+
+
+def _same_share(widths: Sequence[int], sizes: Any) -> Any:
+    """``[G, G]``: pairs of groups that keep the same share of their channels."""
+    across = np.array(widths)[:, None] * sizes
+    return across == across.T
 
 
 @contextmanager
@@ -472,19 +615,3 @@ def _training(net: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes.items():
             m.training = mode
-
-
-def _insensitive(net: nn.Module, groups: Groups, chosen: list[Group], x: Tensor) -> str:
-    """A proof on a group that the output does not depend on would be empty: ask for a gradient at
-    every group's gates.
-    """
-    values = {
-        g.name: torch.ones(g.channels, dtype=torch.float64, requires_grad=True) for g in chosen
-    }
-    with torch.enable_grad(), gated(net, groups, values):
-        total = torch.stack([t.square().sum() for t in _tensors(net(x))]).sum()
-        gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
-    for gradient in gradients:
-        if gradient is None or float(gradient.abs().max()) == 0.0:
-            return INSENSITIVE
-    return ""

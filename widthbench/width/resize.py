@@ -94,8 +94,13 @@ def resize(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     return resize_uncertified(model, groups, plan)
 
 
-def resize_uncertified(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
-    """``resize`` without asking for a grade: for certification itself."""
+def resize_uncertified(
+    model: nn.Module, groups: Groups, plan: Plan, *, share: bool = False
+) -> nn.Module:
+    """``resize`` without asking for a grade: for certification itself.
+
+    With ``share``, parameters that stay as they are belong to both networks.
+    """
     for name, change in plan.items():
         _check(model, groups, groups[name], change)
     layers: dict[str, dict[Side, Axis]] = {}
@@ -105,6 +110,8 @@ def resize_uncertified(model: nn.Module, groups: Groups, plan: Plan) -> nn.Modul
     numbers = _numbers(groups, plan)
 
     memo = detached(model)
+    if share:
+        memo |= {id(p): p for p in model.parameters()}
     widths: dict[str, dict[Side, int]] = {}
     channels = {n: len(change.rows) for n, change in plan.items()}
     with torch.no_grad():
@@ -426,6 +433,10 @@ def _consume(weight: Tensor, axis: Axis, plan: Plan, count: int) -> Tensor:
 
 def _mixed(weight: Tensor, mix: Tensor) -> Tensor:
     """``[O, N, ...]`` times ``[N, P]`` over N, to ``[O, P, ...]``."""
+    if int((mix != 0).sum(dim=0).max()) <= 1:  # each new channel carries a part of an old one
+        parts, rows = mix.abs().max(dim=0)
+        parts = mix.gather(0, rows[None])[0]
+        return weight.index_select(1, rows) * parts.view(-1, *[1] * (weight.dim() - 2))
     return torch.tensordot(weight, mix, dims=([1], [0])).movedim(-1, 1).contiguous()
 
 
