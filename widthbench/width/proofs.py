@@ -230,6 +230,7 @@ def _alike(groups: Groups, other: Groups) -> bool:
 def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Tensor) -> Grades:
     """Grades of the candidates by the proofs on one randomised network, which may be changed."""
     grades: Grades = {}
+    plain = False
     both: tuple[Grade, Grade] = ("exact", "coupled")
     for grade in both:
         names = [n for n in candidates if groups[n].normalised == (grade == "coupled")]
@@ -237,7 +238,8 @@ def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Tensor) 
             continue
         if grade == "coupled":
             net = _with_affines(net, groups, names)
-        failed = _Proof(net, groups, x).failures(names)
+        proof = _Proof(net, groups, x, plain=plain)
+        failed, plain = proof.failures(names), proof.plain
         coupled = "a norm across its channels rides along: a resize changes what it divides by"
         grades |= dict.fromkeys(names, (grade, "" if grade == "exact" else coupled))
         grades |= {n: ("frozen", reason) for n, reason in failed.items()}
@@ -282,9 +284,10 @@ class _Proof:
         net: A randomised network.
         groups: Its groups.
         x: ``[2, ...]``.
+        plain: Training mode is known to do what evaluation does.
     """
 
-    def __init__(self, net: nn.Module, groups: Groups, x: Tensor) -> None:
+    def __init__(self, net: nn.Module, groups: Groups, x: Tensor, *, plain: bool = False) -> None:
         self.net, self.groups, self.x = net, groups, x
         evaluation = _Operations()
         begin = time.perf_counter()
@@ -294,8 +297,12 @@ class _Proof:
         except Exception as error:
             reason = f"nothing can be proven on two samples in float64: {_first_line(error)[:120]}"
             raise _UnprovenError(reason) from error
+        self.unsteady = False
         self.shapes = self._by_shapes(time.perf_counter() - begin)
-        self.runs_in_training, self.trained = self._trained(evaluation.names)
+        self.runs_in_training, self.trained = True, None
+        if not plain:
+            self.runs_in_training, self.trained = self._trained(evaluation.names)
+        self.plain = self.runs_in_training and self.trained is None and not self.unsteady
         self.made: dict[tuple[str, ...], tuple[nn.Module, nn.Module]] = {}
 
     def _by_shapes(self, seconds: float) -> tuple[nn.Module, Tensor]:
@@ -304,7 +311,9 @@ class _Proof:
         """
         if seconds > SLOW:
             try:
-                shapes, y = copy.deepcopy(self.net).to("meta"), self.x.to("meta")
+                tensors = (*self.net.parameters(), *self.net.buffers())
+                memo: dict[int, Any] = {id(t): _bare(t) for t in tensors}
+                shapes, y = copy.deepcopy(self.net, memo), _bare(self.x)
                 begin = time.perf_counter()
                 _output(shapes, y)
                 if time.perf_counter() - begin < seconds:
@@ -324,10 +333,10 @@ class _Proof:
             if training.names == operations and not _difference(output, self.reference):
                 return True, None  # the same computation
             with _training(self.net), seeded(1):
-                steady = not _difference(_output(self.net, self.x), output)
+                self.unsteady = bool(_difference(_output(self.net, self.x), output))
         except Exception:
             return False, None
-        return True, output if steady else None
+        return True, None if self.unsteady else output
 
     def failures(self, names: Sequence[str]) -> dict[str, str]:
         """The groups that cannot be resized, and why."""
@@ -441,7 +450,8 @@ class _Proof:
         """
         values = {n: torch.ones_like(v).requires_grad_() for n, v in self._gates(names).items()}
         with torch.enable_grad(), gated(self.net, self.groups, values):
-            total = torch.stack([t.square().sum() for t in _tensors(self.net(self.x))]).sum()
+            output = _tensors(self.net(self.x[:1]))
+            total = torch.stack([t.square().sum() for t in output]).sum()
             gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
         found = zip(names, gradients, strict=True)
         return [n for n, g in found if g is None or float(g.abs().max()) == 0.0]
@@ -466,6 +476,12 @@ class _Proof:
         except Exception as error:
             return f"a resized network does not run in training mode: {_first_line(error)[:120]}"
         return ""
+
+
+def _bare(t: Tensor) -> Tensor:
+    """The tensor without its numbers."""
+    bare = t.detach().to("meta")
+    return nn.Parameter(bare, t.requires_grad) if isinstance(t, nn.Parameter) else bare
 
 
 def _first_line(error: Exception) -> str:

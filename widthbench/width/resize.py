@@ -434,9 +434,11 @@ def _consume(weight: Tensor, axis: Axis, plan: Plan, count: int) -> Tensor:
 def _mixed(weight: Tensor, mix: Tensor) -> Tensor:
     """``[O, N, ...]`` times ``[N, P]`` over N, to ``[O, P, ...]``."""
     if int((mix != 0).sum(dim=0).max()) <= 1:  # each new channel carries a part of an old one
-        parts, rows = mix.abs().max(dim=0)
+        rows = mix.abs().argmax(dim=0)
         parts = mix.gather(0, rows[None])[0]
-        return weight.index_select(1, rows) * parts.view(-1, *[1] * (weight.dim() - 2))
+        taken, changed = weight.index_select(1, rows), (parts != 1).nonzero().flatten()
+        scaled = taken.index_select(1, changed) * parts[changed].view(-1, *[1] * (weight.dim() - 2))
+        return taken.index_copy_(1, changed, scaled)
     return torch.tensordot(weight, mix, dims=([1], [0])).movedim(-1, 1).contiguous()
 
 
