@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from widthbench.errors import PlanError, did_you_mean
 from widthbench.width.adapters import Origin, declare_integer
-from widthbench.width.groups import Axis, Group, Groups, Segment
+from widthbench.width.groups import Axis, Group, Groups, Segment, WidthAttribute
 from widthbench.width.layers import Side, axis_length, kind_of, tensors_on
 
 
@@ -146,6 +146,53 @@ def resize_uncertified(
 def touched(axis: Axis, names: Container[str]) -> bool:
     """Whether an axis has positions of any of these groups."""
     return any(s.group in names or s.outer in names for s in axis)
+
+
+def narrowed(groups: Groups, left: Mapping[str, int]) -> Groups:
+    """The groups of the network after so many channels of some of them are left.
+
+    Args:
+        groups: The groups of the network before.
+        left: Channels per group; those of the others stay. Where heads go, so do their dimensions.
+    """
+    members = dict(groups.everything or groups.members)
+    axes = [*groups.axes.values(), *groups.tensors.values()]
+    outer = {str(s.group): s.outer for axis in axes for s in axis if s.group and s.outer in left}
+
+    def of_heads(number: int, heads: str | None) -> int:
+        if heads is None or heads not in left:
+            return number
+        return number * left[heads] // members[heads].channels
+
+    def smaller(group: Group) -> Group:
+        heads = outer.get(group.name)
+        channels = left.get(group.name, group.channels)
+        return replace(
+            group, channels=of_heads(channels, heads), blocks=of_heads(group.blocks, heads)
+        )
+
+    def along(axis: Axis) -> Axis:
+        return tuple(
+            replace(s, channels=new[s.group].channels if s.group else of_heads(s.channels, s.outer))
+            for s in axis
+        )
+
+    def stated(number: WidthAttribute) -> WidthAttribute:
+        width = axis_width(number.axis, left, members)
+        axis = along(number.axis)
+        return replace(
+            number, axis=axis, over=number.over * sum(s.size for s in axis) / max(1, width)
+        )
+
+    new = {n: smaller(g) for n, g in members.items()}
+    return replace(
+        groups,
+        members={n: new[n] for n in groups.members},
+        everything={n: new[n] for n in groups.everything},
+        axes={k: along(a) for k, a in groups.axes.items()},
+        tensors={k: along(a) for k, a in groups.tensors.items()},
+        width_attributes=tuple(map(stated, groups.width_attributes)),
+    )
 
 
 def _replace(old: Tensor, new: Tensor, memo: dict[int, Any]) -> None:
