@@ -200,8 +200,32 @@ class Auxiliary(nn.Module):
         return (self.b(h), self.aux(h)) if self.training else self.b(h)
 
 
+def test_heads_that_training_alone_uses_ride_along():
+    model, x = Auxiliary(), torch.randn(2, 4)
+    groups = find_groups(model, x, cache=False)
+    assert groups["a"].grade == "exact"
+    assert groups["a"].consumers == ("b", "aux")
+    assert sum(macs for macs, *_ in groups.products) == 4 * 8 + 8 * 3  # of evaluation
+    small = resize(model, groups, {"a": keep([1, 2, 5])})
+    with torch.no_grad():
+        for (_, aux), h in ((small.train()(x), small.a(x).relu()),):
+            assert torch.equal(aux, F.linear(h, model.aux.weight[:, [1, 2, 5]], model.aux.bias))
+
+
+class Reading(nn.Module):
+    """Training looks at channels by numbers of its own, through no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return (self.b(h), h.view(len(x), 2, 4).sum(2)) if self.training else self.b(h)
+
+
 def test_channels_that_training_reads_elsewhere_are_frozen():
-    group = find_groups(Auxiliary(), torch.randn(2, 4), cache=False)["a"]
+    group = find_groups(Reading(), torch.randn(2, 4), cache=False)["a"]
     assert group.grade == "frozen"
     assert "does not run in training mode" in group.reason
 
@@ -381,18 +405,13 @@ class Trained(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.c1, self.c2, self.fc, self.aux = (
-            nn.Conv2d(3, 8, 3),
-            nn.Conv2d(8, 8, 3),
-            nn.Linear(8, 5),
-            nn.Linear(2, 5),
-        )
+        self.c1, self.c2, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x):
         h = F.relu(self.c1(x))
         y = self.fc(self.drop(F.relu(self.c2(h)).mean((2, 3))))
-        return (y, self.aux(h[:, :2].mean((2, 3)))) if self.training else y
+        return (y, h[:, :2].mean((2, 3))) if self.training else y
 
 
 def test_what_training_alone_computes_must_not_change():

@@ -31,6 +31,7 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -339,6 +340,7 @@ class Tracer(TorchDispatchMode):
         self.families: Any = WeakTensorKeyDictionary()
         self.program = hashlib.sha256()
         self.steps: list[Step] = []
+        self.serving = True  # False: what training alone computes
         self._label_tensors(model)
 
     # labels
@@ -477,7 +479,8 @@ class Tracer(TorchDispatchMode):
         rule = self.rules(func)
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        self.steps.extend((name, tuple(t.shape)) for t in outputs)
+        if self.serving:
+            self.steps.extend((name, tuple(t.shape)) for t in outputs)
         values = [self.of(t) for t in inputs]
         if not any(v.factors or v.data for v in values):
             result: Any = [Value(constant=True)] * len(outputs)
@@ -657,11 +660,17 @@ class Tracer(TorchDispatchMode):
         """Note multiply-accumulates, and the labels that they are proportional to the numbers
         of.
         """
+        if not self.serving:
+            return
         known = [n for n in self.modules.parents if n != "Global"]
         where = max(known, key=len, default="").partition(".")[
             2
         ]  # the tracker's names begin with the network's class
         self.products.append(Product(macs, tuple(g for g in grids if g is not None), where))
+
+    def unread(self) -> list[str]:
+        """Layers that read nothing so far."""
+        return [n for n, kind in self.kinds.items() if kind is not None and n not in self.behind]
 
     def _all_blocks(self) -> Ids:
         return np.fromiter(self.members, dtype=np.int64, count=len(self.members))
@@ -865,4 +874,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
     finally:
         for m, mode in training.items():
+            m.training = mode
+
+
+@contextmanager
+def steadily_training(model: nn.Module) -> Iterator[None]:
+    """Training mode, but for what estimates or draws in it: batch norms and dropout evaluate."""
+    modes = {m: m.training for m in model.modules()}
+    for m in modes:
+        m.training = not (isinstance(m, _NormBase) or "drop" in type(m).__name__.lower())
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
             m.training = mode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from widthbench.randomness import seeded
 from widthbench.width.adapters import Integer, watched_integers
 from widthbench.width.counting import counting
 from widthbench.width.labels import (
@@ -29,12 +31,15 @@ from widthbench.width.labels import (
     note_size,
     plain_value,
     simple_factors,
+    steadily_training,
     with_factors,
 )
 
 
 def trace(model: nn.Module, x: Tensor) -> Labels:
     """Run a network on one input and follow its channels.
+
+    Where layers were not reached, training mode may reach them (auxiliary heads): it is run, too.
 
     Args:
         model: In eval mode; it is left as it was.
@@ -44,7 +49,13 @@ def trace(model: nn.Module, x: Tensor) -> Labels:
     tracer.values[x] = Value(data=True)
     with counting(model), watched_integers(model), Calls(tracer), tracer.modules, tracer:
         output = model(x)
-    for t in tree_leaves(output):
+        outputs = [output]
+        if tracer.unread():
+            tracer.serving = False
+            # it may run in training mode on more than one sample alone, or not at all
+            with suppress(Exception), steadily_training(model), seeded(0):
+                outputs.append(model(x))
+    for t in tree_leaves(outputs):
         if isinstance(t, Tensor):
             for _, ids in tracer.of(t).factors:
                 tracer.freeze(ids, OUTPUT)

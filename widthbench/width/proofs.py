@@ -15,7 +15,6 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,7 +29,7 @@ from widthbench.randomness import seeded
 from widthbench.width.counting import counting
 from widthbench.width.gates import gated
 from widthbench.width.groups import Grade, Group, Groups
-from widthbench.width.labels import evaluating
+from widthbench.width.labels import evaluating, steadily_training
 from widthbench.width.layers import Step, kind_of
 from widthbench.width.resize import (
     Plan,
@@ -285,19 +283,24 @@ Stage = Callable[[Sequence[str]], str]
 
 @dataclass
 class _Narrow:
-    """The network with channels removed, on which all is proven that does not need the whole one.
+    """The network with channels removed, and the one on which all is proven that does not need the
+    whole network: the same, as long as no layer has become another kind.
 
     Attributes:
-        net: The network.
-        groups: Its groups.
+        removed: The network.
         kept: The channels that are left, by group.
+        what_is_left: Its output on the proof's input.
+        net: The network to prove the rest on.
+        groups: Its groups.
         output: On the proof's input.
         steps: The operations that gave it.
     """
 
+    removed: nn.Module
+    kept: dict[str, Tensor]
+    what_is_left: list[Tensor]
     net: nn.Module
     groups: Groups
-    kept: dict[str, Tensor]
     output: list[Tensor]
     steps: list[Step]
 
@@ -411,12 +414,18 @@ class _Proof:
         if (key := tuple(names)) not in self.made:
             chosen = [self.groups[n] for n in names]
             kept = {g.name: _kept(g, n) for g, n in zip(chosen, _widths(chosen), strict=True)}
-            net = _resized(self.net, self.groups, {n: keep(k) for n, k in kept.items()})
+            net = removed = _resized(self.net, self.groups, {n: keep(k) for n, k in kept.items()})
             groups = narrowed(self.groups, {n: len(k) for n, k in kept.items()})
             with _Operations() as seen:
-                output = _output(net, self.x)
+                output = left = _output(net, self.x)
+            pairs = zip(self.net.modules(), removed.modules(), strict=True)
+            if any(kind_of(a) != kind_of(b) for a, b in pairs):
+                # a grouped convolution of one channel per group is a depthwise one
+                net, groups = self.net, self.groups
+                with _Operations() as seen:
+                    output = _output(net, self.x)
             self.made.clear()
-            self.made[key] = _Narrow(net, groups, kept, output, seen.steps)
+            self.made[key] = _Narrow(removed, kept, left, net, groups, output, seen.steps)
         return self.made[key]
 
     def removes(self, names: Sequence[str]) -> str:
@@ -425,7 +434,7 @@ class _Proof:
             small = self._narrow(names)
             values = _gates([self.groups[n] for n in names], small.kept)
             with gated(self.net, self.groups, values):
-                problem = _difference(small.output, _output(self.net, self.x))
+                problem = _difference(small.what_is_left, _output(self.net, self.x))
         except Exception as error:
             return _does_not_run(error)
         return f"removing channels instead of gating them {problem}" if problem else ""
@@ -485,27 +494,27 @@ class _Proof:
         """
         small = self._narrow(names)
         try:
-            with _training(small.net), seeded(0), _Operations() as seen:
+            with steadily_training(small.net), seeded(0), _Operations() as seen:
                 output = _output(small.net, self.x)
             if seen.steps != small.steps or _difference(output, small.output):
-                with _training(small.net), seeded(1):
+                with steadily_training(small.net), seeded(1):
                     steady = not _difference(_output(small.net, self.x), output)
                 wide = self._wide(small, names)
-                with _training(wide), seeded(0):
+                with steadily_training(wide), seeded(0):
                     problem = _difference(_output(wide, self.x), output)
                 if steady and problem:
                     return f"in training mode splitting its channels {problem}"
             self.made.clear()  # training changes the statistics of batch norms
-            _output(small.net.train(), self.x)
+            _output(small.removed.train(), self.x)
         except Exception as error:
-            if not self._runs_in_training():
+            if not self._runs_insteadily_training():
                 return ""
             return f"a resized network does not run in training mode: {_first_line(error)[:120]}"
         return ""
 
-    def _runs_in_training(self) -> bool:
+    def _runs_insteadily_training(self) -> bool:
         try:
-            with _training(self.net), seeded(0):
+            with steadily_training(self.net), seeded(0):
                 _output(self.net, self.x)
         except Exception:
             return False
@@ -649,16 +658,3 @@ def _same_share(widths: Sequence[int], sizes: Any) -> Any:
     """``[G, G]``: pairs of groups that keep the same share of their channels."""
     across = np.array(widths)[:, None] * sizes
     return across == across.T
-
-
-@contextmanager
-def _training(net: nn.Module) -> Iterator[None]:
-    """Training mode, but for what estimates or draws in it."""
-    modes = {m: m.training for m in net.modules()}
-    for m in modes:
-        m.training = not (isinstance(m, _NormBase) or "drop" in type(m).__name__.lower())
-    try:
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
