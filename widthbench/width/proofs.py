@@ -44,6 +44,7 @@ from widthbench.width.resize import (
 TOLERANCE = 1e-9  # relative to the largest output, in float64
 ATTEMPTS = 4  # draws of weights after which a group that the output does not depend on is given up
 INSENSITIVE = "the output does not depend on its channels"
+TRAINING_ALONE = "training mode alone uses its channels"
 PICKED = 3  # channels split per block of a group
 STRIDE, TRIED = 32, 3  # smaller images: multiples of it, and how many are tried
 SLOW = 2e9  # multiply-accumulates, above which shapes are tried without numbers
@@ -346,7 +347,7 @@ class _Proof:
         left = [*names]
         for stage in stages:
             if stage == self.splits and left:
-                failed |= dict.fromkeys(self.insensitive(left), INSENSITIVE)
+                failed |= self.insensitive(left)
                 left = [n for n in left if n not in failed]
             left = self._survivors(stage, left, failed)
         if failed and left:  # what is left has passed each stage among others
@@ -439,11 +440,23 @@ class _Proof:
             return _does_not_run(error)
         return f"removing channels instead of gating them {problem}" if problem else ""
 
-    def insensitive(self, names: Sequence[str]) -> list[str]:
-        """Groups that the output does not depend on, on which a proof would be empty: no gradient
-        at their gates.
+    def insensitive(self, names: Sequence[str]) -> dict[str, str]:
+        """Groups that the output does not depend on, on which a proof would be empty, and whether
+        that of training does.
         """
         small = self._narrow(names)
+        found = self._without_gradient(small, names)
+        if not found:
+            return {}
+        with steadily_training(small.net), seeded(0):
+            try:
+                nowhere = self._without_gradient(small, found)
+            except Exception:  # not in training mode
+                nowhere = found
+        return {n: INSENSITIVE if n in nowhere else TRAINING_ALONE for n in found}
+
+    def _without_gradient(self, small: _Narrow, names: Sequence[str]) -> list[str]:
+        """Groups at whose gates no output has a gradient."""
         values = {
             n: torch.ones(small.groups[n].channels, dtype=torch.float64, requires_grad=True)
             for n in names
