@@ -1,6 +1,8 @@
 """Heads and head dimensions: two groups on the same positions, keys that read queries, fused and
 plain products alike."""
 
+import copy
+
 import pytest
 import torch
 import zoo
@@ -313,9 +315,52 @@ def test_tables_of_relative_positions_lose_the_columns_of_heads():
 
 
 @pytest.mark.parametrize(("name", "made"), zoo.lengths("cait_xxs24_224", "beit_base_patch16_224"))
-def test_attention_that_reshapes_to_its_inputs_width_stays_frozen_with_the_reason(name, made):
+def test_attention_that_reshapes_to_its_inputs_width_follows_the_stream(name, made):
     size = zoo.side(name, made)
-    groups = find_groups(made(name).eval(), torch.randn(1, 3, size, size))
+    model, x = made(name).eval(), torch.randn(1, 3, size, size)
+    groups = find_groups(model, x)
+    stream = groups["patch_embed.proj"]
+    assert stream.grade == "coupled"
+    assert "blocks.0.attn.qkv" in stream.producers
     heads = [g for g in groups.values() if g.heads]
     assert heads
-    assert all(g.grade == "frozen" and "does not run" in g.reason for g in heads)
+    assert all(g.reason == "its heads share the width that attention reads" for g in heads)
+    half = torch.arange(stream.channels).reshape(stream.blocks, -1)
+    small = resize(model, groups, {stream.name: keep(half[:, : half.shape[1] // 2].flatten())})
+    assert small(x).shape == model(x).shape
+
+
+class Reading(nn.Module):
+    """Attention as many write it: widths are read off the input, weights used without a call."""
+
+    def __init__(self, *, twice=False):
+        super().__init__()
+        self.embed, self.qkv, self.heads = nn.Linear(5, 12), nn.Linear(12, 36), 3
+        self.proj, self.out, self.twice = nn.Linear(12, 12), nn.Linear(12, 4), twice
+
+    def forward(self, x):
+        x = self.embed(x)
+        b, n, c = x.shape
+        qkv = F.linear(x, self.qkv.weight, self.qkv.bias)
+        hd = c // self.heads if not self.twice else x.size(-1) * 2 // (2 * self.heads)
+        q, k, v = qkv.reshape(b, n, 3, self.heads, hd).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+        return self.out(x + self.proj(y))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_widths_that_are_read_off_a_tensor_tie_what_is_reshaped_by_them(twice):
+    model, x = Reading(twice=twice), torch.randn(2, 6, 5)
+    groups = find_groups(model, x, cache=False)
+    group = groups["embed"]
+    assert (group.grade, group.blocks, group.producers) == ("exact", 3, ("embed", "qkv", "proj"))
+    assert groups.apart == {"qkv"}
+    small = resize(model, groups, {"embed": keep([0, 2, 4, 7, 9, 11])})
+    assert small.qkv.weight.shape == (18, 6)
+    assert small.heads == 3
+    values = torch.zeros(12, dtype=torch.float64)
+    values[[0, 2, 4, 7, 9, 11]] = 1
+    wide, y = copy.deepcopy(model).double(), x.double()
+    for on in ("input", "weight"):
+        with gated(wide, groups, {"embed": values}, on=on):
+            assert torch.allclose(wide(y), small.double()(y))

@@ -439,7 +439,7 @@ class Equal(nn.Module):
 
     def forward(self, x):
         h, g = F.relu(self.conv1(x)), F.relu(self.get_submodule(self.name)(x))
-        return self.f1(h.mean((2, 3))) + self.f2(g.reshape(len(x), h.shape[1], -1).mean(-1))
+        return self.f1(h.mean((2, 3))) + self.f2(g.reshape(len(x), h.shape[1] + 0, -1).mean(-1))
 
 
 @pytest.mark.parametrize("name", ["skip", "side", "branch", "gate"])
@@ -462,7 +462,7 @@ class EqualAmongMany(Equal):
     def forward(self, x):
         h, g = F.relu(self.conv1(x := self.stem(x))), F.relu(self.get_submodule(self.name)(x))
         return self.f1(h.mean((2, 3))) + self.f2(
-            g.reshape(len(x), h.shape[1] if self.equal else g.shape[1], -1).mean(-1)
+            g.reshape(len(x), h.shape[1] + 0 if self.equal else g.shape[1], -1).mean(-1)
         )
 
 
@@ -611,7 +611,7 @@ class Proportional(nn.Module):
 
     def forward(self, x):
         h, g = self.a(x).relu(), self.b(x).relu()
-        return self.c(h) + self.d(g.reshape(len(x), 2 * h.shape[1]))
+        return self.c(h) + self.d(g.reshape(len(x), h.shape[1] + h.shape[1]))
 
 
 def test_a_width_that_must_be_in_proportion_to_another_is_found_out():

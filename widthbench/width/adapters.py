@@ -4,7 +4,8 @@ resized network.
 Many networks keep widths outside of their layers: ``num_heads``, ``head_dim``, the channels at
 which a block splits or slices its input. While a network is traced, every whole number that one of
 its modules keeps is replaced by one that remembers where it came from, also through products and
-quotients; a reshape, split or slice that takes such a number then says what it states.
+quotients; a reshape, split or slice that takes such a number then says what it states. A width that
+the code reads off one tensor and reshapes another one by ties the two.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -23,25 +24,29 @@ Origin = tuple[str, str, int | None]
 class Integer(int):
     """A whole number that remembers where it is kept, and what it was multiplied by since."""
 
-    origin: Origin
+    origin: Any
     factor: Fraction
 
-    def __new__(cls, value: int, origin: Origin, factor: Fraction = Fraction(1)) -> Integer:
+    def __new__(cls, value: int, origin: Any, factor: Fraction = Fraction(1)) -> Self:
         """The number ``value``, which is ``factor`` times what is kept at ``origin``."""
         self = super().__new__(cls, value)
         self.origin, self.factor = origin, factor
         return self
 
+    def _by(self, other: Any) -> bool:
+        """Whether the product or quotient with a number still has this one's origin."""
+        return type(other) is int and other > 0
+
     def __mul__(self, other: Any) -> Any:
-        if type(other) is int and other > 0:
-            return Integer(int(self) * other, self.origin, self.factor * other)
+        if self._by(other):
+            return type(self)(int(self) * int(other), self.origin, self.factor * int(other))
         return int(self) * (int(other) if isinstance(other, Integer) else other)
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
-        if type(other) is int and other > 0 and int(self) % other == 0:
-            return Integer(int(self) // other, self.origin, self.factor / other)
+        if self._by(other) and int(self) % int(other) == 0:
+            return type(self)(int(self) // int(other), self.origin, self.factor / int(other))
         return int(self) // (int(other) if isinstance(other, Integer) else other)
 
     def __rfloordiv__(self, other: Any) -> Any:
@@ -52,6 +57,16 @@ class Integer(int):
 
     def __reduce__(self) -> Any:
         return int, (int(self),)
+
+
+class Measured(Integer):
+    """A width that the code has read off a tensor: its origin are the channels along it."""
+
+    def _by(self, other: Any) -> bool:
+        return isinstance(other, int) and not isinstance(other, bool | Measured) and other > 0
+
+    def __rmul__(self, other: Any) -> Any:
+        return self * other
 
 
 @contextmanager

@@ -182,6 +182,7 @@ class _Assembly:
             {k: touched[k] for k in layers},  # type: ignore[misc]
             behind=self.labels.behind,
             adjacent=self.labels.adjacent,
+            apart=self.labels.apart,
             tensors={k: a for k, a in touched.items() if isinstance(k[1], int)},  # type: ignore[misc]
             width_attributes=tuple(self._width_attributes()),
             scales=tuple(self._scales()),

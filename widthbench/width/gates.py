@@ -89,20 +89,23 @@ def gated(
             if side == "in" and any(s.group in values or s.outer in values for s in axis):
                 module = model.get_submodule(layer)
                 used = None if products is None else products.setdefault(layer, [])
+                # a layer that is not called has no input to multiply: its weights give the same
+                called = module if layer not in groups.apart else model
                 for handle in (
                     _on_input(module, axis, values)
-                    if on == "input"
-                    else _on_weight(module, axis, values, used)
+                    if on == "input" and called is module
+                    else _on_weight(module, axis, values, used, called)
                 ):
                     stack.callback(handle.remove)
             elif side == "out" and any(
                 s.reads and s.group in values for s in axis
             ):  # keys, which read what queries are
                 module = model.get_submodule(layer)
+                called = module if layer not in groups.apart else model
                 for handle in (
                     _on_output(module, axis, values)
-                    if on == "input"
-                    else _on_rows(module, axis, values)
+                    if on == "input" and called is module
+                    else _on_rows(module, axis, values, called)
                 ):
                     stack.callback(handle.remove)
         yield model
@@ -136,9 +139,13 @@ def _on_input(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> li
 
 
 def _on_weight(
-    module: nn.Module, axis: Axis, values: Mapping[str, Tensor], products: list[Tensor] | None
+    module: Any,
+    axis: Axis,
+    values: Mapping[str, Tensor],
+    products: list[Tensor] | None,
+    called: nn.Module,
 ) -> list[Any]:
-    def swap_in(module: Any, args: Any) -> None:
+    def swap_in(called: Any, args: Any) -> None:
         weight = module.__dict__.get(
             "weight", module._parameters["weight"]
         )  # its rows may be gated already
@@ -155,12 +162,12 @@ def _on_weight(
         # nothing else
         module.__dict__["weight"] = gated
 
-    def swap_out(module: Any, args: Any, output: Any) -> None:
+    def swap_out(called: Any, args: Any, output: Any) -> None:
         module.__dict__.pop("weight", None)
 
     return [
-        module.register_forward_pre_hook(swap_in),
-        module.register_forward_hook(swap_out, always_call=True),
+        called.register_forward_pre_hook(swap_in),
+        called.register_forward_hook(swap_out, always_call=True),
     ]
 
 
@@ -185,22 +192,22 @@ def _on_output(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> l
     return [module.register_forward_hook(multiply)]
 
 
-def _on_rows(module: nn.Module, axis: Axis, values: Mapping[str, Tensor]) -> list[Any]:
+def _on_rows(module: Any, axis: Axis, values: Mapping[str, Tensor], called: nn.Module) -> list[Any]:
     names = [n for n in ("weight", "bias") if getattr(module, n, None) is not None]
 
-    def swap_in(module: Any, args: Any) -> None:
+    def swap_in(called: Any, args: Any) -> None:
         for name in names:
             tensor = module.__dict__.get(name, module._parameters[name])
             gate = _keys(axis, values, tensor)
             module.__dict__[name] = tensor * gate.reshape(-1, *[1] * (tensor.dim() - 1))
 
-    def swap_out(module: Any, args: Any, output: Any) -> None:
+    def swap_out(called: Any, args: Any, output: Any) -> None:
         for name in names:
             module.__dict__.pop(name, None)
 
     return [
-        module.register_forward_pre_hook(swap_in),
-        module.register_forward_hook(swap_out, always_call=True),
+        called.register_forward_pre_hook(swap_in),
+        called.register_forward_hook(swap_out, always_call=True),
     ]
 
 

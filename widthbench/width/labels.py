@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from widthbench.width.adapters import Integer
+from widthbench.width.adapters import Integer, Measured
 from widthbench.width.layers import Side, Step, axis_length, kind_of
 
 PLAIN = (bool, int, float, complex, str, torch.dtype)
@@ -46,6 +46,7 @@ Ids = np.ndarray
 Factor = tuple[tuple[int, ...], Ids]
 """Dimensions of a tensor, ascending, and the labels along them: an array with as many axes."""
 Key = tuple[str, str | int]
+SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 """An axis: a layer and its side, or a bare tensor and its dimension."""
 
 MEETS = "its channels meet positions that are not channels"
@@ -211,6 +212,7 @@ class Labels:
         sizes: Numbers that state widths.
         behind: For every layer, the nearest layers that it reads from.
         adjacent: BatchNorms right behind another layer.
+        apart: Layers whose tensors are used without calling them.
         output: The network's output.
         program: A digest of all calls with their arguments, tensors by shape.
         steps: All operations, with the shapes of what they give.
@@ -230,6 +232,7 @@ class Labels:
     sizes: list[Size] = field(default_factory=list)
     behind: dict[str, tuple[str, ...]] = field(default_factory=dict)
     adjacent: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
     output: Any = None
     program: str = ""
     steps: tuple[Step, ...] = ()
@@ -252,9 +255,12 @@ class Calls(TorchFunctionMode):
         try:
             if call.name == "__getitem__":
                 note_whole(self.tracer, call)
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
         finally:
             self.tracer.call = before
+        if func == SHAPE or func == Tensor.size:
+            return self.tracer.measured(args[0], result, *args[1:], **kwargs)
+        return result
 
 
 @dataclass(frozen=True)
@@ -294,7 +300,7 @@ class Call:
         integers, waiting = [], [*self.args, *self.kwargs.values()]
         while waiting:
             at = waiting.pop(0)
-            if isinstance(at, Integer):
+            if isinstance(at, Integer) and not isinstance(at, Measured):
                 integers.append(at)
             elif isinstance(at, list | tuple):
                 waiting.extend(at)
@@ -340,6 +346,8 @@ class Tracer(TorchDispatchMode):
         self.families: Any = WeakTensorKeyDictionary()
         self.program = hashlib.sha256()
         self.steps: list[Step] = []
+        self.apart: set[str] = set()
+        self.as_wide: set[int] = set()  # labels tied to what their number was read off
         self.serving = True  # False: what training alone computes
         self._label_tensors(model)
 
@@ -571,6 +579,8 @@ class Tracer(TorchDispatchMode):
         """Note that a layer reads a tensor; (near, direct) of what it gives."""
         if layer is None:
             return x.near, False
+        if layer not in {n.partition(".")[2] for n in self.modules.parents}:
+            self.apart.add(layer)
         if x.data:
             known = self.behind.setdefault(layer, {})
             known.update(dict.fromkeys(n for n in sorted(x.near) if n != layer))
@@ -672,12 +682,35 @@ class Tracer(TorchDispatchMode):
         """Layers that read nothing so far."""
         return [n for n, kind in self.kinds.items() if kind is not None and n not in self.behind]
 
+    def measured(self, t: Tensor, shape: Any, dim: int | None = None) -> Any:
+        """A shape, or the size of one dimension, that remembers which channels it counts."""
+        known = {
+            d: Measured(t.shape[d], ids)
+            for dims, ids in self.of(t).factors
+            for d in dims
+            if len(dims) == 1 and t.shape[d] > 1
+        }
+        if not known:
+            return shape
+        if dim is not None:
+            return known.get(dim % t.dim(), shape)
+        return torch.Size([known.get(d, n) for d, n in enumerate(shape)])
+
     def _all_blocks(self) -> Ids:
         return np.fromiter(self.members, dtype=np.int64, count=len(self.members))
 
     def finish(self, output: Any) -> Labels:
         """Channels from labels, once everything has been seen."""
         channel = self._components()
+        same: dict[bytes, int] = {}
+        for block, row in self.members.items():  # heads of the same channels are the same
+            first = same.setdefault(np.unique(channel[row]).tobytes(), block)
+            self.tie(np.array([first]), np.array([block]))
+        channel = self._components()
+        as_wide = np.unique(channel[np.array([*self.as_wide], dtype=np.int64)])
+        for block, row in self.members.items():
+            if np.isin(channel[row], as_wide).any():
+                self.freeze(np.array([block]), "its heads share the width that attention reads")
         grids = []
         heads = np.full(self.count, -1, dtype=np.int64)  # the block of each label, as its channel
         for block, row in self.members.items():
@@ -715,6 +748,7 @@ class Tracer(TorchDispatchMode):
             sizes=self.sizes,
             behind={layer: tuple(before) for layer, before in self.behind.items()},
             adjacent=frozenset(self.adjacent),
+            apart=frozenset(self.apart),
             output=output,
             program=self.program.hexdigest(),
             steps=tuple(self.steps),
@@ -846,6 +880,7 @@ def note_whole(tracer: Tracer, call: Call) -> None:
             continue
         if (
             isinstance(part.stop, Integer)
+            and not isinstance(part.stop, Measured)
             and not part.start
             and dim < t.dim()
             and part.stop == t.shape[dim]
@@ -858,6 +893,29 @@ def note_size(tracer: Tracer, size: Integer, factors: Iterable[Factor], dim: int
     for dims, ids in factors:
         if dim in dims:
             tracer.sizes.append(Size(size.origin, size.factor, ids, dims.index(dim)))
+
+
+def as_wide(tracer: Tracer, size: Measured, factors: Iterable[Factor], dim: int) -> None:
+    """Tie the channels along a dimension to those that its size was read off: they are as many,
+    or as many with the axes before it, which are heads.
+    """
+    source: Ids = size.origin
+    for dims, ids in factors:
+        if dim not in dims or np.isin(ids, source).all() or tracer.as_wide.issuperset(ids.ravel()):
+            continue
+        first = last = dims.index(dim)
+        while first > 0 and math.prod(ids.shape[first : last + 1]) < len(source):
+            first -= 1
+        along = math.prod(ids.shape[first : last + 1])
+        if along % len(source) or size.factor not in (
+            Fraction(along, len(source)),
+            Fraction(ids.shape[last], len(source)),
+        ):
+            continue
+        rest = [i for i in range(ids.ndim) if not first <= i <= last]
+        whole = ids.transpose([*rest, *range(first, last + 1)])
+        tracer.tie(whole.reshape(-1, len(source)), source[None])
+        tracer.as_wide.update(ids.ravel().tolist())
 
 
 @contextmanager

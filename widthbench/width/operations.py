@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from widthbench.randomness import seeded
-from widthbench.width.adapters import Integer, watched_integers
+from widthbench.width.adapters import Integer, Measured, watched_integers
 from widthbench.width.counting import counting
 from widthbench.width.labels import (
     MEETS,
@@ -27,6 +27,7 @@ from widthbench.width.labels import (
     Size,
     Tracer,
     Value,
+    as_wide,
     moved_factor,
     note_size,
     plain_value,
@@ -245,7 +246,10 @@ def _view(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
             and len(tracer.call.shape()) == output.dim()
             and size == output.shape[i]
         ):
-            note_size(tracer, size, factors, i)
+            if isinstance(size, Measured):
+                as_wide(tracer, size, factors, i)
+            else:
+                note_size(tracer, size, factors, i)
     return with_factors(value, factors, direct=value.direct and alike)
 
 
