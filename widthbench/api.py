@@ -23,6 +23,7 @@ from widthbench.training.loop import fit
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import CostModel, count_macs
 from widthbench.width.groups import Scope
+from widthbench.width.labels import evaluating
 
 
 class Batches:
@@ -180,6 +181,14 @@ def outcome(
             f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y)"
             " or a DataLoader"
         )
+    if chosen.access in ("labelled", "training"):
+        with evaluating(model), torch.no_grad():
+            output = model(example_input)
+        if not isinstance(output, Tensor):
+            raise UsageError(
+                f"technique '{chosen.id}' needs a loss, and the network gives a"
+                f" {type(output).__name__}: wrap it in a module that returns class scores [B, K]"
+            )
     groups = find_groups(model, example_input)
     cost = CostModel(model, groups, example_input)
     device = example_input.device

@@ -76,6 +76,13 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
                 f"its channels cannot be followed: {type(error).__name__}: {first[:120]}",
             )
     groups = _Assembly(model, labels).groups()
+    if made := [n for n, m in model.named_modules() if kind_of(m) and not _own_weight(m)]:
+        how = "hooks or parametrisations (weight_norm, spectral_norm, prune) make the weights of"
+        problem = f"{how} '{made[0]}': remove them first, by remove_weight_norm and the like"
+        groups = replace(groups, problem=problem)
+    elif not groups and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        problem = "a ScriptModule has no layers to resize: resize it before torch.jit.script"
+        groups = replace(groups, problem=problem)
     shapes = tuple((len(example_input), *s[1:]) if s else s for s in shapes_of(labels.output))
     return replace(
         groups,
@@ -84,6 +91,11 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
         program=labels.program,
         steps=labels.steps,
     )
+
+
+def _own_weight(module: Any) -> bool:
+    """Whether a layer's weight, if any, is a parameter of its own."""
+    return getattr(module, "weight", None) is None or "weight" in module._parameters
 
 
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
@@ -530,6 +542,8 @@ class _Assembly:
             name = f"{first}.heads"
         elif mine and any(r.part != index for r in runs):
             name = f"{first}[{mine[0].start}:{mine[0].stop}]"
+        if part.blocks == len(part.channels) > 1 and not part.heads:
+            part.reason = part.reason or f"each of its {part.blocks} blocks has a single channel"
         channels = set(part.channels.tolist())
         joined = bool(channels & set(self.labels.joined.tolist()))
         riders = [n for n in out if self.kinds[n] not in ("conv", "linear")]

@@ -17,8 +17,8 @@ def kind_of(module: nn.Module) -> str | None:
     be resized.
     """
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        single = module.groups == module.in_channels == module.out_channels and module.groups > 1
-        return "depthwise" if single else "conv"
+        # one filter for each channel, or several
+        return "depthwise" if module.groups == module.in_channels > 1 else "conv"
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.modules.batchnorm._NormBase):

@@ -321,12 +321,14 @@ def _split(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
         axis = factor[0].index(dim)
         if len(set(sizes)) == 1 and name != "split_with_sizes":
             _even(tracer, factor, axis, 0, sizes[0])
-        for integer in tracer.call.integers():
+        for integer in {id(i): i for i in tracer.call.integers()}.values():
             matching = [i for i, s in enumerate(sizes) if s == int(integer)]
             stated = tracer.call.args[1] if len(tracer.call.args) > 1 else None
             if isinstance(stated, list | tuple):
                 matching = [i for i in matching if i < len(stated) and stated[i] is integer]
-            for i in matching[:1]:
+            else:
+                matching = matching[:1]
+            for i in matching:
                 part = factor[1].take(range(starts[i], starts[i + 1]), axis=axis)
                 tracer.sizes.append(Size(integer.origin, integer.factor, part, axis))
         if len(set(sizes)) == 1 and name == "split_with_sizes" and not tracer.call.integers():
@@ -553,9 +555,42 @@ def _softmax(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     return with_factors(value, factors, direct=False)
 
 
+def _mapped(tracer: Tracer, value: Value) -> Value:
+    """Channels come second, places after: what lies along both (a linear layer's outputs that were
+    made a map of) is a channel that has its places.
+    """
+    factors: list[Factor] = []
+    for dims, ids in value.factors:
+        if 1 in dims and len(dims) > 1 and min(dims) == 1:
+            first = ids.transpose([dims.index(d) for d in sorted(dims)])
+            first = first.reshape(len(first), -1)
+            tracer.tie(first, first[:, :1])
+            factors.append(((1,), first[:, 0]))
+        else:
+            factors.append((dims, ids))
+    return with_factors(value, factors)
+
+
+def _pixel_shuffle(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
+    """Channels become places, or places channels: r² of the one for each of the other."""
+    t, r = args[:2]
+    value, at = tracer.of(t), t.dim() - 3
+    factors: list[Factor] = []
+    for dims, ids in value.factors:
+        if dims != (at,):
+            tracer.freeze(ids, f"{name} runs over its channels")
+        elif name == "pixel_shuffle":
+            each = ids.reshape(-1, r * r)
+            tracer.tie(each, each[:, :1])
+            factors.append((dims, each[:, 0]))
+        else:
+            factors.append((dims, ids.repeat(r * r)))
+    return with_factors(value, factors, direct=False)
+
+
 def _spatial(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
     """Pooling and interpolation: channels come second."""
-    value = tracer.of(args[0])
+    value = _mapped(tracer, tracer.of(args[0]))
     factors = []
     for dims, ids in value.factors:
         if dims == (1,):
@@ -568,7 +603,7 @@ def _spatial(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
 def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     x, w, b = args[:3]
     transposed, groups = args[6], args[8]
-    vx, vw = tracer.of(x), tracer.of(w)
+    vx, vw = _mapped(tracer, tracer.of(x)), tracer.of(w)
     for dims, ids in vx.factors:
         if dims != (1,):
             tracer.freeze(ids, "a convolution runs over its channels as if they were places")
@@ -585,11 +620,11 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         tracer.freeze_all([vx, vw], f"{what} has no rule")
         return with_factors(plain_value([vx, vw]), [])
     macs = output.numel() // output.shape[0] * math.prod(w.shape[1:])
-    if vw.constant and groups == x.shape[1] == output.shape[1]:
-        tracer.counts(macs, [fx])
-        return with_factors(
-            vx, [] if fx is None else [((1,), fx)], direct=False
-        )  # a fixed filter for each channel, of any number
+    depthwise, several = groups == x.shape[1] > 1, output.shape[1] // groups
+    if vw.constant and groups == x.shape[1]:  # fixed filters for each channel, of any number
+        made = None if fx is None else fx.repeat(several)
+        tracer.counts(macs, [made])
+        return with_factors(vx, [] if made is None else [((1,), made)], direct=False)
     made = fo
     if groups == 1:
         if fx is not None and fi is not None:
@@ -598,10 +633,10 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
             tracer.freeze(fi, "reads positions that are not channels")
         elif fx is not None:
             tracer.freeze(fx, MEETS)
-    elif groups == x.shape[1] == output.shape[1]:
+    elif depthwise:
         if fx is not None and fo is not None:
-            tracer.tie(fx, fo)
-            made = fx
+            tracer.tie(fx[:, None], fo.reshape(groups, several))
+            made = fx.repeat(several)
         elif fo is not None:
             tracer.freeze(fo, MEETS)
             made = None
@@ -626,9 +661,7 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         tracer.freeze_all([vx, vw], "a grouped convolution with weights of its own making")
     if b is not None and made is not None and (fb := tracer.of(b).at(0)) is not None:
         tracer.tie(made, fb[1])
-    tracer.counts(
-        macs, [made] if groups == x.shape[1] == output.shape[1] and groups > 1 else [fo, fi]
-    )
+    tracer.counts(macs, [made] if depthwise else [fo, fi])
     near, direct = tracer.passes(layer, vx)
     return Value(() if made is None else (((1,), made),), data=vx.data, near=near, direct=direct)
 
@@ -652,6 +685,10 @@ def _matmul(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         tracer.call.name == "scaled_dot_product_attention"
         and tracer.call.kwargs.get("scale") is None
     )
+    made, read = vb.at(contracted[1][1]), va.at(contracted[0][1])
+    key = tracer.owner(made[1]) if made is not None and not vb.data else None
+    if key is not None and isinstance(key[1], int) and va.data and read is not None:
+        tracer.freeze(read[1], f"the bare weights '{key[0]}' read it: make them a layer")
     value = tracer.contract(*contracted, maps, macs, scaled)
     layer = None
     if not vb.data:
@@ -704,7 +741,7 @@ def _attention(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]
 
 def _batch_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
     x = args[0]
-    vx = tracer.of(x)
+    vx = _mapped(tracer, tracer.of(x))
     tensors = [a for a in args[1:5] if isinstance(a, Tensor)]
     training = (
         next((a for a in args[1:] if isinstance(a, bool)), False) and "no_training" not in name
@@ -925,6 +962,7 @@ RULES: dict[str, Callable[..., Any]] = {
         ),
         _batch_norm,
     ),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), _pixel_shuffle),
     "native_layer_norm": _layer_norm,
     "native_group_norm": _group_norm,
 }

@@ -100,7 +100,9 @@ def randomised(model: nn.Module, *, seed: int = 0, redraw: bool = False) -> nn.M
         for name, p in net.named_parameters():
             leaf = name.rpartition(".")[2]
             if p.dim() <= 1:
-                p.copy_(normal(p, 0.1) if "bias" in leaf else uniform(p))
+                # zeros among other numbers are a choice (of channels, say)
+                chosen = (p != 0).to(p) if bool((p != 0).any()) else 1.0
+                p.copy_(chosen * (normal(p, 0.1) if "bias" in leaf else uniform(p)))
             elif redraw or (p.numel() > 1 and bool((p == p.flatten()[0]).all())):
                 p.copy_(normal(p, p[0].numel() ** -0.5))
         for name, b in net.named_buffers():
@@ -138,10 +140,14 @@ def errors_of_all(model: nn.Module, groups: Groups, example_input: Tensor) -> tu
 
 def _random_input(example_input: Tensor) -> Tensor:
     """Two random samples in float64: the smallest batch that still shows a mix-up of the batch with
-    the channels.
+    the channels. Whole numbers, such as those of tokens, are drawn from the example's own.
     """
+    generator = torch.Generator().manual_seed(1)
     shape = (2, *example_input.shape[1:])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if not example_input.is_floating_point():
+        own = example_input.detach().cpu().flatten()
+        return own[torch.randint(len(own), shape, generator=generator)]
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _gates(chosen: Iterable[Group], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -132,7 +132,8 @@ def resize_uncertified(
         module.training = mode
     for layer, new_widths in widths.items():
         for side, width in new_widths.items():
-            _declare(resized.get_submodule(layer), side, width)
+            # of the layer before: fewer inputs may make a depthwise convolution of a grouped one
+            _declare(resized.get_submodule(layer), kind_of(model.get_submodule(layer)), side, width)
     for origin, number in numbers.items():
         declare_integer(resized, origin, number)
     for name, group in groups.scales:
@@ -489,11 +490,13 @@ def _mixed(weight: Tensor, mix: Tensor) -> Tensor:
     return torch.tensordot(weight, mix, dims=([1], [0])).movedim(-1, 1).contiguous()
 
 
-def _declare(module: Any, side: Side, width: int) -> None:
+def _declare(module: Any, kind: str | None, side: Side, width: int) -> None:
     """Bring a layer's declared width in line with its tensors."""
-    match kind_of(module):
+    match kind:
         case "depthwise":
-            module.in_channels = module.out_channels = module.groups = width
+            several = module.out_channels // module.groups  # filters of each channel
+            module.in_channels = module.groups = width // several
+            module.out_channels = width
         case "conv":
             setattr(module, f"{side}_channels", width)
         case "linear":
