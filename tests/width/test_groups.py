@@ -100,7 +100,7 @@ def test_select_by_scope_and_pattern():
 def test_coupled_groups_need_scope_all():
     groups = zoo.certified(zoo.Normed)[2]
     assert set(groups.select("all")) == {"conv1", "conv2"}
-    with pytest.raises(NoGroupsError, match="norm across its channels"):
+    with pytest.raises(NoGroupsError, match="norm runs across its channels"):
         groups.select("inner")
 
 

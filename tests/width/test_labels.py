@@ -10,6 +10,7 @@ from timm.layers import StdConv2d
 from torch import nn
 from torch.nn import functional as F
 
+from widthbench.errors import NoGroupsError
 from widthbench.width import discover, find_groups, keep, operations, resize
 from widthbench.width.groups import Segment
 from widthbench.width.operations import _chunks, trace
@@ -168,12 +169,97 @@ def test_transposed_convolutions_freeze_what_enters_and_leaves():
     assert {g.reason for g in found.values()} == {"a transposed convolution has no rule"}
 
 
-def test_weights_that_are_standardised_are_frozen_on_the_side_that_it_runs_over():
-    found = find_groups(Convs(StdConv2d(8, 6, 3), 6).eval(), torch.randn(1, 3, 9, 9), cache=False)
-    assert {n: (g.grade, g.reason) for n, g in found.items()} == {
-        "a": ("frozen", "weights are standardised over it"),
-        "between": ("exact", ""),
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_weights_that_are_standardised_couple_the_channels_that_it_runs_over(blocks):
+    """Rows are exact, since each is standardised by itself; columns change what others are."""
+    model = Convs(StdConv2d(8, 6, 3, groups=blocks), 6).eval()
+    x = torch.randn(1, 3, 9, 9)
+    found = find_groups(model, x, cache=False)
+    assert {n: g.grade for n, g in found.items()} == {"a": "coupled", "between": "exact"}
+    small = resize(model, found, {"a": keep([0, 1, 4, 5])})
+    one = nn.Conv2d(3, 4, 3)
+    one.load_state_dict({k: v[[0, 1, 4, 5]] for k, v in model.a.state_dict().items()})
+    like = StdConv2d(4, 6, 3, groups=blocks)
+    columns = [0, 1, 4, 5] if blocks == 1 else [0, 1]
+    state = {**model.between.state_dict(), "weight": model.between.weight[:, columns]}
+    like.load_state_dict(state)
+    assert torch.allclose(small(x), model.c(like(one(x).relu())), atol=1e-6)
+
+
+class Mapped(nn.Module):
+    """A linear layer whose outputs become maps, and channels that become places."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.a, self.b, self.end = nn.Linear(4, 32), nn.Conv2d(8, 12, 1), end
+        self.c, self.maps = nn.Conv2d(3, 2, 1), 8
+
+    def forward(self, x):
+        h = self.b(self.end(self.a(x).relu().view(-1, self.maps, 2, 2)))
+        return self.c(F.pixel_shuffle(h, 2))
+
+
+@pytest.mark.parametrize(
+    "end", [nn.Identity(), nn.Upsample(scale_factor=2), nn.AvgPool2d(2), nn.BatchNorm2d(8)]
+)
+def test_maps_that_a_linear_layer_makes_have_a_channel_for_all_their_places(end):
+    found = find_groups(Mapped(end).eval(), torch.randn(2, 4), cache=False)
+    assert {n: (g.channels, g.grade) for n, g in found.items()} == {
+        "a": (8, "exact"),
+        "b": (3, "exact"),  # pixel shuffle: four channels make one
     }
+
+
+class Several(nn.Module):
+    """A depthwise convolution with two filters for each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, groups=8)
+        self.c = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def test_several_filters_of_a_channel_go_with_it():
+    model, x = Several(), torch.randn(2, 3, 6, 6)
+    found = find_groups(model, x, cache=False)
+    assert {n: (g.channels, g.grade) for n, g in found.items()} == {"a": (8, "exact")}
+    small = resize(model, found, {"a": keep([1, 4, 6])})
+    assert (small.b.in_channels, small.b.out_channels, small.b.groups) == (3, 6, 3)
+    assert torch.equal(small.b.weight, model.b.weight[[2, 3, 8, 9, 12, 13]])
+    assert small.c.in_channels == 6
+
+
+def test_token_ids_are_drawn_from_the_examples_own():
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 5))
+    found = find_groups(model, torch.randint(0, 50, (2, 7)), cache=False)
+    assert found["1"].grade == "exact"
+
+
+class BareLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.w, self.c = nn.Linear(4, 8), nn.Parameter(torch.randn(6, 8)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.c(F.linear(self.a(x).relu(), self.w).relu())
+
+
+def test_what_bare_weights_read_is_listed_with_the_reason():
+    (group,) = find_groups(BareLinear(), torch.randn(2, 4), cache=False).values()
+    assert (group.name, group.grade) == ("a", "frozen")
+    assert "the bare weights 'w' read it" in group.reason
+
+
+@pytest.mark.parametrize("made", [nn.utils.parametrizations.weight_norm, torch.jit.script])
+def test_weights_that_something_makes_are_named(made):
+    layer = made(nn.Linear(4, 8))
+    model = layer if made is torch.jit.script else nn.Sequential(layer)
+    found = find_groups(model, torch.randn(2, 4), cache=False)
+    with pytest.raises(NoGroupsError, match=r"ScriptModule|make the weights of '0'"):
+        found.select("all")
 
 
 def fixed_filter(dtype):

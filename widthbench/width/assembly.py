@@ -558,7 +558,11 @@ class _Assembly:
             tensors=tuple(dict.fromkeys(str(k[0]) for k in keys if isinstance(k[1], int))),
             heads=part.heads,
             inner=not joined,
-            normalised=not part.heads and any(self.kinds[n] == "channelnorm" for n in riders),
+            normalised=not part.heads
+            and (
+                any(self.kinds[n] == "channelnorm" for n in riders)
+                or bool(channels & set(self.labels.standardised.tolist()))
+            ),
             grade="frozen" if part.reason else None,
             reason=part.reason,
         )

@@ -89,8 +89,9 @@ class Group:
             dimensions.
         inner: False if an elementwise addition joins the channels with another branch (a residual
             stream).
-        normalised: True if a norm *across* channels (LayerNorm, GroupNorm) rides along, so that a
-            resize changes it.
+        normalised: True if a norm *across* channels (LayerNorm, GroupNorm) rides along, or
+            consumers standardise their weights over them, so that a resize changes what is
+            divided by.
         grade: "exact", "coupled" or "frozen" once certified, None before.
         reason: Why a group is frozen or coupled; "" for exact ones.
     """

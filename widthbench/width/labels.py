@@ -204,6 +204,7 @@ class Labels:
         reasons: Why channels may not change, by channel.
         joined: Channels that an addition joins with another branch.
         normalised: Channels under a norm across channels.
+        standardised: Channels over which weights are standardised.
         blocks: ``[B]`` labels that are blocks, and the members of each.
         equal_blocks: (labels in order, number of contiguous parts that need equal counts, where).
         grids: (grid, which of its axes are heads, which one is free to change).
@@ -224,6 +225,7 @@ class Labels:
     reasons: dict[int, str] = field(default_factory=dict)
     joined: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     normalised: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    standardised: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     blocks: dict[int, Ids] = field(default_factory=dict)
     equal_blocks: list[tuple[Ids, int, str]] = field(default_factory=list)
     grids: list[tuple[Ids, tuple[int, ...], int]] = field(default_factory=list)
@@ -332,6 +334,7 @@ class Tracer(TorchDispatchMode):
         self.frozen: list[tuple[Ids, str]] = []
         self.joined: list[Ids] = []
         self.normalised: list[Ids] = []
+        self.standardised: list[Ids] = []
         self.rows: dict[bytes, int] = {}
         self.members: dict[int, Ids] = {}
         self.equal_blocks: list[tuple[Ids, int, str]] = []
@@ -740,6 +743,7 @@ class Tracer(TorchDispatchMode):
             reasons=reasons,
             joined=_unique(channel, self.joined),
             normalised=_unique(channel, self.normalised),
+            standardised=_unique(channel, self.standardised),
             blocks=self.members,
             equal_blocks=self.equal_blocks,
             grids=grids,

@@ -760,8 +760,12 @@ def _batch_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
         for _, ids in owners:
             tracer.tie(at[1], ids)
         for dims, ids in vx.factors:
-            if training and dims != (1,):
-                tracer.freeze(ids, "weights are standardised over it")
+            if training and dims != (1,) and vx.data:
+                tracer.freeze(ids, "a batch norm runs over its channels as if they were places")
+            made = tracer.layer_of(ids) if training and dims == (1,) and not vx.data else None
+            if made is not None and (made, "in") in tracer.axes:  # weights, standardised by row
+                start, length = tracer.axes[made, "in"]
+                tracer.standardised.append(np.arange(start, start + length))
     near, direct = tracer.passes(layer, vx)
     count = len([t for t in tree_leaves(output) if isinstance(t, Tensor)])
     return [

@@ -75,6 +75,18 @@ class _Affine(nn.Module):
         return x
 
 
+class _Plain(nn.Module):
+    """A convolution without what its class does to its weights."""
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv._conv_forward(x, self.conv.weight, self.conv.bias)
+        return y
+
+
 def randomised(model: nn.Module, *, seed: int = 0, redraw: bool = False) -> nn.Module:
     """A float64 copy in eval mode in which no statistic, affine or head hides an error.
 
@@ -249,20 +261,22 @@ def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Tensor) 
         if grade == "coupled":
             net = _with_affines(net, groups, names)
         failed = _Proof(net, groups, x).failures(names)
-        coupled = "a norm across its channels rides along: a resize changes what it divides by"
+        coupled = "a norm runs across its channels: a resize changes what it divides by"
         grades |= dict.fromkeys(names, (grade, "" if grade == "exact" else coupled))
         grades |= {n: ("frozen", reason) for n, reason in failed.items()}
     return grades
 
 
 def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Module:
-    """Replace the norms across channels that ride along the named groups by their affines, in
-    place.
+    """Replace the norms across channels that ride along the named groups by their affines, and
+    convolutions that standardise their weights by plain ones, in place.
     """
-    for layer in {rider for n in names for rider in groups[n].riders}:
+    for layer in {member for n in names for member in (*groups[n].riders, *groups[n].consumers)}:
         module = net.get_submodule(layer)
         if kind_of(module) == "channelnorm":
             module.forward = _Affine(module).forward
+        elif isinstance(module, nn.Conv2d) and type(module).forward is not nn.Conv2d.forward:
+            module.forward = _Plain(module).forward
     return net
 
 
