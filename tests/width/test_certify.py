@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 import zoo
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.nn import functional as F
 
@@ -647,3 +648,33 @@ def test_a_proof_takes_the_smallest_image_that_shows_the_same():
     one = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     x = torch.randn(2, 4)
     assert proofs.smallest(one, discover(one, x), x) is x
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.RMSNorm(8), RmsNorm(8), SimpleNorm(8), RmsNorm2d(8)]
+    + [GlobalResponseNorm(8, channels_last=last) for last in (False, True)],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_norms_of_all_kinds_couple_what_they_run_across(norm):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 1)
+            self.second = isinstance(norm, RmsNorm2d) or getattr(norm, "channel_dim", -1) == 1
+
+        def forward(self, x):
+            h = self.a(x)
+            if not self.second:
+                h = self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            else:
+                h = self.norm(h)
+            return self.b(h)
+
+    model, x = Net().eval(), torch.randn(2, 3, 5, 5)
+    nn.init.normal_(norm.weight)
+    groups = find_groups(model, x, cache=False)
+    assert {n: (g.grade, g.riders) for n, g in groups.items()} == {"a": ("coupled", ("norm",))}
+    small = resize(model, groups, {"a": keep([1, 2, 6])})
+    assert torch.equal(small.norm.weight, norm.weight[[1, 2, 6]])
+    assert torch.isfinite(small(x)).all()

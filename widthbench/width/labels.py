@@ -578,11 +578,16 @@ class Tracer(TorchDispatchMode):
         key = self.owner(ids)
         return str(key[0]) if key is not None and key[1] == side else None
 
+    def current(self) -> set[str]:
+        """The modules whose forward runs."""
+        # the tracker's names begin with the network's class
+        return {n.partition(".")[2] for n in self.modules.parents}
+
     def passes(self, layer: str | None, x: Value) -> tuple[frozenset[str], bool]:
         """Note that a layer reads a tensor; (near, direct) of what it gives."""
         if layer is None:
             return x.near, False
-        if layer not in {n.partition(".")[2] for n in self.modules.parents}:
+        if layer not in self.current():
             self.apart.add(layer)
         if x.data:
             known = self.behind.setdefault(layer, {})

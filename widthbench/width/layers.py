@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from widthbench.errors import UsageError
 
+RESPONSE = ("GlobalResponseNorm", "GRN")  # global response normalisation (ConvNeXt V2)
 Side = Literal["out", "in"]
 Step = tuple[str, tuple[int, ...]]  # the name of an operation and the shape of what it gives
 
@@ -23,9 +25,10 @@ def kind_of(module: nn.Module) -> str | None:
         return "linear"
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return "batchnorm"
-    if (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1) or isinstance(
-        module, nn.GroupNorm
-    ):
+    shape: Any = getattr(module, "normalized_shape", None)  # of LayerNorm, RMSNorm and their like
+    if isinstance(module, nn.GroupNorm) or (isinstance(shape, list | tuple) and len(shape) == 1):
+        return "channelnorm"
+    if type(module).__name__ in RESPONSE and getattr(module, "weight", torch.empty(())).dim() == 1:
         return "channelnorm"
     if isinstance(module, nn.PReLU) and module.num_parameters > 1:
         return "prelu"
@@ -43,7 +46,9 @@ def axis_length(module: nn.Module, side: Side) -> int:
         case "batchnorm":
             return int(m.num_features)
         case "channelnorm":
-            return int(m.normalized_shape[0] if isinstance(m, nn.LayerNorm) else m.num_channels)
+            if isinstance(m, nn.GroupNorm):
+                return int(m.num_channels)
+            return len(m.weight) if type(m).__name__ in RESPONSE else int(m.normalized_shape[0])
         case "prelu":
             return int(m.num_parameters)
     raise UsageError(f"layers of type {type(module).__name__} cannot be resized")

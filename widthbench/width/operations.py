@@ -526,8 +526,16 @@ def _reduce(tracer: Tracer, name: str, args: Any, output: Any) -> Value | list[V
     mapping = {d: i for i, d in enumerate(kept)}
     value = tracer.of(t)
     factors: list[Factor] = []
+    norm = next((n for n in tracer.current() if tracer.kinds.get(n) == "channelnorm"), None)
+    tracer.passes(norm, value)
     for own, ids in value.factors:
         over = [i for i, d in enumerate(own) if d in dims]
+        if over and norm is not None:  # what it divides by
+            tracer.normalised.append(ids)
+            if rest := [i for i in range(len(own)) if i not in over]:
+                rows = tracer.blocks(ids, rest)
+                factors.append(moved_factor((tuple(own[i] for i in rest), rows), mapping))
+            continue
         if len(over) == len(own):
             tracer.freeze(ids, f"{name} runs over its channels")
             continue
@@ -967,7 +975,7 @@ RULES: dict[str, Callable[..., Any]] = {
         _batch_norm,
     ),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), _pixel_shuffle),
-    "native_layer_norm": _layer_norm,
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
     "native_group_norm": _group_norm,
 }
 

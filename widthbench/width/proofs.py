@@ -64,13 +64,13 @@ class _Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
-        last = (
-            isinstance(self.norm, nn.LayerNorm) and "2d" not in type(self.norm).__name__.lower()
-        )  # timm's LayerNorm2d, ...Act2d
-        shape[-1 if last else 1] = -1
+        # timm's LayerNorm2d, RmsNorm2d, ...Act2d have channels second, as GroupNorm
+        named, at = "2d" in type(self.norm).__name__.lower(), getattr(self.norm, "channel_dim", -1)
+        second = isinstance(self.norm, nn.GroupNorm) or named or at == 1
+        shape[1 if second else -1] = -1
         if self.norm.weight is not None:
             x = x * self.norm.weight.view(shape)
-        if self.norm.bias is not None:
+        if getattr(self.norm, "bias", None) is not None:
             x = x + self.norm.bias.view(shape)
         return x
 
@@ -272,11 +272,11 @@ def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Mo
     convolutions that standardise their weights by plain ones, in place.
     """
     for layer in {member for n in names for member in (*groups[n].riders, *groups[n].consumers)}:
-        module = net.get_submodule(layer)
+        module: Any = net.get_submodule(layer)
         if kind_of(module) == "channelnorm":
             module.forward = _Affine(module).forward
         elif isinstance(module, nn.Conv2d) and type(module).forward is not nn.Conv2d.forward:
-            module.forward = _Plain(module).forward
+            setattr(module, "forward", _Plain(module).forward)  # noqa: B010
     return net
 
 

@@ -504,10 +504,10 @@ def _declare(module: Any, kind: str | None, side: Side, width: int) -> None:
         case "batchnorm":
             module.num_features = width
         case "channelnorm":
-            if isinstance(module, nn.LayerNorm):
-                module.normalized_shape = (width,)
-            else:
+            if isinstance(module, nn.GroupNorm):
                 module.num_channels = width
+            elif hasattr(module, "normalized_shape"):
+                module.normalized_shape = (width,)
         case "prelu":
             module.num_parameters = width
 
