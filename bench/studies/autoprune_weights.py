@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -221,6 +222,10 @@ def draw(rows: list[dict], path: Path) -> Path:
         axes.axhline(error, color="0.6", linestyle=":", label="before")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("weights / open weights")
         axes.set_ylabel("test error, %")
         axes.set_title(f"{network}, MNIST", fontsize=10)
