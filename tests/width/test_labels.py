@@ -447,3 +447,25 @@ def test_activations_have_a_rule_whatever_this_torch_tags_as_pointwise(activatio
     name = activation + in_place
     untagged = SimpleNamespace(overloadpacket=SimpleNamespace(__name__=name), tags=())
     assert operations.rule_of(untagged) is not None
+
+
+def test_a_gated_linear_unit_takes_channels_in_pairs():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(4, 16), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.c(F.glu(self.a(x), -1))
+
+    model, x = Gated(), torch.randn(2, 4)
+    found = find_groups(model, x, cache=False)
+    assert {n: (g.channels, g.grade) for n, g in found.items()} == {"a": (8, "exact")}
+    small = resize(model, found, {"a": keep([1, 4, 6])})
+    rows = [1, 4, 6, 9, 12, 14]
+    expected = F.linear(
+        F.glu(F.linear(x, model.a.weight[rows], model.a.bias[rows])),
+        model.c.weight[:, [1, 4, 6]],
+        model.c.bias,
+    )
+    assert torch.allclose(small(x), expected, atol=1e-6)

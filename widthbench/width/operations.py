@@ -549,6 +549,17 @@ def _reduce(tracer: Tracer, name: str, args: Any, output: Any) -> Value | list[V
     return with_factors(value, factors, direct=False)
 
 
+def _glu(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
+    """The first half of the channels, times a function of the second: pairs go together."""
+    t, dim = args[0], (args[1] if len(args) > 1 else -1) % args[0].dim()
+    factor = tracer.of(t).at(dim)
+    if factor is not None:
+        axis, half = factor[0].index(dim), output.shape[dim]
+        first, second = (factor[1].take(range(a, a + half), axis=axis) for a in (0, half))
+        tracer.tie(first, second)
+    return _picked(tracer, t, dim, partial(_taken, part=range(output.shape[dim])), True)
+
+
 def _softmax(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     t, value = args[0], tracer.of(args[0])
     dim = args[1] % t.dim()
@@ -977,6 +988,7 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), _pixel_shuffle),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
     "native_group_norm": _group_norm,
+    "glu": _glu,
 }
 
 

@@ -237,9 +237,21 @@ def smallest(model: nn.Module, groups: Groups, example_input: Tensor) -> Tensor:
                 model(x)
         except Exception:  # it takes this size alone
             continue
-        if _alike(groups.steps, seen.steps):
+        if _alike(groups.steps, seen.steps) and (
+            _trains(model, x) or not _trains(model, example_input[:1])
+        ):
             return x
     return example_input
+
+
+def _trains(model: nn.Module, x: Tensor) -> bool:
+    """Whether the network runs in training mode on an input, auxiliary heads and all."""
+    try:
+        with evaluating(model), steadily_training(model), torch.no_grad(), seeded(0):
+            model(x)
+    except Exception:
+        return False
+    return True
 
 
 def _alike(steps: Sequence[Step], others: Sequence[Step]) -> bool:
@@ -540,18 +552,10 @@ class _Proof:
             self.made.clear()  # training changes the statistics of batch norms
             _output(small.removed.train(), self.x)
         except Exception as error:
-            if not self._runs_insteadily_training():
+            if not _trains(self.net, self.x):
                 return ""
             return f"a resized network does not run in training mode: {_first_line(error)[:120]}"
         return ""
-
-    def _runs_insteadily_training(self) -> bool:
-        try:
-            with steadily_training(self.net), seeded(0):
-                _output(self.net, self.x)
-        except Exception:
-            return False
-        return True
 
 
 def _bare(t: Tensor) -> Tensor:
