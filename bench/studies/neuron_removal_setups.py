@@ -252,12 +252,12 @@ def for_the_cosine(seed: int, width: int, steps: int = 3000):
     return fit_closely(network(1, width, width, 1).double(), sample, steps), sample
 
 
-def ten_digits(seed: int, widths: tuple[int, ...], data) -> dict:
+def ten_digits(seed: int, widths: tuple[int, ...], data, epochs: int = 250) -> dict:
     """A network for ten digits: all rankings, joint and summed, faults that heal.
 
     ``data`` is (training vectors, their digits, held-out vectors, their digits).
     """
-    model, own = for_ten_digits(seed, widths, data)
+    model, own = for_ten_digits(seed, widths, data, epochs)
     *_, other, others = data
     rest = Sample(other, F.one_hot(others, 10).float(), wrong)
     groups = find_groups(model, own.x[:1], cache=False)
@@ -327,9 +327,9 @@ def one_digit(seed: int, digit: int, data, epochs: int = 3) -> dict:
     }
 
 
-def cosine(seed: int, width: int) -> dict:
+def cosine(seed: int, width: int, steps: int = 3000) -> dict:
     """Two layers fitted to one period of a cosine: iterative brute force."""
-    model, sample = for_the_cosine(seed, width)
+    model, sample = for_the_cosine(seed, width, steps)
     groups = find_groups(model, sample.x[:1], cache=False)
     brute = Ablation(model, groups, sample)
     order = order_by(by_ranking(RANKINGS[0], model, groups, brute), groups, "iterative")
