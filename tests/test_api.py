@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 import zoo
+from torch import nn
 
 import widthbench
 from widthbench.errors import AccessError, BudgetError, NoGroupsError, UsageError
@@ -202,3 +203,26 @@ def test_an_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'aply'"):
         _ = widthbench.aply
     assert "apply" in dir(widthbench)
+
+
+def test_what_does_not_run_is_said_before_what_it_gives():
+    x, y = torch.randn(4, 5), torch.zeros(4, dtype=torch.long)
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(UsageError, match="does not take an input of shape"):
+        widthbench.apply("autoprune", net, budget="channels:0.5", example_input=x, data=(x, y))
+
+
+def test_a_technique_with_a_loss_refuses_an_output_that_is_no_tensor():
+    class Mapping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return {"out": self.b(self.a(x).relu())}
+
+    x, y = torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(UsageError, match="needs a loss, and the network gives a dict"):
+        widthbench.apply(
+            "autoprune", Mapping(), budget="channels:0.5", example_input=x, data=(x, y)
+        )

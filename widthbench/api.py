@@ -181,6 +181,7 @@ def outcome(
             f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y)"
             " or a DataLoader"
         )
+    groups = find_groups(model, example_input)
     if chosen.access in ("labelled", "training"):
         with evaluating(model), torch.no_grad():
             output = model(example_input)
@@ -189,7 +190,6 @@ def outcome(
                 f"technique '{chosen.id}' needs a loss, and the network gives a"
                 f" {type(output).__name__}: wrap it in a module that returns class scores [B, K]"
             )
-    groups = find_groups(model, example_input)
     cost = CostModel(model, groups, example_input)
     device = example_input.device
     train, val = (_samples(data, which, device) for which in ("train", "val"))

@@ -686,3 +686,38 @@ def test_norms_of_all_kinds_couple_what_they_run_across(norm):
     small = resize(model, groups, {"a": keep([1, 2, 6])})
     assert torch.equal(small.norm.weight, norm.weight[[1, 2, 6]])
     assert torch.isfinite(small(x)).all()
+
+
+class Counting(Auxiliary):
+    """Estimates something in training, as quantisers and teachers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        return super().forward(x)
+
+
+def test_looking_at_training_mode_leaves_the_network_as_it_was():
+    model = Counting().eval()
+    groups = find_groups(model, torch.randn(2, 4), cache=False)
+    assert groups["a"].consumers == ("b", "aux")
+    assert float(model.seen) == 0
+    assert not any(m.training for m in model.modules())
+
+
+class Dividing2d(nn.Conv2d):
+    """A convolution of its own kind, which no label shows: it divides by its width."""
+
+    def forward(self, x):
+        return super().forward(x / x.shape[1])
+
+
+def test_convolutions_of_their_own_kind_hide_nothing_behind_a_norm():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), LayerNorm2d(8), Dividing2d(8, 4, 1)).eval()
+    (group,) = find_groups(model, torch.randn(2, 3, 5, 5), cache=False).values()
+    assert group.grade == "frozen"
+    assert "moves the output" in group.reason

@@ -76,7 +76,7 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
                 f"its channels cannot be followed: {type(error).__name__}: {first[:120]}",
             )
     groups = _Assembly(model, labels).groups()
-    if made := [n for n, m in model.named_modules() if kind_of(m) and not _own_weight(m)]:
+    if made := [n for n, m in model.named_modules() if not _own_weight(m)]:
         how = "hooks or parametrisations (weight_norm, spectral_norm, prune) make the weights of"
         problem = f"{how} '{made[0]}': remove them first, by remove_weight_norm and the like"
         groups = replace(groups, problem=problem)
@@ -94,8 +94,9 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
 
 
 def _own_weight(module: Any) -> bool:
-    """Whether a layer's weight, if any, is a parameter of its own."""
-    return getattr(module, "weight", None) is None or "weight" in module._parameters
+    """Whether the weight of a convolution or linear layer is a parameter of its own."""
+    read = kind_of(module) in ("conv", "depthwise", "linear")
+    return not read or "weight" in module._parameters
 
 
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
@@ -195,6 +196,7 @@ class _Assembly:
             behind=self.labels.behind,
             adjacent=self.labels.adjacent,
             apart=self.labels.apart,
+            made=self.labels.made,
             tensors={k: a for k, a in touched.items() if isinstance(k[1], int)},  # type: ignore[misc]
             width_attributes=tuple(self._width_attributes()),
             scales=tuple(self._scales()),

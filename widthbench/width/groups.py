@@ -149,6 +149,7 @@ class Groups(Mapping[str, Group]):
         behind: For every layer, the nearest layers that it reads from, through operations without
             weights.
         apart: Layers whose tensors the network uses without calling them.
+        made: Layers that standardise their weights.
         adjacent: BatchNorms whose input is the output of the layer before, with no operation in
             between.
         program: A digest of what the network computes on the example input.
@@ -162,6 +163,7 @@ class Groups(Mapping[str, Group]):
     behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     adjacent: frozenset[str] = field(default=frozenset(), repr=False)
     apart: frozenset[str] = field(default=frozenset(), repr=False)
+    made: frozenset[str] = field(default=frozenset(), repr=False)
     tensors: Mapping[tuple[str, int], Axis] = field(default_factory=dict, repr=False)
     width_attributes: tuple[WidthAttribute, ...] = field(default=(), repr=False)
     scales: tuple[tuple[str, str], ...] = field(default=(), repr=False)

@@ -46,8 +46,8 @@ Ids = np.ndarray
 Factor = tuple[tuple[int, ...], Ids]
 """Dimensions of a tensor, ascending, and the labels along them: an array with as many axes."""
 Key = tuple[str, str | int]
-SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 """An axis: a layer and its side, or a bare tensor and its dimension."""
+SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 
 MEETS = "its channels meet positions that are not channels"
 OUTPUT = "the network's output"
@@ -203,7 +203,6 @@ class Labels:
         channel: ``[count]``, the channel of each label: the same number where labels are tied.
         reasons: Why channels may not change, by channel.
         joined: Channels that an addition joins with another branch.
-        normalised: Channels under a norm across channels.
         standardised: Channels over which weights are standardised.
         blocks: ``[B]`` labels that are blocks, and the members of each.
         equal_blocks: (labels in order, number of contiguous parts that need equal counts, where).
@@ -214,6 +213,7 @@ class Labels:
         behind: For every layer, the nearest layers that it reads from.
         adjacent: BatchNorms right behind another layer.
         apart: Layers whose tensors are used without calling them.
+        made: Layers that standardise their weights.
         output: The network's output.
         program: A digest of all calls with their arguments, tensors by shape.
         steps: All operations, with the shapes of what they give.
@@ -224,7 +224,6 @@ class Labels:
     channel: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     reasons: dict[int, str] = field(default_factory=dict)
     joined: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    normalised: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     standardised: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     blocks: dict[int, Ids] = field(default_factory=dict)
     equal_blocks: list[tuple[Ids, int, str]] = field(default_factory=list)
@@ -235,6 +234,7 @@ class Labels:
     behind: dict[str, tuple[str, ...]] = field(default_factory=dict)
     adjacent: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
+    made: frozenset[str] = frozenset()
     output: Any = None
     program: str = ""
     steps: tuple[Step, ...] = ()
@@ -333,7 +333,6 @@ class Tracer(TorchDispatchMode):
         self.ties: list[tuple[Ids, Ids]] = []
         self.frozen: list[tuple[Ids, str]] = []
         self.joined: list[Ids] = []
-        self.normalised: list[Ids] = []
         self.standardised: list[Ids] = []
         self.rows: dict[bytes, int] = {}
         self.members: dict[int, Ids] = {}
@@ -350,6 +349,7 @@ class Tracer(TorchDispatchMode):
         self.program = hashlib.sha256()
         self.steps: list[Step] = []
         self.apart: set[str] = set()
+        self.made: set[str] = set()  # layers that standardise their weights
         self.as_wide: set[int] = set()  # labels tied to what their number was read off
         self.serving = True  # False: what training alone computes
         self._label_tensors(model)
@@ -747,7 +747,6 @@ class Tracer(TorchDispatchMode):
             channel=channel,
             reasons=reasons,
             joined=_unique(channel, self.joined),
-            normalised=_unique(channel, self.normalised),
             standardised=_unique(channel, self.standardised),
             blocks=self.members,
             equal_blocks=self.equal_blocks,
@@ -758,6 +757,7 @@ class Tracer(TorchDispatchMode):
             behind={layer: tuple(before) for layer, before in self.behind.items()},
             adjacent=frozenset(self.adjacent),
             apart=frozenset(self.apart),
+            made=frozenset(self.made),
             output=output,
             program=self.program.hexdigest(),
             steps=tuple(self.steps),
@@ -946,12 +946,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def steadily_training(model: nn.Module) -> Iterator[None]:
-    """Training mode, but for what estimates or draws in it: batch norms and dropout evaluate."""
+    """Training mode, but for what estimates or draws in it: batch norms and dropout evaluate.
+
+    Buffers (what modules of others estimate) are as they were afterwards.
+    """
     modes = {m: m.training for m in model.modules()}
+    kept = [(m, n, b, b.clone()) for m in modes for n, b in m._buffers.items() if b is not None]
     for m in modes:
         m.training = not (isinstance(m, _NormBase) or "drop" in type(m).__name__.lower())
     try:
         yield
     finally:
+        for m, name, buffer, before in kept:
+            with torch.no_grad():
+                buffer.copy_(before)
+            m._buffers[name] = buffer
         for m, mode in modes.items():
             m.training = mode

@@ -50,12 +50,21 @@ def trace(model: nn.Module, x: Tensor) -> Labels:
     tracer.values[x] = Value(data=True)
     with counting(model), watched_integers(model), Calls(tracer), tracer.modules, tracer:
         output = model(x)
-        outputs = [output]
-        if tracer.unread():
-            tracer.serving = False
-            # it may run in training mode on more than one sample alone, or not at all
-            with suppress(Exception), steadily_training(model), seeded(0):
-                outputs.append(model(x))
+    outputs = [output]
+    if tracer.unread():
+        tracer.serving = False
+        # it may run in training mode on more than one sample alone, or not at all
+        with (
+            suppress(Exception),
+            steadily_training(model),
+            seeded(0),
+            counting(model),
+            watched_integers(model),
+            Calls(tracer),
+            tracer.modules,
+            tracer,
+        ):
+            outputs.append(model(x))
     for t in tree_leaves(outputs):
         if isinstance(t, Tensor):
             for _, ids in tracer.of(t).factors:
@@ -531,7 +540,6 @@ def _reduce(tracer: Tracer, name: str, args: Any, output: Any) -> Value | list[V
     for own, ids in value.factors:
         over = [i for i, d in enumerate(own) if d in dims]
         if over and norm is not None:  # what it divides by
-            tracer.normalised.append(ids)
             if rest := [i for i in range(len(own)) if i not in over]:
                 rows = tracer.blocks(ids, rest)
                 factors.append(moved_factor((tuple(own[i] for i in rest), rows), mapping))
@@ -783,6 +791,7 @@ def _batch_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
                 tracer.freeze(ids, "a batch norm runs over its channels as if they were places")
             made = tracer.layer_of(ids) if training and dims == (1,) and not vx.data else None
             if made is not None and (made, "in") in tracer.axes:  # weights, standardised by row
+                tracer.made.add(made)
                 start, length = tracer.axes[made, "in"]
                 tracer.standardised.append(np.arange(start, start + length))
     near, direct = tracer.passes(layer, vx)
@@ -811,7 +820,6 @@ def _layer_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
         else:
             for own in affine:
                 tracer.merged([(dims, ids), ((last,), own)])
-            tracer.normalised.append(ids)
             factors.append((dims, ids))
     if vx.at(last) is None:
         for own in affine:
@@ -840,7 +848,6 @@ def _group_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
             tracer.tie(ids, own)
         if groups > 1:
             tracer.equal_blocks.append((ids, groups, layer))
-        tracer.normalised.append(ids)
         factors.append((dims, ids))
     if vx.at(1) is None:
         for own in affine:

@@ -68,7 +68,7 @@ class _Affine(nn.Module):
         named, at = "2d" in type(self.norm).__name__.lower(), getattr(self.norm, "channel_dim", -1)
         second = isinstance(self.norm, nn.GroupNorm) or named or at == 1
         shape[1 if second else -1] = -1
-        if self.norm.weight is not None:
+        if getattr(self.norm, "weight", None) is not None:
             x = x * self.norm.weight.view(shape)
         if getattr(self.norm, "bias", None) is not None:
             x = x + self.norm.bias.view(shape)
@@ -288,8 +288,8 @@ def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Mo
         module: Any = net.get_submodule(layer)
         if kind_of(module) == "channelnorm":
             module.forward = _Affine(module).forward
-        elif isinstance(module, nn.Conv2d) and type(module).forward is not nn.Conv2d.forward:
-            setattr(module, "forward", _Plain(module).forward)  # noqa: B010
+        elif layer in groups.made:
+            module.forward = _Plain(module).forward
     return net
 
 
@@ -538,8 +538,8 @@ class _Proof:
         then, to the same output, has nothing more to show; one that draws at random is not
         compared.
         """
-        small = self._narrow(names)
         try:
+            small = self._narrow(names)
             with steadily_training(small.net), seeded(0), _Operations() as seen:
                 output = _output(small.net, self.x)
             if seen.steps == small.steps and not _difference(output, small.output):
