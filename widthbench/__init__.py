@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from widthbench.technique.base import Outcome, ScoredTechnique, Technique
     from widthbench.technique.budget import Budget
     from widthbench.technique.task import Task
-    from widthbench.width import Group, Groups, Plan, Resize, find_groups, gated, keep, resize
+    from widthbench.width import (
+        Group,
+        Groups,
+        Inputs,
+        Plan,
+        Resize,
+        find_groups,
+        gated,
+        keep,
+        resize,
+    )
 
 try:
     __version__ = version("widthbench")
@@ -34,6 +44,7 @@ _HOMES = {
     "Technique": "widthbench.technique.base",
     "Group": "widthbench.width",
     "Groups": "widthbench.width",
+    "Inputs": "widthbench.width",
     "Plan": "widthbench.width",
     "Resize": "widthbench.width",
     "find_groups": "widthbench.width",
@@ -46,6 +57,7 @@ __all__ = [
     "Budget",
     "Group",
     "Groups",
+    "Inputs",
     "Outcome",
     "Plan",
     "Resize",

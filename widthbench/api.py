@@ -23,6 +23,7 @@ from widthbench.training.loop import fit
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import CostModel, count_macs
 from widthbench.width.groups import Scope
+from widthbench.width.inputs import Example, Inputs
 from widthbench.width.labels import evaluating
 
 
@@ -87,7 +88,7 @@ def apply(
     model: nn.Module,
     *,
     budget: str | Budget,
-    example_input: Tensor,
+    example_input: Example,
     data: Any = None,
     scope: Scope = "inner",
     include: str | Sequence[str] | None = None,
@@ -102,7 +103,8 @@ def apply(
         model: The network; it is left as it was.
         budget: What is kept: ``"channels:0.5"``, ``"macs:0.5"``, ``"params:0.25"``, or a
             ``Budget``.
-        example_input: ``[B, C, H, W]``, on the network's device.
+        example_input: What the network takes, on its device: a tensor ``[B, ...]``, a tuple of
+            arguments, a mapping of arguments by name, or ``Inputs`` for both.
         data: For techniques that look at data: ``(x, y)`` tensors or a DataLoader (used for
             training and choices alike), or anything with ``train`` and ``val``, each of which is
             either.
@@ -146,7 +148,7 @@ def outcome(
     model: nn.Module,
     *,
     budget: str | Budget,
-    example_input: Tensor,
+    example_input: Example,
     data: Any = None,
     scope: Scope = "inner",
     include: str | Sequence[str] | None = None,
@@ -164,9 +166,10 @@ def outcome(
             f"model must be a torch.nn.Module, not {type(model).__name__}; timm.create_model makes"
             " one from a name"
         )
-    if not isinstance(example_input, Tensor) or example_input.dim() < 2 or len(example_input) == 0:
-        raise UsageError("example_input must be one tensor [B, ...] with B of at least 1")
-    if not torch.isfinite(example_input).all():
+    inputs = Inputs.of(example_input)
+    if not len(inputs) or (isinstance(example_input, Tensor) and example_input.dim() < 2):
+        raise UsageError("example_input must be a tensor [B, ...] with B of at least 1, or several")
+    if isinstance(example_input, Tensor) and not torch.isfinite(example_input).all():
         raise UsageError("example_input has values that are not finite")
     if not isinstance(seed, int):
         raise UsageError(f"seed must be a whole number, not {seed!r}")
@@ -181,17 +184,22 @@ def outcome(
             f"technique '{chosen.id}' looks at data (access = '{chosen.access}'): pass data=(x, y)"
             " or a DataLoader"
         )
-    groups = find_groups(model, example_input)
+    if chosen.access != "none" and not isinstance(example_input, Tensor):
+        raise UsageError(
+            f"technique '{chosen.id}' feeds the network with batches (x, y), x one tensor: wrap a"
+            " network of several inputs in a module that takes one tensor"
+        )
+    groups = find_groups(model, inputs)
     if chosen.access in ("labelled", "training"):
         with evaluating(model), torch.no_grad():
-            output = model(example_input)
+            output = inputs.run(model)
         if not isinstance(output, Tensor):
             raise UsageError(
                 f"technique '{chosen.id}' needs a loss, and the network gives a"
                 f" {type(output).__name__}: wrap it in a module that returns class scores [B, K]"
             )
     cost = CostModel(model, groups, example_input)
-    device = example_input.device
+    device = inputs.tensors[0].device
     train, val = (_samples(data, which, device) for which in ("train", "val"))
 
     shown = bar if progress else quiet

@@ -17,6 +17,7 @@ from widthbench.width import certify, discover, find_groups, keep, proofs, resiz
 from widthbench.width.certify import fingerprint
 from widthbench.width.doctor import diagnose
 from widthbench.width.groups import Group, Segment
+from widthbench.width.inputs import Inputs
 from widthbench.width.proofs import _split_plan, errors_of_all, randomised
 
 NETWORKS = [
@@ -637,7 +638,7 @@ def test_a_proof_takes_the_smallest_image_that_shows_the_same():
 
     def side(end):
         model = Pooled(end).eval()
-        return proofs.smallest(model, discover(model, x), x).shape[-1]
+        return proofs.smallest(model, discover(model, x), Inputs((x,))).shapes[0][-1]
 
     assert side(lambda h: h.mean((2, 3))) == 32  # its last map is 2 by 2 then
     grown = lambda h: h.mean((2, 3)) if h.shape[-1] > 4 else h.amax((2, 3))  # noqa: E731
@@ -650,12 +651,12 @@ def test_a_proof_takes_the_smallest_image_that_shows_the_same():
         return h.mean((2, 3))
 
     auxiliary.end = end
-    assert proofs.smallest(auxiliary, discover(auxiliary, x), x).shape[-1] == 64
+    assert proofs.smallest(auxiliary, discover(auxiliary, x), Inputs((x,))).shapes[0][-1] == 64
     fixed = Pooled(lambda h: h.reshape(1, 8, 256).mean(2)).eval()
-    assert proofs.smallest(fixed, discover(fixed, x), x).shape == x.shape
+    assert proofs.smallest(fixed, discover(fixed, x), Inputs((x,))).shapes == (x.shape,)
     one = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     x = torch.randn(2, 4)
-    assert proofs.smallest(one, discover(one, x), x) is x
+    assert proofs.smallest(one, discover(one, x), given := Inputs((x,))) is given
 
 
 @pytest.mark.parametrize(

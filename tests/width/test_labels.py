@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from widthbench.errors import NoGroupsError
 from widthbench.width import discover, find_groups, keep, operations, resize
 from widthbench.width.groups import Segment
+from widthbench.width.inputs import Inputs
 from widthbench.width.operations import _chunks, trace
 
 
@@ -421,7 +422,7 @@ def test_the_trace_says_what_each_product_costs_and_where():
         nn.Flatten(),
         nn.Linear(5 * 9, 2),
     )
-    found = trace(net.eval(), torch.randn(1, 3, 9, 9)).products
+    found = trace(net.eval(), Inputs((torch.randn(1, 3, 9, 9),))).products
     assert {p.where: p.macs for p in found} == {"0": 4 * 27 * 49, "2": 5 * 36 * 9, "4": 90}
 
 

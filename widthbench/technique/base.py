@@ -22,6 +22,7 @@ from widthbench.technique.budget import Allocation, check, used
 from widthbench.technique.task import Access, State, Task
 from widthbench.width.assembly import shapes_of
 from widthbench.width.cost import Cost
+from widthbench.width.inputs import Example, Inputs
 from widthbench.width.resize import Plan, Resize, disagreements, resize
 
 
@@ -284,10 +285,10 @@ class ScoredTechnique(Technique):
         return Outcome(self.chosen(task, state))
 
 
-def runs(model: nn.Module, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether a network gives finite outputs of the given shapes on ``x [B, ...]``."""
+def runs(model: nn.Module, inputs: Example, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether a network gives finite outputs of the given shapes on an example of what it takes."""
     with torch.no_grad():
-        output = model(x)
+        output = Inputs.of(inputs).run(model)
     return shapes_of(output) == shapes and all(
         bool(torch.isfinite(t).all()) for t in tree_leaves(output) if isinstance(t, Tensor)
     )

@@ -67,7 +67,8 @@ class Task:
             train it.
         groups: Its certified channel groups, filtered by scope and include patterns: what may be
             resized.
-        example_input: ``[B, C, H, W]`` on the device.
+        example_input: What the network takes, on the device: a tensor ``[B, ...]`` for all but
+            techniques that look at no data, which may get ``Inputs``.
         budget: What is to be kept.
         cost: ``cost({group: channels}) -> Cost`` (MACs and parameters), analytically.
         reference: The network that the budget is a fraction of, as its ``macs`` and ``params``.
@@ -95,7 +96,7 @@ class Task:
 
     model: nn.Module
     groups: Groups
-    example_input: Tensor
+    example_input: Any
     budget: Budget
     cost: CostModel
     reference: Costed

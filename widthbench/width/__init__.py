@@ -5,6 +5,7 @@ from widthbench.width.certify import certify, find_groups
 from widthbench.width.cost import Cost, CostModel
 from widthbench.width.gates import gated
 from widthbench.width.groups import Group, Groups
+from widthbench.width.inputs import Inputs
 from widthbench.width.resize import Plan, Resize, keep, resize
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "CostModel",
     "Group",
     "Groups",
+    "Inputs",
     "Plan",
     "Resize",
     "certify",

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from widthbench.errors import UsageError
 from widthbench.width.adapters import Origin
 from widthbench.width.groups import Axis, Group, Groups, Segment, WidthAttribute
+from widthbench.width.inputs import Example, Inputs
 from widthbench.width.labels import OUTPUT, Ids, Key, Labels, Product, Size, evaluating
 from widthbench.width.layers import kind_of
 from widthbench.width.operations import trace
@@ -40,12 +41,14 @@ class _Raw:
     heads: bool = False
 
 
-def discover(model: nn.Module, example_input: Tensor) -> Groups:
+def discover(model: nn.Module, example_input: Example) -> Groups:
     """Find the channel groups of a network; they are not graded yet (see ``certify``).
 
     Args:
         model: Any network; it is left as it was.
-        example_input: ``[B, C, H, W]`` (or whatever the network takes), on the network's device.
+        example_input: What the network takes, on its device: a tensor ``[B, ...]``, a tuple of
+            arguments, or a mapping of arguments by name. The network is followed on one sample of
+            it, or, where it takes no single one (a batch of clips of four frames), on all.
 
     Returns:
         The groups in forward order. Groups that cannot be resized are frozen, with the reason.
@@ -53,21 +56,31 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
     Raises:
         UsageError: If the network does not run on the example input.
     """
+    inputs = Inputs.of(example_input)
+    traced = inputs.first(1)
     with evaluating(model):
         try:
-            labels = trace(model, example_input[:1])
+            try:
+                labels = trace(model, traced)
+            except UsageError:
+                raise
+            except Exception:
+                if traced is inputs:
+                    raise
+                traced = inputs
+                labels = trace(model, traced)
         except UsageError:
             raise
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             try:
                 with torch.no_grad():
-                    output = model(example_input)
+                    output = inputs.run(model)
             except Exception as own:
                 first = (str(own).strip().splitlines() or [type(own).__name__])[0]
-                shape = list(example_input.shape)
                 raise UsageError(
-                    f"{type(model).__name__} does not take an input of shape {shape}: {first}"
+                    f"{type(model).__name__} does not take an input of shape {inputs.described}:"
+                    f" {first}"
                 ) from own
             return Groups(
                 {},
@@ -83,11 +96,14 @@ def discover(model: nn.Module, example_input: Tensor) -> Groups:
     elif not groups and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         problem = "a ScriptModule has no layers to resize: resize it before torch.jit.script"
         groups = replace(groups, problem=problem)
-    shapes = tuple((len(example_input), *s[1:]) if s else s for s in shapes_of(labels.output))
+    shapes = shapes_of(labels.output)
+    if traced is not inputs:
+        shapes = tuple((len(inputs), *s[1:]) if s else s for s in shapes)
     return replace(
         groups,
         output_shapes=shapes,
-        input_shape=tuple(example_input.shape[1:]),
+        input_shapes=traced.shapes,
+        samples=len(traced),
         program=labels.program,
         steps=labels.steps,
     )

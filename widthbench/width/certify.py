@@ -23,6 +23,7 @@ from widthbench.provenance import code_digest, meaning
 from widthbench.randomness import seeded
 from widthbench.width.assembly import discover
 from widthbench.width.groups import Grade, Groups
+from widthbench.width.inputs import Example, Inputs
 from widthbench.width.proofs import grades_of
 
 _PLUMBING = {
@@ -33,12 +34,13 @@ _PLUMBING = {
 }  # what every module has, and timm's cards
 
 
-def find_groups(model: nn.Module, example_input: Tensor, *, cache: bool = True) -> Groups:
+def find_groups(model: nn.Module, example_input: Example, *, cache: bool = True) -> Groups:
     """Discover and certify the channel groups of a network.
 
     Args:
         model: The network; it is left as it was.
-        example_input: ``[B, C, H, W]`` on the network's device.
+        example_input: What the network takes, on its device, as for ``discover``: a tensor ``[B,
+            C, H, W]``, a tuple of arguments, a mapping of arguments by name, or ``Inputs``.
         cache: Take grades from the cache where this architecture has been certified with these
             versions before.
 
@@ -50,14 +52,14 @@ def find_groups(model: nn.Module, example_input: Tensor, *, cache: bool = True) 
 
 
 def certify(
-    model: nn.Module, groups: Groups, example_input: Tensor, *, cache: bool = True
+    model: nn.Module, groups: Groups, example_input: Example, *, cache: bool = True
 ) -> Groups:
     """Grade the groups of a network.
 
     Args:
         model: The network that the groups were found in; it is left as it was.
         groups: Its groups.
-        example_input: ``[B, ...]``; certification draws random inputs of this shape.
+        example_input: As for ``find_groups``; certification draws random inputs of its shapes.
         cache: Read and write grades in ``WIDTHBENCH_CACHE``.
 
     Returns:
@@ -80,7 +82,7 @@ def certify(
         if set(grades) == set(groups):
             return groups.with_grades(grades)
     with seeded(0):  # what a network draws in training mode leaves the caller's random state alone
-        grades = grades_of(model, groups, example_input)
+        grades = grades_of(model, groups, Inputs.of(example_input))
     if key:
         try:
             write_json(path, {"model": type(model).__name__, "grades": grades})
@@ -93,7 +95,7 @@ class _OpaqueError(Exception):
     """Something that a grade may depend on and that cannot be told apart by a digest."""
 
 
-def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str | None:
+def fingerprint(model: nn.Module, groups: Groups, example_input: Example) -> str | None:
     """A digest of everything that grades depend on.
 
     Versions, this package's own source, the found groups, the input's shape; of every layer its
@@ -109,7 +111,7 @@ def fingerprint(model: nn.Module, groups: Groups, example_input: Tensor) -> str 
         digest.update(f"{package}={version(package)};".encode())
     digest.update(code_digest("width").encode())
     digest.update(
-        f"{list(example_input.shape)};{groups.members!r};{sorted(groups.axes.items())!r};".encode()
+        f"{Inputs.of(example_input).shapes};{groups.members!r};{sorted(groups.axes.items())!r};".encode()
     )
     digest.update(
         f"{sorted(groups.tensors.items())!r};{groups.width_attributes!r};{groups.scales!r};{groups.program};".encode()

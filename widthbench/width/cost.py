@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from widthbench.errors import CostError
 from widthbench.width.assembly import discover
 from widthbench.width.counting import count_macs, macs_by_module
 from widthbench.width.groups import Axis, Groups
+from widthbench.width.inputs import Example, Inputs
 from widthbench.width.layers import Side, axis_length, kind_of, tensors_on
 from widthbench.width.resize import axis_width
 
@@ -27,8 +28,8 @@ class Cost:
     """The size of a network.
 
     Attributes:
-        macs: Multiply-accumulates of one forward pass of one sample. What the literature prints as
-            "FLOPs".
+        macs: Multiply-accumulates of one forward pass of one sample (of the whole example input
+            where the network takes no single sample). What the literature prints as "FLOPs".
         params: Number of parameters.
     """
 
@@ -43,12 +44,13 @@ class CostModel:
     Args:
         model: The network at its original widths.
         groups: Its groups.
-        example_input: ``[B, ...]``, of the size that costs are counted for; one sample of it is
-            run.
+        example_input: ``[B, ...]``, or whatever the network takes, of the size that costs are
+            counted for; one sample of it is run, or all where the groups were found on all.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, example_input: Tensor) -> None:
-        self._model, self._example_input, self._groups = model, example_input[:1], groups
+    def __init__(self, model: nn.Module, groups: Groups, example_input: Example) -> None:
+        self._model, self._groups = model, groups
+        self._inputs = Inputs.of(example_input).first(groups.samples)
         self._axes: dict[str, dict[Side, Axis]] = {}
         for (layer, side), axis in groups.axes.items():
             self._axes.setdefault(layer, {})[side] = axis
@@ -99,7 +101,7 @@ class CostModel:
             CostError: If they differ; it names the modules in which they do.
         """
         cost = Cost(
-            count_macs(model, self._example_input), sum(p.numel() for p in model.parameters())
+            macs_by_module(model, self._inputs)[""], sum(p.numel() for p in model.parameters())
         )
         said = self(widths)
         if cost != said:
@@ -115,8 +117,8 @@ class CostModel:
         predicted.
         """
         predicted, counted = (
-            macs_by_module(self._model, self._example_input),
-            macs_by_module(model, self._example_input),
+            macs_by_module(self._model, self._inputs),
+            macs_by_module(model, self._inputs),
         )
         for whole, axes, where in self._found.products:
             change = self._scaled(whole, axes, widths) - whole
@@ -138,7 +140,7 @@ class CostModel:
         this input's size.
         """
         cost = Cost(
-            count_macs(self._model, self._example_input),
+            macs_by_module(self._model, self._inputs)[""],
             sum(p.numel() for p in self._model.parameters()),
         )
         return cost, self._touched({}), self._found
@@ -146,9 +148,9 @@ class CostModel:
     @cached_property
     def _found(self) -> Groups:
         """What products of weights and activations take depends on the input's size."""
-        if self._groups.input_shape == tuple(self._example_input.shape[1:]):
+        if self._groups.input_shapes == self._inputs.shapes:
             return self._groups
-        return discover(self._model, self._example_input)
+        return discover(self._model, self._inputs)
 
     def _size(self, axis: Axis, widths: Mapping[str, int]) -> int:
         return axis_width(axis, widths, self._groups.everything)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torchvision  # noqa: F401  (its operations)
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from widthbench.errors import UsageError
+from widthbench.width.inputs import Example, Inputs
 
 OURS = {
     "aten",
@@ -115,7 +116,7 @@ class _Foreign(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def macs_by_module(model: nn.Module, x: Tensor) -> dict[str, int]:
+def macs_by_module(model: nn.Module, example_input: Example) -> dict[str, int]:
     """MACs of one forward pass of a batch in eval mode, of each module with all that is inside it.
 
     Convolutions, matrix products, attention and recurrent layers count; elementwise work, norms and
@@ -123,7 +124,7 @@ def macs_by_module(model: nn.Module, x: Tensor) -> dict[str, int]:
 
     Args:
         model: The network, in any mode; it is left as it was.
-        x: ``[B, ...]``.
+        example_input: ``[B, ...]``, or whatever the network takes (``Inputs``).
 
     Returns:
         By the module's name, "" for the whole; modules without any are left out.
@@ -135,7 +136,7 @@ def macs_by_module(model: nn.Module, x: Tensor) -> dict[str, int]:
     model.eval()
     try:
         with counting(model), _Foreign() as foreign, counter_of_operations() as counter:
-            model(x)
+            Inputs.of(example_input).run(model)
     finally:
         for m, mode in training.items():
             m.training = mode
@@ -153,15 +154,15 @@ def macs_by_module(model: nn.Module, x: Tensor) -> dict[str, int]:
     return by_module | {"": int(counter.get_total_flops()) // 2}
 
 
-def count_macs(model: nn.Module, example_input: Tensor) -> int:
+def count_macs(model: nn.Module, example_input: Example) -> int:
     """MACs of one forward pass per sample, by ``torch.utils.flop_counter`` (which counts 2 per
     multiply-add), halved.
 
     Args:
         model: The network, in any mode; it is left as it was.
-        example_input: ``[B, ...]``.
+        example_input: ``[B, ...]``, or whatever the network takes (``Inputs``).
 
     Raises:
         UsageError: As ``macs_by_module``.
     """
-    return macs_by_module(model, example_input)[""] // example_input.shape[0]
+    return macs_by_module(model, example_input)[""] // len(Inputs.of(example_input))

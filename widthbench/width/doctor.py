@@ -9,22 +9,23 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from widthbench.width.cost import CostModel
 from widthbench.width.groups import Groups
+from widthbench.width.inputs import Example
 from widthbench.width.proofs import errors_of_all
 
 
 def diagnose(
-    model: nn.Module, groups: Groups, example_input: Tensor, *, verify: bool = False
+    model: nn.Module, groups: Groups, example_input: Example, *, verify: bool = False
 ) -> dict[str, Any]:
     """One row of ``widthbench doctor``.
 
     Args:
         model: The network.
         groups: Its graded groups.
-        example_input: ``[B, ...]``.
+        example_input: ``[B, ...]``, or whatever the network takes (``Inputs``).
         verify: Measure, on a randomised float64 copy, the errors of splitting all exact groups at
             once and of removal against gates at 0 (relative to the largest output).
 

@@ -141,10 +141,12 @@ class Groups(Mapping[str, Group]):
             dimension.
         width_attributes: Numbers in the network's code that state widths.
         scales: Modules whose ``scale`` is one over the root of a group's head dimension.
-        products: Convolutions and matrix products that a group touches: multiply-accumulates per
-            sample, the axes that they are proportional to, and the innermost module that computes
+        products: Convolutions and matrix products that a group touches: multiply-accumulates of
+            the pass, the axes that they are proportional to, and the innermost module that computes
             them.
-        input_shape: Of the example input, without the batch.
+        input_shapes: Of the tensors that the network was followed on.
+        samples: How many samples these are: one, or the whole example where the network takes no
+            single one.
         everything: All groups, also those that were not selected.
         behind: For every layer, the nearest layers that it reads from, through operations without
             weights.
@@ -168,7 +170,8 @@ class Groups(Mapping[str, Group]):
     width_attributes: tuple[WidthAttribute, ...] = field(default=(), repr=False)
     scales: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     products: tuple[tuple[int, tuple[Axis, ...], str], ...] = field(default=(), repr=False)
-    input_shape: tuple[int, ...] = ()
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    samples: int = 1
     everything: Mapping[str, Group] = field(default_factory=dict, repr=False)
     program: str = field(default="", repr=False)
     steps: tuple[Step, ...] = field(default=(), repr=False)

@@ -84,7 +84,7 @@ class Product:
     attention.
 
     Attributes:
-        macs: Multiply-accumulates per sample.
+        macs: Multiply-accumulates of the pass.
         grids: Labels along the dimensions that it runs over, one array for each independent set of
             them: its multiply-accumulates are proportional to how many of each there are.
         where: The innermost module that computes it, "" for the network itself.

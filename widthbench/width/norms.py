@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from widthbench.errors import UsageError
 from widthbench.width.groups import Groups, channel_rows
+from widthbench.width.inputs import Example, Inputs
 from widthbench.width.layers import kind_of
 
 
@@ -199,7 +200,9 @@ def affines_of(
     return affines
 
 
-def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor) -> str | None:
+def passed_by(
+    model: nn.Module, groups: Groups, name: str, owner: str, example_input: Example
+) -> str | None:
     """Why a module does not scale a group's channels once on every way to its consumers; None if it
     does.
 
@@ -208,7 +211,7 @@ def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor
         groups: Its groups.
         name: The group.
         owner: The module.
-        x: An example input ``[B, ...]``.
+        example_input: What the network takes.
     """
     seen: list[dict[str, Tensor]] = []
     runs: list[None] = []
@@ -226,7 +229,7 @@ def passed_by(model: nn.Module, groups: Groups, name: str, owner: str, x: Tensor
                 keep = partial(_noted, inputs, layer, at, positions)
                 stack.callback(module.register_forward_pre_hook(keep).remove)
             with torch.no_grad():
-                model(x)
+                Inputs.of(example_input).run(model)
         seen.append(inputs)
     if len(runs) != 1:
         return f"module {owner}, which scales it, runs {len(runs)} times"

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from widthbench.randomness import seeded
 from widthbench.width.adapters import Integer, Measured, watched_integers
 from widthbench.width.counting import counting
+from widthbench.width.inputs import Inputs
 from widthbench.width.labels import (
     MEETS,
     OUTPUT,
@@ -37,19 +38,20 @@ from widthbench.width.labels import (
 )
 
 
-def trace(model: nn.Module, x: Tensor) -> Labels:
-    """Run a network on one input and follow its channels.
+def trace(model: nn.Module, inputs: Inputs) -> Labels:
+    """Run a network once and follow its channels.
 
     Where layers were not reached, training mode may reach them (auxiliary heads): it is run, too.
 
     Args:
         model: In eval mode; it is left as it was.
-        x: ``[1, ...]``, on the network's device.
+        inputs: What it is called with, on its device.
     """
     tracer = Tracer(model, rule_of)
-    tracer.values[x] = Value(data=True)
+    for t in inputs.tensors:
+        tracer.values[t] = Value(data=True)
     with counting(model), watched_integers(model), Calls(tracer), tracer.modules, tracer:
-        output = model(x)
+        output = inputs.run(model)
     outputs = [output]
     if tracer.unread():
         tracer.serving = False
@@ -64,7 +66,7 @@ def trace(model: nn.Module, x: Tensor) -> Labels:
             tracer.modules,
             tracer,
         ):
-            outputs.append(model(x))
+            outputs.append(inputs.run(model))
     for t in tree_leaves(outputs):
         if isinstance(t, Tensor):
             for _, ids in tracer.of(t).factors:
@@ -646,7 +648,7 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         )
         tracer.freeze_all([vx, vw], f"{what} has no rule")
         return with_factors(plain_value([vx, vw]), [])
-    macs = output.numel() // output.shape[0] * math.prod(w.shape[1:])
+    macs = output.numel() * math.prod(w.shape[1:])
     depthwise, several = groups == x.shape[1] > 1, output.shape[1] // groups
     if vw.constant and groups == x.shape[1]:  # fixed filters for each channel, of any number
         made = None if fx is None else fx.repeat(several)

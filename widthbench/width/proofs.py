@@ -29,6 +29,7 @@ from widthbench.randomness import seeded
 from widthbench.width.counting import counting
 from widthbench.width.gates import gated
 from widthbench.width.groups import Grade, Group, Groups
+from widthbench.width.inputs import Example, Inputs, random_like
 from widthbench.width.labels import evaluating, steadily_training
 from widthbench.width.layers import Step, kind_of
 from widthbench.width.resize import (
@@ -125,14 +126,14 @@ def randomised(model: nn.Module, *, seed: int = 0, redraw: bool = False) -> nn.M
     return net
 
 
-def errors_of_all(model: nn.Module, groups: Groups, example_input: Tensor) -> tuple[float, float]:
+def errors_of_all(model: nn.Module, groups: Groups, example_input: Example) -> tuple[float, float]:
     """The two errors behind the grade *exact*, with all exact groups in one plan, on a randomised
     float64 copy.
 
     Args:
         model: The network.
         groups: Its graded groups.
-        example_input: ``[B, ...]``; only the shape is used.
+        example_input: As for ``certify``.
 
     Returns:
         (error of splitting, error of removal against input gates at 0), relative to the largest
@@ -141,25 +142,14 @@ def errors_of_all(model: nn.Module, groups: Groups, example_input: Tensor) -> tu
     chosen = [g for g in groups.values() if g.grade == "exact"]
     if not chosen:
         return 0.0, 0.0
-    net, x = randomised(model), _random_input(example_input)
+    net = randomised(model)
+    x = random_like(Inputs.of(example_input), groups.samples)
     split = _resized(net, groups, {g.name: _split_plan(g, i) for g, i in _placed(chosen)})
     kept = {g.name: _kept(g, n) for g, n in zip(chosen, _widths(chosen), strict=True)}
     removed = _resized(net, groups, {n: keep(k) for n, k in kept.items()})
     with gated(net, groups, _gates(chosen, kept)):
         gates = _output(net, x)
     return _error(_output(split, x), _output(net, x)), _error(_output(removed, x), gates)
-
-
-def _random_input(example_input: Tensor) -> Tensor:
-    """Two random samples in float64: the smallest batch that still shows a mix-up of the batch with
-    the channels. Whole numbers, such as those of tokens, are drawn from the example's own.
-    """
-    generator = torch.Generator().manual_seed(1)
-    shape = (2, *example_input.shape[1:])
-    if not example_input.is_floating_point():
-        own = example_input.detach().cpu().flatten()
-        return own[torch.randint(len(own), shape, generator=generator)]
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _gates(chosen: Iterable[Group], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -191,13 +181,13 @@ def _error(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return worst
 
 
-def grades_of(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades:
+def grades_of(model: nn.Module, groups: Groups, inputs: Inputs) -> Grades:
     """Grade and reason of each group; arguments as for ``certify``."""
     grades: Grades = {n: ("frozen", g.reason) for n, g in groups.items() if g.reason}
     candidates = [n for n in groups if n not in grades]
     if not candidates:
         return grades
-    x = _random_input(smallest(model, groups, example_input))
+    x = random_like(smallest(model, groups, inputs), groups.samples)
     for attempt in range(ATTEMPTS):
         try:
             net = randomised(model, seed=attempt, redraw=attempt > 0)
@@ -216,40 +206,41 @@ def grades_of(model: nn.Module, groups: Groups, example_input: Tensor) -> Grades
     return {n: grades[n] for n in groups}
 
 
-def smallest(model: nn.Module, groups: Groups, example_input: Tensor) -> Tensor:
-    """A smaller example input on which the network does the same, if there is one: a proof on it is
+def smallest(model: nn.Module, groups: Groups, inputs: Inputs) -> Inputs:
+    """A smaller example on which the network does the same, if there is one: a proof on it is
     as good and cheaper.
 
     Images are shrunk as long as the same operations run and no map has a single pixel where there
     were several.
     """
-    if example_input.dim() != 4 or not groups.steps:
-        return example_input
+    image = inputs.image
+    if image is None or not groups.steps or groups.samples > 1:
+        return inputs
     maps = [s[2:] for _, s in groups.steps if len(s) == 4 and s[0] == 1]
     least = min((n for s in maps for n in s if n > 1), default=1)
-    sides = example_input.shape[2:]
+    sides = image.shape[2:]
     for more in range(TRIED):
         small = [math.ceil(n * 2 / least / STRIDE + more) * STRIDE for n in sides]
         if math.prod(small) * 2 > math.prod(sides):
             break
-        x = example_input[:1, :, : small[0], : small[1]]
+        x = Inputs((image[:1, :, : small[0], : small[1]],))
         try:
             with evaluating(model), counting(model), _Operations() as seen:
-                model(x)
+                x.run(model)
         except Exception:  # it takes this size alone
             continue
         if _alike(groups.steps, seen.steps) and (
-            _trains(model, x) or not _trains(model, example_input[:1])
+            _trains(model, x) or not _trains(model, inputs.first(1))
         ):
             return x
-    return example_input
+    return inputs
 
 
-def _trains(model: nn.Module, x: Tensor) -> bool:
+def _trains(model: nn.Module, x: Inputs) -> bool:
     """Whether the network runs in training mode on an input, auxiliary heads and all."""
     try:
         with evaluating(model), steadily_training(model), torch.no_grad(), seeded(0):
-            model(x)
+            x.run(model)
     except Exception:
         return False
     return True
@@ -263,7 +254,7 @@ def _alike(steps: Sequence[Step], others: Sequence[Step]) -> bool:
     )
 
 
-def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Tensor) -> Grades:
+def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Inputs) -> Grades:
     """Grades of the candidates by the proofs on one randomised network, which may be changed."""
     grades: Grades = {}
     both: tuple[Grade, Grade] = ("exact", "coupled")
@@ -350,23 +341,24 @@ class _Proof:
     Args:
         net: A randomised network.
         groups: Its groups.
-        x: ``[2, ...]``.
+        x: What it is called with: two samples, or a batch that is taken as a whole.
     """
 
-    def __init__(self, net: nn.Module, groups: Groups, x: Tensor) -> None:
+    def __init__(self, net: nn.Module, groups: Groups, x: Inputs) -> None:
         self.net, self.groups, self.x = net, groups, x
+        self.one = x.first(groups.samples)
         self.made: dict[tuple[str, ...], _Narrow] = {}
-        pixels = math.prod(x.shape[1:]) / math.prod(groups.input_shape or x.shape[1:])
-        self.slow = sum(macs for macs, *_ in groups.products) * len(x) * pixels > SLOW
+        traced = sum(map(math.prod, groups.input_shapes))
+        self.slow = sum(macs for macs, *_ in groups.products) * x.elements > SLOW * traced
 
     @cached_property
-    def shapes(self) -> tuple[nn.Module, Tensor]:
+    def shapes(self) -> tuple[nn.Module, Inputs]:
         """What widths are tried on: without numbers, where passes are slow and that works."""
         if self.slow:
             try:
                 tensors = (*self.net.parameters(), *self.net.buffers())
                 memo: dict[int, Any] = {id(t): _bare(t) for t in tensors}
-                shapes, y = copy.deepcopy(self.net, memo), _bare(self.x)
+                shapes, y = copy.deepcopy(self.net, memo), self.x.map(_bare)
                 _output(shapes, y)
             except Exception:  # a network that looks at values
                 return self.net, self.x
@@ -437,7 +429,8 @@ class _Proof:
             for widths, samples in _rounds(chosen):
                 kept = zip(chosen, widths, strict=True)
                 plan = {g.name: keep(_kept(g, left)) for g, left in kept}
-                _output(_resized(self.shapes[0], self.groups, plan), self.shapes[1][:samples])
+                x = self.shapes[1].first(max(samples, self.groups.samples))
+                _output(_resized(self.shapes[0], self.groups, plan), x)
             self._narrow(names)
         except Exception as error:
             return _does_not_run(error)
@@ -495,7 +488,7 @@ class _Proof:
             for n in names
         }
         with torch.enable_grad(), gated(small.net, small.groups, values):
-            output = _tensors(small.net(self.x[:1]))
+            output = _tensors(self.one.run(small.net))
             total = torch.stack([t.square().sum() for t in output]).sum()
             gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
         found = zip(names, gradients, strict=True)
@@ -523,9 +516,9 @@ class _Proof:
             kept = {g.name: _kept(g, n) for g, n in zip(chosen, _widths(chosen), strict=True)}
             values = _gates(chosen, kept)
             with gated(small.net, small.groups, values):
-                inputs = _output(small.net, self.x[:1])
+                inputs = _output(small.net, self.one)
             with gated(small.net, small.groups, values, on="weight"):
-                problem = _difference(_output(small.net, self.x[:1]), inputs)
+                problem = _difference(_output(small.net, self.one), inputs)
         except Exception as error:
             return _does_not_run(error)
         return f"gating weights instead of inputs {problem}" if problem else ""
@@ -582,9 +575,9 @@ def _resized(net: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     return new
 
 
-def _output(net: nn.Module, x: Tensor) -> list[Tensor]:
+def _output(net: nn.Module, x: Inputs) -> list[Tensor]:
     with torch.no_grad():
-        return _tensors(net(x))
+        return _tensors(x.run(net))
 
 
 def _tensors(output: Any) -> list[Tensor]:
