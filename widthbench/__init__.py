@@ -51,6 +51,7 @@ _HOMES = {
     "gated": "widthbench.width",
     "keep": "widthbench.width",
     "resize": "widthbench.width",
+    "separated": "widthbench.width",
 }
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "gated",
     "keep",
     "resize",
+    "separated",
 ]
 
 

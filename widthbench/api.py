@@ -20,6 +20,7 @@ from widthbench.technique.base import Result, Technique, runs
 from widthbench.technique.budget import Budget
 from widthbench.technique.task import Task
 from widthbench.training.loop import fit
+from widthbench.width.attention import separated
 from widthbench.width.certify import find_groups
 from widthbench.width.cost import CostModel, count_macs
 from widthbench.width.groups import Scope
@@ -116,7 +117,8 @@ def apply(
         **params: The technique's parameters.
 
     Returns:
-        A resized copy in eval mode.
+        A resized copy in eval mode. ``nn.MultiheadAttention`` in it has become
+        ``SeparateAttention``, which has a layer each for queries, keys and values.
 
     Raises:
         UsageError: On bad input, naming the thing and the remedy.
@@ -189,6 +191,7 @@ def outcome(
             f"technique '{chosen.id}' feeds the network with batches (x, y), x one tensor: wrap a"
             " network of several inputs in a module that takes one tensor"
         )
+    model = separated(model)
     groups = find_groups(model, inputs)
     if chosen.access in ("labelled", "training"):
         with evaluating(model), torch.no_grad():

@@ -1,6 +1,7 @@
 """Channel groups of a network: discovery, certification, gates, resizing and analytic cost."""
 
 from widthbench.width.assembly import discover
+from widthbench.width.attention import separated
 from widthbench.width.certify import certify, find_groups
 from widthbench.width.cost import Cost, CostModel
 from widthbench.width.gates import gated
@@ -22,4 +23,5 @@ __all__ = [
     "gated",
     "keep",
     "resize",
+    "separated",
 ]

@@ -254,6 +254,9 @@ class Calls(TorchFunctionMode):
         before = self.tracer.call
         call = self.tracer.call = Call(getattr(func, "__name__", ""), args, kwargs)
         self.tracer.program.update(call.described().encode())
+        if call.name != "__get__":  # an attribute is no reading of the numbers
+            for t in tree_leaves((args, kwargs)):
+                self.tracer.used(t)
         try:
             if call.name == "__getitem__":
                 note_whole(self.tracer, call)
@@ -278,8 +281,9 @@ class Call:
         if self.name not in ("reshape", "view", "unflatten", "expand"):
             return []
         rest = list(self.args[1:]) or list(self.kwargs.values())
-        if self.name == "unflatten":
-            rest = rest[-1:]
+        if self.name == "unflatten" and isinstance(rest[0], int):
+            t, at = self.args[0], rest[0] % self.args[0].dim()
+            return [*t.shape[:at], *rest[-1], *t.shape[at + 1 :]]
         return list(rest[0]) if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
 
     def described(self) -> str:
@@ -326,6 +330,8 @@ class Tracer(TorchDispatchMode):
         self.values: Any = WeakTensorKeyDictionary()
         self.call = Call()
         self.kinds = {name: kind_of(m) for name, m in model.named_modules()}
+        modules = model.named_modules()
+        self.attentions = {n for n, m in modules if isinstance(m, nn.MultiheadAttention)}
         self.axes: dict[Key, tuple[int, int]] = {}
         self.starts: list[int] = []
         self.keys: list[Key] = []
@@ -352,6 +358,7 @@ class Tracer(TorchDispatchMode):
         self.made: set[str] = set()  # layers that standardise their weights
         self.as_wide: set[int] = set()  # labels tied to what their number was read off
         self.serving = True  # False: what training alone computes
+        self.unused: Any = WeakTensorKeyDictionary()  # what freezes if a result is read
         self._label_tensors(model)
 
     # labels
@@ -424,6 +431,14 @@ class Tracer(TorchDispatchMode):
         """Let channels stay as they are."""
         self.frozen.append((ids.ravel(), reason))
 
+    def used(self, t: Any) -> None:
+        """Note that a tensor is read: what its making froze stays frozen.
+
+        Attention that averages its weights over heads does so whether or not anybody asks.
+        """
+        if isinstance(t, Tensor) and (found := self.unused.pop(t, None)):
+            self.frozen += found
+
     def freeze_all(self, values: Iterable[Value], reason: str) -> None:
         """Let all channels of some tensors stay as they are."""
         for value in values:
@@ -492,7 +507,9 @@ class Tracer(TorchDispatchMode):
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         if self.serving:
             self.steps.extend((name, tuple(t.shape)) for t in outputs)
-        values = [self.of(t) for t in inputs]
+        for t in inputs:
+            self.used(t)
+        values, before = [self.of(t) for t in inputs], len(self.frozen)
         if not any(v.factors or v.data for v in values):
             result: Any = [Value(constant=True)] * len(outputs)
             if name in FILLING:
@@ -506,6 +523,11 @@ class Tracer(TorchDispatchMode):
             result = [result] * len(outputs)
         for t, value in zip(outputs, result, strict=True):
             self.values[t] = value
+        if outputs and not (func._schema.is_mutable or getattr(func, "is_view", False)):
+            found = self.frozen[before:]
+            del self.frozen[before:]
+            if found:
+                self.unused.update(dict.fromkeys(outputs, found))
         if getattr(func, "is_view", False):
             for t in outputs:
                 self._see(name, args, t)

@@ -69,6 +69,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Labels:
             outputs.append(inputs.run(model))
     for t in tree_leaves(outputs):
         if isinstance(t, Tensor):
+            tracer.used(t)
             for _, ids in tracer.of(t).factors:
                 tracer.freeze(ids, OUTPUT)
     return tracer.finish(output)
@@ -717,7 +718,10 @@ def _matmul(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     made, read = vb.at(contracted[1][1]), va.at(contracted[0][1])
     key = tracer.owner(made[1]) if made is not None and not vb.data else None
     if key is not None and isinstance(key[1], int) and va.data and read is not None:
-        tracer.freeze(read[1], f"the bare weights '{key[0]}' read it: make them a layer")
+        holder = str(key[0]).rpartition(".")[0]
+        remedy = "widthbench.separated(model) makes" if holder in tracer.attentions else "make"
+        what = "layers of them" if holder in tracer.attentions else "them a layer"
+        tracer.freeze(read[1], f"the bare weights '{key[0]}' read it: {remedy} {what}")
     value = tracer.contract(*contracted, maps, macs, scaled)
     layer = None
     if not vb.data:

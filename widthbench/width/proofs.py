@@ -471,24 +471,27 @@ class _Proof:
         that of training does.
         """
         small = self._narrow(names)
-        found = self._without_gradient(small, names)
+        found = self._without_gradient(small, names, self.one)
+        # attention does not depend on queries where a single sample is a single place
+        if found:
+            found = self._without_gradient(small, found, self.x)
         if not found:
             return {}
         with steadily_training(small.net), seeded(0):
             try:
-                nowhere = self._without_gradient(small, found)
+                nowhere = self._without_gradient(small, found, self.one)
             except Exception:  # not in training mode
                 nowhere = found
         return {n: INSENSITIVE if n in nowhere else TRAINING_ALONE for n in found}
 
-    def _without_gradient(self, small: _Narrow, names: Sequence[str]) -> list[str]:
+    def _without_gradient(self, small: _Narrow, names: Sequence[str], x: Inputs) -> list[str]:
         """Groups at whose gates no output has a gradient."""
         values = {
             n: torch.ones(small.groups[n].channels, dtype=torch.float64, requires_grad=True)
             for n in names
         }
         with torch.enable_grad(), gated(small.net, small.groups, values):
-            output = _tensors(self.one.run(small.net))
+            output = _tensors(x.run(small.net))
             total = torch.stack([t.square().sum() for t in output]).sum()
             gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
         found = zip(names, gradients, strict=True)
