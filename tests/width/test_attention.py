@@ -142,3 +142,67 @@ def test_attention_with_keys_of_its_own_stays():
     twice = separated(nn.ModuleList([shared, shared]))
     assert twice[0] is twice[1]
     assert isinstance(separated(shared), SeparateAttention)
+
+
+class Stream(nn.Module):
+    """Attention whose code takes its width from the stream's, as most of timm's does."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nn.Linear(5, 24), nn.Linear(24, 72), nn.Linear(24, 24)
+        self.head, self.num_heads, self.kind = nn.Linear(24, 3), 4, kind
+
+    def forward(self, x):
+        x = self.stem(x)
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.kind == "across channels":  # XCiT, DaViT
+            weights = (q.transpose(-1, -2) @ k).softmax(-1)
+            y = (weights @ v.transpose(-1, -2)).permute(0, 3, 1, 2)
+        else:  # Swin Transformer V2
+            q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
+            y = ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
+        return self.head(x + self.proj(y.reshape(B, N, C)))
+
+
+@pytest.mark.parametrize("kind", ["across channels", "normalised queries and keys"])
+def test_heads_go_with_the_stream_where_their_dimensions_cannot(kind):
+    net, x = Stream(kind).eval(), torch.randn(2, 7, 5)
+    groups = find_groups(net, x, cache=False)
+    heads = groups["stem.heads"]
+    assert (heads.grade, heads.channels, heads.heads, heads.inner) == ("exact", 4, True, False)
+    assert all(g.reason for n, g in groups.items() if n != "stem.heads")
+    small = widthbench.apply("l1-norm", net, budget="channels:0.5", scope="all", example_input=x)
+    assert (small.num_heads, small.stem.out_features, small.qkv.out_features) == (2, 12, 36)
+    assert small(x).shape == (2, 7, 3)
+
+
+def test_heads_stay_where_their_dimensions_are_given_out():
+    class Given(Stream):
+        def forward(self, x):
+            return super().forward(x), self.stem(x)
+
+    groups = find_groups(Given("across channels").eval(), torch.randn(2, 7, 5), cache=False)
+    assert {g.grade for g in groups.values()} == {"frozen"}
+
+
+def test_a_module_that_goes_by_several_names_is_one_layer():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+            self.again, self.head = self.first, nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.again(self.first(x)))
+
+    net, x = Twice().eval(), torch.randn(2, 6)
+    assert find_groups(net, x, cache=False)["first.0"].grade == "exact"
+    small = widthbench.apply("l1-norm", net, budget="channels:0.5", example_input=x)
+    assert small.again is small.first
+    assert small.first[0].out_features == 8
+    net.again = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+    net.again[0].weight = net.first[0].weight  # one tensor in two layers
+    reasons = {g.reason for g in find_groups(net, x, cache=False).values()}
+    assert any("shares its tensors with another layer" in r for r in reasons)

@@ -563,7 +563,8 @@ class _Assembly:
         if part.blocks == len(part.channels) > 1 and not part.heads:
             part.reason = part.reason or f"each of its {part.blocks} blocks has a single channel"
         channels = set(part.channels.tolist())
-        joined = bool(channels & set(self.labels.joined.tolist()))
+        meeting = self.labels.joined
+        joined = bool(channels & {*meeting.tolist(), *(self.head[meeting] if part.heads else ())})
         riders = [n for n in out if self.kinds[n] not in ("conv", "linear")]
         part.group = Group(
             name=name,
@@ -576,11 +577,8 @@ class _Assembly:
             tensors=tuple(dict.fromkeys(str(k[0]) for k in keys if isinstance(k[1], int))),
             heads=part.heads,
             inner=not joined,
-            normalised=not part.heads
-            and (
-                any(self.kinds[n] == "channelnorm" for n in riders)
-                or bool(channels & set(self.labels.standardised.tolist()))
-            ),
+            normalised=any(self.kinds[n] == "channelnorm" for n in riders)
+            or (not part.heads and bool(channels & set(self.labels.standardised.tolist()))),
             grade="frozen" if part.reason else None,
             reason=part.reason,
         )
@@ -727,8 +725,10 @@ def _split_fixed(runs: list[_Run], heads: Sequence[_Run]) -> list[_Run]:
 def _shared_layers(model: nn.Module) -> dict[str, str]:
     """Layers that must not be cut: tied tensors, parametrised or lazily rebuilt weights."""
     holders: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(p), []).append(name.rpartition(".")[0])
+    for name, module in model.named_modules():  # one that goes by several names is one layer
+        for p in module._parameters.values():
+            holders.setdefault(id(p), []).append(name)
+    holders.pop(id(None), None)
     tied = {layer for layers in holders.values() if len(set(layers)) > 1 for layer in layers}
     bad = dict.fromkeys(tied, "shares its tensors with another layer")
     for name, module in model.named_modules():

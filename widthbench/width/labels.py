@@ -51,6 +51,9 @@ SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 
 MEETS = "its channels meet positions that are not channels"
 OUTPUT = "the network's output"
+ACROSS = "its channels lie across others"
+INSIDE = f"within each head, {MEETS}"
+WITHIN = {ACROSS, INSIDE}  # why head dimensions may not change, though heads may
 FILLING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # that leave a constant what it is
 
 
@@ -482,8 +485,12 @@ class Tracer(TorchDispatchMode):
             a, b = b, a
         if not set(b[0]) < set(a[0]):
             for _, ids in (a, b):
-                self.freeze(ids, "its channels lie across others")
-            return None
+                self.freeze(ids, ACROSS)
+            shared = tuple(sorted({*a[0]} & {*b[0]}))
+            # attention over channels: these stay within each head, the heads may go
+            rows = [self.blocks(ids, [dims.index(d) for d in shared]) for dims, ids in (a, b)]
+            self.tie(*rows)
+            return shared, rows[0]
         axes = [a[0].index(d) for d in b[0]]
         if (
             a[1].ndim - 1 in axes
@@ -668,7 +675,8 @@ class Tracer(TorchDispatchMode):
         else:
             for f, v, other in ((fa, va, vb), (fb, vb, va)):
                 if f is not None and not other.constant:
-                    self.freeze(f[1], MEETS if v.data else "reads positions that are not channels")
+                    plain = MEETS if v.data else "reads positions that are not channels"
+                    self.freeze(f[1], ACROSS if len(f[0]) > 1 else plain)
         left_over: list[Factor] = []
         for value, summed, mapping in ((va, fa, maps[0]), (vb, fb, maps[1])):
             for f in value.factors:
@@ -737,10 +745,6 @@ class Tracer(TorchDispatchMode):
             first = same.setdefault(np.unique(channel[row]).tobytes(), block)
             self.tie(np.array([first]), np.array([block]))
         channel = self._components()
-        as_wide = np.unique(channel[np.array([*self.as_wide], dtype=np.int64)])
-        for block, row in self.members.items():
-            if np.isin(channel[row], as_wide).any():
-                self.freeze(np.array([block]), "its heads share the width that attention reads")
         grids = []
         heads = np.full(self.count, -1, dtype=np.int64)  # the block of each label, as its channel
         for block, row in self.members.items():
@@ -759,10 +763,13 @@ class Tracer(TorchDispatchMode):
             grids.append((grid, tuple(along), free))
         self._tie_numbers(heads)
         channel = self._components()
+        self._one_of_both(channel)
         reasons: dict[int, str] = {}
+        blocks = {int(channel[block]) for block in self.members}
         for ids, reason in self.frozen:
             for c in np.unique(channel[ids]).tolist():
-                reasons.setdefault(c, reason)
+                if reason not in WITHIN or c not in blocks:  # a head is one channel there
+                    reasons.setdefault(c, reason)
         return Labels(
             axes=self.axes,
             count=self.count,
@@ -784,6 +791,21 @@ class Tracer(TorchDispatchMode):
             program=self.program.hexdigest(),
             steps=tuple(self.steps),
         )
+
+    def _one_of_both(self, channel: Ids) -> None:
+        """Where a width that the code has read is that of heads and their dimensions together, one
+        of both may change: the dimensions, or the heads if these may not.
+        """
+        as_wide = np.unique(channel[np.array([*self.as_wide], dtype=np.int64)])
+        inside, other = (
+            _unique(channel, [ids for ids, r in self.frozen if (r in WITHIN) == within])
+            for within in (True, False)
+        )
+        for block, row in self.members.items():
+            own = np.unique(channel[row])
+            fixed = len(own) == 1 or np.isin(own, inside).all()
+            if np.isin(own, as_wide).any() and (not fixed or np.isin(own, other).any()):
+                self.freeze(np.array([block]), "its heads share the width that attention reads")
 
     def _tie_numbers(self, heads: Ids) -> None:
         """What one number states within a head, such as the head dimension of queries and of
@@ -942,6 +964,12 @@ def as_wide(tracer: Tracer, size: Measured, factors: Iterable[Factor], dim: int)
             Fraction(along, len(source)),
             Fraction(ids.shape[last], len(source)),
         ):
+            continue
+        flat = ids.ravel()
+        if len(flat) == len(source) and all(int(i) in tracer.members for i in flat):
+            # heads, each of which repeats as often as it has dimensions
+            heads = flat[np.flatnonzero(np.diff(flat, prepend=-1))]
+            tracer.tie(tracer.blocks(source.reshape(len(heads), -1), [0]), heads)
             continue
         rest = [i for i in range(ids.ndim) if not first <= i <= last]
         whole = ids.transpose([*rest, *range(first, last + 1)])

@@ -19,6 +19,7 @@ from widthbench.width.adapters import Integer, Measured, watched_integers
 from widthbench.width.counting import counting
 from widthbench.width.inputs import Inputs
 from widthbench.width.labels import (
+    INSIDE,
     MEETS,
     OUTPUT,
     Calls,
@@ -103,10 +104,8 @@ def _pointwise(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
                 for d, n in enumerate(t.shape)
                 if d not in covered and (n > 1 or n == one == out.shape[d + shift])
             }
-    for dims, ids in factors:
-        if plain & set(dims):
-            tracer.freeze(ids, MEETS)
-    kept = [f for f in tracer.merged(factors) if not plain & set(f[0])]
+    factors = [f for f in (_apart(tracer, f, plain) for f in factors) if f is not None]
+    kept = tracer.merged(factors)
     if name in JOINING:
         for parts in branches.values():
             if len(parts) > 1 and any(
@@ -118,6 +117,18 @@ def _pointwise(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
     return with_factors(
         value, kept, direct=name in ("clone", "_to_copy", "alias", "detach") and values[0].direct
     )
+
+
+def _apart(tracer: Tracer, factor: Factor, plain: set[int]) -> Factor | None:
+    """What is left of labels where some of their dimensions meet positions that are no channels:
+    the heads, if it is within each head that they do.
+    """
+    dims, ids = factor
+    left = tuple(d for d in dims if d not in plain)
+    if left == dims:
+        return factor
+    tracer.freeze(ids, INSIDE if left else MEETS)
+    return (left, tracer.blocks(ids, [dims.index(d) for d in left])) if left else None
 
 
 def _like(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
