@@ -808,13 +808,13 @@ class Tracer(TorchDispatchMode):
                 self.freeze(np.array([block]), "its heads share the width that attention reads")
 
     def _tie_numbers(self, heads: Ids) -> None:
-        """What one number states within a head, such as the head dimension of queries and of
-        values, is as wide everywhere.
+        """What one number states, such as the head dimension of queries and of values, is as wide
+        everywhere: within heads, and where it is all that lies along a dimension.
         """
         first: dict[tuple[Any, ...], Ids] = {}
         for size in self.sizes:
             rows = heads[size.ids]
-            if size.ids.ndim > 1 and (rows >= 0).all() and not _varies(rows, size.axis):
+            if size.ids.ndim == 1 or ((rows >= 0).all() and not _varies(rows, size.axis)):
                 other = first.setdefault(
                     (size.of, size.factor, size.axis, size.ids.shape), size.ids
                 )
