@@ -89,14 +89,96 @@ class Twice(nn.Module):
         return self.c(self.a(x).relu()[:, : self.half]) + self.d(self.b(x).relu()[:, : self.half])
 
 
-def test_one_number_cannot_state_two_widths():
+def test_one_number_for_two_widths_ties_them():
     model, x = Twice(), torch.randn(2, 3)
+    groups = find_groups(model, x, cache=False)
+    (group,) = groups.values()
+    assert (group.name, group.grade, group.producers) == ("a[0:4]", "exact", ("a", "b"))
+    small = resize(model, groups, {"a[0:4]": keep([0, 2, 3])})
+    assert (small.half, small.c.in_features, small.d.in_features) == (3, 3, 3)
+
+
+class Unlike(Twice):
+    """One number for a width, and twice of it for another."""
+
+    def __init__(self):
+        super().__init__()
+        self.d = nn.Linear(8, 2)
+        self.b = nn.Linear(3, 10)
+
+    def forward(self, x):
+        twice = self.b(x).relu()[:, : 2 * self.half]
+        return self.c(self.a(x).relu()[:, : self.half]) + self.d(twice)
+
+
+def test_one_number_cannot_state_two_widths():
+    model, x = Unlike(), torch.randn(2, 3)
     groups = find_groups(model, x, cache=False)
     assert {g.grade for g in groups.values()} == {"frozen"}
     assert "the number 'half' states its width and another one" in groups["a[0:4]"].reason
     free = groups.with_grades(dict.fromkeys(groups, ("exact", "")))
-    with pytest.raises(PlanError, match="'half' would have to be both 2 and 3"):
-        resize(model, free, {"a[0:4]": keep([0, 1]), "b[0:4]": keep([0, 1, 2])})
+    with pytest.raises(PlanError, match="'half' would have to be both 3 and 2"):
+        resize(model, free, {"a[0:4]": keep([0, 1]), "b[0:8]": keep(range(6))})
+
+
+class Halves(nn.Module):
+    """A width over the number of its parts, and the rest of a width, as selective kernels and
+    partial convolutions have them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.paths, self.first = 8, 2, 3
+        self.stem = nn.Linear(5, 8)
+        self.ways = nn.ModuleList([nn.Linear(4, 6), nn.Linear(4, 6)])
+        self.middle, self.part, self.head = nn.Linear(6, 8), nn.Linear(3, 3), nn.Linear(8, 2)
+
+    def forward(self, x):
+        parts = torch.split(self.stem(x).relu(), self.width // self.paths, 1)
+        x = self.middle(sum(way(p) for way, p in zip(self.ways, parts, strict=True)))
+        a, b = torch.split(x.relu(), [self.first, self.width - self.first], dim=1)
+        return self.head(torch.cat([self.part(a).relu(), b], 1))
+
+
+def test_quotients_and_differences_of_two_numbers():
+    model, x = Halves(), torch.randn(2, 5)
+    groups = find_groups(model, x, cache=False)
+    grades = {n: g.grade for n, g in groups.items()}
+    # `width` states two widths that nothing else ties
+    assert "width" in groups["stem"].reason
+    assert grades["ways.0"] == "exact"
+
+    class Apart(Halves):
+        def __init__(self):
+            super().__init__()
+            self.total = 8
+
+        def forward(self, x):
+            parts = torch.split(self.stem(x).relu(), self.width // self.paths, 1)
+            x = self.middle(sum(way(p) for way, p in zip(self.ways, parts, strict=True)))
+            a, b = torch.split(x.relu(), [self.first, self.total - self.first], dim=1)
+            return self.head(torch.cat([self.part(a).relu(), b], 1))
+
+    model = Apart()
+    groups = find_groups(model, x, cache=False)
+    assert {g.grade for g in groups.values()} == {"exact"}
+    plan = {"stem": keep([0, 2, 3]), "middle[0:3]": keep([1]), "middle[3:8]": keep(range(4))}
+    small = resize(model, groups, plan)
+    assert (small.width, small.paths, small.first, small.total) == (6, 2, 1, 5)
+    assert small(x).shape == (2, 2)
+
+
+def test_a_number_of_heads_divides_no_width():
+    n, heads = Integer(12, ("m", "width", None)), Integer(3, ("m", "num_heads", None))
+    size = n // heads
+    assert (int(size), size.origin, size.divisors) == (4, n.origin, (heads.origin,))
+    left = n - heads
+    assert (int(left), left.whole, left.less) == (9, n, heads)
+    assert (type(n - 1), type(copy.deepcopy(left)), pickle.loads(pickle.dumps(left))) == (
+        int,
+        int,
+        9,
+    )
 
 
 class PaddedLike(nn.Module):

@@ -22,15 +22,28 @@ Origin = tuple[str, str, int | None]
 
 
 class Integer(int):
-    """A whole number that remembers where it is kept, and what it was multiplied by since."""
+    """A whole number that remembers where it is kept, and what it was multiplied by since.
+
+    Attributes:
+        origin: Where.
+        factor: What it was multiplied by.
+        divisors: Origins of the numbers among what it was divided by.
+    """
 
     origin: Any
     factor: Fraction
+    divisors: tuple[Any, ...]
 
-    def __new__(cls, value: int, origin: Any, factor: Fraction = Fraction(1)) -> Self:
+    def __new__(
+        cls,
+        value: int,
+        origin: Any,
+        factor: Fraction = Fraction(1),
+        divisors: tuple[Any, ...] = (),
+    ) -> Self:
         """The number ``value``, which is ``factor`` times what is kept at ``origin``."""
         self = super().__new__(cls, value)
-        self.origin, self.factor = origin, factor
+        self.origin, self.factor, self.divisors = origin, factor, divisors
         return self
 
     def _by(self, other: Any) -> bool:
@@ -39,18 +52,46 @@ class Integer(int):
 
     def __mul__(self, other: Any) -> Any:
         if self._by(other):
-            return type(self)(int(self) * int(other), self.origin, self.factor * int(other))
+            factor = self.factor * int(other)
+            return type(self)(int(self) * int(other), self.origin, factor, self.divisors)
         return int(self) * (int(other) if isinstance(other, Integer) else other)
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
-        if self._by(other) and int(self) % int(other) == 0:
-            return type(self)(int(self) // int(other), self.origin, self.factor / int(other))
+        known = type(self) is type(other) is Integer and other > 0
+        if (known or self._by(other)) and int(self) % int(other) == 0:
+            divisors = (*self.divisors, other.origin) if known else self.divisors
+            factor = self.factor / int(other)
+            return type(self)(int(self) // int(other), self.origin, factor, divisors)
         return int(self) // (int(other) if isinstance(other, Integer) else other)
+
+    def __sub__(self, other: Any) -> Any:
+        if type(self) is type(other) is Integer:
+            return Rest(self, other)
+        return int(self) - int(other) if isinstance(other, int) else NotImplemented
 
     def __rfloordiv__(self, other: Any) -> Any:
         return other // int(self)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+
+class Rest(int):
+    """What is left of a whole number behind another one: where a split has taken that first."""
+
+    whole: Integer
+    less: Integer
+
+    def __new__(cls, whole: Integer, less: Integer) -> Self:
+        """The difference."""
+        self = super().__new__(cls, int(whole) - int(less))
+        self.whole, self.less = whole, less
+        return self
 
     def __deepcopy__(self, memo: Any) -> int:
         return int(self)
@@ -100,11 +141,13 @@ def watched_integers(model: nn.Module) -> Iterator[None]:
             holder[key] = value
         for module in model.modules():  # what the network has worked out from them and kept
             for key, value in vars(module).items():
-                if isinstance(value, Integer):
+                if isinstance(value, Integer | Rest):
                     module.__dict__[key] = int(value)
-                elif type(value) in (list, tuple) and any(isinstance(v, Integer) for v in value):
+                elif type(value) in (list, tuple) and any(
+                    isinstance(v, Integer | Rest) for v in value
+                ):
                     module.__dict__[key] = type(value)(
-                        int(v) if isinstance(v, Integer) else v for v in value
+                        int(v) if isinstance(v, Integer | Rest) else v for v in value
                     )
 
 

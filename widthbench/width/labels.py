@@ -127,12 +127,14 @@ class Size:
         factor: The dimension's size over the number.
         ids: The grid.
         axis: Which of its axes.
+        divisors: Other such places, whose numbers it was divided by.
     """
 
     of: tuple[str, str, int | None]
     factor: Fraction
     ids: Ids
     axis: int
+    divisors: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -734,6 +736,10 @@ class Tracer(TorchDispatchMode):
             return known.get(dim % t.dim(), shape)
         return torch.Size([known.get(d, n) for d, n in enumerate(shape)])
 
+    def states(self, number: Integer, ids: Ids, axis: int) -> None:
+        """Note that a number is the length of a grid along an axis."""
+        self.sizes.append(Size(number.origin, number.factor, ids, axis, number.divisors))
+
     def _all_blocks(self) -> Ids:
         return np.fromiter(self.members, dtype=np.int64, count=len(self.members))
 
@@ -761,6 +767,8 @@ class Tracer(TorchDispatchMode):
                 if i != free and i not in along:
                     self.tie(grid, grid.take([0], axis=i))
             grids.append((grid, tuple(along), free))
+        stated = {size.of for size in self.sizes}  # a width over another width is neither
+        self.sizes = [size for size in self.sizes if not stated & {*size.divisors}]
         self._tie_numbers(heads)
         channel = self._components()
         self._one_of_both(channel)
@@ -945,7 +953,7 @@ def note_size(tracer: Tracer, size: Integer, factors: Iterable[Factor], dim: int
     """Note that a number states the size of a dimension."""
     for dims, ids in factors:
         if dim in dims:
-            tracer.sizes.append(Size(size.origin, size.factor, ids, dims.index(dim)))
+            tracer.states(size, ids, dims.index(dim))
 
 
 def as_wide(tracer: Tracer, size: Measured, factors: Iterable[Factor], dim: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from widthbench.randomness import seeded
-from widthbench.width.adapters import Integer, Measured, watched_integers
+from widthbench.width.adapters import Integer, Measured, Rest, watched_integers
 from widthbench.width.counting import counting
 from widthbench.width.inputs import Inputs
 from widthbench.width.labels import (
@@ -26,7 +26,6 @@ from widthbench.width.labels import (
     Factor,
     Ids,
     Labels,
-    Size,
     Tracer,
     Value,
     as_wide,
@@ -318,7 +317,7 @@ def _slice(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         known = [i for i in tracer.call.integers() if int(i) in (start, stop)]
         for integer in known:
             part = factor[1].take(range(int(integer)), axis=axis)
-            tracer.sizes.append(Size(integer.origin, integer.factor, part, axis))
+            tracer.states(integer, part, axis)
         if not known and (start, stop) != (0, length):
             _even(tracer, factor, axis, start, stop)
     return _picked(tracer, t, dim, partial(_taken, part=range(start, stop, step)), True)
@@ -353,13 +352,29 @@ def _split(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value]:
                 matching = matching[:1]
             for i in matching:
                 part = factor[1].take(range(starts[i], starts[i + 1]), axis=axis)
-                tracer.sizes.append(Size(integer.origin, integer.factor, part, axis))
+                tracer.states(integer, part, axis)
+        _rests(tracer, factor[1], axis, starts)
         if len(set(sizes)) == 1 and name == "split_with_sizes" and not tracer.call.integers():
             _even(tracer, factor, axis, 0, sizes[0])
     return [
         _picked(tracer, t, dim, partial(_taken, part=range(a, b)), True)
         for a, b in itertools.pairwise(starts)
     ]
+
+
+def _rests(tracer: Tracer, ids: Ids, axis: int, starts: Sequence[int]) -> None:
+    """A split into a part and what is left of a number states that number."""
+    asked = tracer.call.args[1] if len(tracer.call.args) > 1 else None
+    if not isinstance(asked, list | tuple) or len(asked) != len(starts) - 1:
+        return
+    for i, rest in enumerate(asked):
+        if not isinstance(rest, Rest):
+            continue
+        for first in (i - 1, i):
+            if 0 <= first < len(asked) - 1 and rest.less in (asked[first], asked[first + 1]):
+                whole = ids.take(range(starts[first], starts[first + 2]), axis=axis)
+                tracer.states(rest.whole, whole, axis)
+                break
 
 
 def _taken(ids: Ids, axis: int, part: Any) -> Ids:
@@ -467,7 +482,7 @@ def _pad(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
                         tracer.freeze(new[-1], "zeros are padded to it, a fixed number of them")
                     else:  # one number for both ends: they keep equal counts
                         tracer.tie(new[0], new[-1])
-                        tracer.sizes.append(Size(stated.origin, stated.factor, new[-1], axis))
+                        tracer.states(stated, new[-1], axis)
             ids = np.concatenate(parts, axis=axis)
         factors.append((dims, ids))
     return with_factors(value, factors, direct=False)
