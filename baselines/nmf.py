@@ -108,6 +108,8 @@ def obstacle(model: nn.Module, groups: Groups, name: str) -> str | None:
     (producer,) = group.producers
     if group.blocks > 1:
         return f"its {group.blocks} blocks must not be mixed"
+    if kind_of(model.get_submodule(producer)) == "transposed":
+        return f"layer {producer} is a transposed convolution, which keeps its inputs first"
     norm = norm_behind(groups, producer)
     if norm is not None and model.get_submodule(norm).running_var is None:
         return f"layer {norm} keeps no running statistics that could be folded"

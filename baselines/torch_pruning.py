@@ -21,6 +21,8 @@ from widthbench.width.layers import Side, kind_of
 PRUNING: dict[tuple[str, Side], Callable[..., Any]] = {
     ("conv", "out"): tp.prune_conv_out_channels,
     ("conv", "in"): tp.prune_conv_in_channels,
+    ("transposed", "out"): tp.prune_conv_out_channels,
+    ("transposed", "in"): tp.prune_conv_in_channels,
     ("linear", "out"): tp.prune_linear_out_channels,
     ("linear", "in"): tp.prune_linear_in_channels,
     ("depthwise", "out"): tp.prune_depthwise_conv_out_channels,

@@ -20,7 +20,7 @@ from widthbench.width.adapters import Origin
 from widthbench.width.groups import Axis, Group, Groups, Segment, WidthAttribute
 from widthbench.width.inputs import Example, Inputs
 from widthbench.width.labels import OUTPUT, Ids, Key, Labels, Product, Size, evaluating
-from widthbench.width.layers import kind_of
+from widthbench.width.layers import MAKING, kind_of
 from widthbench.width.operations import trace
 
 MAX_PARTS = 64  # a group cut into more parts than this has permuted channels, not concatenated ones
@@ -111,7 +111,7 @@ def discover(model: nn.Module, example_input: Example) -> Groups:
 
 def _own_weight(module: Any) -> bool:
     """Whether the weight of a convolution or linear layer is a parameter of its own."""
-    read = kind_of(module) in ("conv", "depthwise", "linear")
+    read = kind_of(module) in ("depthwise", *MAKING)
     return not read or "weight" in module._parameters
 
 
@@ -306,9 +306,7 @@ class _Assembly:
             np.add.at(marks, why, code)
             np.add.at(head_marks, why, code)
         seen = np.zeros(labels.count, dtype=bool)
-        producers = [
-            n for n in self.order if self.kinds[n] in ("conv", "linear") and n in labels.behind
-        ]
+        producers = [n for n in self.order if self.kinds[n] in MAKING and n in labels.behind]
         for layer in producers:
             array = self.arrays[layer, "out"]
             heads = _firsts(self.head[array][self.head[array] >= 0])
@@ -548,7 +546,7 @@ class _Assembly:
             else set()
         )
         only = {n for n in reading if all(r.reads for r in on[n, "out"])}
-        producers = [n for n in out if self.kinds[n] in ("conv", "linear") and n not in only]
+        producers = [n for n in out if self.kinds[n] in MAKING and n not in only]
         consumers = [str(layer) for layer, side in layers if side == "in"]
         if not producers or not (consumers or reading or part.reason):
             return
@@ -565,7 +563,7 @@ class _Assembly:
         channels = set(part.channels.tolist())
         meeting = self.labels.joined
         joined = bool(channels & {*meeting.tolist(), *(self.head[meeting] if part.heads else ())})
-        riders = [n for n in out if self.kinds[n] not in ("conv", "linear")]
+        riders = [n for n in out if self.kinds[n] not in MAKING]
         part.group = Group(
             name=name,
             channels=len(part.channels),

@@ -17,7 +17,7 @@ from widthbench.width.assembly import discover
 from widthbench.width.counting import count_macs, macs_by_module
 from widthbench.width.groups import Axis, Groups
 from widthbench.width.inputs import Example, Inputs
-from widthbench.width.layers import Side, axis_length, kind_of, tensors_on
+from widthbench.width.layers import MAKING, Side, axis_length, kind_of, tensors_on
 from widthbench.width.resize import axis_width
 
 __all__ = ["Cost", "CostModel", "count_macs"]
@@ -168,7 +168,7 @@ class CostModel:
             module = self._modules[layer]
             kind = kind_of(module)
             out = self._size(sides["out"], widths) if "out" in sides else axis_length(module, "out")
-            if kind in ("conv", "depthwise", "linear"):
+            if kind in ("depthwise", *MAKING):
                 inputs = 1
                 if kind != "depthwise":
                     inputs = (

@@ -154,7 +154,7 @@ def _on_weight(
         if count > 1:  # [I] -> [O, I/G]: each block of outputs reads its own block of inputs
             gate = gate.view(count, 1, -1).expand(-1, weight.shape[0] // count, -1).flatten(0, 1)
         else:
-            gate = gate[None]
+            gate = gate[:, None] if kind_of(module) == "transposed" else gate[None]
         gated = weight * gate.reshape(*gate.shape, *[1] * (weight.dim() - 2))
         if products is not None:
             products.append(gated)
@@ -232,6 +232,8 @@ def sums_over_consumers(
         module: Any = model.get_submodule(layer)
         axis, count = groups.axes[layer, "in"], getattr(module, "groups", 1)
         several = value.shape[: value.dim() - module._parameters["weight"].dim()]
+        if kind_of(module) == "transposed":
+            value = value.transpose(len(several), len(several) + 1)
         rows, columns = value.shape[len(several) : len(several) + 2]
         along = value.reshape(*several, count, rows // count, columns, -1).sum(dim=(-3, -1))
         parts = along.flatten(len(several)).split([s.size for s in axis], dim=-1)

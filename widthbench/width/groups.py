@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from widthbench.errors import NoGroupsError, UsageError, did_you_mean
 from widthbench.width.adapters import Origin
-from widthbench.width.layers import Side, Step
+from widthbench.width.layers import Side, Step, outputs_first
 
 Grade = Literal["exact", "coupled", "frozen"]
 Scope = Literal["inner", "all"]
@@ -383,7 +383,7 @@ def producer_rows(
     parts = []
     for layer in groups[name].producers:
         module: Any = model.get_submodule(layer)
-        parts.append(channel_rows(groups, name, layer, module.weight))
+        parts.append(channel_rows(groups, name, layer, outputs_first(module, module.weight)))
         if bias and module.bias is not None:
             parts.append(channel_rows(groups, name, layer, module.bias))
     return parts

@@ -39,7 +39,7 @@ from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from widthbench.width.adapters import Integer, Measured
-from widthbench.width.layers import Side, Step, axis_length, kind_of
+from widthbench.width.layers import MAKING, Side, Step, axis_length, kind_of
 
 PLAIN = (bool, int, float, complex, str, torch.dtype)
 Ids = np.ndarray
@@ -377,20 +377,21 @@ class Tracer(TorchDispatchMode):
                 continue
             out = self._axis((name, "out"), axis_length(module, "out"))
             inside = None
-            if self.kinds[name] in ("conv", "linear"):
+            if self.kinds[name] in MAKING:
                 inside = self._axis((name, "in"), axis_length(module, "in"))
             for leaf in ("weight", "bias", "running_mean", "running_var"):
                 t = getattr(module, leaf, None)
+                turned = leaf == "weight" and self.kinds[name] == "transposed"
                 if (
                     not isinstance(t, Tensor)
                     or t in self.values
                     or t.dim() == 0
-                    or t.shape[0] != len(out)
+                    or t.shape[turned] != len(out)
                 ):
                     continue
-                factors: list[Factor] = [((0,), out)]
-                if leaf == "weight" and inside is not None and t.shape[1] == len(inside):
-                    factors.append(((1,), inside))
+                factors: list[Factor] = [((int(turned),), out)]
+                if leaf == "weight" and inside is not None and t.shape[not turned] == len(inside):
+                    factors.append(((int(not turned),), inside))
                 self.values[t] = Value(tuple(factors))
         for name, t in itertools.chain(model.named_parameters(), model.named_buffers()):
             if t in self.values:

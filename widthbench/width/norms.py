@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from widthbench.errors import UsageError
 from widthbench.width.groups import Groups, channel_rows
 from widthbench.width.inputs import Example, Inputs
-from widthbench.width.layers import kind_of
+from widthbench.width.layers import kind_of, outputs_first
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def filter_rows(
         ``[N, D]`` in float64, the bias last.
     """
     module: Any = model.get_submodule(layer)
-    rows = channel_rows(groups, name, layer, module.weight).double()
+    rows = channel_rows(groups, name, layer, outputs_first(module, module.weight)).double()
     behind = norm_behind(groups, layer)
     if behind is None:
         if module.bias is None or not bias:

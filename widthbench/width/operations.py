@@ -664,19 +664,25 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         if dims != (1,):
             tracer.freeze(ids, "a convolution runs over its channels as if they were places")
     fx = next((ids for dims, ids in vx.factors if dims == (1,)), None)
-    fo = next((ids for dims, ids in vw.factors if dims == (0,)), None)
-    fi = next((ids for dims, ids in vw.factors if dims == (1,)), None)
+    depthwise, several = groups == x.shape[1] > 1, output.shape[1] // groups
+    turned = transposed and not depthwise  # inputs first
+    fo = next((ids for dims, ids in vw.factors if dims == (int(turned),)), None)
+    fi = next((ids for dims, ids in vw.factors if dims == (int(not turned),)), None)
     layer = tracer.layer_of(fo)
-    if transposed or vw.data or any(dims not in ((0,), (1,)) for dims, _ in vw.factors):
+    ruled = groups == 1 or (depthwise and several == 1)
+    if (
+        (transposed and not ruled)
+        or vw.data
+        or any(dims not in ((0,), (1,)) for dims, _ in vw.factors)
+    ):
         what = (
-            "a transposed convolution"
+            "a transposed convolution in groups"
             if transposed
             else "a convolution whose weights are made from activations"
         )
         tracer.freeze_all([vx, vw], f"{what} has no rule")
         return with_factors(plain_value([vx, vw]), [])
-    macs = output.numel() * math.prod(w.shape[1:])
-    depthwise, several = groups == x.shape[1] > 1, output.shape[1] // groups
+    macs = (x if transposed else output).numel() * math.prod(w.shape[1:])
     if vw.constant and groups == x.shape[1]:  # fixed filters for each channel, of any number
         made = None if fx is None else fx.repeat(several)
         tracer.counts(macs, [made])

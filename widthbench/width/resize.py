@@ -18,7 +18,14 @@ from torch.utils._pytree import tree_leaves
 from widthbench.errors import PlanError, did_you_mean
 from widthbench.width.adapters import Origin, declare_integer
 from widthbench.width.groups import Axis, Group, Groups, Segment, WidthAttribute
-from widthbench.width.layers import Side, axis_length, kind_of, tensors_on
+from widthbench.width.layers import (
+    MAKING,
+    Side,
+    axis_length,
+    kind_of,
+    outputs_first,
+    tensors_on,
+)
 
 
 @dataclass(frozen=True)
@@ -356,7 +363,9 @@ def _check(model: nn.Module, groups: Groups, group: Group, change: Resize) -> No
         module = model.get_submodule(layer)
         for tensor, _ in tensors_on(module, "out"):
             size = len(positions) // group.channels * new
-            known[f"{layer}.{tensor}"] = (size, *getattr(module, tensor).shape[1:])
+            held = getattr(module, tensor)
+            held = outputs_first(module, held) if tensor == "weight" else held
+            known[f"{layer}.{tensor}"] = (size, *held.shape[1:])
     for tensor, value in change.tensors.items():
         if tensor not in known:
             raise PlanError(
@@ -399,15 +408,19 @@ def _tensors(
             index = _index(stage, plan)
             for name, _ in tensors_on(module, "out"):
                 old = new.get(name, getattr(module, name).detach())
+                old = outputs_first(module, old) if name == "weight" else old
                 new[name] = old.index_select(0, index.to(old.device))
                 _keys(old, new[name], stage, plan)
                 _override(f"{layer}.{name}", new[name], stage, plan)
     if "in" in sides:
         weight = new.get("weight", module.weight.detach())  # type: ignore[operator]
+        weight = weight if "weight" in new else outputs_first(module, weight)
         count = getattr(module, "groups", 1) if kind_of(module) == "conv" else 1
         for stage in _stages(sides["in"], plan, groups):
             weight = _consume(weight, stage, plan, count)
         new["weight"] = weight
+    if kind_of(module) == "transposed" and "weight" in new:
+        new["weight"] = outputs_first(module, new["weight"]).contiguous()
     return new
 
 
@@ -497,7 +510,7 @@ def _declare(module: Any, kind: str | None, side: Side, width: int) -> None:
             several = module.out_channels // module.groups  # filters of each channel
             module.in_channels = module.groups = width // several
             module.out_channels = width
-        case "conv":
+        case "conv" | "transposed":
             setattr(module, f"{side}_channels", width)
         case "linear":
             setattr(module, f"{side}_features", width)
@@ -520,10 +533,10 @@ def disagreements(model: nn.Module) -> list[str]:
         kind = kind_of(m)
         if kind is None:
             continue
-        if kind in ("conv", "depthwise", "linear"):
+        if kind in ("depthwise", *MAKING):
             count = getattr(m, "groups", 1)
             declared = (axis_length(m, "out"), axis_length(m, "in") // count)
-            ok = tuple(m.weight.shape[:2]) == declared and (
+            ok = tuple(outputs_first(m, m.weight).shape[:2]) == declared and (
                 m.bias is None or len(m.bias) == declared[0]
             )
         else:
