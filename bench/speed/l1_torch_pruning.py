@@ -27,6 +27,7 @@ from tabulate import tabulate
 
 import widthbench
 from widthbench.report import speed
+from widthbench.width.inputs import Example, Inputs
 from widthbench.width.layers import kind_of
 
 PAIRS = 5
@@ -56,17 +57,19 @@ Written by `python bench/speed/l1_torch_pruning.py --write results/l1-torch-prun
 """
 
 
-def prune_alone(model: torch.nn.Module, example_input: torch.Tensor, fraction: float = 0.5) -> None:
-    """Torch-Pruning's own pruner by L1 norm, as its documentation has it, in place: to compare
-    with, no technique of ours.
+def pruner_alone(model: torch.nn.Module, example: Example, fraction: float = 0.5) -> Any:
+    """Torch-Pruning's own pruner by L1 norm, as its documentation has it: to compare with, no
+    technique of ours. ``step()`` prunes the network in place.
 
     Args:
-        model: The network. The classifier that it names stays; modules with ``qkv`` and
-            ``num_heads`` count as attention.
-        example_input: ``[B, ...]``.
+        model: The network. The classifier that it names stays, or its last layer if it names none;
+            modules with ``qkv`` and ``num_heads`` count as attention.
+        example: What it takes.
         fraction: Of each of its groups, what goes.
     """
     head: Any = getattr(model, "get_classifier", lambda: None)()
+    if head is None:
+        head = [m for m in model.modules() if kind_of(m)][-1]
     heads = {
         m.qkv: m.num_heads
         for m in model.modules()
@@ -77,14 +80,15 @@ def prune_alone(model: torch.nn.Module, example_input: torch.Tensor, fraction: f
         m for m in (head.modules() if isinstance(head, torch.nn.Module) else ()) if kind_of(m)
     ]
     importance = tp.importance.MagnitudeImportance(p=1)
-    tp.pruner.MagnitudePruner(
+    inputs = Inputs.of(example)
+    return tp.pruner.MagnitudePruner(
         model,
-        (example_input,),
+        dict(inputs.kwargs) if inputs.kwargs else inputs.args,
         importance,
         pruning_ratio=fraction,
         ignored_layers=ignored,
         **options,
-    ).step()
+    )
 
 
 def ours(model: torch.nn.Module, x: torch.Tensor) -> None:
@@ -92,7 +96,7 @@ def ours(model: torch.nn.Module, x: torch.Tensor) -> None:
 
 
 def theirs(model: torch.nn.Module, x: torch.Tensor) -> None:
-    prune_alone(model, x)
+    pruner_alone(model, x).step()
 
 
 def _status(field: str) -> float:

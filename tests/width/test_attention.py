@@ -1,6 +1,7 @@
 """torch's own attention, in layers that can be resized."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -206,3 +207,40 @@ def test_a_module_that_goes_by_several_names_is_one_layer():
     net.again[0].weight = net.first[0].weight  # one tensor in two layers
     reasons = {g.reason for g in find_groups(net, x, cache=False).values()}
     assert any("shares its tensors with another layer" in r for r in reasons)
+
+
+SCALES = {
+    "power of a shape": lambda self, q, k: (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2),
+    "over the root": lambda self, q, k: q @ k.transpose(-1, -2) / math.sqrt(q.size(-1)),
+    "times one over the root": lambda self, q, k: (
+        (q @ k.transpose(-1, -2)) * (1 / math.sqrt(q.size(-1)))
+    ),
+    "power of a number": lambda self, q, k: (q * self.head_dim**-0.5) @ k.transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("how", SCALES)
+def test_a_scale_that_the_code_works_out_from_a_width_is_followed(how):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(5, 12) for _ in range(3))
+            self.head, self.heads, self.head_dim = nn.Linear(12, 3), 3, 4
+
+        def forward(self, x):
+            parts = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
+            if how == "power of a number":
+                parts = (
+                    f(x).reshape(len(x), -1, self.heads, self.head_dim)
+                    for f in (self.q, self.k, self.v)
+                )
+            q, k, v = (t.transpose(1, 2) for t in parts)
+            y = SCALES[how](self, q, k).softmax(-1) @ v
+            return self.head(y.transpose(1, 2).flatten(2))
+
+    net, x = Scaled().eval(), torch.randn(2, 7, 5)
+    groups = find_groups(net, x, cache=False)
+    assert {g.grade for g in groups.values()} == {"exact"}
+    assert groups["q"].keys == ("k",)
+    assert math.sqrt is math.__dict__["sqrt"]
+    assert type(math.sqrt(4)) is float

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.all_families:
         raise UsageError(
             "doctor --all-families is a script of its own now: in a checkout, python"
-            " bench/studies/families.py"
+            " bench/studies/coverage.py"
         )
     if not args.models:
         raise UsageError("name one model or more")

@@ -10,6 +10,7 @@ the code reads off one tensor and reshapes another one by ties the two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -21,7 +22,21 @@ Origin = tuple[str, str, int | None]
 """(module, attribute, place in it where the attribute is a list or tuple)."""
 
 
-class Integer(int):
+class Counted(int):
+    """A whole number that is a width: its square roots are known as such."""
+
+    def __pow__(self, other: Any, mod: Any = None) -> Any:
+        power = pow(int(self), other, mod)
+        return Root(power) if other in (0.5, -0.5) else power
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+
+class Integer(Counted):
     """A whole number that remembers where it is kept, and what it was multiplied by since.
 
     Attributes:
@@ -74,14 +89,22 @@ class Integer(int):
     def __rfloordiv__(self, other: Any) -> Any:
         return other // int(self)
 
-    def __deepcopy__(self, memo: Any) -> int:
-        return int(self)
+
+class Root(float):
+    """The square root of a width, or one over it, as attention divides by."""
+
+    def __rtruediv__(self, other: Any) -> Any:
+        quotient = float(other) / float(self)
+        return Root(quotient) if other == 1 else quotient
+
+    def __deepcopy__(self, memo: Any) -> float:
+        return float(self)
 
     def __reduce__(self) -> Any:
-        return int, (int(self),)
+        return float, (float(self),)
 
 
-class Rest(int):
+class Rest(Counted):
     """What is left of a whole number behind another one: where a split has taken that first."""
 
     whole: Integer
@@ -92,12 +115,6 @@ class Rest(int):
         self = super().__new__(cls, int(whole) - int(less))
         self.whole, self.less = whole, less
         return self
-
-    def __deepcopy__(self, memo: Any) -> int:
-        return int(self)
-
-    def __reduce__(self) -> Any:
-        return int, (int(self),)
 
 
 class Measured(Integer):
@@ -113,9 +130,11 @@ class Measured(Integer):
 @contextmanager
 def watched_integers(model: nn.Module) -> Iterator[None]:
     """Whole numbers above 1 that modules other than torch's own keep remember where they come from
-    while this is open.
+    while this is open, and so do their square roots.
     """
     kept: list[tuple[dict[str, Any], str, Any]] = []
+    root = math.sqrt
+    math.sqrt = lambda x: Root(root(x)) if isinstance(x, Counted) else root(x)
     try:
         for name, module in model.named_modules():
             if type(module).__module__.startswith("torch.") or isinstance(
@@ -137,17 +156,17 @@ def watched_integers(model: nn.Module) -> Iterator[None]:
                 module.__dict__[key] = new
         yield
     finally:
+        math.sqrt = root
         for holder, key, value in kept:
             holder[key] = value
         for module in model.modules():  # what the network has worked out from them and kept
             for key, value in vars(module).items():
-                if isinstance(value, Integer | Rest):
-                    module.__dict__[key] = int(value)
-                elif type(value) in (list, tuple) and any(
-                    isinstance(v, Integer | Rest) for v in value
-                ):
+                if isinstance(value, Counted | Root):
+                    plain = float if isinstance(value, Root) else int
+                    module.__dict__[key] = plain(value)
+                elif type(value) in (list, tuple) and any(isinstance(v, Counted) for v in value):
                     module.__dict__[key] = type(value)(
-                        int(v) if isinstance(v, Integer | Rest) else v for v in value
+                        int(v) if isinstance(v, Counted) else v for v in value
                     )
 
 

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from widthbench.width.adapters import Integer, Measured
+from widthbench.width.adapters import Counted, Integer, Measured
 from widthbench.width.layers import MAKING, Side, Step, axis_length, kind_of
 
 PLAIN = (bool, int, float, complex, str, torch.dtype)
@@ -68,6 +68,8 @@ class Value:
         data: Depends on the network's input.
         near: The nearest layers that it comes from.
         direct: No operation lies between those and it.
+        scale: What it was multiplied by that the code has worked out from a width.
+        product: Which contraction it is the result of, -1 if of none.
     """
 
     factors: tuple[Factor, ...] = ()
@@ -75,6 +77,8 @@ class Value:
     data: bool = False
     near: frozenset[str] = frozenset()
     direct: bool = True
+    scale: float = 1.0
+    product: int = -1
 
     def at(self, dim: int) -> Factor | None:
         """The factor that covers a dimension."""
@@ -652,7 +656,7 @@ class Tracer(TorchDispatchMode):
         along = "along"  # the summed dimension, under one name for both
         ga = None if fa is None else [maps[0].get(d, along) for d in fa[0]]
         gb = None if fb is None else [maps[1].get(d, along) for d in fb[0]]
-        grid: Ids | None = None
+        grid, product = None, -1
         if fa is not None and fb is not None and ga is not None and gb is not None:
             alone = {d for d in ga if d != along} ^ {d for d in gb if d != along}
             if alone - both:  # one of them has more axes to its grid than those that both share
@@ -670,11 +674,12 @@ class Tracer(TorchDispatchMode):
                 left, right = np.broadcast_arrays(left, right)
                 grid = left
                 if va.data and vb.data:
+                    depth = left.shape[-1]
+                    scaled = scaled or math.isclose(va.scale * vb.scale, depth**-0.5)
                     self.contractions.append(
-                        Contraction(
-                            left.ravel(), va.near, right.ravel(), vb.near, scaled, left.shape[-1]
-                        )
+                        Contraction(left.ravel(), va.near, right.ravel(), vb.near, scaled, depth)
                     )
+                    product = len(self.contractions) - 1
         else:
             for f, v, other in ((fa, va, vb), (fb, vb, va)):
                 if f is not None and not other.constant:
@@ -705,7 +710,22 @@ class Tracer(TorchDispatchMode):
             ):
                 grids.append(ids)
         self.counts(macs, grids)
-        return Value(tuple(factors), data=va.data or vb.data, near=va.near | vb.near, direct=False)
+        return Value(
+            tuple(factors),
+            data=va.data or vb.data,
+            near=va.near | vb.near,
+            direct=False,
+            product=product,
+        )
+
+    def multiplied(self, value: Value, by: float) -> Value:
+        """A value times a number that the code has worked out from a width."""
+        if value.product < 0:
+            return replace(value, scale=value.scale * by)
+        known = self.contractions[value.product]
+        if math.isclose(by, known.depth**-0.5):
+            self.contractions[value.product] = replace(known, scaled=True)
+        return value
 
     def counts(self, macs: int, grids: Iterable[Ids | None]) -> None:
         """Note multiply-accumulates, and the labels that they are proportional to the numbers
@@ -726,10 +746,10 @@ class Tracer(TorchDispatchMode):
     def measured(self, t: Tensor, shape: Any, dim: int | None = None) -> Any:
         """A shape, or the size of one dimension, that remembers which channels it counts."""
         known = {
-            d: Measured(t.shape[d], ids)
+            d: Measured(t.shape[d], ids) if len(dims) == 1 else Counted(t.shape[d])
             for dims, ids in self.of(t).factors
             for d in dims
-            if len(dims) == 1 and t.shape[d] > 1
+            if t.shape[d] > 1
         }
         if not known:
             return shape

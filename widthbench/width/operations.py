@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from widthbench.randomness import seeded
-from widthbench.width.adapters import Integer, Measured, Rest, watched_integers
+from widthbench.width.adapters import Integer, Measured, Rest, Root, watched_integers
 from widthbench.width.counting import counting
 from widthbench.width.inputs import Inputs
 from widthbench.width.labels import (
@@ -113,6 +114,12 @@ def _pointwise(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
                 tracer.joined.append(parts[0])
     values = [tracer.of(t) for t in inputs]
     value = plain_value(values)
+    root = next((a for a in tracer.call.args if isinstance(a, Root)), None)
+    if root is not None and len(inputs) == 1 and name in (*TIMES, *OVER):
+        by = float(root) if name in TIMES else 1 / float(root)
+        value = tracer.multiplied(replace(values[0], direct=False), by)
+    elif name in ("clone", "_to_copy"):
+        value = values[0]
     return with_factors(
         value, kept, direct=name in ("clone", "_to_copy", "alias", "detach") and values[0].direct
     )
@@ -898,6 +905,7 @@ def _group_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
     ]
 
 
+TIMES, OVER = ("mul", "mul_"), ("div", "div_")
 JOINING = ("add", "add_", "sub", "sub_", "rsub", "_foreach_add", "maximum", "minimum")
 # which of them torch tags as pointwise differs between its versions
 ACTIVATIONS = (
