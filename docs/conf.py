@@ -67,7 +67,7 @@ FIGURES = {
         "AutoPrune along its steps, by estimator and decoupling",
     ),
     "splitting": ("growing", "trajectory-splitting.png", "Widths and losses as networks grow"),
-    "autoslim": ("lenet", "trajectory-autoslim.png", "AutoSlim's greedy path"),
+    "autoslim": ("lenets", "trajectory-autoslim.png", "AutoSlim's greedy path"),
 }
 ELSE = ("digits", "accuracy-macs.png", "Every technique on the suite digits")
 PARTS = {

@@ -37,7 +37,7 @@ def committed(path: str) -> str:
 
 
 def test_the_excerpt_is_the_committed_leaderboards():
-    board = committed("results/published/lenet/leaderboard.md")
+    board = committed("results/published/lenets/leaderboard.md")
     (shown,) = re.findall(
         r"<!-- excerpt -->\n(.*?)\n<!-- /excerpt -->", committed("README.md"), flags=re.S
     )
@@ -47,7 +47,7 @@ def test_the_excerpt_is_the_committed_leaderboards():
 def test_controls_lead_as_often_as_it_says():
     scratch = ("scratch", "scratch-budget", "uniform-width")
     best: dict[tuple, dict[bool | str, float]] = {}
-    for line in lines(read_records(ROOT / "results" / "published" / "lenet" / "records.jsonl")):
+    for line in lines(read_records(ROOT / "results" / "published" / "lenets" / "records.jsonl")):
         fresh = line.first().cell.technique in scratch
         if line.done and line.budget and (fresh or not line.control):
             found = best.setdefault((line.dataset, line.model, line.budget), {})

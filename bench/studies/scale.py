@@ -4,7 +4,7 @@ by its number of records.
     python bench/studies/scale.py [--records 1000 10000 100000] > results/scale.md
 
 A cell that costs nothing is one whose record a worker finds in the cache: what is left is the key,
-the way there and back, and the record itself. Records are copies of a real one of `results/lenet`,
+the way there and back, and the record itself. Records are copies of a real one of `results/lenets`,
 under cells of a made suite (10 techniques, 20 budgets, 5 networks). Each report runs in a process
 of its own: from records in memory, as after a run, and from `records.jsonl`.
 """
@@ -70,7 +70,7 @@ def suite_of(
 def made(count: int, *sizes: int) -> tuple[suites.Suite, list[Record]]:
     """A suite as ``suite_of`` makes it, and its records."""
     suite = suite_of(count, *sizes)
-    real = read_records(ROOT / "results" / "published" / "lenet" / "records.jsonl")
+    real = read_records(ROOT / "results" / "published" / "lenets" / "records.jsonl")
     one = next(r for r in real if r.cell.id.startswith("mnist-lenet5-l1-norm"))
     one = one.model_copy(update={"provenance": {**one.provenance, **stamp()}})
     draw = random.Random(0)

@@ -38,7 +38,7 @@ WORK = ("training", "decision", "resize", "recalibration", "scores")
 CELLS = (
     ("digits", "digits-test_resnet-l1-norm-macs:0.5-s0"),
     ("digits", "digits-test_vit-l1-norm-macs:0.5-s0"),
-    ("lenet", "mnist-lenet5-l1-norm-macs:0.5-s0"),
+    ("lenets", "mnist-lenet5-l1-norm-macs:0.0625-s0"),
     ("cifar10", "cifar10-resnet20_cifar-l1-norm-macs:0.5-s0"),
 )
 EPOCHS = (  # network, recipe, data, pixels
