@@ -219,7 +219,8 @@ def main() -> int:
         text = f"""# Weaker certifiers
 
 Each change takes one check of certification away; the tests of tests/width then run until the
-first failure. {len(rows) - left} of {len(rows)} are noticed. Written by `python bench/studies/mutants.py`.
+first failure. {len(rows) - left} of {len(rows)} are noticed. Written by
+`python bench/studies/mutants.py`.
 
 {table}
 

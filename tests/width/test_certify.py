@@ -17,7 +17,7 @@ from widthbench.width import certify, discover, find_groups, keep, proofs, resiz
 from widthbench.width.certify import fingerprint
 from widthbench.width.doctor import diagnose
 from widthbench.width.groups import Group, Segment
-from widthbench.width.inputs import Inputs
+from widthbench.width.inputs import Inputs, random_like
 from widthbench.width.proofs import _split_plan, errors_of_all, randomised
 
 NETWORKS = [
@@ -722,3 +722,40 @@ def test_convolutions_of_their_own_kind_hide_nothing_behind_a_norm():
     (group,) = find_groups(model, torch.randn(2, 3, 5, 5), cache=False).values()
     assert group.grade == "frozen"
     assert "moves the output" in group.reason
+
+
+class Ordered(nn.Module):
+    """Two layers with an order of channels between them."""
+
+    def __init__(self, order=None):
+        super().__init__()
+        self.a, self.b, self.order = nn.Linear(3, 8), nn.Linear(8, 2), order
+
+    def forward(self, x):
+        y = self.a(x).tanh()
+        if self.order is not None:
+            # as if the resized network knew no better: the same order of those that are left
+            y = y[:, self.order[: y.shape[1]] % y.shape[1]]
+        return self.b(y)
+
+
+class Summed(nn.Linear):
+    """Reads its weights once more than a gate on its inputs would reach."""
+
+    def forward(self, x):
+        return super().forward(x) + self.weight.square().sum()
+
+
+def test_each_question_is_answered_by_itself():
+    """None of them leans on another one: wrong index maps fail in each."""
+    groups = discover(Ordered().eval(), torch.randn(2, 3))
+
+    def answers(net):
+        proof = proofs._Proof(randomised(net), groups, random_like(Inputs((torch.randn(2, 3),)), 1))
+        return [bool(stage(["a"])) for stage in (proof.removes, proof.splits, proof.weighs)]
+
+    assert answers(Ordered()) == [False, False, False]
+    assert answers(Ordered(torch.tensor([3, 0, 7, 1, 6, 2, 5, 4]))) == [True, True, False]
+    net = Ordered()
+    net.b = Summed(8, 2)
+    assert answers(net)[2]

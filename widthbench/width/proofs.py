@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from widthbench.progress import counted
 from widthbench.randomness import seeded
 from widthbench.width.counting import counting
 from widthbench.width.gates import gated
@@ -264,7 +265,8 @@ def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Inputs) 
             continue
         if grade == "coupled":
             net = _with_affines(net, groups, names)
-        failed = _Proof(net, groups, x).failures(names)
+        with counted(f"certifying {len(names)} channel groups") as step:
+            failed = _Proof(net, groups, x, step).failures(names)
         coupled = "a norm runs across its channels: a resize changes what it divides by"
         grades |= dict.fromkeys(names, (grade, "" if grade == "exact" else coupled))
         grades |= {n: ("frozen", reason) for n, reason in failed.items()}
@@ -342,10 +344,13 @@ class _Proof:
         net: A randomised network.
         groups: Its groups.
         x: What it is called with: two samples, or a batch that is taken as a whole.
+        step: Called before each question.
     """
 
-    def __init__(self, net: nn.Module, groups: Groups, x: Inputs) -> None:
-        self.net, self.groups, self.x = net, groups, x
+    def __init__(
+        self, net: nn.Module, groups: Groups, x: Inputs, step: Callable[[], Any] = lambda: None
+    ) -> None:
+        self.net, self.groups, self.x, self.step = net, groups, x, step
         self.one = x.first(groups.samples)
         self.made: dict[tuple[str, ...], _Narrow] = {}
         traced = sum(map(math.prod, groups.input_shapes))
@@ -374,12 +379,21 @@ class _Proof:
             if stage == self.splits and left:
                 failed |= self.insensitive(left)
                 left = [n for n in left if n not in failed]
-            left = self._survivors(stage, left, failed)
+            left = self._survivors(self._told(stage), left, failed)
         if failed and left:  # what is left has passed each stage among others
             self._survivors(
                 lambda some: next(filter(None, (s(some) for s in stages)), ""), left, failed
             )
         return failed
+
+    def _told(self, stage: Stage) -> Stage:
+        """A stage that says when it is asked."""
+
+        def asked(names: Sequence[str]) -> str:
+            self.step()
+            return stage(names)
+
+        return asked
 
     def _survivors(self, stage: Stage, names: Sequence[str], failed: dict[str, str]) -> list[str]:
         """The groups that pass together; the reasons of the others go into ``failed``."""
