@@ -4,6 +4,7 @@ single weights.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -121,7 +122,9 @@ recoverability_vgg16_cifar = Recoverability("autoprune-cifar10", "vgg16_cifar")
 
 
 HALF_A_POINT, A_TENTH = 0.5, 0.1  # of val
-FEWER = 30  # times fewer weights, where accuracies are compared
+FEWER = 30  # times fewer weights, where sweeps are compared
+ALIVE = 10.0  # points of val that a network may lose and still say something
+JUDGED = 5  # the first seed that rules are judged on: they were written with those before in sight
 
 
 def _runs(evidence: Evidence, variant: str, network: str = "lenet_300_100") -> dict[int, list[Any]]:
@@ -138,10 +141,12 @@ def _runs(evidence: Evidence, variant: str, network: str = "lenet_300_100") -> d
 def _between(
     evidence: Evidence, one: str, other: str, measure: Callable[[list[Any]], float | None]
 ) -> Picked:
-    """A measure of one variant's sweep minus another's, by seed."""
+    """A measure of one variant's sweep minus another's, by seed, of those that rules are judged
+    on.
+    """
     values: dict[object, float] = {}
     sweeps = [_runs(evidence, name) for name in (one, other)]
-    for seed in sweeps[0].keys() & sweeps[1].keys():
+    for seed in sorted(s for s in sweeps[0].keys() & sweeps[1].keys() if s >= JUDGED):
         pair = [measure(some[seed]) for some in sweeps]
         if pair[0] is not None and pair[1] is not None:
             values[seed] = pair[0] - pair[1]
@@ -156,29 +161,37 @@ def compression(runs: list[Any], loss: float = HALF_A_POINT) -> float | None:
     return max(fine, default=None)
 
 
+def _lost(runs: list[Any], points: float = HALF_A_POINT) -> float | None:
+    """The decimal logarithm of the compression at which a sweep has lost so many points of val for
+    good, between the runs on either side of it; None where no two are.
+    """
+    sweep = sorted((math.log10(r["compression"]), r["base_val_top1"] - r["val_top1"]) for r in runs)
+    for (x, before), (y, after) in reversed([*itertools.pairwise(sweep)]):
+        if before <= points < after:
+            return x + (points - before) / (after - before) * (y - x)
+    return None
+
+
+def _at(runs: list[Any], where: float | None, measure: Callable[[Any], float]) -> float | None:
+    """A measure of runs at the decimal logarithm of a compression, between those on either side of
+    it.
+    """
+    if where is None:
+        return None
+    x, y = zip(*sorted((math.log10(r["compression"]), measure(r)) for r in runs), strict=True)
+    return float(np.interp(where, x, y)) if x[0] <= where <= x[-1] else None
+
+
 def more_compact(evidence: Evidence, one: str, other: str) -> Picked:
     """Difference of the decimal logarithms of compressions at half a point of val."""
-
-    def measure(runs: list[Any]) -> float | None:
-        best = compression(runs)
-        return None if best is None else math.log10(best)
-
-    return _between(evidence, one, other, measure)
+    return _between(evidence, one, other, _lost)
 
 
 def more_accurate(evidence: Evidence, one: str, other: str) -> Picked:
-    """Difference of test top-1 at a thirtieth of the weights, between the runs of a sweep on either
-    side of it.
-    """
-
-    def measure(runs: list[Any]) -> float | None:
-        points = sorted((math.log(r["compression"]), r["top1"]) for r in runs)
-        x, y = zip(*points, strict=True)
-        if not x[0] <= math.log(FEWER) <= x[-1]:
-            return None
-        return float(np.interp(math.log(FEWER), x, y))
-
-    return _between(evidence, one, other, measure)
+    """Difference of test top-1 at a thirtieth of the weights."""
+    return _between(
+        evidence, one, other, lambda runs: _at(runs, math.log10(FEWER), lambda r: float(r["top1"]))
+    )
 
 
 def slower(evidence: Evidence, slow: str, fast: str) -> Picked:
@@ -187,23 +200,39 @@ def slower(evidence: Evidence, slow: str, fast: str) -> Picked:
 
 
 def stays_open(evidence: Evidence, one: str, other: str) -> Picked:
-    """Difference of the shares of recovered weights that are still open at the end."""
-    return _between(
-        evidence,
-        one,
-        other,
-        lambda runs: sum(r["returned"] for r in runs) / max(1, sum(r["recoveries"] for r in runs)),
-    )
+    """Difference of the shares of recovered weights that are still open at the end, of networks
+    that have lost ten points of val at most.
+    """
+
+    def share(runs: list[Any]) -> float | None:
+        alive = [r for r in runs if r["val_top1"] >= r["base_val_top1"] - ALIVE]
+        recovered = sum(r["recoveries"] for r in alive)
+        return sum(r["returned"] for r in alive) / recovered if recovered else None
+
+    return _between(evidence, one, other, share)
 
 
-def recovers_more(evidence: Evidence, one: str, other: str) -> Picked:
-    """Difference of the recoveries per million closed weight-steps, mean over the sweep."""
-    return _between(
-        evidence,
-        one,
-        other,
-        lambda runs: fmean(1e6 * r["recoveries"] / max(1, r["shut"]) for r in runs),
-    )
+def _recovery(run: Any) -> float:
+    """Per million closed weight-steps."""
+    return 1e6 * float(run["recoveries"]) / max(1.0, float(run["shut"]))
+
+
+def recovers_more(evidence: Evidence, one: str, other: str, at: str) -> Picked:
+    """Difference of the recoveries per million closed weight-steps.
+
+    Args:
+        evidence: Where records lie.
+        one: Variant.
+        other: Variant that is subtracted.
+        at: "compression" for a thirtieth of the weights, "accuracy" for half a point of val lost:
+            at the same μ one variant keeps more weights than the other.
+    """
+
+    def measure(runs: list[Any]) -> float | None:
+        where = math.log10(FEWER) if at == "compression" else _lost(runs)
+        return _at(runs, where, _recovery)
+
+    return _between(evidence, one, other, measure)
 
 
 def recoveries(evidence: Evidence) -> Picked:

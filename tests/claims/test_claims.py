@@ -681,32 +681,42 @@ def test_single_weights_are_compared_at_equal_accuracy_and_at_equal_compression(
     from widthbench._claims import autoprune
 
     rule = [
-        weights_run("rule", 0, 0.4, val_top1=97.6, compression=100.0, top1=96.0),
-        weights_run("rule", 0, 0.1, compression=10.0, top1=98.0),
-        weights_run("rule", 0, 0.8, val_top1=97.4, compression=900.0, top1=90.0),
+        weights_run("rule", 5, 0.4, val_top1=97.6, compression=100.0, top1=96.0, recoveries=8),
+        weights_run("rule", 5, 0.1, compression=10.0, top1=98.0, returned=3),
+        weights_run("rule", 5, 0.8, val_top1=97.4, compression=1000.0, top1=90.0),
+        weights_run("rule", 5, 1.0, val_top1=11.0, compression=9e4, top1=11.0, returned=900),
     ]
     coupled = [
-        weights_run("coupled", 0, 0.1, compression=10.0, top1=97.0),
-        weights_run("coupled", 0, 0.4, val_top1=97.0, compression=100.0, top1=96.0),
+        weights_run("coupled", 5, 0.1, compression=10.0, top1=97.0),
+        weights_run("coupled", 5, 0.4, val_top1=97.0, compression=100.0, top1=96.0),
     ]
-    _write(tmp_path, "autoprune-weights.jsonl", rule + coupled)
+    # the seeds that rules were written by judge nothing
+    earlier = [r | {"seed": 0, "top1": 50.0} for r in rule + coupled]
+    _write(tmp_path, "autoprune-weights.jsonl", rule + coupled + earlier)
     found, pair = Evidence(tmp_path), ("rule", "coupled")
-    # at most half a point: 100 times against 10 times
-    assert autoprune.more_compact(found, *pair).values == {0: pytest.approx(1.0)}
+    # half a point is lost halfway between 100 and 1000 times, and between 10 and 100 times
+    assert autoprune.more_compact(found, *pair).values == {5: pytest.approx(1.0)}
     # halfway between 10 and 1000 in the logarithm lies 31.6; at 30: 97.05 against 96.52
     share = (math.log(30) - math.log(10)) / (math.log(100) - math.log(10))
     expected = (98 - 2 * share) - (97 - share)
-    assert autoprune.more_accurate(found, *pair).values == {0: pytest.approx(expected)}
-    assert autoprune.slower(found, *pair).values == {0: 0.0}
-    assert autoprune.stays_open(found, *pair).values == {0: 0.0}
-    assert autoprune.recovers_more(found, *pair).values == {0: 0.0}
+    assert autoprune.more_accurate(found, *pair).values == {5: pytest.approx(expected)}
+    assert autoprune.slower(found, *pair).values == {5: 0.0}
+    # without the network at chance: (1 + 3 + 1) of (8 + 4 + 4), and 2 of 8
+    assert autoprune.stays_open(found, *pair).values == {5: pytest.approx(5 / 16 - 2 / 8)}
+    at = {"at": "compression"}
+    assert autoprune.recovers_more(found, *pair, **at).values == {5: pytest.approx(4 * share)}
+    # halfway between 8 and 4, against 4
+    at = {"at": "accuracy"}
+    assert autoprune.recovers_more(found, *pair, **at).values == {5: pytest.approx(2.0)}
     assert autoprune.more_compact(found, "rule", "absent").values == {}
     far = [
-        weights_run("far", 0, 0.1, compression=50.0),
-        weights_run("far", 0, 0.4, compression=60.0),
+        weights_run("far", 5, 0.1, compression=50.0),
+        weights_run("far", 5, 0.4, compression=60.0),
     ]
     _write(tmp_path, "autoprune-weights.jsonl", rule + far)
-    assert autoprune.more_accurate(Evidence(tmp_path), "rule", "far").values == {}  # none near 30
+    found = Evidence(tmp_path)
+    assert autoprune.more_accurate(found, "rule", "far").values == {}  # none near 30
+    assert autoprune.more_compact(found, "rule", "far").values == {}  # half a point is not lost
 
 
 def test_single_weights_angles_recoveries_and_compression(tmp_path):
