@@ -479,7 +479,9 @@ def judge_row(row: Row, claim: Claim, evidence: Evidence) -> Judged:
     verdict, measured, detail = _verdict(row, values)
     if row.kind == "order" and row.at and row.minus and len(values) == 1:
         verdict, detail = _over_images(row, picked.records, other.records) or (verdict, detail)
-    if verdict == "reproduced" and (missing or any(r.provenance.get("dirty") for r in records)):
+    if verdict in ("reproduced", "not reproduced") and (
+        missing or any(r.provenance.get("dirty") for r in records)
+    ):
         # what is missing might say otherwise, and nobody can look up uncommitted code
         verdict = "inconclusive"
     if row.proxy and verdict in ("reproduced", "not reproduced"):
