@@ -579,8 +579,8 @@ output units, squared error; Adam, 250 epochs in batches of 100. Rankings by the
 squared error. Largest share of the neurons, in %, after whose removal the accuracy is at most 0.5
 or 2 points below the start, on the own 5,000 images and on the 10,000 test images; beside it the
 part of all rises of the error that later removals undo (until the error exceeds that of a constant
-output). The first row of each network has its accuracies on either, in %; the authors start at 100 on
-their own.
+output). The first row of each network has its accuracies on either, in %; the authors start at 100
+on their own.
 
 {ten}
 
@@ -602,8 +602,9 @@ all images. *Below the start*: removals until the error first exceeds it.
 ## Cosine
 
 One period at 200 points, moved into 0 to 1; one input, two sigmoid layers and a sigmoid output, as
-the authors have them; float64, 3,000 steps of L-BFGS, which is ours. *Flat*: the mean squared error has not exceeded {flat:g}, 1 % of what a constant gives.
-*Needed*: the fewest neurons left, along the order of removal, with that error.
+the authors have them; float64, 3,000 steps of L-BFGS, which is ours. *Flat*: the mean squared error
+has not exceeded {flat:g}, 1 % of what a constant gives. *Needed*: the fewest neurons left, along the
+order of removal, with that error.
 
 {cosines}
 
