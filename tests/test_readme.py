@@ -63,7 +63,7 @@ def test_controls_lead_as_often_as_it_says():
     longer = [b for b in both if "longer" in b]
     beyond = [sum(b["longer"] > b[other] for b in longer) for other in (False, True)]
     assert (
-        f"(`l1-budget`, in {len(longer)} of the comparisons) is ahead of the best technique in"
+        f"`l1-budget`, in {len(longer)} of the comparisons) is ahead of the best technique in"
         f" {beyond[0]}, and of the best control from scratch in {beyond[1]}." in readme
     )
 

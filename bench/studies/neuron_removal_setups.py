@@ -603,8 +603,8 @@ all images. *Below the start*: removals until the error first exceeds it.
 
 One period at 200 points, moved into 0 to 1; one input, two sigmoid layers and a sigmoid output, as
 the authors have them; float64, 3,000 steps of L-BFGS, which is ours. *Flat*: the mean squared error
-has not exceeded {flat:g}, 1 % of what a constant gives. *Needed*: the fewest neurons left, along the
-order of removal, with that error.
+has not exceeded {flat:g}, 1 % of what a constant gives. *Needed*: the fewest neurons left, along
+the order of removal, with that error.
 
 {cosines}
 

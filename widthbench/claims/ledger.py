@@ -583,7 +583,7 @@ def _over_images(
     p = mcnemar(*only)
     detail = (
         f"one checkpoint, {len(hits[0])} images: {only[0]} right here alone, {only[1]} there alone;"
-        f" McNemar p = {p:.2g}"
+        f" McNemar p {f'= {p:.2g}' if p > 1e-99 else '< 1e-99'}"
     )
     if p >= LEVEL:
         return "inconclusive", detail

@@ -191,6 +191,7 @@ class Suite(_Strict):
             long. Its train cost on the leaderboard says what it used.
         bases: "published" starts from the base networks that are published with the results, where
             there are some of these settings; "trained" trains them.
+        references: Labels (as in the leaderboard) that every technique is held against.
         scope: "inner" or "all" groups.
         threads: CPU threads per cell.
         device: "auto", "cpu" or "cuda".
@@ -217,6 +218,7 @@ class Suite(_Strict):
     val: float = Field(default=0.2, ge=0, lt=1)
     longest: float | None = Field(default=None, ge=1)
     bases: Literal["trained", "published"] = "trained"
+    references: tuple[str, ...] = ("l1-norm", "uniform-width")
     scope: Literal["inner", "all"] = "inner"
     threads: int = Field(default=1, ge=1, le=256)
     device: Literal["auto", "cpu", "cuda"] = "auto"

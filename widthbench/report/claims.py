@@ -148,7 +148,12 @@ def summary(claims: Sequence[Mapping[str, Any]]) -> str:
     Args:
         claims: As ``plain`` gives them.
     """
-    body = [[c["id"], _cell(c["text"]), f"**{c['verdict']}**"] for c in claims if not c["sanity"]]
+    body = []
+    for c in claims:
+        if not c["sanity"]:
+            same = [v for v in c["readings"].values() if v == c["verdict"]]
+            of = f" in {len(same)} of {len(c['readings'])} readings" if c["readings"] else ""
+            body.append([c["id"], _cell(c["text"]), f"**{c['verdict']}**{of}"])
     return tabulate(
         body, headers=["claim", "what", "verdict"], tablefmt="pipe", disable_numparse=True
     )

@@ -36,10 +36,8 @@ widths (with other draws, for other numbers of epochs); channels outside the sui
 their width in every row."""
 
 
-REFERENCES = ("l1-norm", "uniform-width")
-
 PAIRED = """\
-Each technique against `l1-norm` and against `uniform-width`, by test top-1 at the last stage; no
+Each technique against {references}, by test top-1 at the last stage; no
 other pair is tested. *Difference*: the mean of the paired differences over base networks (seeds),
 in points, with its 95 % t-interval; p is that of the paired t-test, after Holm's correction over
 the comparisons of one network and budget. **Bold**: p below 0.05. *Ranks* are among the techniques
@@ -49,7 +47,7 @@ share one."""
 
 TOGETHER = """\
 Over all networks: the interquartile mean of the test top-1 of all runs, and the probability that a
-run is better than one of `l1-norm`, or of `uniform-width`, on the same network; both with 95 %
+run is better than one of {references}, on the same network; both with 95 %
 intervals of the stratified bootstrap (2,000 draws; Agarwal et al. 2021). Only networks that both
 ran on count; a row without runs on every network has no interquartile mean, since means of
 different networks cannot be compared. Failed runs are counted in the last column and in nothing
@@ -192,17 +190,18 @@ def comparable(suite: Suite) -> bool:
 
 
 def paired(suite: Suite, records: Sequence[Record]) -> str:
-    """The markdown page that holds each technique against ``REFERENCES``: over all networks, then
-    on each.
+    """The markdown page that holds each technique against the suite's references: over all
+    networks, then on each.
     """
-    parts = [f"# {suite.name}: comparisons", "", TOGETHER, ""]
+    named = " and ".join(f"`{r}`" for r in suite.references)
+    parts = [f"# {suite.name}: comparisons", "", TOGETHER.format(references=named), ""]
     rows = [line for line in lines(records, suite.cells()) if line.records and line.budget]
     budgets: dict[str, list[Line]] = {}
     for line in rows:
         budgets.setdefault(str(line.budget), []).append(line)
     for kept, block in budgets.items():
-        parts += [f"## {kept}", "", _together(block), ""]
-    parts += ["# Network by network", "", PAIRED, ""]
+        parts += [f"## {kept}", "", _together(block, suite.references), ""]
+    parts += ["# Network by network", "", PAIRED.format(references=named), ""]
     grouped: dict[tuple[str, str, str | None], list[Line]] = {}
     for line in rows:
         if line.done:
@@ -210,9 +209,9 @@ def paired(suite: Suite, records: Sequence[Record]) -> str:
     for (dataset, model, budget), block in grouped.items():
         parts += [f"## {escaped(model)} on {escaped(dataset)}, {budget}", ""]
         scores = {line.label: line.scores() for line in block}
-        compared = {(d.first, d.second): d for d in differences(scores, REFERENCES)}
+        compared = {(d.first, d.second): d for d in differences(scores, suite.references)}
         if not compared:
-            parts += [f"Fewer than {LEAST} shared bases: nothing is compared.", ""]
+            parts += [f"No reference with {LEAST} shared bases: nothing is compared.", ""]
             continue
         parts += [_compared(block, compared), ""]
     return "\n".join(parts).rstrip() + "\n"
@@ -220,7 +219,7 @@ def paired(suite: Suite, records: Sequence[Record]) -> str:
 
 def _compared(block: Sequence[Line], compared: Mapping[tuple[str, str], Difference]) -> str:
     """Rows of one network and budget, each with its differences from the references."""
-    there = [r for r in REFERENCES if any(second == r for _, second in compared)]
+    there = list(dict.fromkeys(second for _, second in compared))
     stages: tuple[Stage | None, ...] = ("resized", "recalibrated", None)
     competing = [line for line in block if not line.control]
     ranked = [ranks({ln.label: ln.scores(s) for ln in competing if ln.scores(s)}) for s in stages]
@@ -248,14 +247,14 @@ def _compared(block: Sequence[Line], compared: Mapping[tuple[str, str], Differen
     return tabulate(cells, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
 
 
-def _together(block: Sequence[Line]) -> str:
+def _together(block: Sequence[Line], against: Sequence[str]) -> str:
     """Rows of one budget over all networks."""
     tasks: dict[str, dict[object, list[float]]] = {}
     for line in block:
         if line.done:
             runs = [*line.scores().values()]
             tasks.setdefault(line.label, {})[line.dataset, line.model] = runs
-    references = [r for r in REFERENCES if r in tasks]
+    references = [r for r in against if r in tasks]
     every = {network for mine in tasks.values() for network in mine}
     headers = ["technique", "networks", "runs", "interquartile mean"]
     cells = []
