@@ -1,5 +1,5 @@
 import pytest
-from made import DONE, WHERE, record, suite
+from made import DONE, WHERE, R, record, suite
 
 from widthbench.experiment.records import Record, Row
 from widthbench.recipe import Spent
@@ -448,3 +448,13 @@ def test_a_record_of_another_kind_of_device_stays_with_a_warning(fresh_cache):
         assert build.collect(mine, Store(), [old], [new]) == [old]
     failed = old.model_copy(update={"status": "failed"})
     assert build.collect(mine, Store(), [failed], [new]) == [new]
+
+
+def test_a_base_that_was_cut_short_costs_a_part_of_the_whole_one():
+    """`l1-budget` shortens its own base where it may not cost more than a cheap technique."""
+    whole = {"base": Spent(forward_macs=100, backward_macs=200, epochs=R.epochs)}
+    short = {"base": Spent(forward_macs=10, backward_macs=20, epochs=R.epochs / 10)}
+    (line,) = lines([record(spent=whole | {"adaptation": Spent(forward_macs=30)})])
+    assert line.cost().mean == pytest.approx(1.1)
+    (line,) = lines([record(spent=short | {"adaptation": Spent(forward_macs=30)})])
+    assert line.cost().mean == pytest.approx(0.2)

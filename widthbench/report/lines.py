@@ -153,7 +153,9 @@ def _share(record: Record) -> float | None:
     """What a record cost over what training the base network cost; None where that is unknown."""
     if record.provenance.get("checkpoint"):  # what published weights cost is unknown
         return None
-    whole = _macs(record.spent.get("base", Spent()))
+    base = record.spent.get("base", Spent())
+    # where base and fine-tuning together would cost too much (`l1-budget`), its base is cut short
+    whole = _macs(base) * (record.cell.base.epochs / base.epochs if base.epochs else 1.0)
     own = record.spent.get("adaptation", Spent())
     if not whole and record.base_macs and record.macs and own.epochs:
         # a control has no base: scale its own training to the base's shape
