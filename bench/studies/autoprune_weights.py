@@ -66,6 +66,7 @@ VARIANTS = {
 ONLY = {"lenet5": ("rule",)}  # the others on LeNet-300-100 alone
 FEWER = {"lenet5": 3}  # seeds
 NEAR = 1.0  # points of val accuracy, of "converged"
+ALIVE = 10.0  # points of val accuracy, of which a network that lost more says nothing
 
 
 class Gate(nn.Module):
@@ -240,9 +241,11 @@ def table(rows: list[dict]) -> str:
     for key in dict.fromkeys((r["network"], r["variant"], r["mu"]) for r in rows):
         some = [r for r in rows if (r["network"], r["variant"], r["mu"]) == key]
         columns = ("compression", "val_top1", "top1", "cosine", "recoveries", "returned")
-        lines.append([*key, *(f"{np.mean([r[c] for r in some]):.4g}" for c in columns), len(some)])
+        dead = sum(r["val_top1"] < r["base_val_top1"] - ALIVE for r in some)
+        means = (f"{np.mean([r[c] for r in some]):.4g}" for c in columns)
+        lines.append([*key, *means, len(some), dead or ""])
     headers = ["network", "variant", "μ", "compression", "val top-1 %", "test top-1 %"]
-    headers += ["least cosine", "recoveries", "open again at the end", "n"]
+    headers += ["least cosine", "recoveries", "open again at the end", "n", "lost ten points"]
     return tabulate(lines, headers=headers, tablefmt="pipe")
 
 

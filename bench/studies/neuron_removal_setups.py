@@ -460,23 +460,25 @@ def band(place, x, values, colour: str, label: str, style: str = "-") -> None:
 
 def more(rows: list[dict], path: Path) -> Path:
     """Joint and summed removals; one digit against the rest; the cosine."""
-    figure = Figure(figsize=(11.5, 4), layout="constrained")
+    figure = Figure(figsize=(10, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3)
-    for net, colour in zip(("1 x 100", "2 x 50"), COLOURS, strict=False):
-        some = [r for r in rows if r["setup"] == "ten digits" and r["network"] == net]
-        for what, style in (("joint", "-"), ("summed", "--")):
-            values = np.array([r["single"][what] for r in some])
-            band(left, np.array(SHARES), values, colour, f"{net}, {what}", style)
-    left.set_yscale("symlog", linthresh=10)
-    left.set_ylim(-2, 1e6)  # room for the legend
-    left.set_ylabel("increase of the squared error")
-    left.set_title("Ten digits: the best of a single ranking", fontsize=10)
+    (*joint, middle, right) = figure.subplots(2, 2).flatten()
+    for place, rerank in zip(joint, RERANKS, strict=True):
+        for net, colour in zip(("1 x 100", "2 x 50"), COLOURS, strict=False):
+            some = [r for r in rows if r["setup"] == "ten digits" and r["network"] == net]
+            for what, style in (("joint", "-"), ("summed", "--")):
+                values = np.array([r[rerank][what] for r in some])
+                band(place, np.array(SHARES), values, colour, f"{net}, {what}", style)
+        place.set_yscale("symlog", linthresh=10)
+        place.set_ylim(-2, 1e6)  # room for the legend
+        place.set_ylabel("increase of the squared error")
+        place.set_title(f"Ten digits: the first of a ranking, {rerank}", fontsize=10)
     for digit, colour in zip((0, 1, 2), COLOURS, strict=False):
         values = np.array([r["error"] for r in rows if r.get("digit") == digit])
         band(middle, np.arange(values.shape[1]), values / values[:, :1], colour, f"digit {digit}")
     middle.axhline(1, color="0.4", linewidth=0.8)
-    middle.set_ylim(0.8, 2)
+    middle.set_ylim(0.996, 1.02)  # where the error falls, and where it is back
+    middle.set_xlim(0, 60)
     middle.set_ylabel("squared error / that of the whole network")
     middle.set_title("One digit against the rest", fontsize=10)
     for width, colour in zip((10, 25, 50), COLOURS, strict=False):
@@ -488,7 +490,7 @@ def more(rows: list[dict], path: Path) -> Path:
     right.set_yscale("log")
     right.set_ylabel("mean squared error")
     right.set_title("Cosine", fontsize=10)
-    for place in (left, middle, right):
+    for place in (*joint, middle, right):
         place.set_xlabel("neurons removed, %")
         place.legend(
             fontsize=9, frameon=False, loc="lower right" if place is right else "upper left"
