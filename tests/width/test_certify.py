@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import timm
@@ -759,3 +760,10 @@ def test_each_question_is_answered_by_itself():
     net = Ordered()
     net.b = Summed(8, 2)
     assert answers(net)[2]
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 8, 8, 8), (16, 8), (64, 64, 32), (100, 300)])
+def test_no_two_groups_keep_the_same_share_of_their_channels(sizes):
+    """Else widths in a fixed proportion would pass, whatever the network does with others."""
+    kept = proofs._widths([Group(f"g{i}", n, producers=("a",)) for i, n in enumerate(sizes)])
+    assert len({Fraction(k, n) for k, n in zip(kept, sizes, strict=True)}) == len(sizes)

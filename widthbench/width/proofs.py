@@ -663,17 +663,33 @@ def _kept(group: Group, left: int) -> Tensor:
 
 
 def _widths(chosen: Iterable[Group]) -> list[int]:
-    """How many channels of each block the proof of removal keeps: about half, another number for
-    each of as many channels, and no fixed share.
+    """How many channels of each block the proof of removal keeps: about half, and another share of
+    its channels for each group, as long as its numbers last.
 
     Widths that must be equal, or in a fixed proportion, and are not tied are found out by it.
     """
-    widths = []
-    for group, place in _placed(chosen):
+    widths: list[int] = []
+    taken: Counter[tuple[int, int]] = Counter()
+    for group in chosen:
         size = group.channels // group.blocks
         start = int(size * (0.4 + size * 0.618 % 0.2))
-        widths.append(1 + (start + place) % max(1, size - 1))
+        options = (1 + (start + i) % max(1, size - 1) for i in range(max(1, size - 1)))
+        # the first that nobody has, else the one that fewest have
+        best, least = 1, math.inf
+        for width in options:
+            if (many := taken[_share(width, size)]) < least:
+                best, least = width, many
+            if not many:
+                break
+        widths.append(best)
+        taken[_share(best, size)] += 1
     return widths
+
+
+def _share(width: int, size: int) -> tuple[int, int]:
+    """A fraction in its lowest terms."""
+    common = math.gcd(width, size)
+    return width // common, size // common
 
 
 def _rounds(chosen: Sequence[Group]) -> Iterator[tuple[list[int], int]]:
