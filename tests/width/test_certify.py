@@ -767,3 +767,42 @@ def test_no_two_groups_keep_the_same_share_of_their_channels(sizes):
     """Else widths in a fixed proportion would pass, whatever the network does with others."""
     kept = proofs._widths([Group(f"g{i}", n, producers=("a",)) for i, n in enumerate(sizes)])
     assert len({Fraction(k, n) for k, n in zip(kept, sizes, strict=True)}) == len(sizes)
+
+
+def test_what_is_not_finite_is_a_difference_unless_it_stays():
+    nan, inf = float("nan"), float("inf")
+    one = [torch.tensor([1.0, 2.0])]
+    assert proofs._error([torch.tensor([nan, 2.0])], one) == inf
+    assert proofs._error([torch.tensor([inf, 2.0])], one) > 1e30
+    assert proofs._error(one, [torch.tensor([nan, 2.0])]) == inf
+    assert proofs._error([torch.tensor([inf, 2.0])], [torch.tensor([inf, 2.0])]) == 0.0
+
+
+def test_constant_weights_are_drawn_and_others_kept():
+    """A head that starts at zero would hide everything behind it."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    nn.init.zeros_(net[1].weight)
+    drawn = randomised(net)
+    torch.testing.assert_close(drawn[0].weight, net[0].weight.double())
+    assert len(drawn[1].weight.unique()) == 18
+
+
+def test_groups_that_pass_alone_and_not_together_are_told_apart():
+    class Enough(nn.Module):
+        """Needs more than eight channels of both together."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(16, 2)
+
+        def forward(self, x):
+            a, b = self.a(x).tanh(), self.b(x).tanh()
+            if int(a.shape[1]) + int(b.shape[1]) <= 8:
+                raise ValueError("too narrow")
+            return self.head(torch.cat([a, b], 1))
+
+    groups = find_groups(Enough().eval(), torch.randn(2, 3), cache=False)
+    assert {n: (g.grade, g.reason) for n, g in groups.items()} == {
+        "a": ("exact", ""),
+        "b": ("frozen", "passes alone, but not together with a"),
+    }
