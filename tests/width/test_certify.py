@@ -806,3 +806,14 @@ def test_groups_that_pass_alone_and_not_together_are_told_apart():
         "a": ("exact", ""),
         "b": ("frozen", "passes alone, but not together with a"),
     }
+
+
+def test_outputs_of_other_shapes_and_undeclared_widths_are_no_proof(monkeypatch):
+    assert proofs._difference([torch.zeros(2)], [torch.zeros(3)]) == "changes the output's shape"
+    assert (
+        proofs._difference([torch.zeros(2)], [torch.zeros(2)] * 2) == "changes the output's shape"
+    )
+    monkeypatch.setattr(proofs, "disagreements", lambda net: ["a: declares 8, holds 5"])
+    groups = find_groups(Ordered().eval(), torch.randn(2, 3), cache=False)
+    assert groups["a"].grade == "frozen"
+    assert "declared and real shapes differ at a: declares 8" in groups["a"].reason
