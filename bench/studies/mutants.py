@@ -70,7 +70,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "all groups keep the same share",
         PROOFS,
-        "        widths.append(1 + (start + place) % max(1, size - 1))",
+        "        widths.append(best)",
         "        widths.append(max(1, size // 2))",
     ),
     (
