@@ -11,7 +11,7 @@ from torch import nn
 from widthbench.errors import PlanError
 from widthbench.networks import models
 from widthbench.width import find_groups, keep, resize
-from widthbench.width.adapters import Integer, declare_integer, watched_integers
+from widthbench.width.adapters import Integer, Root, declare_integer, watched_integers
 from widthbench.width.proofs import errors_of_all, randomised
 
 
@@ -166,6 +166,16 @@ def test_quotients_and_differences_of_two_numbers():
     small = resize(model, groups, plan)
     assert (small.width, small.paths, small.first, small.total) == (6, 2, 1, 5)
     assert small(x).shape == (2, 2)
+
+
+def test_only_roots_of_widths_are_roots():
+    n = Integer(16, ("m", "width", None))
+    assert [type(v) for v in (n**-0.5, n**0.5, n**2, n**1.5)] == [Root, Root, int, float]
+    assert (n**-0.5, 1 / n**0.5, 2 / n**0.5) == (0.25, 0.25, 0.5)
+    assert [type(v) for v in (1 / n**0.5, 2 / n**0.5, n**0.5 * 2)] == [Root, float, float]
+    torch.testing.assert_close(n ** torch.tensor([0.5, 2.0]), torch.tensor([4.0, 256.0]))
+    assert (n - 0.5, type(n - 0.5)) == (15.5, float)
+    assert (type(copy.deepcopy(n**0.5)), pickle.loads(pickle.dumps(n**0.5))) == (float, 4.0)
 
 
 def test_a_number_of_heads_divides_no_width():

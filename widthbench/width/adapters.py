@@ -27,7 +27,7 @@ class Counted(int):
 
     def __pow__(self, other: Any, mod: Any = None) -> Any:
         power = pow(int(self), other, mod)
-        return Root(power) if other in (0.5, -0.5) else power
+        return Root(power) if isinstance(other, float) and abs(other) == 0.5 else power
 
     def __deepcopy__(self, memo: Any) -> int:
         return int(self)
