@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         gated,
         keep,
         resize,
+        separated,
     )
 
 try:

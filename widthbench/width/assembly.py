@@ -57,18 +57,9 @@ def discover(model: nn.Module, example_input: Example) -> Groups:
         UsageError: If the network does not run on the example input.
     """
     inputs = Inputs.of(example_input)
-    traced = inputs.first(1)
     with evaluating(model):
         try:
-            try:
-                labels = trace(model, traced)
-            except UsageError:
-                raise
-            except Exception:
-                if traced is inputs:
-                    raise
-                traced = inputs
-                labels = trace(model, traced)
+            labels, traced = _followed(model, inputs)
         except UsageError:
             raise
         except Exception as error:
@@ -107,6 +98,19 @@ def discover(model: nn.Module, example_input: Example) -> Groups:
         program=labels.program,
         steps=labels.steps,
     )
+
+
+def _followed(model: nn.Module, inputs: Inputs) -> tuple[Labels, Inputs]:
+    """A trace on one sample, or on all where the network takes no single one; and on which."""
+    one = inputs.first(1)
+    try:
+        return trace(model, one), one
+    except UsageError:
+        raise
+    except Exception:
+        if one is inputs:
+            raise
+        return trace(model, inputs), inputs
 
 
 def _own_weight(module: Any) -> bool:

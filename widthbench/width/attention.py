@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from widthbench.width.resize import detached
+
 
 class SeparateAttention(nn.Module):
     """What ``nn.MultiheadAttention`` does, with a linear layer each for queries, keys and values.
@@ -58,7 +60,13 @@ class SeparateAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention.forward``: outputs, and weights where they are asked for."""
+        """As ``nn.MultiheadAttention.forward``: outputs, and weights where they are asked for.
+
+        Raises:
+            RuntimeError: With ``is_causal`` and no mask, as torch's own.
+        """
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint: it needs attn_mask, too")
         single = query.dim() == 2
         if not single and not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
@@ -135,7 +143,7 @@ def separated(model: nn.Module) -> nn.Module:
     """
     if not any(_replaceable(m) for m in model.modules()):
         return model
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model, detached(model))
     made: dict[int, SeparateAttention] = {}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # the same one twice, too
