@@ -5,7 +5,7 @@ last one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,10 @@ from widthbench.width.groups import Axis, Groups
 from widthbench.width.inputs import Example, Inputs
 from widthbench.width.layers import MAKING, Side, axis_length, kind_of, tensors_on
 from widthbench.width.resize import axis_width
+
+_Term = tuple[
+    int, tuple[int, ...], int
+]  # a factor, places of axes, what their product is divided by
 
 __all__ = ["Cost", "CostModel", "count_macs"]
 
@@ -51,16 +55,6 @@ class CostModel:
     def __init__(self, model: nn.Module, groups: Groups, example_input: Example) -> None:
         self._model, self._groups = model, groups
         self._inputs = Inputs.of(example_input).first(groups.samples)
-        self._axes: dict[str, dict[Side, Axis]] = {}
-        for (layer, side), axis in groups.axes.items():
-            self._axes.setdefault(layer, {})[side] = axis
-        self._modules: dict[str, Any] = {layer: model.get_submodule(layer) for layer in self._axes}
-        self._bare: dict[str, dict[int, Axis]] = {}
-        parameters = dict(model.named_parameters())
-        for (name, dim), axis in groups.tensors.items():
-            if name in parameters:
-                self._bare.setdefault(name, {})[dim] = axis
-        self._shapes = {name: tuple(parameters[name].shape) for name in self._bare}
 
     @property
     def original(self) -> Cost:
@@ -152,45 +146,65 @@ class CostModel:
             return self._groups
         return discover(self._model, self._inputs)
 
-    def _size(self, axis: Axis, widths: Mapping[str, int]) -> int:
-        return axis_width(axis, widths, self._groups.everything)
-
     def _scaled(self, whole: int, axes: tuple[Axis, ...], widths: Mapping[str, int]) -> int:
-        new, old = (math.prod(self._size(axis, w) for axis in axes) for w in (widths, {}))
+        sizes = (
+            math.prod(axis_width(a, w, self._groups.everything) for a in axes) for w in (widths, {})
+        )
+        new, old = sizes
         return whole * new // old
+
+    @cached_property
+    def _terms(self) -> tuple[list[Axis], list[_Term], list[_Term]]:
+        """Axes, and the MACs and parameters that some group touches as products of their widths."""
+        everything, places = self._groups.everything, dict[Axis, int]()
+
+        def term(whole: int, axes: Iterable[Axis], part: int) -> _Term:
+            return whole, tuple(places.setdefault(a, len(places)) for a in axes), part
+
+        macs = [
+            term(whole, axes, math.prod(axis_width(a, {}, everything) for a in axes))
+            for whole, axes, _ in self._found.products
+        ]
+        params = []
+        sides: dict[str, dict[Side, Axis]] = {}
+        for (layer, side), axis in self._groups.axes.items():
+            sides.setdefault(layer, {})[side] = axis
+        for layer, found in sides.items():
+            module: Any = self._model.get_submodule(layer)
+            out = [found["out"]] if "out" in found else []
+            outs = 1 if out else axis_length(module, "out")
+            if (kind := kind_of(module)) in ("depthwise", *MAKING):
+                each, axes, part = outs * module.weight[0, 0].numel(), list(out), 1
+                if kind != "depthwise":
+                    part = getattr(module, "groups", 1)
+                    if "in" in found:
+                        axes.append(found["in"])
+                    else:
+                        each *= axis_length(module, "in")
+                params.append(term(each, axes, part))
+                if module.bias is not None:
+                    params.append(term(outs, out, 1))
+            else:
+                own = (getattr(module, t) for t, _ in tensors_on(module, "out"))
+                params.append(term(outs * sum(isinstance(t, nn.Parameter) for t in own), out, 1))
+        bare: dict[str, dict[int, Axis]] = {}
+        for (name, dim), axis in self._groups.tensors.items():
+            bare.setdefault(name, {})[dim] = axis
+        parameters = dict(self._model.named_parameters())
+        for name, dims in bare.items():
+            if name in parameters:
+                rest = [n for d, n in enumerate(parameters[name].shape) if d not in dims]
+                params.append(term(math.prod(rest), dims.values(), 1))
+        return list(places), macs, params
 
     def _touched(self, widths: Mapping[str, int]) -> Cost:
         """The part of the cost that lies in layers, bare parameters and products that some group
         touches.
         """
-        params = 0
-        for layer, sides in self._axes.items():
-            module = self._modules[layer]
-            kind = kind_of(module)
-            out = self._size(sides["out"], widths) if "out" in sides else axis_length(module, "out")
-            if kind in ("depthwise", *MAKING):
-                inputs = 1
-                if kind != "depthwise":
-                    inputs = (
-                        self._size(sides["in"], widths)
-                        if "in" in sides
-                        else axis_length(module, "in")
-                    )
-                    inputs //= getattr(module, "groups", 1)
-                params += out * inputs * module.weight[0, 0].numel() + (
-                    out if module.bias is not None else 0
-                )
-            else:
-                params += out * sum(
-                    isinstance(getattr(module, t), nn.Parameter)
-                    for t, _ in tensors_on(module, "out")
-                )
-        for name, axes in self._bare.items():
-            params += math.prod(
-                self._size(axes[d], widths) if d in axes else n
-                for d, n in enumerate(self._shapes[name])
-            )
-        return Cost(
-            sum(self._scaled(whole, axes, widths) for whole, axes, _ in self._found.products),
-            params,
-        )
+        axes, macs, params = self._terms
+        sizes = [axis_width(axis, widths, self._groups.everything) for axis in axes]
+
+        def total(terms: list[_Term]) -> int:
+            return sum(whole * math.prod(sizes[i] for i in at) // part for whole, at, part in terms)
+
+        return Cost(total(macs), total(params))
