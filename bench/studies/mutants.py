@@ -50,7 +50,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "training mode is not looked at",
         PROOFS,
-        "            small = self._narrow(names)\n"
+        "            small = self.narrow(names)\n"
         "            with steadily_training(small.net), seeded(0), _Operations() as seen:",
         '            return ""\n'
         "            with steadily_training(small.net), seeded(0), _Operations() as seen:",
@@ -102,9 +102,8 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "norms across channels are replaced everywhere",
         PROOFS,
-        'names = [n for n in candidates if groups[n].normalised == (grade == "coupled")]',
-        'names = candidates if grade == "exact" else []\n'
-        "        net = _with_affines(net, groups, names)",
+        '        named["coupled" if groups[n].normalised else "exact"].append(n)',
+        '        named["exact"].append(n)\n        _affines(net, groups, [n]).__enter__()',
     ),
     (
         "smaller images are taken unseen",
@@ -121,8 +120,20 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "groups that pass alone pass together",
         PROOFS,
-        "        if not passed or (len(passed) < len(names) and not stage(passed)):",
+        "        if not passed or (len(passed) < len(names) and not asked(passed)):",
         "        if True:",
+    ),
+    (
+        "what is left is not asked again without those that failed",
+        PROOFS,
+        "        while left and len(failed) != before:",
+        "        while left and before < 0:",
+    ),
+    (
+        "a failure that is asked again passes",
+        PROOFS,
+        "            if not (why := stage(some)):\n                self.passed.add(key)",
+        "            why = stage(some)\n            self.passed.add(key)",
     ),
     ("weights are drawn once", PROOFS, "ATTEMPTS = 4", "ATTEMPTS = 1"),
     (

@@ -622,6 +622,26 @@ def test_a_width_that_must_be_in_proportion_to_another_is_found_out():
     assert {g.grade for g in found.values()} == {"frozen"}
 
 
+class Leaning(nn.Module):
+    """Two narrow layers fit each other, and either alone fits nothing; the output depends on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 8)
+        self.c, self.d = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h, g = self.a(x).relu(), self.b(x).relu()
+        if (self.a.weight.numel() < 32) != (self.b.weight.numel() < 32):
+            raise ValueError("both or none")
+        return self.c(h) + self.d(g) * 0
+
+
+def test_what_is_left_is_asked_again_without_those_that_failed():
+    found = find_groups(Leaning(), torch.randn(2, 4), cache=False)
+    assert found["a"].grade == "frozen" and "both or none" in found["a"].reason
+
+
 class Pooled(nn.Module):
     """Takes any image; ``end`` makes something of its last map."""
 

@@ -15,6 +15,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -256,34 +257,53 @@ def _alike(steps: Sequence[Step], others: Sequence[Step]) -> bool:
 
 
 def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Inputs) -> Grades:
-    """Grades of the candidates by the proofs on one randomised network, which may be changed."""
-    grades: Grades = {}
-    both: tuple[Grade, Grade] = ("exact", "coupled")
-    for grade in both:
-        names = [n for n in candidates if groups[n].normalised == (grade == "coupled")]
-        if not names:
-            continue
-        if grade == "coupled":
-            net = _with_affines(net, groups, names)
-        with counted(f"certifying {len(names)} channel groups") as step:
-            failed = _Proof(net, groups, x, step).failures(names)
-        coupled = "a norm runs across its channels: a resize changes what it divides by"
-        grades |= dict.fromkeys(names, (grade, "" if grade == "exact" else coupled))
-        grades |= {n: ("frozen", reason) for n, reason in failed.items()}
-    return grades
+    """Grades of the candidates by the proofs on one randomised network."""
+    coupled = "a norm runs across its channels: a resize changes what it divides by"
+    named: dict[Grade, list[str]] = {"exact": [], "coupled": []}
+    for n in candidates:
+        named["coupled" if groups[n].normalised else "exact"].append(n)
+    failed: dict[str, str] = {}
+    with counted(f"certifying {len(candidates)} channel groups") as step:
+        whole = _Proof(net, groups, x, step)
+        left, before = [*candidates], -1
+        while left and len(failed) != before:  # until all that is left has passed together
+            before = len(failed)
+            left = whole.survivors(whole.fits, left, failed)
+            exact = whole.settle([n for n in named["exact"] if n in left], failed)
+            if names := [n for n in named["coupled"] if n in left]:
+                # where the others are narrowed already, as a plan of all of them does
+                rest = whole.narrow(exact)
+                with _affines(rest.net, rest.groups, names):
+                    _Proof(rest.net, rest.groups, x, step).settle(names, failed)
+            left = [n for n in left if n not in failed]
+    grades: Grades = dict.fromkeys(named["exact"], ("exact", ""))
+    grades |= dict.fromkeys(named["coupled"], ("coupled", coupled))
+    return grades | {n: ("frozen", reason) for n, reason in failed.items()}
 
 
-def _with_affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> nn.Module:
-    """Replace the norms across channels that ride along the named groups by their affines, and
-    convolutions that standardise their weights by plain ones, in place.
+@contextmanager
+def _affines(net: nn.Module, groups: Groups, names: Iterable[str]) -> Iterator[None]:
+    """With the norms across channels that ride along the named groups replaced by their affines,
+    and convolutions that standardise their weights by plain ones.
     """
+    replaced: list[tuple[Any, Any]] = []
     for layer in {member for n in names for member in (*groups[n].riders, *groups[n].consumers)}:
         module: Any = net.get_submodule(layer)
+        own = vars(module).get("forward")
         if kind_of(module) == "channelnorm":
             module.forward = _Affine(module).forward
         elif layer in groups.made:
             module.forward = _Plain(module).forward
-    return net
+        else:
+            continue
+        replaced.append((module, own))
+    try:
+        yield
+    finally:
+        for module, own in replaced:
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 class _UnprovenError(Exception):
@@ -334,7 +354,7 @@ class _Narrow:
 
 class _Proof:
     """The stages of the proof, each asked of several groups at once: why they cannot be resized
-    together, "" if they can.
+    together, "" if they can. What has passed is not asked again.
 
     What removal leaves must equal the whole network with gates at 0. All else (splits, gates on
     weights, gradients, training) is then shown on what is left, a quarter of the arithmetic: the
@@ -353,6 +373,7 @@ class _Proof:
         self.net, self.groups, self.x, self.step = net, groups, x, step
         self.one = x.first(groups.samples)
         self.made: dict[tuple[str, ...], _Narrow] = {}
+        self.passed: set[tuple[Stage, tuple[str, ...]]] = set()
         traced = sum(map(math.prod, groups.input_shapes))
         self.slow = sum(macs for macs, *_ in groups.products) * x.elements > SLOW * traced
 
@@ -370,42 +391,35 @@ class _Proof:
             return shapes, y
         return self.net, self.x
 
-    def failures(self, names: Sequence[str]) -> dict[str, str]:
-        """The groups that cannot be resized, and why."""
-        stages = (self.fits, self.removes, self.splits, self.weighs, self.trains)
-        failed: dict[str, str] = {}
-        left = [*names]
-        for stage in stages:
-            if stage == self.splits and left:
-                failed |= self.insensitive(left)
-                left = [n for n in left if n not in failed]
-            left = self._survivors(self._told(stage), left, failed)
-        if failed and left:  # what is left has passed each stage among others
-            self._survivors(
-                lambda some: next(filter(None, (s(some) for s in stages)), ""), left, failed
-            )
-        return failed
+    def settle(self, names: Sequence[str], failed: dict[str, str]) -> list[str]:
+        """The groups that pass all further stages; the reasons of the others go into ``failed``."""
+        left = self.survivors(self.removes, names, failed)
+        if left:
+            failed |= self.insensitive(left)
+        for stage in (self.splits, self.weighs, self.trains):
+            left = self.survivors(stage, [n for n in left if n not in failed], failed)
+        return left
 
-    def _told(self, stage: Stage) -> Stage:
-        """A stage that says when it is asked."""
-
-        def asked(names: Sequence[str]) -> str:
-            self.step()
-            return stage(names)
-
-        return asked
-
-    def _survivors(self, stage: Stage, names: Sequence[str], failed: dict[str, str]) -> list[str]:
+    def survivors(self, stage: Stage, names: Sequence[str], failed: dict[str, str]) -> list[str]:
         """The groups that pass together; the reasons of the others go into ``failed``."""
-        if not names or not (why := stage(names)):
+
+        def asked(some: Sequence[str]) -> str:
+            if (key := (stage, tuple(some))) in self.passed:
+                return ""
+            self.step()
+            if not (why := stage(some)):
+                self.passed.add(key)
+            return why
+
+        if not names or not (why := asked(names)):
             return [*names]
         self._runs_itself()
-        passed = self._alone(stage, names, why, failed)
-        if not passed or (len(passed) < len(names) and not stage(passed)):
+        passed = self._alone(asked, names, why, failed)
+        if not passed or (len(passed) < len(names) and not asked(passed)):
             return passed
         together: list[str] = []
         for n in passed:
-            if stage([*together, n]):
+            if asked([*together, n]):
                 whom = together[-1] if together else n
                 failed[n] = f"passes alone, but not together with {whom}"
             else:
@@ -436,7 +450,8 @@ class _Proof:
 
     def fits(self, names: Sequence[str]) -> str:
         """Widths fit together, by shapes: down to one channel per block, and for any two groups a
-        network in which they keep different shares of their channels.
+        network in which they keep different shares of their channels, those of ``narrow``
+        included.
         """
         chosen = [self.groups[n] for n in names]
         try:
@@ -445,12 +460,11 @@ class _Proof:
                 plan = {g.name: keep(_kept(g, left)) for g, left in kept}
                 x = self.shapes[1].first(max(samples, self.groups.samples))
                 _output(_resized(self.shapes[0], self.groups, plan), x)
-            self._narrow(names)
         except Exception as error:
             return _does_not_run(error)
         return ""
 
-    def _narrow(self, names: Sequence[str]) -> _Narrow:
+    def narrow(self, names: Sequence[str]) -> _Narrow:
         """The network in which about half of the channels of these groups are left."""
         if (key := tuple(names)) not in self.made:
             chosen = [self.groups[n] for n in names]
@@ -472,7 +486,7 @@ class _Proof:
     def removes(self, names: Sequence[str]) -> str:
         """Removing channels equals gates at 0 on inputs."""
         try:
-            small = self._narrow(names)
+            small = self.narrow(names)
             values = _gates([self.groups[n] for n in names], small.kept)
             with gated(self.net, self.groups, values):
                 problem = _difference(small.what_is_left, _output(self.net, self.x))
@@ -484,7 +498,7 @@ class _Proof:
         """Groups that the output does not depend on, on which a proof would be empty, and whether
         that of training does.
         """
-        small = self._narrow(names)
+        small = self.narrow(names)
         found = self._without_gradient(small, names, self.one)
         # attention does not depend on queries where a single sample is a single place
         if found:
@@ -514,7 +528,7 @@ class _Proof:
     def splits(self, names: Sequence[str]) -> str:
         """Splitting channels leaves the output as it is."""
         try:
-            small = self._narrow(names)
+            small = self.narrow(names)
             problem = _difference(_output(self._wide(small, names), self.x), small.output)
         except Exception as error:
             return _does_not_run(error)
@@ -528,7 +542,7 @@ class _Proof:
     def weighs(self, names: Sequence[str]) -> str:
         """Gates on weights equal gates on inputs."""
         try:
-            small = self._narrow(names)
+            small = self.narrow(names)
             chosen = [small.groups[n] for n in names]
             kept = {g.name: _kept(g, n) for g, n in zip(chosen, _widths(chosen), strict=True)}
             values = _gates(chosen, kept)
@@ -549,7 +563,7 @@ class _Proof:
         compared.
         """
         try:
-            small = self._narrow(names)
+            small = self.narrow(names)
             with steadily_training(small.net), seeded(0), _Operations() as seen:
                 output = _output(small.net, self.x)
             if seen.steps == small.steps and not _difference(output, small.output):
@@ -697,12 +711,19 @@ def _rounds(chosen: Sequence[Group]) -> Iterator[tuple[list[int], int]]:
     samples show it.
 
     All groups are at one channel per block in one of them, and for any two there is one in which
-    they keep different shares, ``_widths`` included. Groups of few channels run out of numbers:
-    these need more networks.
+    they keep different shares, ``_widths`` included: of those across which norms run, and of the
+    others, which are narrowed apart. Groups of few channels run out of numbers: these need more
+    networks.
     """
-    first, sizes = _widths(chosen), np.array([g.channels // g.blocks for g in chosen])
+    normalised = np.array([g.normalised for g in chosen])
+    sizes = np.array([g.channels // g.blocks for g in chosen])
+    widths = np.ones(len(sizes), dtype=int)
+    for which in (False, True):
+        widths[normalised == which] = _widths(g for g in chosen if g.normalised == which)
+    first = widths.tolist()
     can_change = (sizes > 1)[:, None] | (sizes > 1)[None]
-    alike = can_change & ~np.eye(len(sizes), dtype=bool) & _same_share(first, sizes)
+    together = normalised[:, None] == normalised[None]
+    alike = can_change & together & ~np.eye(len(sizes), dtype=bool) & _same_share(first, sizes)
     if any(n > 1 for n in first):
         yield [1] * len(first), 2
     draw = np.random.default_rng(0)

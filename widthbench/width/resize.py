@@ -297,7 +297,9 @@ def detached(model: nn.Module) -> dict[int, Any]:
             if type(value) in (dict, OrderedDict, list, set) and not value:
                 memo[id(value)] = type(value)()
                 continue
-            for leaf in tree_leaves(value) if value is not module._modules else ():
+            if value is module._modules or value is module._parameters:
+                continue
+            for leaf in (value,) if isinstance(value, Tensor) else tree_leaves(value):
                 if isinstance(leaf, Tensor) and not leaf.is_leaf:
                     memo[id(leaf)] = leaf.detach().clone()
     return memo
