@@ -81,7 +81,7 @@ def families(chosen: Sequence[str] = ()) -> dict[str, list[str]]:
         chosen: Which ones; all if none is named.
     """
     found: dict[str, list[str]] = {}
-    for family in chosen or list_modules():
+    for family in chosen or (m for m in list_modules() if f"timm.models.{m}" in sys.modules):
         sizes: dict[str, int] = {}
         for name in list_models(module=family):
             try:
@@ -303,6 +303,14 @@ def _prune(model: nn.Module, whole: nn.Module, pruner: Any) -> None:
                 weight.data.index_fill_(across, gone, 0.0)
                 left[layer] = at[~torch.isin(at, gone)]
         group.prune()
+    for attention in model.modules():  # as its example for timm's transformers does
+        heads = getattr(pruner, "num_heads", {}).get(getattr(attention, "qkv", None))
+        if heads:
+            attention.num_heads = heads  # type: ignore[assignment]
+            width = attention.qkv.out_features // 3  # type: ignore
+            attention.head_dim = width // heads  # type: ignore[assignment]
+            if hasattr(attention, "attn_dim"):
+                attention.attn_dim = width  # type: ignore[assignment]
 
 
 def built(name: str, *, apart: bool = True) -> tuple[nn.Module, Inputs]:

@@ -623,7 +623,7 @@ def test_a_width_that_must_be_in_proportion_to_another_is_found_out():
 
 
 class Leaning(nn.Module):
-    """Two narrow layers fit each other, and either alone fits nothing; the output depends on one."""
+    """Either layer fits the other one if both are narrow; the output depends on one of them."""
 
     def __init__(self):
         super().__init__()
@@ -639,7 +639,19 @@ class Leaning(nn.Module):
 
 def test_what_is_left_is_asked_again_without_those_that_failed():
     found = find_groups(Leaning(), torch.randn(2, 4), cache=False)
-    assert found["a"].grade == "frozen" and "both or none" in found["a"].reason
+    assert found["a"].grade == "frozen"
+    assert "both or none" in found["a"].reason
+
+
+class Strict(Leaning):
+    def forward(self, x):
+        assert self.a.weight.numel() == 32  # noqa: S101
+        return self.c(self.a(x).relu())
+
+
+def test_an_error_without_words_is_named_by_where_it_was_raised():
+    found = find_groups(Strict(), torch.randn(2, 4), cache=False)
+    assert "in forward: assert self.a.weight.numel() == 32" in found["a"].reason
 
 
 class Pooled(nn.Module):

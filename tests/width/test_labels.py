@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from widthbench.errors import NoGroupsError
-from widthbench.width import discover, find_groups, keep, operations, resize
+from widthbench.width import discover, find_groups, gated, keep, operations, resize
 from widthbench.width.groups import Segment
 from widthbench.width.inputs import Inputs
 from widthbench.width.operations import _chunks, trace
@@ -232,19 +232,90 @@ def test_token_ids_are_drawn_from_the_examples_own():
     assert found["1"].grade == "exact"
 
 
-class BareLinear(nn.Module):
-    def __init__(self):
+class BareWeights(nn.Module):
+    """A layer's channels are read by weights that are no layer's."""
+
+    def __init__(self, read):
         super().__init__()
-        self.a, self.w, self.c = nn.Linear(4, 8), nn.Parameter(torch.randn(6, 8)), nn.Linear(6, 3)
+        self.a, self.c, self.read = nn.Linear(4, 8), nn.Linear(6, 3), read
+        self.w, self.v = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8, 6))
 
     def forward(self, x):
-        return self.c(F.linear(self.a(x).relu(), self.w).relu())
+        return self.c(self.read(self, self.a(x).relu()).relu())
 
 
-def test_what_bare_weights_read_is_listed_with_the_reason():
-    (group,) = find_groups(BareLinear(), torch.randn(2, 4), cache=False).values()
-    assert (group.name, group.grade) == ("a", "frozen")
-    assert "the bare weights 'w' read it" in group.reason
+BARE = {
+    "linear": lambda net, h: F.linear(h, net.w),
+    "matmul": lambda net, h: h @ net.v,
+    "einsum": lambda net, h: torch.einsum("bi,io->bo", h, net.v),
+    "on the left": lambda net, h: (net.w @ h.T).T,
+    "picked and turned": lambda net, h: h @ net.w[[3, 1, 2, 0, 5, 4]].T,
+}
+
+
+@pytest.mark.parametrize("how", BARE)
+def test_bare_weights_read_channels_as_a_layer_does(how):
+    model, x = BareWeights(BARE[how]), torch.randn(2, 4)
+    found = find_groups(model, x, cache=False)
+    (group,) = found.values()
+    assert (group.name, group.grade, group.consumers) == ("a", "exact", ())
+    kept = torch.tensor([1, 4, 5])
+    gates = torch.zeros(8).index_fill(0, kept, 1.0)
+    small = resize(model, found, {"a": keep(kept)})
+    for on in ("input", "weight"):
+        with gated(model, found, {"a": gates}, on=on):
+            torch.testing.assert_close(model(x), small(x))
+    assert "w" not in vars(model)
+
+
+def test_gates_on_bare_weights_have_gradients():
+    model, x = BareWeights(BARE["linear"]), torch.randn(2, 4)
+    found = find_groups(model, x, cache=False)
+    gates = torch.ones(8, requires_grad=True)
+    with gated(model, found, {"a": gates}):
+        (slope,) = torch.autograd.grad(model(x).square().sum(), gates)
+    h = model.a(x).relu().detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(model.c((h @ model.w.T).relu()).square().sum(), h)
+    torch.testing.assert_close(slope, (wanted * h).sum(dim=0))
+
+
+class Pooling(nn.Module):
+    """Attention whose queries are convolved head by head, with one filter for all heads (MViT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(6, 36), nn.Linear(12, 6)
+        self.pool, self.end = nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.Linear(6, 2)
+        self.heads = 3
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(len(x), 16, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        maps = q.reshape(-1, 4, 4, q.shape[-1]).permute(0, 3, 1, 2)
+        q = self.pool(maps).flatten(2).transpose(1, 2).reshape(len(x), self.heads, 16, -1)
+        y = (q @ k.mT).softmax(-1) @ v
+        return self.end(self.proj(y.transpose(1, 2).flatten(2)).mean(dim=1))
+
+
+def test_heads_may_go_where_each_is_a_sample_of_a_convolution():
+    found = find_groups(Pooling(), torch.randn(2, 16, 6), cache=False)
+    heads = next(g for g in found.values() if g.heads)
+    assert (heads.grade, heads.channels) == ("exact", 3)
+    small = resize(Pooling(), found, {heads.name: keep(torch.tensor([2]))})
+    assert (small.heads, small.proj.in_features, small.pool.in_channels) == (1, 4, 4)
+
+
+def test_windows_leave_channels_alone():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8 * 9, 2)
+
+        def forward(self, x):
+            h = self.a(x).relu().unfold(2, 3, 3).unfold(3, 3, 3)  # [B, 8, 2, 2, 3, 3]
+            return self.b(h.mean(dim=(2, 3)).flatten(1))
+
+    found = find_groups(Windows(), torch.randn(2, 3, 8, 8), cache=False)
+    assert [(g.name, g.grade) for g in found.values()] == [("a", "exact")]
 
 
 @pytest.mark.parametrize("made", [nn.utils.parametrizations.weight_norm, torch.jit.script])

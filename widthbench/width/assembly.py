@@ -250,8 +250,10 @@ class _Assembly:
 
     def _contract(self) -> None:
         """Which side of each product of activations reads the other: the keys, unless a norm lies
-        behind them.
+        behind them; bare weights read what they are multiplied with.
         """
+        for ids in self.labels.reading:
+            self.reads[ids] = True
         for product in self.labels.contractions:
             left, right = self._layer(product.left), self._layer(product.right)
             if (
@@ -466,7 +468,7 @@ class _Assembly:
         where = str(key[0]) if key is not None else where
         reads = np.zeros(len(array), dtype=bool)
         scaled = reads
-        if key is not None and key[1] == "out":
+        if key is not None and key[1] != "in":
             start, length = self.labels.axes[key]
             reads, scaled = self.reads[start : start + length], self.scaled[start : start + length]
         parts = [self.parts[i].channels.size for i in range(len(self.parts))]
@@ -544,15 +546,16 @@ class _Assembly:
         keys = [k for k, runs in on.items() if runs] if not part.reason else part.keys
         layers = sorted((k for k in keys if isinstance(k[1], str)), key=lambda k: self.order[k[0]])
         out = [str(layer) for layer, side in layers if side == "out"]
-        reading = (
-            {str(k[0]) for k, runs in on.items() if any(r.reads for r in runs)}
-            if not part.heads
-            else set()
-        )
+        read = any(r.reads for runs in on.values() for r in runs) and not part.heads
+        reading = {
+            str(k[0])
+            for k, runs in on.items()
+            if read and k[1] == "out" and any(r.reads for r in runs)
+        }
         only = {n for n in reading if all(r.reads for r in on[n, "out"])}
         producers = [n for n in out if self.kinds[n] in MAKING and n not in only]
         consumers = [str(layer) for layer, side in layers if side == "in"]
-        if not producers or not (consumers or reading or part.reason):
+        if not producers or not (consumers or read or part.reason):
             return
         first = producers[0]
         name = first

@@ -108,6 +108,10 @@ def gated(
                     else _on_rows(module, axis, values, called)
                 ):
                     stack.callback(handle.remove)
+        for (name, dim), axis in groups.tensors.items():
+            if any(s.reads and s.group in values for s in axis):
+                for handle in _on_bare(model, name, dim, axis, values):
+                    stack.callback(handle.remove)
         yield model
 
 
@@ -208,6 +212,26 @@ def _on_rows(module: Any, axis: Axis, values: Mapping[str, Tensor], called: nn.M
     return [
         called.register_forward_pre_hook(swap_in),
         called.register_forward_hook(swap_out, always_call=True),
+    ]
+
+
+def _on_bare(
+    model: nn.Module, name: str, dim: int, axis: Axis, values: Mapping[str, Tensor]
+) -> list[Any]:
+    owner, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(owner)
+
+    def swap_in(called: Any, args: Any) -> None:
+        tensor = module.__dict__.get(leaf, getattr(module, leaf))
+        gate = _keys(axis, values, tensor)
+        module.__dict__[leaf] = tensor * gate.view(-1, *[1] * (tensor.dim() - dim - 1))
+
+    def swap_out(called: Any, args: Any, output: Any) -> None:
+        module.__dict__.pop(leaf, None)
+
+    return [  # whoever reads them does so while the network runs
+        model.register_forward_pre_hook(swap_in),
+        model.register_forward_hook(swap_out, always_call=True),
     ]
 
 

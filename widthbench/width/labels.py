@@ -217,6 +217,7 @@ class Labels:
         equal_blocks: (labels in order, number of contiguous parts that need equal counts, where).
         grids: (grid, which of its axes are heads, which one is free to change).
         contractions: Products in which activations are summed over.
+        reading: Positions of bare weights that activations are multiplied with and summed over.
         products: All convolutions and matrix products.
         sizes: Numbers that state widths.
         behind: For every layer, the nearest layers that it reads from.
@@ -238,6 +239,7 @@ class Labels:
     equal_blocks: list[tuple[Ids, int, str]] = field(default_factory=list)
     grids: list[tuple[Ids, tuple[int, ...], int]] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    reading: list[Ids] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     behind: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -355,6 +357,7 @@ class Tracer(TorchDispatchMode):
         self.grids: list[Ids] = []
         self.contractions: list[Contraction] = []
         self.products: list[Product] = []
+        self.reading: list[Ids] = []
         self.sizes: list[Size] = []
         self.behind: dict[str, dict[str, None]] = {}
         self.adjacent: set[str] = set()
@@ -810,6 +813,7 @@ class Tracer(TorchDispatchMode):
             equal_blocks=self.equal_blocks,
             grids=grids,
             contractions=self.contractions,
+            reading=self.reading,
             products=self.products,
             sizes=self.sizes,
             behind={layer: tuple(before) for layer, before in self.behind.items()},

@@ -651,25 +651,46 @@ def _pixel_shuffle(tracer: Tracer, name: str, args: Any, output: Tensor) -> Valu
     return with_factors(value, factors, direct=False)
 
 
+def _unfold(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
+    """Windows along one dimension; what lies in them comes last."""
+    value, at = tracer.of(args[0]), args[1] % args[0].dim()
+    factors = []
+    for dims, ids in value.factors:
+        if at in dims:
+            tracer.freeze(ids, f"{name} runs over its channels")
+        else:
+            factors.append((dims, ids))
+    return with_factors(value, factors, direct=False)
+
+
 def _spatial(tracer: Tracer, name: str, args: Any, output: Any) -> Value:
     """Pooling and interpolation: channels come second."""
     value = _mapped(tracer, tracer.of(args[0]))
-    factors = []
+    factors = _samples(tracer, value, f"{name} runs over its channels")
+    factors += [f for f in value.factors if f[0] == (1,)]
+    return with_factors(value, factors, direct=False)
+
+
+def _samples(tracer: Tracer, value: Value, reason: str) -> list[Factor]:
+    """What lies along the first dimension, of samples: each is treated alike, so that whole heads
+    may be among them. Labels on others than the second dimension may not change.
+    """
+    kept: list[Factor] = []
     for dims, ids in value.factors:
         if dims == (1,):
-            factors.append((dims, ids))
-        else:
-            tracer.freeze(ids, f"{name} runs over its channels")
-    return with_factors(value, factors, direct=False)
+            continue
+        if dims != (0,):
+            tracer.freeze(ids, INSIDE if 0 in dims else reason)
+        if 0 in dims:
+            kept.append(((0,), ids if dims == (0,) else tracer.blocks(ids, [dims.index(0)])))
+    return kept
 
 
 def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     x, w, b = args[:3]
     transposed, groups = args[6], args[8]
     vx, vw = _mapped(tracer, tracer.of(x)), tracer.of(w)
-    for dims, ids in vx.factors:
-        if dims != (1,):
-            tracer.freeze(ids, "a convolution runs over its channels as if they were places")
+    samples = _samples(tracer, vx, "a convolution runs over its channels as if they were places")
     fx = next((ids for dims, ids in vx.factors if dims == (1,)), None)
     depthwise, several = groups == x.shape[1] > 1, output.shape[1] // groups
     turned = transposed and not depthwise  # inputs first
@@ -693,7 +714,8 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     if vw.constant and groups == x.shape[1]:  # fixed filters for each channel, of any number
         made = None if fx is None else fx.repeat(several)
         tracer.counts(macs, [made])
-        return with_factors(vx, [] if made is None else [((1,), made)], direct=False)
+        made_too = [] if made is None else [((1,), made)]
+        return with_factors(vx, [*samples, *made_too], direct=False)
     made = fo
     if groups == 1:
         if fx is not None and fi is not None:
@@ -730,9 +752,10 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         tracer.freeze_all([vx, vw], "a grouped convolution with weights of its own making")
     if b is not None and made is not None and (fb := tracer.of(b).at(0)) is not None:
         tracer.tie(made, fb[1])
-    tracer.counts(macs, [made] if depthwise else [fo, fi])
+    tracer.counts(macs, [*(ids for _, ids in samples), *([made] if depthwise else [fo, fi])])
     near, direct = tracer.passes(layer, vx)
-    return Value(() if made is None else (((1,), made),), data=vx.data, near=near, direct=direct)
+    made_too = [] if made is None else [((1,), made)]
+    return Value((*samples, *made_too), data=vx.data, near=near, direct=direct)
 
 
 def _matmul(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
@@ -754,13 +777,16 @@ def _matmul(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
         tracer.call.name == "scaled_dot_product_attention"
         and tracer.call.kwargs.get("scale") is None
     )
-    made, read = vb.at(contracted[1][1]), va.at(contracted[0][1])
-    key = tracer.owner(made[1]) if made is not None and not vb.data else None
-    if key is not None and isinstance(key[1], int) and va.data and read is not None:
-        holder = str(key[0]).rpartition(".")[0]
-        remedy = "widthbench.separated(model) makes" if holder in tracer.attentions else "make"
-        what = "layers of them" if holder in tracer.attentions else "them a layer"
-        tracer.freeze(read[1], f"the bare weights '{key[0]}' read it: {remedy} {what}")
+    sides = ((va, va.at(contracted[0][1])), (vb, vb.at(contracted[1][1])))
+    for (value, made), (other, read) in (sides, sides[::-1]):
+        key = tracer.owner(made[1]) if made is not None and not value.data else None
+        if key is None or not isinstance(key[1], int) or not other.data or read is None:
+            continue
+        if str(key[0]).rpartition(".")[0] in tracer.attentions:
+            remedy = "widthbench.separated(model) makes layers of them"
+            tracer.freeze(read[1], f"the bare weights '{key[0]}' read it: {remedy}")
+        start, length = tracer.axes[key]
+        tracer.reading.append(np.arange(start, start + length))
     value = tracer.contract(*contracted, maps, macs, scaled)
     layer = None
     if not vb.data:
@@ -960,6 +986,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "index": _index,
     "index_select": _index_select,
     **dict.fromkeys(("flip", "roll"), _flip),
+    "unfold": _unfold,
     "repeat": _repeat,
     **dict.fromkeys(
         (

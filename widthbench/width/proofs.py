@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -591,7 +592,12 @@ def _bare(t: Tensor) -> Tensor:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What it says, or where it was raised if it says nothing."""
+    if said := str(error).strip():
+        return said.splitlines()[0]
+    *_, frame = traceback.extract_tb(error.__traceback__) or [None]
+    where = f" in {frame.name}: {frame.line}" if frame is not None else ""
+    return f"{type(error).__name__}{where}"
 
 
 def _does_not_run(error: Exception) -> str:

@@ -223,8 +223,11 @@ def _bare(model: nn.Module, groups: Groups, plan: Plan) -> dict[str, Tensor]:
         if touched(axis, plan):
             tensor = new.get(name, _tensor(model, name).detach())
             for stage in _stages(axis, plan, groups):
-                tensor = tensor.index_select(dim, _index(stage, plan).to(tensor.device))
-            new[name] = tensor
+                old = tensor.movedim(dim, 0)
+                tensor = old.index_select(0, _index(stage, plan).to(tensor.device))
+                _keys(old, tensor, stage, plan)
+                tensor = tensor.movedim(0, dim)
+            new[name] = tensor.contiguous()
     return new
 
 
@@ -427,7 +430,9 @@ def _tensors(
 
 
 def _keys(old: Tensor, new: Tensor, axis: Axis, plan: Plan) -> None:
-    """Rows that read a group's channels in a product: mixed as consumers' weights are, in place."""
+    """Rows, of keys or of bare weights, that read a group's channels in a product: mixed as
+    consumers' weights are, in place.
+    """
     before = after = 0
     for s in axis:
         change = _change(s, plan)
