@@ -48,12 +48,12 @@ suppress_warnings = ["myst.header", "ref.python"]
 FIGURES = {
     "neuron-merging": (
         "merging-lenet",
-        "accuracy-macs.png",
+        "error-macs.png",
         "Merging, pruning by its criterion, and NMF on trained LeNets",
     ),
     "nmf": (
         "merging-lenet",
-        "accuracy-macs.png",
+        "error-macs.png",
         "NMF beside merging on trained LeNets, nothing trained after",
     ),
     "neuron-removal": (
@@ -69,7 +69,7 @@ FIGURES = {
     "splitting": ("growing", "trajectory-splitting.png", "Widths and losses as networks grow"),
     "autoslim": ("lenets", "trajectory-autoslim.png", "AutoSlim's greedy path"),
 }
-ELSE = ("digits", "accuracy-macs.png", "Every technique on the suite digits")
+ELSE = ("digits", "error-macs.png", "Every technique on the suite digits")
 PARTS = {
     "Using it": [
         "widthbench.api",

@@ -100,7 +100,7 @@ def test_it_is_listed_runs_through_a_suite_onto_a_leaderboard_and_keeps_the_cont
 
     folder = run.folder / "results" / "with-plugin"
     assert "| keep-first" in (folder / "leaderboard.md").read_text()
-    assert (folder / "figures" / "accuracy-macs.png").stat().st_size > 1000
+    assert (folder / "figures" / "error-macs.png").stat().st_size > 1000
     assert ">keep-first</td>" in (run.folder / "results" / "site.html").read_text()
     assert "bit-equal" in done.stdout
     assert "decisions checked: 9" in done.stdout

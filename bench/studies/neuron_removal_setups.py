@@ -34,8 +34,8 @@ from torchvision.datasets import MNIST
 
 from widthbench.paths import data_dir, write_atomic
 from widthbench.report.curves import save
-from widthbench.report.figures import COLOURS
 from widthbench.report.speed import where
+from widthbench.report.style import COLOURS
 from widthbench.sensitivity.ablation import Ablation, Sample
 from widthbench.sensitivity.backprop_diagonal import BackpropDiagonal
 from widthbench.sensitivity.derivatives import GateDerivatives

@@ -44,8 +44,8 @@ def test_run_writes_a_leaderboard_and_report_writes_it_again(here, in_process, c
         "SHA256SUMS",
         "records.jsonl",
         "timings.jsonl",
-        "accuracy-macs.png",
-        "accuracy-params.png",
+        "error-macs.png",
+        "error-params.png",
         "widths.png",
     }
     board = (here / "results" / "tiny" / "leaderboard.md").read_text()

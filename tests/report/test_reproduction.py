@@ -121,7 +121,7 @@ def test_a_run_whose_cells_fail_shows_that_and_loses_nothing(made, published, tm
     assert [r.status for r in report.records] == ["failed", "failed", "done"]
     assert len(report.failed) == 2
     assert "1 of 3 cells done, 2 failed" in report.text
-    assert "1, 2 of 3 failed" in report.text
+    assert "(2 of 3 failed)" in report.text
     assert "(2 of 3 failed)" in (report.folder / "reproduction.md").read_text()
     kept = read_records(report.folder / build.ASIDE)
     assert kept == first.records[:2]

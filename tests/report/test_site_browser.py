@@ -44,6 +44,9 @@ def address(tmp_path_factory):
         for s in range(3)
     ]
     records.append(record("broken", status="failed", reason=EVIL, key="f" * 40))
+    other = record("nmf", 0, 77.0, key="e" * 40)
+    other = other.model_copy(update={"cell": other.cell.model_copy(update={"model": "mlp"})})
+    records.append(other)
     row = {
         "what": "x",
         "reported": "90%",
@@ -101,9 +104,10 @@ def page(browser, address, request):
 
 def go(page, route):
     page.goto(f"{page.url.partition('#')[0]}#{route}")
-    page.wait_for_selector("section:not([hidden]) table.board.dataTable")
+    page.wait_for_selector("section:not([hidden]) table.board.dataTable", state="attached")
     if route.startswith("suite/"):  # which moves what is below
         page.wait_for_selector("section:not([hidden]) .chart .scatterlayer .trace")
+        page.locator("section:not([hidden]) details.all > summary").click()
 
 
 def column(page, number):
@@ -205,6 +209,19 @@ def test_charts_are_drawn_and_redrawn(page):
     shoot(page, "suite")
 
 
+def test_the_menu_of_networks_filters_matrix_chart_and_table_alike(page):
+    go(page, "suite/s")
+    shown = "section:not([hidden]) .matrix:not([hidden])"
+    assert page.locator(shown).count() == 1
+    assert set(column(page, 1)) == {"lenet5 on digits"}
+    page.locator("section:not([hidden]) select[data-role=place]").select_option("mlp on digits")
+    eventually(page, lambda: set(column(page, 1)) == {"mlp on digits"}, "the table follows")
+    assert page.locator(shown).count() == 1
+    assert "77.00" in page.locator(shown).inner_text()
+    title = page.locator("section:not([hidden]) .chart .gtitle")
+    eventually(page, lambda: title.text_content() == "mlp on digits", "the chart follows")
+
+
 def test_no_page_is_wider_than_its_window(page):
     shoot(page, "overview")
     for route in ("overview", "claims", "suite/s"):
@@ -252,6 +269,7 @@ def test_without_scripts_everything_can_be_read(browser, address):
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto(address)
     text = page.locator("main").inner_text()
-    assert "Leaderboard of s" in text
+    assert "parameters, MACs left" in text
     assert "says so" in text
+    assert page.locator("details.all tbody tr").count() == 18
     page.close()

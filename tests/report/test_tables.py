@@ -3,8 +3,8 @@ from made import DONE, WHERE, R, record, suite
 
 from widthbench.experiment.records import Record, Row
 from widthbench.recipe import Spent
-from widthbench.report import build, figures, markdown, tables, timing
-from widthbench.report.lines import lines, shape_of
+from widthbench.report import build, figures, markdown, style, tables, timing
+from widthbench.report.lines import blocks, lines, shape_of
 
 
 def board(records, **changes):
@@ -12,7 +12,8 @@ def board(records, **changes):
 
 
 def row_of(page, name):
-    (line,) = [ln for ln in page.splitlines() if ln.startswith(f"| {name}")]
+    """The one of the details, which come behind the matrix."""
+    *_, line = [ln for ln in page.splitlines() if ln.startswith(f"| {name}")]
     return [c.strip() for c in line.strip("|").split("|")]
 
 
@@ -121,19 +122,60 @@ def test_counts_have_three_figures(value, text):
     assert markdown.count(value) == text
 
 
-def test_figures_are_drawn_and_the_front_is_what_nothing_beats(tmp_path):
+def test_figures_are_drawn(tmp_path):
     records = [record("base", s, 99, None, macs=100, params=1000) for s in range(2)] + [
         record(seed=s, top1=90 + s) for s in range(2)
     ]
     files = figures.write(records, tmp_path, "title")
-    assert [f.name for f in files] == ["accuracy-macs.png", "accuracy-params.png"]
+    assert [f.name for f in files] == ["error-macs.png", "error-params.png"]
+    records += [record("uniform-width", s, 95) for s in range(2)]
+    files = figures.write(records, tmp_path, "title")
+    assert [f.name for f in files] == ["error-macs.png", "error-params.png", "distance.png"]
     assert all(f.read_bytes()[:4] == b"\x89PNG" for f in files)
     assert figures.write([], tmp_path, "title") == []
-    assert figures.pareto([(3, 90), (1, 80), (2, 95), (2, 70), (4, 96)]) == [
-        (1, 80),
-        (2, 95),
-        (4, 96),
+
+
+def test_a_distance_is_the_ratio_of_errors_to_the_best_from_scratch():
+    records = [
+        record("uniform-width", 0, 95.0),
+        record("l1-norm", 0, 90.0),
+        record("l1-norm", 0, 80.0, "macs:0.25", key="none to compare with"),
     ]
+    spent = record("scratch", 0, 96.0, key="s")
+    records.append(spent.model_copy(update={"cell": spent.cell.model_copy(update={"of": "nmf"})}))
+    panels = blocks(lines(records))
+    assert figures.distances(panels) == {
+        ("l1-norm", "l1-norm"): [(pytest.approx(1.1), pytest.approx(10 / 4))]
+    }
+
+
+def test_names_are_moved_apart_no_further_than_they_must():
+    assert figures.apart([], 0.1) == []
+    assert figures.apart([0.2, 0.8], 0.1) == pytest.approx([0.2, 0.8])
+    assert figures.apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert figures.apart([0.99, 1.0], 0.1) == pytest.approx([0.9, 1.0])
+
+
+def test_a_technique_looks_the_same_everywhere_and_variants_by_their_lines():
+    one = [record("nmf", 0, 90.0), record("l1-norm", 0, 90.0)]
+    other = [
+        record("l1-norm", 0, 90.0),
+        record("base", 0, 99.0, None),
+        record("uniform-width", 0, 90.0),
+    ]
+    more = record("l1-norm", 0, 91.0, key="v")
+    other.append(
+        more.model_copy(update={"cell": more.cell.model_copy(update={"params": {"scale": 2}})})
+    )
+    first, second = (style.styles(lines(some)) for some in (one, other))
+    assert first["l1-norm"] == second["l1-norm"]
+    variant = second["l1-norm(scale=2)"]
+    assert (variant.colour, variant.marker) == (first["l1-norm"].colour, first["l1-norm"].marker)
+    assert variant.line != first["l1-norm"].line
+    assert second["uniform-width"].colour == style.CONTROL
+    assert style.of_technique("mine") == style.of_technique("mine")
+    colours = [colour for colour, *_ in style.KNOWN.values()]
+    assert len(set(colours)) == len(colours)
 
 
 def citable(**changes):
@@ -305,32 +347,6 @@ def test_running_a_part_of_a_suite_keeps_what_an_earlier_report_had(tmp_path, mo
     assert (found.lines, found.aside) == ([], ["nonsense"])
 
 
-def test_a_legend_takes_the_columns_that_fit():
-    assert figures.legend_columns(["l1-norm", "nmf"], 10.8) == 3
-    assert figures.legend_columns(["l1-norm", "nmf"], 5.4) == 2
-    assert figures.legend_columns(["neuron-merging(bn_scale=derived)"], 5.4) == 1
-
-
-def test_rows_far_below_do_not_flatten_a_figure(tmp_path):
-    assert figures.floor_of([98, 97, 99, 10]) == pytest.approx(
-        96
-    )  # a quarter of 2 is less than a point
-    assert figures.floor_of([98, 70, 99, 90, 10]) == pytest.approx(70 - 29 / 4)
-    assert figures.floor_of([98, 97, 10, 11]) is None  # half of them
-    assert figures.floor_of([98, 80, 70, 60]) is None
-    assert figures.floor_of([98]) is None
-    usual = [84.0 + i for i in range(14)]
-    assert figures.floor_of([*usual, 16, 24, 31]) == pytest.approx(84 - 13 / 4)
-    assert figures.floor_of(usual) is None
-    assert figures.floor_of([*usual, 70]) is None
-    assert figures.floor_of([99.0] * 11 + [98.5, 81.5]) == pytest.approx(97.5)
-    records = [
-        record(seed=0, budget=b, top1=t)
-        for b, t in (("macs:0.5", 98.0), ("macs:0.25", 97.0), ("macs:0.125", 10.0))
-    ]
-    assert all(path.stat().st_size > 10_000 for path in figures.write(records, tmp_path, "x"))
-
-
 def test_rows_that_were_not_run_and_cells_that_are_missing_are_seen():
     """A seed that is left out makes a row of four of five, not one of four."""
     page = board(
@@ -372,7 +388,7 @@ def test_text_of_plug_ins_stays_text_in_markdown():
     widths = {
         line.replace(r"\|", "").count("|") for line in page.splitlines() if line.startswith("|")
     }
-    assert widths == {14, 4}
+    assert widths == {14, 5, 4}
 
 
 def test_a_block_of_code_cannot_be_ended_by_its_text():

@@ -30,7 +30,6 @@ class Column:
         text: Its value as people read it.
         empty: What stands in place of None.
         paper: Its heading in LaTeX, "" if it is not there.
-        terminal: Whether the short table of a terminal has it.
         optional: Left out, but for CSV, where no row has a value.
         number: Whether it is set to the right.
         bold: Whether markdown has it in bold.
@@ -44,7 +43,6 @@ class Column:
     text: Callable[[Any], str] = str
     empty: str = ""
     paper: str = ""
-    terminal: bool = False
     optional: bool = False
     number: bool = True
     bold: bool = False
@@ -81,7 +79,6 @@ COLUMNS = (
         lambda line: line.label,
         "technique",
         paper="technique",
-        terminal=True,
         number=False,
         always=True,
     ),
@@ -100,7 +97,6 @@ COLUMNS = (
         "budget",
         empty="–",
         paper="budget",
-        terminal=True,
         number=False,
         always=True,
     ),
@@ -114,7 +110,6 @@ COLUMNS = (
         "top-1 % resized",
         Summary.text,
         paper="resized",
-        terminal=True,
         note="*Top-1* is on the test set, which decides nothing in a run (how its recipes were"
         " chosen, `widthbench list recipes` and their files say): right after the *resize*,",
     ),
@@ -133,7 +128,6 @@ COLUMNS = (
         "fine-tuned / trained",
         Summary.text,
         paper="fine-tuned",
-        terminal=True,
         bold=True,
         note="and after the suite's *fine-tuning*, the same for every technique.",
     ),
@@ -160,7 +154,6 @@ COLUMNS = (
         "params",
         count,
         paper="params",
-        terminal=True,
     ),
     Column("base_params", lambda line: line.first().base_params),
     Column(
@@ -169,7 +162,6 @@ COLUMNS = (
         "FLOPs (as MACs)",
         count,
         paper="MACs",
-        terminal=True,
         note="*FLOPs (as MACs)* are multiply-accumulates of one forward pass of one image.",
     ),
     Column("base_macs", lambda line: line.first().base_macs),
@@ -187,7 +179,7 @@ COLUMNS = (
         " the base network.",
     ),
     Column("n", lambda line: line.bases, always=True),
-    Column("bases", lambda line: line.counted, "n", paper="$n$", terminal=True),
+    Column("bases", lambda line: line.counted, "n", paper="$n$"),
     *(Column(flag.name, flag.holds, always=True) for flag in FLAGS),
 )
 

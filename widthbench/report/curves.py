@@ -22,9 +22,9 @@ from tabulate import tabulate
 from widthbench.experiment.adaptation import STOP
 from widthbench.experiment.records import Record
 from widthbench.paths import write_atomic
-from widthbench.report.figures import COLOURS
 from widthbench.report.lines import Line, lines, over_bases
 from widthbench.report.markdown import code, escaped
+from widthbench.report.style import COLOURS
 
 SHARES = (20, 40, 50, 60, 80)  # % of the channels removed, in the table
 NEURONS = 12  # panels of error curves

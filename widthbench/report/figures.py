@@ -1,13 +1,15 @@
-"""Figures: accuracy against size, with error bars and the Pareto front."""
+"""Figures of a suite: error against size, and how far techniques are from training a network of the
+same size from scratch, against what they cost.
+"""
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,238 +18,286 @@ from matplotlib.figure import Figure
 
 from widthbench.experiment.records import Record
 from widthbench.paths import write_atomic
-from widthbench.report.lines import Line, lines, over_bases
+from widthbench.report.lines import Line, blocks, lines, over_bases, short_names
+from widthbench.report.markdown import count
+from widthbench.report.style import BASE, CONTROL, Style, of_technique, styles
 
-# Okabe and Ito's palette, told apart by colour-blind eyes; markers tell the rows apart in print
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = (
-    "o",
-    "s",
-    "^",
-    "D",
-    "v",
-    "P",
-    "X",
-    "*",
-    "<",
-)  # one more than colours: both together repeat only after 72
-MANY = 12  # points of which quartiles tell those that lie far out
-AXES = {"macs": "FLOPs (as MACs) of one image", "params": "parameters"}
+AXES = {"macs": "MACs of one image", "params": "parameters"}
+LEAST = 0.01  # per cent of errors, below which a logarithmic axis does not go
+FRESH = ("scratch", "scratch-budget", "uniform-width")  # controls that train from fresh weights
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 90)
 
 
 def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
-    """Draw accuracy against MACs and against parameters, a panel per network.
+    """Draw error against MACs and against parameters, a panel per network, and, where networks of
+    the same size were trained from scratch, each technique's distance from them against its cost.
 
     Args:
         records: A suite's records.
-        folder: Gets ``accuracy-macs.png`` and ``accuracy-params.png``.
+        folder: Gets ``error-macs.png``, ``error-params.png`` and ``distance.png``.
         title: Printed above.
 
     Returns:
         The files written; none if no record is finished.
     """
-    finished = [line for line in lines(records) if line.done]
-    panels: dict[tuple[str, str], list[Line]] = {}
-    lost: dict[
-        tuple[str, str], dict[str, list[int]]
-    ] = {}  # by row, budgets together: how many runs failed, of how many
-    for line in lines(records):
-        if not line.control or line.budget:
-            counts = lost.setdefault((line.dataset, line.model), {}).setdefault(line.label, [0, 0])
-            counts[0], counts[1] = counts[0] + line.failed, counts[1] + line.failed + len(line.done)
-    failures = {
-        network: ", ".join(
-            f"{label} {failed} of {whole}" for label, (failed, whole) in rows.items() if failed
-        )
-        for network, rows in lost.items()
-    }
-    for line in finished:
-        panels.setdefault((line.dataset, line.model), []).append(line)
     panels = {
-        k: block for k, block in panels.items() if any(ln.budget for ln in block)
-    }  # a lone base is no picture
-    if not panels:
-        return []
-    return [
-        _figure(panels, failures, axis, folder / f"accuracy-{axis}.png", title) for axis in AXES
-    ]
-
-
-def _figure(
-    panels: dict[tuple[str, str], list[Line]],
-    failures: dict[tuple[str, str], str],
-    axis: str,
-    path: Path,
-    title: str,
-) -> Path:
-    columns = min(2, len(panels))
-    height = -(-len(panels) // columns)
-    labels = sorted({ln.label for block in panels.values() for ln in block if ln.label != "base"})
-    abreast = legend_columns(labels, 5.4 * columns)
-    below = 0.2 * max(0, math.ceil((len(labels) + 2) / abreast) - 3)  # what a longer legend takes
-    figure = Figure(figsize=(5.4 * columns, 3.6 * height + 1.3 + below), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(height, columns, squeeze=False)
-    for place, ((dataset, model), block) in zip(axes.flat, panels.items(), strict=False):
-        _panel(place, block, axis, labels)
-        place.set_title(f"{model} on {dataset}", fontsize=11)
-        failed = failures.get((dataset, model), "")
-        place.set_xlabel(
-            AXES[axis] + (f"\n{textwrap.fill(f'failed runs: {failed}', 75)}" if failed else ""),
-            fontsize=9,
-        )
-        place.set_ylabel("test top-1, %")
-    for place in list(axes.flat)[len(panels) :]:
-        place.set_visible(False)
-    handles = {
-        name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels(), strict=True)
+        network: block
+        for network, block in blocks(lines(records)).items()
+        if any(line.budget and line.done for line in block)  # a lone base is no picture
     }
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=abreast,
-        frameon=False,
-        fontsize=9,
-    )
-    seeds = {ln.bases for block in panels.values() for ln in block}
-    most = f"up to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
-    spread = f"mean ± std over {most} base networks" if max(seeds) > 1 else "one base network"
-    heading = textwrap.fill(
-        f"{title}: after adaptation, {spread}", 52 * columns, break_on_hyphens=False
-    )
-    figure.suptitle(f"{heading}\n(points of one size are set side by side)", fontsize=12)
+    drawn = [_sizes(panels, axis, folder / f"error-{axis}.png", title) for axis in AXES if panels]
+    if away := distances(panels):
+        drawn.append(_distances(away, folder / "distance.png", title))
+    return drawn
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, the same bytes for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
     write_atomic(path, buffer.getvalue())
     return path
 
 
-def legend_columns(labels: Sequence[str], width: float) -> int:
-    """How many entries of a legend fit beside each other.
+def _sizes(
+    panels: Mapping[tuple[str, str], Sequence[Line]], axis: str, path: Path, title: str
+) -> Path:
+    columns = min(2, len(panels))
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.6 * columns, 4.6 * height + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(height, columns, squeeze=False)
+    known = styles(line for block in panels.values() for line in block)
+    for place, ((dataset, model), block) in zip(axes.flat, panels.items(), strict=False):
+        _panel(place, block, axis, known)
+        place.set_title(f"{model} on {dataset}", fontsize=11)
+        place.set_xlabel(f"{AXES[axis]}, fewer to the right", fontsize=9)
+        place.set_ylabel("test error, %, lower is better", fontsize=9)
+    for place in list(axes.flat)[len(panels) :]:
+        place.set_visible(False)
+    most = max(line.bases for block in panels.values() for line in block)
+    spread = f"means over {most} base networks, single ones as dots" if most > 1 else "one base"
+    heading = textwrap.fill(f"{title}: {spread}; controls grey", 60 * columns)
+    figure.suptitle(heading, fontsize=12)
+    return save(figure, path)
 
-    Args:
-        labels: Their texts, in 9 point.
-        width: Of the figure, in inches.
+
+def _panel(place: Axes, block: Sequence[Line], axis: str, known: Mapping[str, Style]) -> None:
+    """Error by size of one network: techniques in colour, controls grey, names at the end of their
+    lines.
     """
-    longest = max(map(len, [*labels, "Pareto front of the means"]))
-    return max(1, min(3, int(width / (0.075 * longest + 0.6))))
-
-
-def _panel(place: Axes, block: Sequence[Line], axis: str, labels: Sequence[str]) -> None:
-    points: list[tuple[float, float]] = []
-    dots: list[tuple[float, float, str]] = []  # as drawn
-    shown = [label for label in labels if any(ln.label == label for ln in block)]
-    for label in ["base", *shown]:
-        rows = sorted((_point(ln, axis) for ln in block if ln.label == label), key=lambda p: p[0])
-        if not rows:
-            continue
-        xs, ys = [p[0] for p in rows], [p[1] for p in rows]
-        points += list(zip(xs, ys, strict=True))
-        index = labels.index(label) if label != "base" else -1
-        colour = COLOURS[index % len(COLOURS)] if label != "base" else "#444444"
-        marker = MARKERS[index % len(MARKERS)] if label != "base" else "H"
-        # rows of one shape share an abscissa: shift them a little so that error bars do not hide
-        # each other
-        shift = (
-            1.0 if label == "base" else 1.0 + 0.012 * (shown.index(label) - (len(shown) - 1) / 2)
-        )
-        errors = [p[2] for p in rows] if any(p[2] for p in rows) else None
-        style = "--" if any(ln.control for ln in block if ln.label == label) else "-"
-        place.errorbar(
-            [x * shift for x in xs],
+    names, ends, sizes = short_names(block), list[tuple[float, float, str, Style]](), set[float]()
+    labels = dict.fromkeys(line.label for line in block if line.done and line.budget)
+    for label in labels:
+        rows = sorted((_point(ln, axis), ln) for ln in block if ln.label == label and ln.done)
+        style = known[label]
+        xs, ys = [p[0] for p, _ in rows], [p[1] for p, _ in rows]
+        control = rows[0][1].control
+        sizes.update(xs)
+        place.plot(
+            xs,
             ys,
-            yerr=errors,
-            label=label,
-            color=colour,
-            marker=marker,
-            markersize=5.5,
-            linestyle=style,
-            linewidth=1.2,
-            capsize=3,
+            color=style.colour,
+            marker=style.marker,
+            markersize=3 if control else 5,
+            linestyle=style.line,
+            linewidth=1.0 if control else 1.5,
+            zorder=2 if control else 3,
         )
-        dots += [(x * shift, y, colour) for x, y in zip(xs, ys, strict=True)]
-    front = pareto(points)
-    front.append(
-        (max(p[0] for p in points), front[-1][1])
-    )  # larger networks without better scores are behind it
-    place.plot(
-        [p[0] for p in front],
-        [p[1] for p in front],
-        color="#BBBBBB",
-        linewidth=5,
-        alpha=0.6,
-        zorder=0,
-        drawstyle="steps-post",
-        label="Pareto front of the means",
-        solid_capstyle="butt",
-    )
+        for x, (_, line) in zip(xs, rows, strict=True):
+            runs = [max(LEAST, 100 - top) for top in line.scores().values()]
+            if len(runs) > 1:
+                many = [x] * len(runs)
+                place.scatter(
+                    many, runs, s=7, color=style.colour, alpha=0.35, linewidth=0, zorder=1
+                )
+        failed = sum(line.failed for _, line in rows)
+        cells = sum(line.cells for _, line in rows)
+        text = names[label] + (f" ({failed} of {cells} failed)" if failed else "")
+        ends.append((xs[0], ys[0], text, style))
+    for line in block:
+        if line.budget is None and line.done:
+            _, error = _point(line, axis)
+            place.axhline(error, color=BASE, linestyle=":", linewidth=1)
+            place.annotate(
+                "base",
+                (0.0, error),
+                (3, 3),
+                place.get_yaxis_transform(),
+                "offset points",
+                fontsize=8,
+                color=BASE,
+            )
     place.set_xscale("log")
-    widest = max(p[0] for p in points)
-    narrowest = min(p[0] for p in points)
-    place.set_xlim(narrowest / 1.15, widest * 1.15)
-    ticks = sorted({float(f"{p[0]:.3g}") for p in points})
-    room = max(1.12, (widest / narrowest) ** 0.09)  # labels closer than this would overlap
-    apart = [t for i, t in enumerate(ticks) if i == 0 or t > room * ticks[i - 1]]
-    place.set_xticks(apart, [_short(t) for t in apart])
+    place.set_yscale("log")
+    place.set_xlim(max(sizes) * 1.15, min(sizes) / 1.1)
+    few = _apart(sorted(sizes), 0.085)
+    place.set_xticks(few, [count(x) for x in few], fontsize=8)
+    low, high = place.get_ylim()
+    shown = [t for t in TICKS if low <= t <= high]
+    place.set_yticks(shown, [f"{t:g}" for t in shown], fontsize=8)
     place.minorticks_off()
     place.grid(alpha=0.3)
-    if (bottom := floor_of([y for _, y in points])) is not None:
-        top = max(y for _, y in points)
-        place.set_ylim(bottom, top + max(0.5, 0.1 * (top - bottom)))
-        for x, y, colour in dots:
-            if y < bottom:  # off the scale: an arrow with its value
-                place.annotate(
-                    f"{y:.0f} %",
-                    (x, 0.0),
-                    xytext=(0, 16),
-                    xycoords=place.get_xaxis_transform(),
-                    textcoords="offset points",
-                    color=colour,
-                    fontsize=8,
-                    ha="center",
-                    arrowprops={"arrowstyle": "-|>", "color": colour},
-                )
+    _names(place, ends, 1.03)
 
 
-def floor_of(accuracies: Sequence[float]) -> float | None:
-    """Where an axis of accuracies is to begin so that a few rows far below do not flatten all
-    others; None for all of it.
+def _names(
+    place: Axes, ends: Sequence[tuple[float, float, str, Style]], at: float, left: bool = False
+) -> None:
+    """Names beside points, each as near to its own as the others leave room for.
+
+    Args:
+        place: The panel, with logarithmic axes.
+        ends: (x, y, name, style) of each point.
+        at: Where the names begin, as a share of the panel's width; where they end if ``left``.
+        left: Whether they stand on the left.
     """
-    ranked = sorted(accuracies)
-    if len(ranked) >= MANY:  # Tukey's outer fence
-        low, high = np.percentile(ranked, [25, 75])
-        above = [a for a in ranked if a >= low - max(5.0, 3 * (high - low))]
-    else:
-        gaps = [b - a for a, b in itertools.pairwise(ranked)]
-        if not gaps or max(gaps) < 20 or max(gaps) < 0.6 * (ranked[-1] - ranked[0]):
-            return None
-        above = ranked[gaps.index(max(gaps)) + 1 :]
-    if len(above) == len(ranked) or len(above) <= len(ranked) / 2:
-        return None
-    return above[0] - max(1.0, 0.25 * (above[-1] - above[0]))
+    low, high = map(math.log, place.get_ylim())
+    heights = [(math.log(y) - low) / (high - low) for _, y, _, _ in ends]
+    order = sorted(range(len(ends)), key=lambda i: heights[i])
+    gap = min(0.042, 1 / max(1, len(ends)))
+    for i, height in zip(order, apart([heights[i] for i in order], gap), strict=True):
+        x, y, text, style = ends[i]
+        place.annotate(
+            text,
+            (x, y),
+            (at, height),
+            "data",
+            "axes fraction",
+            fontsize=8,
+            color="#777777" if style.colour == CONTROL else style.colour,
+            va="center",
+            ha="right" if left else "left",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": style.colour,
+                "linewidth": 0.5,
+                "alpha": 0.6,
+                "relpos": (1.0 if left else 0.0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
 
 
-def _short(value: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:g}"
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights in 0 to 1 in ascending order, moved to at least ``gap`` from one another, by the
+    least sum of squares.
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    if not heights:
+        return []
+    steps = gap * np.arange(len(heights))
+    moved = isotonic_regression(np.array(heights) - steps)
+    return list(np.clip(moved, 0.0, max(0.0, 1.0 - steps[-1])) + steps)
 
 
-def _point(line: Line, axis: str) -> tuple[float, float, float]:
-    """(size, mean accuracy, standard deviation or 0)."""
+def _apart(values: Sequence[float], share: float) -> list[float]:
+    """Values of a logarithmic axis that are at least a share of it from one another."""
+    room = (values[-1] / values[0]) ** share if values else 1.0
+    kept: list[float] = []
+    for value in values:
+        if not kept or value >= max(room, 1.05) * kept[-1]:
+            kept.append(value)
+    return kept
+
+
+def _point(line: Line, axis: str) -> tuple[float, float]:
+    """(size, mean error in per cent)."""
     final = line.summary(None)
     size = over_bases({k: float(getattr(r, axis)) for k, r in line.done.items()})
     assert final is not None  # only finished lines are drawn
     assert size is not None
-    return size.mean, final.mean, final.std or 0.0
+    return size.mean, max(LEAST, 100 - final.mean)
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (size, accuracy) that no other point beats in both, by size."""
-    front: list[tuple[float, float]] = []
-    for size, accuracy in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not front or accuracy > front[-1][1]:
-            front.append((size, accuracy))
-    return front
+def distances(
+    panels: Mapping[tuple[str, str], Sequence[Line]],
+) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """For each technique: (everything that it cost over the cost of the base network, its test
+    errors over those of the best network of the same size that was trained from scratch), once for
+    each network and budget that has both. By short name and technique; those without any are left
+    out.
+    """
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for block in panels.values():
+        names = short_names(block)
+        fresh: dict[str | None, float] = {}
+        for line in block:
+            if line.done and line.control and line.first().cell.technique in FRESH:
+                error = max(LEAST, 100 - fmean(line.scores().values()))
+                fresh[line.budget] = min(fresh.get(line.budget, math.inf), error)
+        for line in block:
+            cost = line.cost()
+            if line.control or not line.done or line.budget not in fresh or cost is None:
+                continue
+            error = max(LEAST, 100 - fmean(line.scores().values()))
+            key = names[line.label], line.first().cell.technique
+            found.setdefault(key, []).append((cost.mean, error / fresh[line.budget]))
+    return found
+
+
+def _distances(
+    away: Mapping[tuple[str, str], Sequence[tuple[float, float]]],
+    path: Path,
+    title: str,
+) -> Path:
+    """One point a technique: geometric means over networks and budgets, with the whole range."""
+    figure = Figure(figsize=(8.4, 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    place = figure.subplots()
+    ends, seen = list[tuple[float, float, str, Style]](), list[str]()
+    for (name, technique), pairs in sorted(away.items(), key=lambda a: (len(a[0][0]), a[0])):
+        style = of_technique(technique, seen.count(technique))
+        seen.append(technique)
+        x, y = (float(np.exp(np.mean(np.log(v)))) for v in zip(*pairs, strict=True))
+        ratios = [ratio for _, ratio in pairs]
+        place.plot([x, x], [min(ratios), max(ratios)], color=style.colour, linewidth=1, alpha=0.4)
+        place.plot(x, y, color=style.colour, marker=style.marker, markersize=8, linestyle="")
+        ends.append((x, y, name, style))
+    place.axhline(1.0, color=BASE, linewidth=1.2)
+    place.set_xscale("log")
+    place.set_yscale("log")
+    low, high = place.get_ylim()
+    ticks = [t for t in (0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10) if low <= t <= high]
+    place.set_yticks(ticks, ["as many" if t == 1 else f"{100 * (t - 1):+.0f} %" for t in ticks])
+    costs = [x for x, *_ in ends]
+    marks = [
+        t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20) if min(costs) / 2 <= t <= 2 * max(costs)
+    ]
+    place.set_xticks(marks, [f"{t:g}x" for t in marks])
+    place.minorticks_off()
+    place.grid(alpha=0.3)
+    _beside(place, ends)
+    place.set_xlabel("everything that was computed, over training the base network")
+    place.set_ylabel("test errors, against the best network\nof the same size trained from scratch")
+    many = max(map(len, away.values()))
+    place.set_title(
+        textwrap.fill(f"{title}: means over {many} networks and budgets, with the range", 80),
+        fontsize=10,
+    )
+    return save(figure, path)
+
+
+def _beside(place: Axes, ends: Sequence[tuple[float, float, str, Style]]) -> None:
+    """Names of points: of those at about one place along the axis together, on the side that has
+    more room.
+    """
+    low, high = map(math.log, place.get_xlim())
+    clusters: list[list[tuple[float, float, str, Style]]] = []
+    at: list[tuple[float, float]] = []  # where each begins and ends
+    for end in sorted(ends, key=lambda e: e[0]):
+        x = (math.log(end[0]) - low) / (high - low)
+        if at and x - at[-1][1] < 0.06:
+            clusters[-1].append(end)
+            at[-1] = at[-1][0], x
+        else:
+            clusters.append([end])
+            at.append((x, x))
+    for i, (first, last) in enumerate(at):
+        before = first - (at[i - 1][1] if i else 0.0)
+        after = at[i + 1][0] - last if i + 1 < len(at) else 2.0
+        left = before > after
+        _names(place, clusters[i], first - 0.025 if left else last + 0.025, left)

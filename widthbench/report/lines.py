@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from widthbench.cache import digest_of
+from widthbench.errors import visible
 from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.records import FINAL, Record, Stage
 from widthbench.recipe import Spent
@@ -256,6 +257,28 @@ def blocks(rows: Iterable[Line]) -> dict[tuple[str, str], list[Line]]:
     for line in rows:
         grouped.setdefault((line.dataset, line.model), []).append(line)
     return grouped
+
+
+def short_names(rows: Iterable[Line]) -> dict[str, str]:
+    """Rows' labels, each with the shortest name that tells it from the others: a technique without
+    its parameters, but for those in which rows of the same technique differ.
+    """
+    kinds: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for line in rows:
+        if line.records:
+            cell = line.first().cell
+            kind = f"{cell.technique}:{cell.of}" if cell.of else cell.technique
+            kinds.setdefault(kind, {})[line.label] = cell.params
+        else:
+            kinds.setdefault(line.label, {})[line.label] = {}
+    names: dict[str, str] = {}
+    for kind, labels in kinds.items():
+        known = {k for params in labels.values() for k in params}
+        apart = [k for k in sorted(known) if len({str(p.get(k)) for p in labels.values()}) > 1]
+        for label, params in labels.items():
+            inside = ", ".join(f"{k}={params[k]}" for k in apart if k in params)
+            names[label] = visible(kind + (f" ({inside})" if inside else ""))
+    return names
 
 
 def shape_of(record: Record) -> str:

@@ -9,7 +9,7 @@ import gzip
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,12 @@ from widthbench.report import claims as claims_page
 from widthbench.report import exports, tables
 from widthbench.report.build import file_digest, in_order, of_suite, read_timings
 from widthbench.report.columns import Column, Value, for_people, plain
-from widthbench.report.figures import COLOURS, floor_of
 from widthbench.report.flags import FLAGS
-from widthbench.report.lines import Line, lines
+from widthbench.report.lines import Line, blocks, lines, short_names
+from widthbench.report.matrix import Matrix, matrix
+from widthbench.report.style import styles
 from widthbench.statistics import Summary
 
-SYMBOLS = (
-    "circle",
-    "square",
-    "triangle-up",
-    "diamond",
-    "triangle-down",
-    "cross",
-    "x",
-    "star",
-    "triangle-left",
-)  # as in figures
 DROPPED = ("series", "trace")  # of records: curves and tracebacks would make up most of the page
 
 
@@ -138,7 +128,10 @@ def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
     return environment.get_template("site.html").render(
         version=__version__,
         suites=described,
-        floors={s["name"]: {place: _floor(s, place) for place in s["places"]} for s in described},
+        answered=sorted(
+            (s for s in described if s["citable"] and s["answers"]),
+            key=lambda s: -sum(bool(a["control"]) for a in s["answers"]),
+        ),
         points={s["name"]: s["points"] for s in described},
         claims=[
             {
@@ -148,15 +141,14 @@ def html(shown: Sequence[Shown], claims: Sequence[dict[str, Any]] = ()) -> str:
                     for r in c["rows"]
                 ],
             }
-            for c in claims
+            for c in sorted(claims, key=_measured_first)
         ],
-        verdicts=list(dict.fromkeys(c["verdict"] for c in claims)),
+        verdicts=list(dict.fromkeys(c["verdict"] for c in sorted(claims, key=_measured_first))),
         packed={s.name: _packed(json.dumps(_plain(s.records), allow_nan=False)) for s in shown},
         plotly=_packed(_asset("plotly", "package_data/plotly.min.js")),
         datatables=_packed(_asset("itables", "html/dt_bundle.js")),
         datatables_css=_asset("itables", "html/dt_bundle.css"),
         libraries=", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("plotly", "itables")),
-        style={"colours": COLOURS, "symbols": SYMBOLS},
     )
 
 
@@ -167,20 +159,29 @@ def _suite(shown: Shown) -> dict[str, Any]:
     board = lines(shown.records, cells, shown.timings, ranked=citable)
     titled = for_people(board)
     rows = [_row(line, titled) for line in board]
+    looks = styles(board)
+    places = {f"{model} on {data}": (matrix(b), b) for (data, model), b in blocks(board).items()}
     return {
         "name": shown.name,
         "title": shown.suite.title if shown.suite else "",
         "citable": citable,
         "columns": titled,
         "rows": rows,
-        "places": list(dict.fromkeys(r["place"] for r in rows)),
+        "places": list(places),
+        "matrices": {place: known for place, (known, _) in places.items() if known},
+        "answers": _answers(places),
         "done": sum(r.status == "done" for r in shown.records),
+        "skipped": sum(r.status == "skipped" for r in shown.records),
         "failed": sum(r.status == "failed" for r in shown.records),
         "cells": max(len(cells), len(shown.records)),
         "origins": tables.origins(shown.records, shown.timings),
         "digest": shown.digest,
         "cite": exports.citation(shown.suite, shown.records, shown.digest) if shown.suite else "",
-        "points": [_point(line, row) for line, row in zip(board, rows, strict=True) if line.done],
+        "points": [
+            {**_point(line, row), "style": asdict(looks[line.label])}
+            for line, row in zip(board, rows, strict=True)
+            if line.done
+        ],
     }
 
 
@@ -217,14 +218,52 @@ def _point(line: Line, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _floor(described: Mapping[str, Any], place: str) -> float | None:
-    """Where the axis of a network's chart begins, so that a few rows far below do not flatten the
-    others.
+ANSWERS = ("reproduced", "not reproduced", "proxy", "inconclusive", "not run")
+
+
+def _measured_first(claim: Mapping[str, Any]) -> int:
+    """What was measured comes before what was not run."""
+    return next((i for i, v in enumerate(ANSWERS) if claim["verdict"].startswith(v)), len(ANSWERS))
+
+
+def _answers(
+    places: Mapping[str, tuple[Matrix | None, Sequence[Line]]],
+) -> list[dict[str, Any]]:
+    """Who wins: for each network and budget the best technique, those that it is not told apart
+    from, and the best control.
     """
-    stages = ("final", "recalibrated", "resized")
-    points = [p for p in described["points"] if p["place"] == place]
-    scores = [next(p[s][0] for s in stages if p[s][0] is not None) for p in points]
-    return floor_of(scores)
+    found: list[dict[str, Any]] = []
+    for place, (known, block) in places.items():
+        for i, budget in enumerate(known.budgets if known else []):
+            assert known is not None
+            here = [
+                (n, c, e[i])
+                for n, c, e in zip(known.names, known.controls, known.entries, strict=True)
+            ]
+            best = next(((n, e) for n, _, e in here if e and e.best), None)
+            tops = {
+                ln.label: s.mean
+                for ln in block
+                if ln.budget == budget and ln.control and (s := ln.summary(None))
+            }
+            named = short_names(block)
+            control = max(tops, key=lambda label: tops[label]) if tops else ""
+            if best:
+                found.append(
+                    {
+                        "place": place,
+                        "budget": budget,
+                        "best": best[0],
+                        "top": best[1].text,
+                        "tied": [n for n, _, e in here if e and e.tied],
+                        "control": named.get(control, ""),
+                        "control_top": next(
+                            (e.text for n, c, e in here if c and e and n == named.get(control)), ""
+                        ),
+                        "ahead": any(e.ahead for _, _, e in here if e),
+                    }
+                )
+    return found
 
 
 def _plain(records: Sequence[Record]) -> dict[str, dict[str, Any]]:

@@ -11,10 +11,11 @@ from widthbench.errors import visible
 from widthbench.experiment.cell import CONTROLS
 from widthbench.experiment.records import Record, Stage
 from widthbench.experiment.suites import Suite
-from widthbench.report.columns import COLUMNS, Column, cells_of, for_people, legend
+from widthbench.report.columns import Column, cells_of, for_people, legend
 from widthbench.report.flags import FLAGS
 from widthbench.report.lines import Line, blocks, lines
 from widthbench.report.markdown import escaped, fenced
+from widthbench.report.matrix import LEGEND, base_of, matrix
 from widthbench.statistics import (
     LEAST,
     Difference,
@@ -27,13 +28,13 @@ from widthbench.statistics import (
 )
 
 NOTES = """\
-How to read this: one row is one technique at one budget, mean ± sample standard
-deviation over n distinct base networks (seeds: each has its own train/val split, base and decision;
-seeds on one published checkpoint are averaged and count as one). {legend} *Controls* are not
-techniques: {controls}. Where a technique spreads its budget uniformly, `scratch` and
-`uniform-width` train the same
-widths (with other draws, for other numbers of epochs); channels outside the suite's scope keep
-their width in every row."""
+One row of the details is one technique at one budget, mean ± sample standard deviation over n
+distinct base networks (seeds: each has its own train/val split, base and decision; seeds on one
+published checkpoint are averaged and count as one). {legend}
+
+*Controls* are not techniques: {controls}. Where a technique spreads its budget uniformly, `scratch`
+and `uniform-width` train the same widths (with other draws, for other numbers of epochs); channels
+outside the suite's scope keep their width in every row."""
 
 
 PAIRED = """\
@@ -82,44 +83,21 @@ def leaderboard(
             "**A smoke suite: not for citation.** Few seeds, small data; no ranks are given.",
             "",
         ]
-    if comparable(suite):
-        parts += ["Each technique against L1 and uniform width: [paired.md](paired.md).", ""]
-    state = _state(records, expected)
-    images = {row.samples for r in records for row in r.rows}
-    grain = (
-        f" Test sets of {', '.join(map(str, sorted(images)))} images: one is"
-        f" {100 / min(images):.2g} points."
-        if images
-        else ""
-    )
-    bases = {
-        (r.cell.dataset, r.cell.network, r.provenance.get("checkpoint") or r.cell.seed)
-        for r in records
-    }
-    most = max(
-        (len([b for b in bases if b[:2] == net]) for net in {b[:2] for b in bases}), default=0
-    )
-    longest = (
-        f", but for at most {suite.longest:g} times X's epochs (*train cost* says how far that"
-        " went)"
-        if suite.longest
-        else ""
-    )
-    bases_each = (
-        f"{most} base networks each at most"
-        if most > 1
-        else "one base network each: no ± and no ranks"
-    )
-    controls = "; ".join(c.note for c in CONTROLS.values() if c.note).format(longest=longest)
-    notes = NOTES.format(legend=legend(), controls=controls)
-    parts += [f"{state}; {bases_each}.{grain}", "", notes, ""]
+    parts += [_head(suite, records, expected), "", LEGEND, ""]
     rows = lines(records, suite.cells(), timings, ranked=suite.citable)
     for (dataset, model), block in blocks(rows).items():
         parts += [f"## {escaped(model)} on {escaped(dataset)}", ""]
+        if known := matrix(block):
+            parts += [*([known.base, ""] if known.base else []), known.markdown(), ""]
         if some := [line for line in block if line.records]:
-            parts += [table(some), ""]
+            parts += (
+                _folded(f"All columns, {len(some)} rows", table(some)) if known else [table(some)]
+            )
+            parts.append("")
         if left := [line for line in block if not line.records]:
             parts += [f"*Not run*: {_names(left)}.", ""]
+    parts += _folded("What the columns and the controls are", notes(suite))
+    parts.append("")
     parts += _problems(suite, records, rows) + _footer(records, timings)
     if digest:
         parts.append(
@@ -129,6 +107,51 @@ def leaderboard(
     if cite:
         parts += ["", CITING, "", *fenced(cite, "bibtex")]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _head(suite: Suite, records: Sequence[Record], expected: int) -> str:
+    """How much was run, on what, and where more is."""
+    bases = {
+        (r.cell.dataset, r.cell.network, r.provenance.get("checkpoint") or r.cell.seed)
+        for r in records
+    }
+    networks = {b[:2] for b in bases}
+    most = max((sum(b[:2] == network for b in bases) for network in networks), default=0)
+    each = (
+        f"{most} base networks each at most"
+        if most > 1
+        else "one base network each: no ± and no ranks"
+    )
+    head = f"{_state(records, expected)}; {each}."
+    if images := {row.samples for r in records for row in r.rows}:
+        head += (
+            f" Test sets of {', '.join(map(str, sorted(images)))} images: one is"
+            f" {100 / min(images):.2g} points."
+        )
+    if comparable(suite):
+        head += " Each technique against L1 and uniform width: [paired.md](paired.md)."
+    return head
+
+
+def notes(suite: Suite | None = None) -> str:
+    """What the columns and the controls are, in markdown.
+
+    Args:
+        suite: Whose controls may end early; any, if None.
+    """
+    longest = (
+        f", but for at most {suite.longest:g} times X's epochs (*train cost* says how far that"
+        " went)"
+        if suite and suite.longest
+        else ""
+    )
+    controls = "; ".join(c.note for c in CONTROLS.values() if c.note).format(longest=longest)
+    return NOTES.format(legend=legend(), controls=controls)
+
+
+def _folded(summary: str, text: str) -> list[str]:
+    """Text that a page shows when it is asked to."""
+    return ["<details>", f"<summary>{escaped(summary)}</summary>", "", text, "", "</details>"]
 
 
 def _state(records: Sequence[Record], expected: int) -> str:
@@ -151,14 +174,14 @@ def table(block: Sequence[Line]) -> str:
 
     columns = for_people(block)
     rows = [[cell(line, *pair) for pair in cells_of(line, columns)] for line in block]
-    return _tabulated(columns, rows, "pipe")
+    return _tabulated(columns, rows)
 
 
-def _tabulated(columns: Sequence[Column], rows: Sequence[Sequence[str]], form: str) -> str:
+def _tabulated(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
     return tabulate(
         rows,
         headers=[c.title for c in columns],
-        tablefmt=form,
+        tablefmt="pipe",
         colalign=["right" if c.number else "left" for c in columns],
         disable_numparse=True,
     )
@@ -281,19 +304,19 @@ def _together(block: Sequence[Line], against: Sequence[str]) -> str:
 
 
 def terminal(suite: Suite, records: Sequence[Record], expected: int) -> str:
-    """The short table that a terminal shows at the end of a run."""
-    state, machines = _state(records, expected), "; ".join(origins(records).get("hardware", []))
-    parts = [
-        f"suite {suite.name}: {state}; test accuracy, mean ± std over n base networks; {machines}"
-    ]
-    columns = [c for c in COLUMNS if c.terminal]
+    """What a terminal shows at the end of a run: techniques by budgets, a block for each network on
+    a data set.
+    """
+    machines = "; ".join(origins(records).get("hardware", []))
+    state = f"suite {suite.name}: {_state(records, expected)}; {machines}"
+    parts = [state, "test top-1 in %, mean ± std over base networks; *: the best technique"]
     # of a part of a suite, what was not run has no row
-    rows = [line for line in lines(records, suite.cells()) if line.records]
-    model = Column("network", lambda line: line.model, "model", number=False)
-    cells = [[text for _, text in cells_of(line, [model, *columns])] for line in rows]
-    for line, cell in zip(rows, cells, strict=True):
-        cell[1] += _flags(line)
-    return f"{parts[0]}\n\n" + _tabulated([model, *columns], cells, "simple")
+    rows = [ln for ln in lines(records, suite.cells(), ranked=suite.citable) if ln.records]
+    for (dataset, model), block in blocks(rows).items():
+        parts += ["", f"{visible(model)} on {visible(dataset)}"]
+        parts += [text] if (text := base_of(block)) else []
+        parts += ["", known.plain()] if (known := matrix(block)) else []
+    return "\n".join(parts)
 
 
 def _flags(line: Line) -> str:

@@ -18,9 +18,9 @@ from tabulate import tabulate
 
 from widthbench.experiment.records import Record
 from widthbench.report.curves import save
-from widthbench.report.figures import COLOURS
 from widthbench.report.lines import Line, lines, over_bases
 from widthbench.report.markdown import code, escaped
+from widthbench.report.style import COLOURS
 from widthbench.technique.budget import Budget
 
 STEP = "trajectory.step"
