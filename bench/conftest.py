@@ -13,13 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if WORKER and (visible := [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]):
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(WORKER.removeprefix("gw")) % len(visible)]
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from widthbench.claims import ledger
+from widthbench.cli.common import Told
 from widthbench.engines.worker import Worker
 from widthbench.errors import UsageError
 from widthbench.experiment import suites
@@ -88,6 +89,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except UsageError as error:
         pytest.exit(str(error), returncode=2)
     config.stash[SUITES] = chosen
+    if not WORKER and config.option.verbose == 0 and not config.option.collectonly:
+        config.pluginmanager.register(Lines(config), "widthbench lines")
 
 
 def _results(config: pytest.Config) -> Path:
@@ -126,6 +129,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             name = cell.id if len(metafunc.config.stash[SUITES]) == 1 else f"{suite.name}-{cell.id}"
             seen[name] = pytest.param(cell, id=name, marks=pytest.mark.xdist_group(cell.group))
     metafunc.parametrize("cell", list(seen.values()))
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Cells have lines of their own, and claims a list at the end, instead of dots."""
+    if report.when != "call":
+        return None
+    return report.outcome, "", report.outcome.upper()
+
+
+class Lines:
+    """A line for each finished cell, in the process that has the terminal."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        cells = {c.identity for suite in config.stash[SUITES] for c in suite.cells()}
+        chosen = config.option.keyword or config.option.markexpr
+        self.plugins = config.pluginmanager
+        self.told = Told(None if chosen else len(cells), self.write)
+
+    def write(self, text: str) -> None:
+        terminal = self.plugins.get_plugin("terminalreporter")
+        terminal.ensure_newline()
+        terminal.write_line(text)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            for record in _records([report], Store()):
+                self.told(record)
 
 
 def pytest_terminal_summary(
@@ -171,12 +201,16 @@ def _measured(terminalreporter: pytest.TerminalReporter, store: Store) -> Iterat
     workers report.
     """
     for reports in terminalreporter.stats.values():
-        for report in reports:
-            for name, value in getattr(report, "user_properties", ()):
-                if (name == "failed" and (record := store.failure(value))) or (
-                    name == "done" and (record := store.get(value))
-                ):
-                    yield record
+        yield from _records(reports, store)
+
+
+def _records(reports: Iterable[Any], store: Store) -> Iterator[Record]:
+    for report in reports:
+        for name, value in getattr(report, "user_properties", ()):
+            if (name == "failed" and (record := store.failure(value))) or (
+                name == "done" and (record := store.get(value))
+            ):
+                yield record
 
 
 def _show_claims(terminalreporter: pytest.TerminalReporter) -> None:

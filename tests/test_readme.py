@@ -93,7 +93,7 @@ def test_files_that_pages_link_to_are_there(page):
 
 def test_it_is_short():
     """A stranger reads it in a few minutes."""
-    assert len(README.split()) <= 900
+    assert len(re.findall(r"\S*\w\S*", README)) <= 900  # words, without the rules of tables
 
 
 def test_the_tutorial_runs():
@@ -110,16 +110,9 @@ def test_the_page_on_boards_knows_every_column_mark_and_control():
     text = (ROOT / "docs/reading-a-board.md").read_text()
     for flag in FLAGS:
         assert flag.mark in text
-    for name in (
-        "data",
-        "budget",
-        "recalibrated",
-        "FLOPs (as MACs)",
-        "train cost",
-        "trials",
-        "rank",
-    ):
-        assert f"{name}" in text
+    for column in COLUMNS:
+        if column.title and "," not in column.title and column.title != "fine-tuned / trained":
+            assert column.title in text, column.title
     for name, control in CONTROLS.items():
         assert f"`{name}" in text or not control.note
 

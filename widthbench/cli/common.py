@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,18 @@ def show(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
 
 
 class Told:
-    """Says on standard error what is finished, and about how long the rest will take."""
+    """Says what is finished, how well it did, how many have failed so far, and about how long the
+    rest will take.
 
-    def __init__(self, total: int) -> None:
+    Args:
+        total: How many there will be; None if nobody knows.
+        say: Where it is said; on standard error if None.
+    """
+
+    def __init__(self, total: int | None, say: Callable[[str], Any] | None = None) -> None:
         self.records: list[Any] = []
         self._total, self._begin, self._computed = total, time.monotonic(), 0
+        self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
 
     def __call__(self, record: Any) -> None:
         """Tell of one."""
@@ -135,15 +142,20 @@ class Told:
         ).total_seconds() <= since + 1  # the others were there before
         if not parallel.is_main():
             return
-        left = self._total - len(self.records)
-        rest = (
-            f"  (about {duration(since / self._computed * left)} left)"
-            if left and self._computed
-            else ""
-        )
-        note = f"  {record.reason}" if record.status != "done" else ""
-        text = f"[{len(self.records)}/{self._total}] {record.cell.id}: {record.status}{note}{rest}"
-        print(visible(text), file=sys.stderr, flush=True)
+        count, rest = str(len(self.records)), []
+        if self._total is not None:
+            count += f"/{self._total}"
+            left = self._total - len(self.records)
+            if left and self._computed:
+                rest.append(f"about {duration(since / self._computed * left)} left")
+        if failed := sum(r.status == "failed" for r in self.records):
+            rest.append(f"{failed} failed")
+        note = f"{record.status}  {record.reason}"
+        if record.status == "done":
+            row = record.row()
+            note = f"{row.top1:.2f} %" if row is not None else "done"
+        text = f"[{count}] {record.cell.id}: {note}" + (f"  ({', '.join(rest)})" if rest else "")
+        self._say(visible(text))
 
 
 def duration(seconds: float) -> str:
