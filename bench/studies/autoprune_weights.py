@@ -242,7 +242,8 @@ def draw(rows: list[dict], path: Path) -> Path:
 def table(rows: list[dict]) -> str:
     """Means over seeds by network, variant and μ."""
     lines = []
-    for key in dict.fromkeys((r["network"], r["variant"], r["mu"]) for r in rows):
+    keys = {(r["network"], r["variant"], r["mu"]) for r in rows}
+    for key in sorted(keys, key=lambda k: (k[0], list(VARIANTS).index(k[1]), k[2])):
         some = [r for r in rows if (r["network"], r["variant"], r["mu"]) == key]
         columns = ("compression", "val_top1", "top1", "cosine", "recoveries", "returned")
         dead = sum(r["val_top1"] < r["base_val_top1"] - ALIVE for r in some)
