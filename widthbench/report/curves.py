@@ -4,7 +4,6 @@ curves over the gates of neurons.
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from tabulate import tabulate
 
 from widthbench.experiment.adaptation import STOP
 from widthbench.experiment.records import Record
-from widthbench.paths import write_atomic
+from widthbench.report.figures import save
 from widthbench.report.lines import Line, lines, over_bases
 from widthbench.report.markdown import code, escaped
 from widthbench.report.style import COLOURS
@@ -356,11 +355,3 @@ def _errors(shown: Mapping[str, Record], path: Path, title: str) -> Path:
 def _file(network: str, dataset: str) -> str:
     plain = "".join(c if c.isalnum() or c in "_." else "-" for c in f"{dataset}-{network}")
     return f"errors-{'-'.join(p for p in plain.split('-') if p)}.png"
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, atomically, without what changes from run to run."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png", metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())
-    return path

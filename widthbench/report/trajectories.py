@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tabulate import tabulate
 
 from widthbench.experiment.records import Record
-from widthbench.report.curves import save
+from widthbench.report.figures import save
 from widthbench.report.lines import Line, lines, over_bases
 from widthbench.report.markdown import code, escaped
 from widthbench.report.style import COLOURS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from widthbench.experiment.records import Record
-from widthbench.report.curves import save
-from widthbench.report.lines import Line, lines, over_bases
+from widthbench.report.figures import save
+from widthbench.report.lines import Line, lines, over_bases, short_names
 
 FEW = 5  # groups whose names fit beside each other
 NUMBERED = 24  # groups up to which cells carry their numbers
@@ -47,7 +48,8 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
     groups = {key: _groups(block) for key, block in chosen.items()}
     most = max(map(len, groups.values()))
     heights = [
-        len(block) + 1 + (6 if len(groups[key]) <= NAMED else 2) for key, block in chosen.items()
+        1.3 * (len(_rows(block, groups[key])) + 1) + (6 if len(groups[key]) <= NAMED else 2)
+        for key, block in chosen.items()
     ]
     figure = Figure(
         figsize=(min(18, max(7.5, 3.4 + 0.42 * most)), 0.27 * sum(heights) + 1.2),
@@ -91,13 +93,12 @@ def _groups(block: Sequence[Line]) -> list[str]:
 
 def _panel(place: Axes, block: Sequence[Line], groups: Sequence[str]):  # type: ignore[no-untyped-def]  # an image, of a private type
     base = {name: width for line in block for name, width in line.first().base_widths.items()}
-    counts = np.array(
-        [[base[g] for g in groups], *([_mean(line, g) for g in groups] for line in block)],
-        dtype=float,
-    )
+    rows = {("base",): [base[g] for g in groups]} | _rows(block, groups)
+    counts = np.array([*rows.values()], dtype=float)
     shares = counts / counts[0]
     picture = place.imshow(shares, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
-    place.set_yticks(range(len(block) + 1), ["base", *(line.label for line in block)], fontsize=8)
+    labels = [textwrap.fill(", ".join(names), 44, break_on_hyphens=False) for names in rows]
+    place.set_yticks(range(len(rows)), labels, fontsize=8)
     if len(groups) <= NAMED:
         slant: dict[str, Any] = (
             {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(groups) > FEW else {}
@@ -112,6 +113,17 @@ def _panel(place: Axes, block: Sequence[Line], groups: Sequence[str]):  # type: 
                 colour = "black" if shares[y, x] > 0.55 else "white"
                 place.text(x, y, f"{count:.0f}", ha="center", va="center", fontsize=7, color=colour)
     return picture
+
+
+def _rows(block: Sequence[Line], groups: Sequence[str]) -> dict[tuple[str, ...], list[float]]:
+    """Mean widths by the techniques that have them: those that keep the same are one row."""
+    names = short_names(block)
+    alike: dict[tuple[str, ...], tuple[list[str], list[float]]] = {}
+    for line in block:
+        widths = [_mean(line, g) for g in groups]
+        key = tuple(f"{w:.0f}" for w in widths)
+        alike.setdefault(key, ([], widths))[0].append(names[line.label])
+    return {tuple(some): widths for some, widths in alike.values()}
 
 
 def _mean(line: Line, group: str) -> float:
