@@ -218,16 +218,24 @@ def _on_rows(module: Any, axis: Axis, values: Mapping[str, Tensor], called: nn.M
 def _on_bare(
     model: nn.Module, name: str, dim: int, axis: Axis, values: Mapping[str, Tensor]
 ) -> list[Any]:
-    owner, _, leaf = name.rpartition(".")
-    module: Any = model.get_submodule(owner)
+    holder, _, own = name.rpartition(".")
+    shared = getattr(model.get_submodule(holder), own)
+    owners: list[tuple[Any, str]] = [
+        (module, leaf)
+        for module in model.modules()
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is shared
+    ]
 
     def swap_in(called: Any, args: Any) -> None:
-        tensor = module.__dict__.get(leaf, getattr(module, leaf))
-        gate = _keys(axis, values, tensor)
-        module.__dict__[leaf] = tensor * gate.view(-1, *[1] * (tensor.dim() - dim - 1))
+        for module, leaf in owners:
+            tensor = module.__dict__.get(leaf, shared)
+            gate = _keys(axis, values, tensor)
+            module.__dict__[leaf] = tensor * gate.view(-1, *[1] * (tensor.dim() - dim - 1))
 
     def swap_out(called: Any, args: Any, output: Any) -> None:
-        module.__dict__.pop(leaf, None)
+        for module, leaf in owners:
+            module.__dict__.pop(leaf, None)
 
     return [  # whoever reads them does so while the network runs
         model.register_forward_pre_hook(swap_in),

@@ -707,6 +707,8 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
             "a transposed convolution in groups"
             if transposed
             else "a convolution whose weights are made from activations"
+            if vw.data
+            else "a convolution with bare weights"
         )
         tracer.freeze_all([vx, vw], f"{what} has no rule")
         return with_factors(plain_value([vx, vw]), [])

@@ -326,6 +326,25 @@ class _Operations(TorchDispatchMode):
         return output
 
 
+class _Mean(TorchDispatchMode):
+    """Draws of zeros and ones give their mean: dropout that a forward writes itself does nothing,
+    as the layer does in evaluation.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        t: Any = args[0] if args else None
+        if name == "bernoulli_":
+            p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            return t.copy_(p) if isinstance(p, Tensor) else t.fill_(p)
+        if name == "bernoulli":
+            return torch.full_like(t, args[1]) if len(args) > 1 else t.clone()
+        if name == "native_dropout":
+            return t.clone(), torch.ones_like(t, dtype=torch.bool)
+        return func(*args, **kwargs)
+
+
 Stage = Callable[[Sequence[str]], str]
 
 
@@ -556,26 +575,28 @@ class _Proof:
         return f"gating weights instead of inputs {problem}" if problem else ""
 
     def trains(self, names: Sequence[str]) -> str:
-        """What only training mode uses (auxiliary heads) is not in the trace: there a split must
-        change nothing, a removal must run.
+        """What only training mode uses (auxiliary heads) is not in the trace: there, too, a split
+        must change nothing, and removal must equal gates.
 
         Batch norms and dropout stay as in evaluation. A network that runs the same operations as
-        then, to the same output, has nothing more to show; one that draws at random is not
-        compared.
+        then, to the same output, has nothing more to show; one that draws at random otherwise is
+        not compared, and must run.
         """
         try:
             small = self.narrow(names)
-            with steadily_training(small.net), seeded(0), _Operations() as seen:
-                output = _output(small.net, self.x)
+            with _Operations() as seen:
+                output = self._in_training(small.net)
             if seen.steps == small.steps and not _difference(output, small.output):
                 return ""
-            with steadily_training(small.net), seeded(1):
-                steady = not _difference(_output(small.net, self.x), output)
-            wide = self._wide(small, names)
-            with steadily_training(wide), seeded(0):
-                problem = _difference(_output(wide, self.x), output)
-            if steady and problem:
-                return f"in training mode splitting its channels {problem}"
+            if not _difference(self._in_training(small.net, seed=1), output):
+                wide = self._in_training(self._wide(small, names))
+                if problem := _difference(wide, output):
+                    return f"in training mode splitting its channels {problem}"
+                values = _gates([self.groups[n] for n in names], small.kept)
+                with gated(self.net, self.groups, values):
+                    masked = self._in_training(self.net)
+                if problem := _difference(self._in_training(small.removed), masked):
+                    return f"in training mode removing channels instead of gating them {problem}"
             self.made.clear()  # training changes the statistics of batch norms
             _output(small.removed.train(), self.x)
         except Exception as error:
@@ -583,6 +604,10 @@ class _Proof:
                 return ""
             return f"a resized network does not run in training mode: {_first_line(error)[:120]}"
         return ""
+
+    def _in_training(self, net: nn.Module, seed: int = 0) -> list[Tensor]:
+        with steadily_training(net), seeded(seed), _Mean():
+            return _output(net, self.x)
 
 
 def _bare(t: Tensor) -> Tensor:
