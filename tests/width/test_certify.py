@@ -643,6 +643,48 @@ def test_what_is_left_is_asked_again_without_those_that_failed():
     assert "both or none" in found["a"].reason
 
 
+class InTraining(nn.Module):
+    """Training mode alone does something with the channels that depends on all of them."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.a, self.o, self.more = nn.Linear(4, 12), nn.Linear(12, 3), more
+        nn.init.constant_(self.a.bias, -1.0)
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        y = self.o(h)
+        return y + self.more(h) if self.training else y
+
+
+ACROSS = {
+    "the largest": lambda h: h.amax(1, keepdim=True),
+    "a mean beside a draw": lambda h: h.mean(1, keepdim=True) * torch.full((1,), 0.8).bernoulli(),
+    "a sum after dropout": lambda h: F.dropout(h, 0.3, True).sum(1, keepdim=True) / 12,
+    "the first three after dropout": lambda h: F.dropout(h, 0.3, True)[:, :3],
+}
+
+
+@pytest.mark.parametrize("more", ACROSS)
+def test_what_training_mode_does_across_channels_freezes_them(more):
+    found = find_groups(InTraining(ACROSS[more]), torch.randn(2, 4), cache=False)
+    assert found["a"].grade == "frozen"
+    assert "training mode" in found["a"].reason
+
+
+def test_dropout_in_a_forward_freezes_nothing():
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = nn.Linear(4, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.o(F.dropout(self.a(x).relu(), 0.3, self.training))
+
+    found = find_groups(Dropped(), torch.randn(2, 4), cache=False)
+    assert found["a"].grade == "exact"
+
+
 class Strict(Leaning):
     def forward(self, x):
         if self.a.weight.numel() != 32:

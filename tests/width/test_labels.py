@@ -268,6 +268,83 @@ def test_bare_weights_read_channels_as_a_layer_does(how):
     assert "w" not in vars(model)
 
 
+def test_bare_weights_may_be_shared_between_modules():
+    class Holder(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, h):
+            return h @ self.weight
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 8)
+            self.p = Holder(nn.Parameter(torch.randn(8, 3)))
+            self.q = Holder(self.p.weight)
+
+        def forward(self, x):
+            return self.p(self.a(x).relu()) + self.q(self.b(x).relu())
+
+    model = Twice()
+    found = find_groups(model, torch.randn(2, 4), cache=False)
+    assert [(g.channels, g.grade) for g in found.values()] == [(8, "exact")]  # tied by the weights
+    small = resize(model, found, {"a": keep(torch.tensor([1, 4]))})
+    assert small.p.weight is small.q.weight
+    assert small(torch.randn(2, 4)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_bare_weights_of_a_convolution_read_channels(side):
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.k = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(2, 8, side, side))
+
+        def forward(self, x):
+            return F.conv2d(self.a(x).relu(), self.k)
+
+    model, x = Kernel(), torch.randn(2, 3, 8, 8)
+    found = find_groups(model, x, cache=False)
+    assert [(g.name, g.grade) for g in found.values()] == [("a", "exact")]
+    kept = torch.tensor([0, 5])
+    small = resize(model, found, {"a": keep(kept)})
+    masked = F.conv2d(model.a(x).relu()[:, kept], model.k[:, kept])
+    torch.testing.assert_close(small(x), masked)
+
+
+class Read(nn.Module):
+    """A layer reads, in a product, what bare weights make."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.w = nn.Linear(4, 8), nn.Linear(4, 6), nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x):
+        made = (self.a(x).relu() @ self.w).unsqueeze(1)
+        return (made @ self.b(x).tanh().unsqueeze(2)).squeeze(2)
+
+
+def test_channels_that_bare_weights_make_are_listed_with_the_reason():
+    found = find_groups(Read(), torch.randn(2, 4), cache=False)
+    assert found["a"].grade == "exact"
+    assert found["b"].reason == "the bare weights 'w' make its channels: make them a layer"
+
+
+def test_a_network_of_bare_weights_alone_says_so():
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(8, 2))
+
+        def forward(self, x):
+            return (x @ self.w).relu() @ self.v
+
+    with pytest.raises(NoGroupsError, match="bare weights such as 'w' make its channels"):
+        find_groups(Alone(), torch.randn(2, 4), cache=False).select("all")
+
+
 def test_gates_on_bare_weights_have_gradients():
     model, x = BareWeights(BARE["linear"]), torch.randn(2, 4)
     found = find_groups(model, x, cache=False)

@@ -87,6 +87,9 @@ def discover(model: nn.Module, example_input: Example) -> Groups:
     elif not groups and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         problem = "a ScriptModule has no layers to resize: resize it before torch.jit.script"
         groups = replace(groups, problem=problem)
+    elif not groups and (bare := _bare_weights(model)):
+        problem = f"bare weights such as '{bare}' make its channels: make them layers"
+        groups = replace(groups, problem=problem)
     shapes = shapes_of(labels.output)
     if traced is not inputs:
         shapes = tuple((len(inputs), *s[1:]) if s else s for s in shapes)
@@ -117,6 +120,13 @@ def _own_weight(module: Any) -> bool:
     """Whether the weight of a convolution or linear layer is a parameter of its own."""
     read = kind_of(module) in ("depthwise", *MAKING)
     return not read or "weight" in module._parameters
+
+
+def _bare_weights(model: nn.Module) -> str:
+    """A matrix of weights that is no layer's; "" if there is none."""
+    owners = {name: kind_of(m) for name, m in model.named_modules()}
+    weights = (n for n, p in model.named_parameters() if p.dim() > 1)
+    return next((n for n in weights if owners[n.rpartition(".")[0]] is None), "")
 
 
 def shapes_of(output: Any) -> tuple[tuple[int, ...], ...]:
@@ -555,6 +565,12 @@ class _Assembly:
         only = {n for n in reading if all(r.reads for r in on[n, "out"])}
         producers = [n for n in out if self.kinds[n] in MAKING and n not in only]
         consumers = [str(layer) for layer, side in layers if side == "in"]
+        bare = next((str(k[0]) for k in keys if isinstance(k[1], int)), None)
+        if not producers and only and bare:
+            producers = sorted(only, key=lambda n: self.order[n])
+            part.reason = (
+                part.reason or f"the bare weights '{bare}' make its channels: make them a layer"
+            )
         if not producers or not (consumers or read or part.reason):
             return
         first = producers[0]

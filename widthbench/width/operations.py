@@ -698,6 +698,14 @@ def _convolution(tracer: Tracer, name: str, args: Any, output: Tensor) -> Value:
     fi = next((ids for dims, ids in vw.factors if dims == (int(not turned),)), None)
     layer = tracer.layer_of(fo)
     ruled = groups == 1 or (depthwise and several == 1)
+    key = tracer.owner(fi)
+    if groups == 1 and not vw.data and key is not None and isinstance(key[1], int):
+        start, length = tracer.axes[key]  # bare weights
+        tracer.reading.append(np.arange(start, start + length))
+        for dims, ids in vw.factors:
+            if min(dims) > 1:
+                tracer.freeze(ids, "places of a convolution")
+        vw = with_factors(vw, [f for f in vw.factors if min(f[0]) < 2])
     if (
         (transposed and not ruled)
         or vw.data
