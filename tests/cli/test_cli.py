@@ -162,7 +162,7 @@ def test_help_and_version(capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0
-    assert "exit codes: 0 done, 1 a check fell short, 2 bad input" in capsys.readouterr().out
+    assert "Begin with `widthbench run smoke`" in capsys.readouterr().out
 
 
 def test_data_lists_what_is_there_and_what_to_put_where(here, capsys, monkeypatch):

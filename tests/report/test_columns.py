@@ -48,4 +48,4 @@ def test_what_has_a_column_but_no_number_says_why_once():
 def test_names_are_unique_and_whatever_is_shown_has_a_heading():
     names = [c.name for c in columns.COLUMNS]
     assert len(set(names)) == len(names)
-    assert all(c.title for c in columns.COLUMNS if c.paper or c.bold or c.optional)
+    assert all(c.title for c in columns.COLUMNS if c.paper or c.optional)

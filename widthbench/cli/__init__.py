@@ -63,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Compare techniques that decide how wide each layer of a neural network should be."
         ),
-        epilog="exit codes: 0 done, 1 a check fell short, 2 bad input",
+        epilog=(
+            "Begin with `widthbench run smoke`, a comparison within a minute."
+            " Exit codes: 0 done, 1 a check fell short, 2 bad input."
+        ),
     )
     parser.add_argument("--version", action="version", version=f"widthbench {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)

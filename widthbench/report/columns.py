@@ -32,7 +32,6 @@ class Column:
         paper: Its heading in LaTeX, "" if it is not there.
         optional: Left out, but for CSV, where no row has a value.
         number: Whether it is set to the right.
-        bold: Whether markdown has it in bold.
         always: Whether rows without a result have it, too: those of cells that did not run.
         note: What the legend says of it.
     """
@@ -45,7 +44,6 @@ class Column:
     paper: str = ""
     optional: bool = False
     number: bool = True
-    bold: bool = False
     always: bool = False
     note: str = ""
 
@@ -128,7 +126,6 @@ COLUMNS = (
         "fine-tuned / trained",
         Summary.text,
         paper="fine-tuned",
-        bold=True,
         note="and after the suite's *fine-tuning*, the same for every technique.",
     ),
     Column(

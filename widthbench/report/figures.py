@@ -24,6 +24,7 @@ from widthbench.report.style import BASE, CONTROL, Style, of_technique, styles
 
 AXES = {"macs": "MACs of one image", "params": "parameters"}
 LEAST = 0.01  # per cent of errors, below which a logarithmic axis does not go
+SCRATCH = "best from scratch"
 FRESH = ("scratch", "scratch-budget", "uniform-width")  # controls that train from fresh weights
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 90)
 
@@ -40,15 +41,31 @@ def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
     Returns:
         The files written; none if no record is finished.
     """
-    panels = {
-        network: block
-        for network, block in blocks(lines(records)).items()
-        if any(line.budget and line.done for line in block)  # a lone base is no picture
-    }
+    panels = _panels(lines(records))
     drawn = [_sizes(panels, axis, folder / f"error-{axis}.png", title) for axis in AXES if panels]
-    if away := distances(panels):
+    if len(away := distances(panels)) > 1:
         drawn.append(_distances(away, folder / "distance.png", title))
     return drawn
+
+
+def _panels(rows: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
+    """Rows by network, where there is more than a base: that alone is no picture."""
+    found = blocks(rows)
+    return {n: b for n, b in found.items() if any(line.budget and line.done for line in b)}
+
+
+def linked(rows: Sequence[Line]) -> list[str]:
+    """Lines of markdown that show the figures of a suite's rows, those that ``write`` draws."""
+    panels = _panels(rows)
+    if not panels:
+        return []
+    more = (
+        "Error against [MACs](figures/error-macs.png) and [parameters](figures/error-params.png)."
+    )
+    if len(distances(panels)) < 2:
+        return ["![Test error against MACs](figures/error-macs.png)", "", more, ""]
+    shown = "![Test errors against training from scratch, by cost](figures/distance.png)"
+    return [shown, "", more, ""]
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -219,16 +236,22 @@ def distances(
     """For each technique: (everything that it cost over the cost of the base network, its test
     errors over those of the best network of the same size that was trained from scratch), once for
     each network and budget that has both. By short name and technique; those without any are left
-    out.
+    out. Under ``SCRATCH``, what these best networks cost themselves.
     """
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for block in panels.values():
         names = short_names(block)
         fresh: dict[str | None, float] = {}
+        costs: dict[str | None, float] = {}
         for line in block:
             if line.done and line.control and line.first().cell.technique in FRESH:
                 error = max(LEAST, 100 - fmean(line.scores().values()))
-                fresh[line.budget] = min(fresh.get(line.budget, math.inf), error)
+                if error < fresh.get(line.budget, math.inf):
+                    fresh[line.budget] = error
+                    costs[line.budget] = cost.mean if (cost := line.cost()) else math.nan
+        for budget, own in costs.items():
+            if any(line.budget == budget and line.done and not line.control for line in block):
+                found.setdefault((SCRATCH, ""), []).append((own, 1.0))
         for line in block:
             cost = line.cost()
             if line.control or not line.done or line.budget not in fresh or cost is None:
@@ -251,15 +274,30 @@ def _distances(
     ends, seen = list[tuple[float, float, str, Style]](), list[str]()
     for (name, technique), pairs in sorted(away.items(), key=lambda a: (len(a[0][0]), a[0])):
         style = of_technique(technique, seen.count(technique))
+        if name == SCRATCH:
+            style = Style(BASE, "h", "")
         seen.append(technique)
         x, y = (float(np.exp(np.mean(np.log(v)))) for v in zip(*pairs, strict=True))
         ratios = [ratio for _, ratio in pairs]
         place.plot([x, x], [min(ratios), max(ratios)], color=style.colour, linewidth=1, alpha=0.4)
         place.plot(x, y, color=style.colour, marker=style.marker, markersize=8, linestyle="")
+        if name == SCRATCH:
+            place.annotate(
+                name,
+                (x, y),
+                (0, -16),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=BASE,
+            )
+            continue
         ends.append((x, y, name, style))
     place.axhline(1.0, color=BASE, linewidth=1.2)
     place.set_xscale("log")
     place.set_yscale("log")
+    place.set_xlim(place.get_xlim()[0], place.get_xlim()[1] * 1.3)
+    place.set_ylim(place.get_ylim()[0] / 1.1, place.get_ylim()[1])
     low, high = place.get_ylim()
     ticks = [t for t in (0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10) if low <= t <= high]
     place.set_yticks(ticks, ["as many" if t == 1 else f"{100 * (t - 1):+.0f} %" for t in ticks])
@@ -271,11 +309,15 @@ def _distances(
     place.minorticks_off()
     place.grid(alpha=0.3)
     _beside(place, ends)
-    place.set_xlabel("everything that was computed, over training the base network")
-    place.set_ylabel("test errors, against the best network\nof the same size trained from scratch")
+    place.set_xlabel("everything that was computed, as a multiple of training the base network")
+    place.set_ylabel(
+        "more test errors than the best network\nof the same size trained from scratch"
+    )
+    place.text(0.01, 0.015, "better: lower and further left", fontsize=8, transform=place.transAxes)
     many = max(map(len, away.values()))
+    heading = textwrap.fill(title, 80)
     place.set_title(
-        textwrap.fill(f"{title}: means over {many} networks and budgets, with the range", 80),
+        f"{heading}\nmeans over {many} pairs of network and budget, lines from best to worst",
         fontsize=10,
     )
     return save(figure, path)

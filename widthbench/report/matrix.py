@@ -14,8 +14,8 @@ from widthbench.report.markdown import count, escaped
 LEGEND = """\
 Test top-1 in %, mean ± standard deviation over base networks, after fine-tuning (after the resize
 where a suite trains nothing). **Bold**: the best technique of a budget. ≈: a paired test does not
-tell it from the best. *Italics*: a control, which is no technique; ↑: ahead of the best
-technique."""
+tell it from the best. *Italics*: a control, which is no technique; ↑: its mean is above the best
+technique's (means alone, not tested)."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from widthbench.experiment.cell import CONTROLS
 from widthbench.experiment.records import Record, Stage
 from widthbench.experiment.suites import Suite
 from widthbench.report.columns import Column, cells_of, for_people, legend
+from widthbench.report.figures import linked
 from widthbench.report.flags import FLAGS
 from widthbench.report.lines import Line, blocks, lines
 from widthbench.report.markdown import escaped, fenced
@@ -85,6 +86,7 @@ def leaderboard(
         ]
     parts += [_head(suite, records, expected), "", LEGEND, ""]
     rows = lines(records, suite.cells(), timings, ranked=suite.citable)
+    parts += linked(rows)
     for (dataset, model), block in blocks(rows).items():
         parts += [f"## {escaped(model)} on {escaped(dataset)}", ""]
         if known := matrix(block):
@@ -170,7 +172,7 @@ def table(block: Sequence[Line]) -> str:
         text = escaped(text)
         if column.name == "technique":
             return text + _flags(line)
-        return f"**{text}**" if column.bold and text else text
+        return text
 
     columns = for_people(block)
     rows = [[cell(line, *pair) for pair in cells_of(line, columns)] for line in block]

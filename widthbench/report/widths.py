@@ -63,7 +63,7 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
     figure.colorbar(
         picture,
         ax=list(axes),
-        label="share of the base's channels",
+        label="share of the base's channels (1 and above)",
         shrink=min(1.0, 4 / (0.27 * sum(heights))),
     )
     figure.suptitle(
