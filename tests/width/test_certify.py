@@ -594,7 +594,8 @@ class Helped(nn.Module):
 def test_any_two_groups_keep_different_shares_in_some_network(sizes):
     """Or widths that must be equal, or in proportion, would not be found out."""
     chosen = [Group(f"g{i}", n) for i, n in enumerate(sizes)]
-    rounds = [proofs._widths(chosen), *(widths for widths, _ in proofs._rounds(chosen))]
+    rounds = [widths for widths, _ in proofs._rounds(chosen)]
+    assert rounds[0] == proofs._widths(chosen)
     assert len(rounds) <= 3 + 2 * max(1, (len(sizes) - 1).bit_length())
     for i, a in enumerate(sizes):
         assert any(r[i] == 1 for r in rounds)
@@ -683,6 +684,27 @@ def test_dropout_in_a_forward_freezes_nothing():
 
     found = find_groups(Dropped(), torch.randn(2, 4), cache=False)
     assert found["a"].grade == "exact"
+
+
+class Selecting(nn.Module):
+    """Passes on the channels that a number in it picks, which must stay where they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(9, 8)
+        self.c, self.d = nn.Linear(12, 8), nn.Linear(8, 3)
+        self.e = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        picked = h[:, [0, 2, 3, 6, 7, 8, 9, 10, 11]]
+        return self.d(self.b(picked).relu()) + self.e(self.c(h).relu())
+
+
+def test_what_must_stay_takes_nothing_else_with_it():
+    found = find_groups(Selecting(), torch.randn(2, 4), cache=False)
+    assert {n: found[n].grade for n in ("b", "c")} == {"b": "exact", "c": "exact"}
+    assert {g.grade for n, g in found.items() if n.startswith("a")} == {"frozen"}
 
 
 class Strict(Leaning):

@@ -470,8 +470,7 @@ class _Proof:
 
     def fits(self, names: Sequence[str]) -> str:
         """Widths fit together, by shapes: down to one channel per block, and for any two groups a
-        network in which they keep different shares of their channels, those of ``narrow``
-        included.
+        network in which they keep different shares of their channels.
         """
         chosen = [self.groups[n] for n in names]
         try:
@@ -738,13 +737,13 @@ def _share(width: int, size: int) -> tuple[int, int]:
 
 
 def _rounds(chosen: Sequence[Group]) -> Iterator[tuple[list[int], int]]:
-    """Further networks to try by their shapes: channels that are left of each block, and how many
-    samples show it.
+    """Networks to try by their shapes: channels that are left of each block, and how many samples
+    show it.
 
-    All groups are at one channel per block in one of them, and for any two there is one in which
-    they keep different shares, ``_widths`` included: of those across which norms run, and of the
-    others, which are narrowed apart. Groups of few channels run out of numbers: these need more
-    networks.
+    The first is that of ``_widths``; all groups are at one channel per block in one of them, and
+    for any two there is one in which they keep different shares: of those across which norms run,
+    and of the others, which are narrowed apart later. Groups of few channels run out of numbers:
+    these need more networks.
     """
     normalised = np.array([g.normalised for g in chosen])
     sizes = np.array([g.channels // g.blocks for g in chosen])
@@ -755,6 +754,7 @@ def _rounds(chosen: Sequence[Group]) -> Iterator[tuple[list[int], int]]:
     can_change = (sizes > 1)[:, None] | (sizes > 1)[None]
     together = normalised[:, None] == normalised[None]
     alike = can_change & together & ~np.eye(len(sizes), dtype=bool) & _same_share(first, sizes)
+    yield first, 1
     if any(n > 1 for n in first):
         yield [1] * len(first), 2
     draw = np.random.default_rng(0)
