@@ -146,16 +146,23 @@ class Lines:
         chosen = config.option.keyword or config.option.markexpr
         self.plugins = config.pluginmanager
         self.told = Told(None if chosen else len(cells), self.write)
+        self.running: list[str] = []
 
     def write(self, text: str) -> None:
         terminal = self.plugins.get_plugin("terminalreporter")
         terminal.ensure_newline()
         terminal.write_line(text)
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        if "test_cell[" in nodeid:
+            self.running.append(nodeid)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
+            self.running = [n for n in self.running if n != report.nodeid]
+            now = [n.partition("[")[2].partition("]")[0] for n in self.running]
             for record in _records([report], Store()):
-                self.told(record)
+                self.told(record, now)
 
 
 def pytest_terminal_summary(

@@ -1,5 +1,7 @@
 """What the README shows is what the committed results say, and its code runs."""
 
+import doctest
+import importlib
 import json
 import re
 import subprocess
@@ -167,3 +169,18 @@ def test_suites_have_as_many_cells_as_their_page_says():
         )
     }
     assert said == {name: len(suites.load(name).cells()) for name in suites.names()}
+
+
+EXAMPLES = [
+    path.relative_to(ROOT).with_suffix("")
+    for folder in ("widthbench", "methods", "baselines")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if ">>>" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("module", [".".join(path.parts) for path in EXAMPLES])
+def test_examples_of_the_reference_run(module):
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.attempted
+    assert not found.failed

@@ -130,8 +130,13 @@ class Told:
         self._total, self._begin, self._computed = total, time.monotonic(), 0
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
 
-    def __call__(self, record: Any) -> None:
-        """Tell of one."""
+    def __call__(self, record: Any, now: Sequence[str] = ()) -> None:
+        """Tell of one.
+
+        Args:
+            record: What is finished.
+            now: What is running, by name.
+        """
         from widthbench import parallel
 
         self.records.append(record)
@@ -150,6 +155,8 @@ class Told:
                 rest.append(f"about {duration(since / self._computed * left)} left")
         if failed := sum(r.status == "failed" for r in self.records):
             rest.append(f"{failed} failed")
+        if now:
+            rest.append(f"now {', '.join(now)}")
         note = f"{record.status}  {record.reason}"
         if record.status == "done":
             row = record.row()

@@ -16,8 +16,6 @@ from widthbench.experiment.records import FINAL, Record, Stage
 from widthbench.recipe import Spent
 from widthbench.statistics import Summary, ranks, summarise
 
-ACCESS_ORDER = ("none", "unlabelled", "labelled", "training", "")
-
 # the base network (its checkpoint's digest, or the seed that trained it), and the cell's seed
 Key = tuple[object, int]
 Place = tuple[str, str, str, str | None]  # data set, network, technique with parameters, budget
@@ -190,7 +188,7 @@ def lines(
     ranked: bool = False,
 ) -> list[Line]:
     """Records grouped to rows, in leaderboard order: by network, then budget from large to small,
-    controls last.
+    the best mean first, controls last.
 
     Args:
         records: A suite's.
@@ -221,7 +219,7 @@ def lines(
         return (
             networks.index((line.dataset, line.model)),
             -kept,
-            len(ACCESS_ORDER) if line.control else ACCESS_ORDER.index(line.access),
+            line.control,
             -(top.mean if top else -1.0),
             line.label,
         )

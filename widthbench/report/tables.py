@@ -132,6 +132,7 @@ def _head(suite: Suite, records: Sequence[Record], expected: int) -> str:
         )
     if comparable(suite):
         head += " Each technique against L1 and uniform width: [paired.md](paired.md)."
+    head += " How to read it: `docs/reading-a-board.md`."
     return head
 
 
