@@ -31,13 +31,11 @@ def excerpt_from(board: str) -> str:
     (block,) = re.findall(r"^## lenet_300_100 on mnist\n.*?(^\|.*?)\n\n", board, flags=re.S | re.M)
     rows = [[c.strip() for c in row.strip("|").split("|")] for row in block.splitlines()]
     head = rows[0]
-    shown = [
-        head.index(c) for c in ("technique", "looks at", "macs:0.25", "macs:0.0625", "train cost")
-    ]
+    columns = ("technique", "looks at", "macs:0.25", "macs:0.03125")
+    shown = [head.index(c) for c in columns]
     kept = [[r[i] for i in shown] for r in rows[2:-1]]
     kept.sort(key=lambda r: (not r[1], -float(r[3].strip("*").split()[0])))
-    lines = [[head[i] for i in shown], *kept]
-    lines.insert(1, [":--", ":--", "--:", "--:"])
+    lines = [[head[i] for i in shown], [":--", ":--", "--:", "--:"], *kept]
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
