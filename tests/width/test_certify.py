@@ -644,6 +644,21 @@ def test_what_is_left_is_asked_again_without_those_that_failed():
     assert "both or none" in found["a"].reason
 
 
+class Doubling(Leaning):
+    """As two layers, each alone fits, and gives twice as much."""
+
+    def forward(self, x):
+        h, g = self.a(x).relu(), self.b(x).relu()
+        alone = (self.a.weight.numel() < 32) != (self.b.weight.numel() < 32)
+        return self.c(h) * (2 if alone else 1) + self.d(g) * 0
+
+
+def test_removal_is_asked_again_without_those_that_failed():
+    found = find_groups(Doubling(), torch.randn(2, 4), cache=False)
+    assert found["a"].grade == "frozen"
+    assert "removing channels instead of gating them" in found["a"].reason
+
+
 class InTraining(nn.Module):
     """Training mode alone does something with the channels that depends on all of them."""
 
