@@ -645,11 +645,16 @@ def test_what_is_left_is_asked_again_without_those_that_failed():
 
 
 class Doubling(Leaning):
-    """As two layers, each alone fits, and gives twice as much."""
+    """Either layer gives twice as much where it alone is narrow."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(4, 16)
+        self.c, self.d = nn.Linear(16, 3), nn.Linear(16, 3)
 
     def forward(self, x):
         h, g = self.a(x).relu(), self.b(x).relu()
-        alone = (self.a.weight.numel() < 32) != (self.b.weight.numel() < 32)
+        alone = (self.a.weight.numel() < 64) != (self.b.weight.numel() < 64)
         return self.c(h) * (2 if alone else 1) + self.d(g) * 0
 
 
