@@ -51,9 +51,8 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "training mode is not looked at",
         PROOFS,
         "            small = self.narrow(names)\n"
-        "            with _Operations() as seen:\n                output = self._in_training",
-        '            return ""\n'
-        "            with _Operations() as seen:\n                output = self._in_training",
+        "            output, steps = self._in_training(small.net)",
+        '            return ""\n            output, steps = self._in_training(small.net)',
     ),
     (
         "groups that nothing depends on pass",

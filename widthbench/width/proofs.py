@@ -269,7 +269,8 @@ def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Inputs) 
         left, before = [*candidates], -1
         while left and len(failed) != before:  # until all that is left has passed together
             before = len(failed)
-            left = whole.survivors(whole.fits, left, failed)
+            with _affines(net, groups, [n for n in named["coupled"] if n in left]):
+                left = whole.survivors(whole.fits, left, failed)
             exact = whole.settle([n for n in named["exact"] if n in left], failed)
             if names := [n for n in named["coupled"] if n in left]:
                 # where the others are narrowed already, as a plan of all of them does
@@ -326,23 +327,22 @@ class _Operations(TorchDispatchMode):
         return output
 
 
-class _Mean(TorchDispatchMode):
-    """Draws of zeros and ones give their mean: dropout that a forward writes itself does nothing,
-    as the layer does in evaluation.
+class _Mean(_Operations):
+    """The same, where draws of zeros and ones give their mean: dropout that a forward writes itself
+    does nothing, as the layer does in evaluation.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
+        name, more = func.overloadpacket.__name__, kwargs or {}
         t: Any = args[0] if args else None
         if name == "bernoulli_":
-            p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            p = args[1] if len(args) > 1 else more.get("p", 0.5)
             return t.copy_(p) if isinstance(p, Tensor) else t.fill_(p)
         if name == "bernoulli":
             return torch.full_like(t, args[1]) if len(args) > 1 else t.clone()
         if name == "native_dropout":
             return t.clone(), torch.ones_like(t, dtype=torch.bool)
-        return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 Stage = Callable[[Sequence[str]], str]
@@ -413,7 +413,8 @@ class _Proof:
 
     def settle(self, names: Sequence[str], failed: dict[str, str]) -> list[str]:
         """The groups that pass all further stages; the reasons of the others go into ``failed``."""
-        left = self.survivors(self.removes, names, failed)
+        left = self.survivors(self.least, names, failed)
+        left = self.survivors(self.removes, left, failed)
         if left:
             failed |= self.insensitive(left)
         for stage in (self.splits, self.weighs, self.trains):
@@ -479,6 +480,15 @@ class _Proof:
                 plan = {g.name: keep(_kept(g, left)) for g, left in kept}
                 x = self.shapes[1].first(max(samples, self.groups.samples))
                 _output(_resized(self.shapes[0], self.groups, plan), x)
+        except Exception as error:
+            return _does_not_run(error)
+        return ""
+
+    def least(self, names: Sequence[str]) -> str:
+        """One channel per block of each runs, norms and all."""
+        try:
+            plan = {n: keep(_kept(self.groups[n], 1)) for n in names}
+            _output(_resized(self.net, self.groups, plan), self.x)
         except Exception as error:
             return _does_not_run(error)
         return ""
@@ -583,18 +593,17 @@ class _Proof:
         """
         try:
             small = self.narrow(names)
-            with _Operations() as seen:
-                output = self._in_training(small.net)
-            if seen.steps == small.steps and not _difference(output, small.output):
+            output, steps = self._in_training(small.net)
+            if steps == small.steps and not _difference(output, small.output):
                 return ""
-            if not _difference(self._in_training(small.net, seed=1), output):
-                wide = self._in_training(self._wide(small, names))
+            if not _difference(self._in_training(small.net, seed=1)[0], output):
+                wide, _ = self._in_training(self._wide(small, names))
                 if problem := _difference(wide, output):
                     return f"in training mode splitting its channels {problem}"
                 values = _gates([self.groups[n] for n in names], small.kept)
                 with gated(self.net, self.groups, values):
-                    masked = self._in_training(self.net)
-                if problem := _difference(self._in_training(small.removed), masked):
+                    masked, _ = self._in_training(self.net)
+                if problem := _difference(self._in_training(small.removed)[0], masked):
                     return f"in training mode removing channels instead of gating them {problem}"
             self.made.clear()  # training changes the statistics of batch norms
             _output(small.removed.train(), self.x)
@@ -604,9 +613,9 @@ class _Proof:
             return f"a resized network does not run in training mode: {_first_line(error)[:120]}"
         return ""
 
-    def _in_training(self, net: nn.Module, seed: int = 0) -> list[Tensor]:
-        with steadily_training(net), seeded(seed), _Mean():
-            return _output(net, self.x)
+    def _in_training(self, net: nn.Module, seed: int = 0) -> tuple[list[Tensor], list[Step]]:
+        with steadily_training(net), seeded(seed), _Mean() as seen:
+            return _output(net, self.x), seen.steps
 
 
 def _bare(t: Tensor) -> Tensor:
