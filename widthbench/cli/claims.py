@@ -1,4 +1,4 @@
-"""What the source documents report, with verdicts."""
+"""What the papers report, with verdicts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def add(verbs: Any) -> None:
     """Add the verb to the command line."""
     verb = verbs.add_parser(
         "claims",
-        help="what the source documents report against what was measured, with verdicts",
+        help="what the papers report against what was measured, with verdicts",
         description=(
-            "Judge the claims of the source documents by the published records; with --run or"
+            "Judge the claims of the papers by the published records; with --run or"
             " --results by those in a folder of yours, where claims.md is then written. A claim"
             " that is not reproduced is a result: the exit code is 0."
         ),

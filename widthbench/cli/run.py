@@ -87,7 +87,7 @@ def add(verbs: Any) -> None:
         type=seconds,
         metavar="SECONDS",
         help=(
-            "stop after so many seconds, a slot on a cluster, say: what is finished is kept and"
+            "stop after so many seconds (the time of a job on a cluster): what is finished is kept and"
             " reported, and the next run goes on from there"
         ),
     )
