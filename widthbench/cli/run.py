@@ -87,8 +87,8 @@ def add(verbs: Any) -> None:
         type=seconds,
         metavar="SECONDS",
         help=(
-            "stop after so many seconds (the time of a job on a cluster): what is finished is kept and"
-            " reported, and the next run goes on from there"
+            "stop after so many seconds (the time of a job on a cluster): what is finished is kept"
+            " and reported, and the next run goes on from there"
         ),
     )
     verb.add_argument(
