@@ -143,7 +143,7 @@ class Lines:
 
     def __init__(self, config: pytest.Config) -> None:
         cells = {c.identity for suite in config.stash[SUITES] for c in suite.cells()}
-        chosen = config.option.keyword or config.option.markexpr
+        chosen = config.option.keyword  # how many it leaves is not known here
         self.plugins = config.pluginmanager
         self.told = Told(None if chosen else len(cells), self.write)
         self.running: list[str] = []

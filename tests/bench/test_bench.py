@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,6 +102,8 @@ def test_what_one_run_leaves_when_it_is_killed_two_workers_complete(bench, tmp_p
     board = (folder / "leaderboard.md").read_text()
     assert main(["report", *options[1:]]) == 0  # the same page from the store
     assert (folder / "leaderboard.md").read_text() == board
+    again = bench(*options, "-n", "2", what="bench/test_comparisons.py").stdout
+    assert re.search(r"^\[6/6\] digits-lenet_300_100-\S+: \d+\.\d\d %", again, flags=re.M)
 
 
 @pytest.mark.slow
