@@ -271,7 +271,10 @@ def _grade_on(net: nn.Module, groups: Groups, candidates: list[str], x: Inputs) 
             before = len(failed)
             with _affines(net, groups, [n for n in named["coupled"] if n in left]):
                 left = whole.survivors(whole.fits, left, failed)
-            exact = whole.settle([n for n in named["exact"] if n in left], failed)
+            exact = [n for n in named["exact"] if n in left]
+            if named["coupled"]:  # with the norms in place, too
+                exact = whole.survivors(whole.least, exact, failed)
+            exact = whole.settle(exact, failed)
             if names := [n for n in named["coupled"] if n in left]:
                 # where the others are narrowed already, as a plan of all of them does
                 rest = whole.narrow(exact)
@@ -413,8 +416,7 @@ class _Proof:
 
     def settle(self, names: Sequence[str], failed: dict[str, str]) -> list[str]:
         """The groups that pass all further stages; the reasons of the others go into ``failed``."""
-        left = self.survivors(self.least, names, failed)
-        left = self.survivors(self.removes, left, failed)
+        left = self.survivors(self.removes, names, failed)
         if left:
             failed |= self.insensitive(left)
         for stage in (self.splits, self.weighs, self.trains):
