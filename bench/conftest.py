@@ -89,7 +89,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except UsageError as error:
         pytest.exit(str(error), returncode=2)
     config.stash[SUITES] = chosen
-    if not WORKER and config.option.verbose == 0 and not config.option.collectonly:
+    if not WORKER and config.option.verbose <= 0 and not config.option.collectonly:
         config.pluginmanager.register(Lines(config), "widthbench lines")
 
 

@@ -30,8 +30,8 @@ from tabulate import tabulate
 import widthbench
 from widthbench.networks import models
 from widthbench.paths import write_atomic
-from widthbench.report.figures import COLOURS, MARKERS
 from widthbench.report.speed import where
+from widthbench.report.style import COLOURS, KNOWN
 from widthbench.training.measuring import fastest_layout, peak_memory_mib, replayed
 from widthbench.width.cost import count_macs
 
@@ -144,7 +144,7 @@ def draw(rows: list[dict[str, Any]]) -> bytes:
                 ys,
                 yerr=spread,
                 color=COLOURS[i],
-                marker=MARKERS[i],
+                marker=[*KNOWN.values()][i][1],
                 markersize=5.5,
                 capsize=3,
                 label=name,

@@ -135,6 +135,11 @@ def test_figures_are_drawn(tmp_path):
     assert figures.write([], tmp_path, "title") == []
 
 
+def test_two_budgets_that_end_at_one_point_are_drawn(tmp_path):
+    records = [record(seed=0, budget=b, key=b) for b in ("macs:0.5", "macs:0.25")]
+    assert figures.write(records, tmp_path, "title")
+
+
 def test_a_distance_is_the_ratio_of_errors_to_the_best_from_scratch():
     records = [
         record("uniform-width", 0, 95.0),

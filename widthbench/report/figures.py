@@ -106,7 +106,8 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, known: Mapping[str, St
     names, ends, sizes = short_names(block), list[tuple[float, float, str, Style]](), set[float]()
     labels = dict.fromkeys(line.label for line in block if line.done and line.budget)
     for label in labels:
-        rows = sorted((_point(ln, axis), ln) for ln in block if ln.label == label and ln.done)
+        rows = [(_point(ln, axis), ln) for ln in block if ln.label == label and ln.done]
+        rows.sort(key=lambda row: row[0])  # of two budgets below the floor, both may be equal
         style = known[label]
         xs, ys = [p[0] for p, _ in rows], [p[1] for p, _ in rows]
         control = rows[0][1].control

@@ -57,8 +57,8 @@ def find_groups(model: nn.Module, example_input: Example, *, cache: bool = True)
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without Python's collector of cycles, which looks at every object of torch and timm once a
-    second or so and finds nothing: a seventh of a first call's time.
+    """Without Python's collector of cycles, which may look at every object of torch and timm
+    and finds nothing: 0.25 of 2.0 s in a first call on ViT-Tiny.
     """
     enabled = gc.isenabled()
     gc.disable()
