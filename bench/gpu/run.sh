@@ -6,11 +6,13 @@
 #   bench/gpu/run.sh measure SECONDS      the suite that wants a GPU, within so many seconds
 #   bench/gpu/run.sh timings              latency and memory of what it found
 #   bench/gpu/run.sh operations           latency of networks by budget; what asv measures
+#   bench/gpu/run.sh slot SECONDS         cells, the latency figure and timings in one call, each for as long as there is time
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=${WIDTHBENCH_GPU:-/tmp/widthbench-gpu}
 out=${OUT:-$here/out}
 mkdir -p "$here" "$out"
+suite=${SUITE:-merging-cifar10}
 commit=$(cat "$here/parts/COMMIT" 2>/dev/null || echo none)
 site=$here/site-$commit # what is mended, packed and received again must not run as it was
 export PYTHONPATH=$site PYTHONUNBUFFERED=1 WIDTHBENCH_CACHE=$here/cache WIDTHBENCH_DATA=$here/data OMP_NUM_THREADS=1
@@ -32,12 +34,40 @@ for needed in requires("widthbench") or []:
 if lacking:
     sys.exit(f"this machine lacks {', '.join(lacking)}: name them in pack.py --need")
 PY
+}
+
+unpack() {
   for tar in train test; do
     if [ ! -s "$here/data/cifar10/$tar.tar" ] && ls "$here/parts/$tar.tar.xz."* >/dev/null 2>&1; then
       mkdir -p "$here/data/cifar10"
       cat "$here/parts/$tar.tar.xz."* | xz -dc >"$here/part.tar" && mv "$here/part.tar" "$here/data/cifar10/$tar.tar"
     fi
   done
+  [ ! -d "$here/data/cifar10" ] || $python -c 'from widthbench.data import sources; sources.load("cifar10")' # decoded once, for all workers
+}
+
+# NVIDIA's service for processes that share a card: without it they take turns, and small kernels leave most of it idle.
+# A process of this user, no setting of the card; where it does not work they take turns.
+share() {
+  local control=/usr/local/nvidia/bin/nvidia-cuda-mps-control
+  [ -x "$control" ] || control=$(command -v nvidia-cuda-mps-control) || { echo "processes take turns on the card: no MPS here"; return 0; }
+  export CUDA_MPS_PIPE_DIRECTORY=$here/mps CUDA_MPS_LOG_DIRECTORY=$here/mps
+  mkdir -p "$here/mps"
+  if timeout 20 "$control" -d && timeout 40 $python -c 'import torch; print(torch.ones(2, device="cuda").sum().item(), "by MPS")'; then
+    mps=$control
+  else
+    echo "processes take turns on the card: MPS does not answer"
+    alone
+  fi
+}
+alone() {
+  [ -z "${mps:-}" ] || echo quit | timeout 20 "$mps" || true
+  unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+}
+
+bring() {
+  cp "$here/results/$suite/records.jsonl" "$here/results/$suite/timings.jsonl" "$out/" 2>/dev/null || true
+  [ ! -d "$here/cache/bases" ] || tar -C "$here/cache" -cf "$out/bases.tar" --exclude='*.lock' bases
 }
 
 case ${1:-} in
@@ -61,9 +91,8 @@ check)
   ;;
 measure)
   install
+  unpack
   cd "$here" && repo=$OLDPWD
-  suite=${SUITE:-merging-cifar10}
-  bring() { cp "$here/results/$suite/records.jsonl" "$here/results/$suite/timings.jsonl" "$out/" 2>/dev/null || true; }
   trap bring EXIT
   (( $2 > 120 )) || { echo "measure: $2 s are too few; a minute of them is for the report" >&2; exit 2; }
   # SECONDS are the whole step's: a report comes at their end; a record is a file of the cache as soon as its cell is done
@@ -72,13 +101,35 @@ measure)
 timings)
   install
   cd "$here" && repo=$OLDPWD
-  suite=${SUITE:-merging-cifar10}
-  trap 'cp "$here/results/$suite/records.jsonl" "$here/results/$suite/timings.jsonl" "$out/" 2>/dev/null || true' EXIT
+  trap bring EXIT
   $python -m widthbench report "$suite" --results "$here/results" | tail -60 || true # 1: cells failed
   ;;
 speed)
   install
   $python bench/gpu/speed.py --write "$out/speed.jsonl"
+  ;;
+slot)
+  begin=$SECONDS
+  left() { echo $(($2 - (SECONDS - begin) - $1)); }
+  (( $2 > 240 )) || { echo "slot: $2 s are too few: 130 of them are for what follows the cells" >&2; exit 2; }
+  install
+  cd "$here" && repo=$OLDPWD
+  trap bring EXIT
+  unpack
+  share
+  echo "cells begin after $((SECONDS - begin)) s"
+  cells=$(left 130 "$2")
+  $python -m widthbench run "$suite" --only ${ONLY:-vgg mobilenet} --order seed --jobs ${JOBS:-10} --within "$cells" --no-timing --results "$here/results" >"$out/log.txt" 2>&1 &
+  run=$!
+  while kill -0 $run 2>/dev/null && (( $(left 124 "$2") > 0 )); do sleep 1; done # 6 s more: its workers are gone, it writes the report
+  alone
+  echo "latency begins after $((SECONDS - begin)) s"
+  timeout "$(left 15 "$2")" $python "$repo/bench/studies/latency.py" --device cuda --write "$out/latency-cuda" || true
+  while kill -0 $run 2>/dev/null && (( $(left 10 "$2") > 0 )); do sleep 1; done
+  bring
+  tail -40 "$out/log.txt"
+  (( $(left 25 "$2") <= 0 )) || timeout "$(left 5 "$2")" $python -m widthbench report "$suite" --results "$here/results" >>"$out/log.txt" 2>&1 || true
+  echo "over after $((SECONDS - begin)) s"
   ;;
 operations)
   install
@@ -92,7 +143,7 @@ PY
   cat "$out/operations.json"
   ;;
 *)
-  sed -n 2,9p "$0"
+  sed -n 2,10p "$0"
   exit 2
   ;;
 esac
