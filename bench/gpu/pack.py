@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from widthbench.data.sources import locate
+from widthbench.experiment.published import FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 NEED = (
@@ -42,9 +43,17 @@ def command(*words: str) -> str:
 
 
 def wheels(folder: Path, python: str, need: list[str]) -> None:
-    """This package, and others in the versions that are installed here, for Linux on x86-64."""
+    """This package as it is committed, with the published base networks and no other results, and
+    packages in the versions that are installed here, for Linux on x86-64.
+    """
     pip = [sys.executable, "-m", "pip", "-q"]
-    command(*pip, "wheel", "--no-deps", "-w", str(folder), str(ROOT))
+    with tempfile.TemporaryDirectory() as clean:  # a build in the checkout takes old files along
+        command("git", "archive", "-o", f"{clean}/.tar", "HEAD")
+        shutil.unpack_archive(f"{clean}/.tar", clean, "tar", filter="data")
+        for path in Path(clean, "results", "published").iterdir():
+            if path.is_dir() and path.name != FOLDER:
+                shutil.rmtree(path)
+        command(*pip, "wheel", "--no-deps", "-w", str(folder), clean)
     wanted = [f"{name}=={version(name)}" for name in need]
     platforms = [word for n in GLIBC for word in ("--platform", f"manylinux_2_{n}_x86_64")]
     target = [
