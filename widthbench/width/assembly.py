@@ -20,7 +20,7 @@ from widthbench.width.adapters import Origin
 from widthbench.width.groups import Axis, Group, Groups, Segment, WidthAttribute
 from widthbench.width.inputs import Example, Inputs
 from widthbench.width.labels import OUTPUT, Ids, Key, Labels, Product, Size, evaluating
-from widthbench.width.layers import MAKING, kind_of
+from widthbench.width.layers import MAKING, kind_of, norms_apart
 from widthbench.width.operations import trace
 
 MAX_PARTS = 64  # a group cut into more parts than this has permuted channels, not concatenated ones
@@ -578,7 +578,8 @@ class _Assembly:
         runs = layouts[first, "out"]
         mine = [r for r in runs if index in (r.part, r.outer)]
         if part.heads:
-            name = f"{first}.heads"
+            normed = np.isin(part.channels, self.labels.normed_blocks).all()
+            name = f"{first}.{'blocks' if normed else 'heads'}"
         elif mine and any(r.part != index for r in runs):
             name = f"{first}[{mine[0].start}:{mine[0].stop}]"
         if part.blocks == len(part.channels) > 1 and not part.heads:
@@ -598,7 +599,17 @@ class _Assembly:
             tensors=tuple(dict.fromkeys(str(k[0]) for k in keys if isinstance(k[1], int))),
             heads=part.heads,
             inner=not joined,
-            normalised=any(self.kinds[n] == "channelnorm" for n in riders)
+            normalised=any(
+                self.kinds[n] == "channelnorm"
+                and not (
+                    part.heads
+                    and all(
+                        norms_apart(self.modules[n], (r.stop - r.start) // len(part.channels))
+                        for r in on[n, "out"]
+                    )
+                )
+                for n in riders
+            )
             or (not part.heads and bool(channels & set(self.labels.standardised.tolist()))),
             grade="frozen" if part.reason else None,
             reason=part.reason,

@@ -214,6 +214,7 @@ class Labels:
         joined: Channels that an addition joins with another branch.
         standardised: Channels over which weights are standardised.
         blocks: ``[B]`` labels that are blocks, and the members of each.
+        normed_blocks: Channels of those that a GroupNorm normalises together.
         equal_blocks: (labels in order, number of contiguous parts that need equal counts, where).
         grids: (grid, which of its axes are heads, which one is free to change).
         contractions: Products in which activations are summed over.
@@ -236,6 +237,7 @@ class Labels:
     joined: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     standardised: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     blocks: dict[int, Ids] = field(default_factory=dict)
+    normed_blocks: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     equal_blocks: list[tuple[Ids, int, str]] = field(default_factory=list)
     grids: list[tuple[Ids, tuple[int, ...], int]] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
@@ -353,6 +355,8 @@ class Tracer(TorchDispatchMode):
         self.standardised: list[Ids] = []
         self.rows: dict[bytes, int] = {}
         self.members: dict[int, Ids] = {}
+        self.normed: set[str] = set()
+        self.normed_blocks: set[int] = set()
         self.equal_blocks: list[tuple[Ids, int, str]] = []
         self.grids: list[Ids] = []
         self.contractions: list[Contraction] = []
@@ -771,6 +775,7 @@ class Tracer(TorchDispatchMode):
         """Channels from labels, once everything has been seen."""
         channel = self._components()
         same: dict[bytes, int] = {}
+        self._blocks_of_norms(channel)
         for block, row in self.members.items():  # heads of the same channels are the same
             first = same.setdefault(np.unique(channel[row]).tobytes(), block)
             self.tie(np.array([first]), np.array([block]))
@@ -810,6 +815,7 @@ class Tracer(TorchDispatchMode):
             joined=_unique(channel, self.joined),
             standardised=_unique(channel, self.standardised),
             blocks=self.members,
+            normed_blocks=np.unique(channel[np.array([*self.normed_blocks], dtype=np.int64)]),
             equal_blocks=self.equal_blocks,
             grids=grids,
             contractions=self.contractions,
@@ -824,6 +830,28 @@ class Tracer(TorchDispatchMode):
             program=self.program.hexdigest(),
             steps=tuple(self.steps),
         )
+
+    def _blocks_of_norms(self, channel: Ids) -> None:
+        """What a GroupNorm normalises together may go together, as heads may: the others' statistics
+        stay what they are. Of norms that divide the same channels, the coarsest decides; nothing
+        where something else divides them.
+        """
+        split = [ids for ids, _, where in self.equal_blocks if where not in self.normed]
+        taken = set(_unique(channel, [*split, *self.members.values()]).tolist())
+        wanted: dict[int, set[frozenset[int]]] = {}  # the blocks that each channel is in
+        norms = [ids.reshape(n, -1) for ids, n, where in self.equal_blocks if where in self.normed]
+        for rows in norms:
+            for row in rows:
+                block = frozenset(channel[row].tolist())
+                for c in block:
+                    wanted.setdefault(c, set()).add(block)
+        for rows in norms:
+            blocks = [frozenset(channel[row].tolist()) for row in rows]
+            if all(
+                taken.isdisjoint(block) and all(b <= block for c in block for b in wanted[c])
+                for block in blocks
+            ):
+                self.normed_blocks.update(self.blocks(rows, [0]).tolist())
 
     def _one_of_both(self, channel: Ids) -> None:
         """Where a width that the code has read is that of heads and their dimensions together, one

@@ -39,6 +39,11 @@ def kind_of(module: nn.Module) -> str | None:
     return None
 
 
+def norms_apart(module: nn.Module, size: int) -> bool:
+    """Whether a norm treats blocks of so many of its channels each by itself."""
+    return isinstance(module, nn.GroupNorm) and size * module.num_groups % module.num_channels == 0
+
+
 def axis_length(module: nn.Module, side: Side) -> int:
     """Number of positions along a layer's axis."""
     m: Any = module

@@ -929,6 +929,7 @@ def _group_norm(tracer: Tracer, name: str, args: Any, output: Any) -> list[Value
             tracer.tie(ids, own)
         if groups > 1:
             tracer.equal_blocks.append((ids, groups, layer))
+            tracer.normed.add(layer)
         factors.append((dims, ids))
     if vx.at(1) is None:
         for own in affine:

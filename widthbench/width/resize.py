@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -141,6 +142,7 @@ def resize_uncertified(
         for side, width in new_widths.items():
             # of the layer before: fewer inputs may make a depthwise convolution of a grouped one
             _declare(resized.get_submodule(layer), kind_of(model.get_submodule(layer)), side, width)
+        _declare_blocks(resized.get_submodule(layer), layers[layer].get("out", ()), plan, groups)
     for origin, number in numbers.items():
         declare_integer(resized, origin, number)
     for name, group in groups.scales:
@@ -530,6 +532,21 @@ def _declare(module: Any, kind: str | None, side: Side, width: int) -> None:
                 module.normalized_shape = (width,)
         case "prelu":
             module.num_parameters = width
+
+
+def _declare_blocks(module: nn.Module, axis: Axis, plan: Plan, groups: Groups) -> None:
+    """Bring the number of blocks that a GroupNorm normalises in line with those that are left."""
+    if not isinstance(module, nn.GroupNorm):
+        return
+    total, left = sum(s.size for s in axis), Fraction(0)
+    for s in axis:
+        kept = Fraction(s.size * module.num_groups, total)
+        for name in (s.outer, s.group):
+            if name in plan and groups.everything[str(name)].heads:
+                kept *= Fraction(len(plan[str(name)].rows), groups.everything[str(name)].channels)
+        left += kept
+    if left.denominator == 1:
+        module.num_groups = int(left)
 
 
 def disagreements(model: nn.Module) -> list[str]:
