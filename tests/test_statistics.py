@@ -44,6 +44,8 @@ def test_fewer_than_five_bases_are_not_ranked():
     assert paired_p(few, few) is None
     assert ranks({"a": few, "b": few}) is None
     assert ranks({"a": dict.fromkeys(range(9), 1.0)}) is None
+    many = dict.fromkeys(range(5), 2.0)
+    assert ranks({"a": many, "b": dict.fromkeys(many, 1.0), "few": few}) == {"a": 1, "b": 2}
 
 
 def test_ranks_are_tied_unless_a_paired_difference_carries_them():

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from scipy import special
@@ -154,6 +155,11 @@ def differences(
     return found
 
 
+def _apart(scores: Mapping[str, Mapping[object, float]], a: str, b: str) -> bool:
+    """Whether two rows share too few bases for a test."""
+    return paired_p(scores[a], scores[b]) is None
+
+
 def ranks(
     scores: Mapping[str, Mapping[object, float]], *, level: float = 0.05
 ) -> dict[str, int] | None:
@@ -162,18 +168,19 @@ def ranks(
 
     The first of a rank is held against all rows below it by the paired t-test over shared bases,
     Holm-corrected over these comparisons. A lower mean never has a better rank. A rank is one more
-    than the number of rows before its first.
+    than the number of rows before its first. A row with too few bases to be compared is left out.
 
     Args:
         scores: For each row one score per base.
         level: 1 minus the confidence.
 
     Returns:
-        Rank by row, or None where fewer than ``LEAST`` bases are shared by any pair.
+        Rank by row, or None where no two rows share ``LEAST`` bases.
     """
     names = sorted(scores, key=lambda n: -statistics.fmean(scores[n].values()))
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    if not pairs or any(paired_p(scores[a], scores[b]) is None for a, b in pairs):
+    while alone := {n for p in combinations(names, 2) if _apart(scores, *p) for n in p}:
+        names.remove(min(alone, key=lambda n: (len(scores[n]), -names.index(n))))
+    if len(names) < 2:
         return None
     ranked: dict[str, int] = {}
     while len(ranked) < len(names):

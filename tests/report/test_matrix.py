@@ -34,6 +34,19 @@ def test_the_best_is_bold_what_is_not_told_apart_is_marked_and_what_is_worse_is_
     assert [row[0].plain[-1] for row in made.entries] == ["*", "≈", "8"]
 
 
+def test_a_row_with_too_few_bases_is_neither_ranked_nor_best_and_leaves_the_others_their_ranks():
+    runs_of_two = runs("autoslim", (97, 98))
+    missing = [
+        r.cell.model_copy(update={"technique": "autoslim"}) for r in runs("l1-norm", BEST)[2:]
+    ]
+    groups = [*runs("l1-norm", BEST), *runs("nmf", CLOSE), *runs_of_two]
+    made = matrix(lines(groups, [*(r.cell for r in groups), *missing], ranked=True))
+    rows = {name: row[0] for name, row in zip(made.names, made.entries, strict=True)}
+    assert rows["l1-norm"].markdown == "**92.00 ± 1.58**"
+    assert rows["nmf"].markdown == "91.90 ± 1.52 ≈"
+    assert rows["autoslim"].markdown == "97.50 ± 0.71 (2 of 5 run)"
+
+
 def test_controls_come_last_and_say_where_they_are_ahead():
     made = of(
         runs("l1-norm", BEST),

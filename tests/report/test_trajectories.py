@@ -92,9 +92,15 @@ def test_a_panel_for_each_quantity_with_the_mean_of_the_bases(written, monkeypat
     monkeypatch.setattr(trajectories, "save", lambda figure, path: figures.append(figure) or path)
     trajectories.write(written[1], written[0].folder)
     places = figures[0].axes
-    assert [p.get_ylabel() for p in places] == [
+    assert [p.get_title().splitlines()[-1] for p in places] == [
         trajectories.NAMES[n] for n in ("open", "macs", "val_loss", "recoveries", "cosine")
     ]
+    assert places[0].get_title().startswith("lenet_300_100 on digits\n")
+    key = figures[0]._suptitle.get_text()
+    assert "of training dashed" in key
+    assert "dotted: gates frozen" in key
+    labels = [t.get_text() for t in places[2].yaxis.get_ticklabels() if t.get_text()]
+    assert len(labels) > 1
     block = trajectories._blocks(written[1])["autoprune"]["digits", "lenet_300_100"]
     records = list(block[0].records.values())
     solid = places[1].lines[0]
@@ -148,7 +154,9 @@ def test_networks_that_grow_show_the_channels_of_each_layer(tmp_path, monkeypatc
     monkeypatch.setattr(trajectories, "save", lambda figure, path: figures.append(figure) or path)
     trajectories.write(records, tmp_path)
     first, second, _ = figures[0].axes
-    assert (first.get_ylabel(), second.get_ylabel()) == ("channels per layer", "open channels")
+    assert first.get_title().endswith("\nchannels per layer")
+    assert second.get_title() == "open channels"
+    assert "dashed" not in figures[0]._suptitle.get_text()
     ends = {t.get_text(): t.get_position()[1] for t in first.texts}
     assert set(ends) == set(records[0].widths)
     drawn = sorted(line.get_ydata()[-1] for line in first.lines)

@@ -30,7 +30,7 @@ STALE = (
 )
 
 NOTES = """\
-Each row is one number or one statement of a source document, with what was measured
+Each row is one number or one statement of a paper, with what was measured
 here and a verdict by a rule that was committed before the run that it judges (`bench/claims`).
 
 *Value*: within the tolerance of the reported number (the same weights ±0.01 points; ImageNet ±0.3;

@@ -27,6 +27,7 @@ LEAST = 0.01  # per cent of errors, below which a logarithmic axis does not go
 SCRATCH = "best from scratch"
 FRESH = ("scratch", "scratch-budget", "uniform-width")  # controls that train from fresh weights
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 90)
+FINE = (*TICKS, 0.7, 0.03, 0.3, 3, 7, 12, 15, 25, 30, 35, 40, 60, 70, 80)
 
 
 def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
@@ -152,7 +153,7 @@ def _panel(place: Axes, block: Sequence[Line], axis: str, known: Mapping[str, St
     few = _apart(sorted(sizes), 0.085)
     place.set_xticks(few, [count(x) for x in few], fontsize=8)
     low, high = place.get_ylim()
-    shown = [t for t in TICKS if low <= t <= high]
+    shown = [t for t in (FINE if high < 12 * low else TICKS) if low <= t <= high]
     place.set_yticks(shown, [f"{t:g}" for t in shown], fontsize=8)
     place.minorticks_off()
     place.grid(alpha=0.3)

@@ -106,9 +106,11 @@ def matrix(block: Sequence[Line]) -> Matrix | None:
         return None
     budgets = list(dict.fromkeys(str(line.budget) for line in rows))
     best: dict[str, float] = {}
+    whole = {ln.budget for ln in rows if ln.rank}  # where rows are ranked, the best is one of them
     for line in rows:
         if not line.control and (top := line.summary(None)):
-            best[str(line.budget)] = max(best.get(str(line.budget), 0.0), top.mean)
+            if line.rank or line.budget not in whole:
+                best[str(line.budget)] = max(best.get(str(line.budget), 0.0), top.mean)
     labels: dict[str, dict[str, Line]] = {}
     for line in rows:
         labels.setdefault(line.label, {})[str(line.budget)] = line
@@ -153,7 +155,11 @@ def _entry(line: Line | None, best: float | None) -> Entry | None:
         return None
     if (top := line.summary(None)) is None:
         return Entry(line.no_result)
-    text = top.text() + (f" ({line.failed} of {line.cells} failed)" if line.failed else "")
+    text = top.text()
+    if line.failed:
+        text += f" ({line.failed} of {line.cells} failed)"
+    elif len(line.done) < line.cells:
+        text += f" ({len(line.done)} of {line.cells} run)"
     if line.control:
         return Entry(text, ahead=best is not None and top.mean > best)
     first = top.mean == best

@@ -202,16 +202,13 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
             _layers(
                 row[0], block[at], _short(block)[at].replace("\n", " ") if len(block) > 1 else ""
             )
-            row[0].set_title(f"{network} on {dataset}", fontsize=9)
+            row[0].set_title("channels per layer", fontsize=9)
         for place, name in zip(row[widths:], names, strict=True):
             for line, colour in zip(block, cycle(COLOURS), strict=False):
                 _band(place, line, name, colour)
                 if name == "val_loss":
                     _band(place, line, "loss", colour, dashed=True)
-            place.set_title(
-                NAMES[name] if widths or name != names[0] else f"{network} on {dataset}", fontsize=9
-            )
-            place.set_ylabel(NAMES[name], fontsize=8)
+            place.set_title(NAMES[name], fontsize=9)
             place.tick_params(labelsize=7)
             place.grid(alpha=0.3)
             place.set_xlim(0, 100)
@@ -219,8 +216,8 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
                 if (end := _frozen(line)) is not None:
                     place.axvline(end, color="0.5", linewidth=0.8, linestyle=":")
             if name == "val_loss":
-                place.set_yscale("log")
-                place.yaxis.set_minor_formatter(NullFormatter())
+                _logarithmic(place)
+        row[0].set_title(f"{network} on {dataset}\n{row[0].get_title()}", fontsize=9)
         if len(block) > 1:  # a row's lines are its own: settings differ between networks
             handles = [
                 Line2D([], [], color=colour)
@@ -236,11 +233,17 @@ def _figure(networks: dict[tuple[str, str], list[Line]], path: Path, technique: 
             )
     for place in axes[-1]:
         place.set_xlabel("% of the steps", fontsize=8)
+    key = []
+    if any(_values(r, "val_loss") and _values(r, "loss") for r in everything):
+        key.append("losses of val solid, of training dashed")
+    if any(_frozen(line) is not None for block in networks.values() for line in block):
+        key.append("dotted: gates frozen")
     most = max(line.bases for block in networks.values() for line in block)
     spread = f"mean ± std over {most} base networks" if most > 1 else "one base network"
     wide = columns > 2
     figure.suptitle(
-        f"{technique} along its steps, smallest budget{'; ' if wide else chr(10)}{spread}",
+        f"{technique} along its steps, smallest budget{'; ' if wide else chr(10)}"
+        + "; ".join([spread, *key]),
         fontsize=11 if wide else 9,
     )
     return save(figure, path)
@@ -254,13 +257,7 @@ def _layers(place: Any, line: Line, label: str) -> None:
     groups = list(dict.fromkeys(k for r in records for k in r.series if k.startswith(WIDTH)))
     for group, colour in zip(groups, cycle(COLOURS), strict=False):
         _band(place, line, group, colour)
-    place.set_yscale("log")
-    low, high = place.get_ylim()
-    place.yaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
-    )
-    place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    place.yaxis.set_minor_formatter(NullFormatter())
+    low, high = _logarithmic(place)
     ends = sorted(
         (_mean_end(records, g), g, c) for g, c in zip(groups, cycle(COLOURS), strict=False)
     )
@@ -281,9 +278,21 @@ def _layers(place: Any, line: Line, label: str) -> None:
                 va="center",
             )
     place.set_xlim(0, 100)
-    place.set_ylabel(f"channels per layer{f'{chr(10)}{label}' if label else ''}", fontsize=8)
+    place.set_ylabel(label, fontsize=8)
     place.tick_params(labelsize=7)
     place.grid(alpha=0.3)
+
+
+def _logarithmic(place: Any) -> tuple[float, float]:
+    """A logarithmic axis with enough numbers to read it by; gives its limits."""
+    place.set_yscale("log")
+    low, high = place.get_ylim()
+    place.yaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
+    )
+    place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    place.yaxis.set_minor_formatter(NullFormatter())
+    return low, high
 
 
 def _mean_end(records: Sequence[Record], series: str) -> float:
