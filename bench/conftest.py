@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from widthbench import plugins
 from widthbench.claims import ledger
 from widthbench.cli.common import Told
 from widthbench.engines.worker import Worker
@@ -39,6 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         metavar="NAME",
         help="suite name or TOML path, repeatable, or 'all' (default: digits)",
+    )
+    group.addoption(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file with techniques (or networks) of your own; repeatable",
     )
     group.addoption(
         "--results", metavar="DIR", help="where results go (default: results/ beside bench/)"
@@ -80,6 +88,7 @@ def pytest_configure(config: pytest.Config) -> None:
     names = config.getoption("--suite") or ["digits"]
     try:
         settle()
+        plugins.use(config.getoption("--plugin"))
         chosen = suites.load_all(suites.names() if "all" in names else names)
         if not WORKER:
             require_writable(_results(config))

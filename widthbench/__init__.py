@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         find_groups,
         gated,
         keep,
-        resize,
         separated,
     )
+    from widthbench.width.resize import resize
 
 try:
     __version__ = version("widthbench")

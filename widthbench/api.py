@@ -16,7 +16,7 @@ from widthbench.errors import UsageError
 from widthbench.progress import bar, quiet
 from widthbench.recipe import Recipe
 from widthbench.technique import registry
-from widthbench.technique.base import Result, Technique, runs
+from widthbench.technique.base import Result, Technique, build, runs
 from widthbench.technique.budget import Budget
 from widthbench.technique.task import Task
 from widthbench.training.loop import fit
@@ -85,7 +85,7 @@ class Batches:
 
 
 def apply(
-    technique: str | Technique,
+    technique: str | Technique | type[Technique],
     model: nn.Module,
     *,
     budget: str | Budget,
@@ -100,7 +100,7 @@ def apply(
     """Resize a network with a registered technique.
 
     Args:
-        technique: Its id, or an instance.
+        technique: Its id, an instance, or a class.
         model: The network; it is left as it was.
         budget: What is kept: ``"channels:0.5"``, ``"macs:0.5"``, ``"params:0.25"``, or a
             ``Budget``.
@@ -146,7 +146,7 @@ def apply(
 
 
 def outcome(
-    technique: str | Technique,
+    technique: str | Technique | type[Technique],
     model: nn.Module,
     *,
     budget: str | Budget,
@@ -161,8 +161,12 @@ def outcome(
     """``apply`` with everything that was decided: the plan, the widths, what is kept, and the
     resized network.
     """
+    if isinstance(technique, type) and issubclass(technique, Technique):
+        technique, params = build(technique, params), {}
     if not isinstance(technique, str | Technique):
-        raise UsageError(f"technique must be a registered name or an instance, not {technique!r}")
+        raise UsageError(
+            f"technique must be a registered name, a class or an instance, not {technique!r}"
+        )
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"model must be a torch.nn.Module, not {type(model).__name__}; timm.create_model makes"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from widthbench import plugins
 from widthbench.errors import UsageError
 
 PACKAGES = (
@@ -146,11 +147,13 @@ def meaning(source: bytes) -> bytes:
         return source
 
 
-def source_digest(cls: type) -> str:
-    """SHA-256 over what the sources do that a technique consists of (``meaning``).
+def source_digest(cls: Any) -> str:
+    """SHA-256 over what the sources do that a technique, or a network's factory, consists of
+    (``meaning``).
 
     For one of ours that is its own file (the rest of the package is digested apart); for a plug-in,
-    every Python file of the top-level package, or the single module, that it is defined in.
+    every Python file of the top-level package, or the single module, that it is defined in; for a
+    plug-in file, also what it imports from beside it.
 
     Raises:
         UsageError: If they cannot be found.
@@ -167,6 +170,8 @@ def source_digest(cls: type) -> str:
     if top != "widthbench" and ("." in cls.__module__ or own.name == "__init__.py"):
         package = next((folder for folder in own.parents if folder.name == top), own.parent)
         files = sorted(package.glob("**/*.py"))
+    elif own in plugins.files():
+        files = plugins.sources(own)
     return _files_digest(tuple((file, *_state(file)) for file in files))
 
 

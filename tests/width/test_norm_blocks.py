@@ -1,4 +1,4 @@
-"""What a GroupNorm normalises together can go together: exactly, since the others' statistics stay."""
+"""What a GroupNorm normalises together can go together: exactly, as the others' statistics stay."""
 
 import pytest
 import torch

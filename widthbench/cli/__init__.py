@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from widthbench import __version__
+from widthbench import __version__, plugins
 from widthbench.errors import UsageError, visible
 from widthbench.paths import settle
 
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ[name] = getattr(args, given)
     try:
         settle()
+        plugins.use(getattr(args, "plugin", []))
         return int(args.run(args))
     except UsageError as error:
         print(f"widthbench: {visible(str(error))}", file=sys.stderr)

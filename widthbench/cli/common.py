@@ -56,6 +56,17 @@ def data_folder(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def own_files(verb: argparse.ArgumentParser) -> None:
+    """Files of the user's own."""
+    verb.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file with techniques (or networks) of your own; repeatable",
+    )
+
+
 def as_json(verb: argparse.ArgumentParser) -> None:
     """Ask for JSON."""
     verb.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from widthbench.cli.common import as_json, positive, show
+from widthbench.cli.common import as_json, own_files, positive, show
 from widthbench.errors import UsageError
 
 
@@ -25,7 +25,10 @@ def add(verbs: Any) -> None:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="any timm model name, or lenet_300_100, lenet5, mlp_sigmoid",
+        help=(
+            "any timm model name; lenet_300_100, lenet5, mlp_sigmoid; one of your own, as in"
+            " mynets.py:MyNet"
+        ),
     )
     verb.add_argument(
         "--all-families", action="store_true", help=argparse.SUPPRESS
@@ -36,12 +39,19 @@ def add(verbs: Any) -> None:
         metavar="PX",
         help="input height and width (default: as published)",
     )
+    verb.add_argument(
+        "--channels",
+        type=positive,
+        metavar="C",
+        help="channels of the input (default: as published)",
+    )
     verb.add_argument("--groups", action="store_true", help="list every group, not only the counts")
     verb.add_argument(
         "--verify",
         action="store_true",
         help="certify anew, and show the errors of resizing all groups at once",
     )
+    own_files(verb)
     as_json(verb)
     verb.set_defaults(run=run)
 
@@ -61,14 +71,15 @@ def run(args: argparse.Namespace) -> int:
         )
     if not args.models:
         raise UsageError("name one model or more")
-    for name in args.models:
+    names = [models.named(name) for name in args.models]
+    for name in names:
         models.require(name)
     rows: list[dict[str, Any]] = []
     sound = True
-    for name in args.models:
+    for name in names:
         channels, height, width, classes = models.native(name)
-        if args.size:
-            height = width = args.size
+        height, width = args.size or height, args.size or width
+        channels = args.channels or channels
         model = models.create(name, classes=classes, channels=channels, size=height)
         x = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
         groups = find_groups(model, x, cache=not args.verify)

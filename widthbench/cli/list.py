@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from widthbench.cli.common import as_json, data_folder, show
+from widthbench.cli.common import as_json, data_folder, own_files, show
 
 
 def add(verbs: Any) -> None:
@@ -21,6 +21,7 @@ def add(verbs: Any) -> None:
         choices=["techniques", "controls", "suites", "datasets", "recipes"],
         help="only these (default: all)",
     )
+    own_files(verb)
     as_json(verb)
     verb.set_defaults(run=run)
     data_folder(verb)

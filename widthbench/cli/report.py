@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from widthbench.cli.common import as_json, data_folder, suite_names
+from widthbench.cli.common import as_json, data_folder, own_files, suite_names
 from widthbench.errors import UsageError, visible
 
 
@@ -64,6 +64,7 @@ def add(verbs: Any) -> None:
     verb.add_argument(
         "--results", type=Path, metavar="DIR", help="where results are (default: ./results)"
     )
+    own_files(verb)
     as_json(verb)
     verb.set_defaults(run=run)
     data_folder(verb)

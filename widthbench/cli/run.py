@@ -12,6 +12,7 @@ from widthbench.cli.common import (
     as_json,
     data_folder,
     matches,
+    own_files,
     positive,
     results_folder,
     seconds,
@@ -106,6 +107,7 @@ def add(verbs: Any) -> None:
         help="measure no latency: keep the timings that are there",
     )
     results_folder(verb)
+    own_files(verb)
     as_json(verb)
     verb.set_defaults(run=run)
     data_folder(verb)

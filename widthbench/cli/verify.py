@@ -12,6 +12,7 @@ from widthbench.cli.common import (
     data_folder,
     folder_of,
     matches,
+    own_files,
     positive,
     show,
     suite_names,
@@ -53,6 +54,7 @@ def add(verbs: Any) -> None:
         "--jobs", type=positive, default=1, metavar="N", help="worker processes (default: 1)"
     )
     whose_results(verb)
+    own_files(verb)
     as_json(verb)
     verb.set_defaults(run=run)
     data_folder(verb)

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from widthbench import cache
+from widthbench import cache, plugins
 from widthbench.engines.worker import Worker, code_of, failure
 from widthbench.errors import UsageError
 from widthbench.experiment.limits import Limits
@@ -103,6 +103,8 @@ def _connect(ray: Any, address: str | None, jobs: int | None) -> None:
     env = {k: str(v.resolve()) for k, v in names.items()} | (
         {cache.STORE: url} if (url := cache.url()) else {}
     )
+    if own := os.environ.get(plugins.PLUGINS):
+        env[plugins.PLUGINS] = own
     options: dict[str, Any] = (
         {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
     )

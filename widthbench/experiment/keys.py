@@ -15,7 +15,7 @@ from widthbench.errors import UsageError
 from widthbench.experiment import published
 from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.records import digest_of
-from widthbench.networks import weights
+from widthbench.networks import models, weights
 from widthbench.provenance import code_digest, source_digest, stamp, versions
 from widthbench.technique import registry
 
@@ -86,9 +86,10 @@ def _base_key(cell: Cell, plain: Mapping[str, Any]) -> str:
         return digest_of({"published": known[1]["sha256"], "device": device_of(cell).type})[:40]
     data_digest, weights_digest = sources.load(cell.dataset).digest, _weights_digest(cell)
     used = tuple(sorted(_relevant_versions().items()))
-    return _base_digest(
-        text, device_of(cell).type, data_digest, weights_digest, used, code_digest(*BASE_CODE)
-    )
+    code = code_digest(*BASE_CODE)
+    if own := models.factory(cell.model):
+        code = f"{code} {source_digest(own)}"
+    return _base_digest(text, device_of(cell).type, data_digest, weights_digest, used, code)
 
 
 def published_base(cell: Cell) -> tuple[Path, dict[str, Any]] | None:

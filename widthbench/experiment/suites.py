@@ -5,7 +5,7 @@ alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,11 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from widthbench import toml
+from widthbench import plugins, toml
 from widthbench.errors import BudgetError, UsageError, did_you_mean, first_problem, visible
 from widthbench.experiment import bases, recipes
 from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.limits import Limits
+from widthbench.networks import models
 from widthbench.paths import cache_dir, require_writable
 from widthbench.recipe import Recipe
 from widthbench.technique import registry
@@ -83,7 +84,8 @@ class Network(_Strict):
     """A network in a suite; what it does not set, the suite's own settings give.
 
     Attributes:
-        name: Any timm model name.
+        name: Any timm model name; or, as ``factory``, a class or function of your own,
+            ``"mynets.py:MyNet"`` (a file beside the suite's) or ``"mynets:MyNet"`` (a module).
         size: Input height and width in pixels.
         args: Further arguments of its constructor.
         variant: Printed behind its name; tells entries apart that differ in their recipes only.
@@ -399,7 +401,7 @@ def load(name: str) -> Suite:
         UsageError: If it is unknown, malformed (file, key, what was expected) or inconsistent.
     """
     if name.endswith(".toml"):
-        return _suite(toml.read(Path(name), "suite"), name)
+        return _suite(toml.read(Path(name), "suite"), name, Path(name).parent)
     if name not in names():
         raise UsageError(
             f"unknown suite '{name}'{did_you_mean(name, names())} (or give the path of a .toml"
@@ -441,11 +443,24 @@ def parse(text: str, where: str) -> Suite:
     return _suite(toml.parse(text, where), where)
 
 
-def _suite(content: dict[str, Any], where: str) -> Suite:
+def made(content: Mapping[str, Any], where: str = "suite") -> Suite:
+    """A suite from what its TOML would hold.
+
+    Raises:
+        UsageError: If it is malformed.
+    """
+    return _suite(dict(content), where, Path())
+
+
+def _suite(content: dict[str, Any], where: str, folder: Path | None = None) -> Suite:
+    content = _own(content, folder)
     try:
         return Suite(**content)
     except ValidationError as error:
-        first, (key, problem) = error.errors()[0], first_problem(error)
+        found = error.errors()
+        # a misspelt key explains the one that is missing
+        first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+        key, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
         problem = problem.replace("a valid tuple", "a list").replace(
             "a valid dictionary or instance of Entry",
             'a name or a table { id = "...", params = {...} }',
@@ -462,6 +477,29 @@ def _suite(content: dict[str, Any], where: str) -> Suite:
         raise UsageError(
             visible(f"{where}: {key + ': ' if key else ''}{problem}{given}")
         ) from error
+
+
+def _own(content: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """A suite's content after its own files have become known: ``plugins = [...]``, and networks by
+    ``factory = "mynets.py:MyNet"``.
+    """
+    content = dict(content)
+    given = content.pop("plugins", [])
+    if not (isinstance(given, list | tuple) and all(isinstance(p, str) for p in given)):
+        raise UsageError(f"plugins must be a list of files, not {given!r:.100}")
+    plugins.use((folder or Path()) / Path(p).expanduser() for p in given)
+    networks = content.get("models")
+    if not isinstance(networks, list | tuple):
+        return content
+    content["models"] = mine = []
+    for network in networks:
+        if isinstance(network, dict):
+            network = dict(network)
+            name = network.pop("factory", network.get("name"))
+            if isinstance(name, str):
+                network["name"] = models.named(name, folder)
+        mine.append(network)
+    return content
 
 
 def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
@@ -524,5 +562,5 @@ def _field_names(location: tuple[Any, ...]) -> list[str]:
         ("finetune", Recipe),
     ):
         if name in location[:-1]:
-            return list(model.model_fields)
-    return list(Suite.model_fields)
+            return [*model.model_fields, *(["factory"] if model is Network else [])]
+    return [*Suite.model_fields, "plugins"]

@@ -108,9 +108,9 @@ def matrix(block: Sequence[Line]) -> Matrix | None:
     best: dict[str, float] = {}
     whole = {ln.budget for ln in rows if ln.rank}  # where rows are ranked, the best is one of them
     for line in rows:
-        if not line.control and (top := line.summary(None)):
-            if line.rank or line.budget not in whole:
-                best[str(line.budget)] = max(best.get(str(line.budget), 0.0), top.mean)
+        fits = not line.control and (line.rank or line.budget not in whole)
+        if fits and (top := line.summary(None)):
+            best[str(line.budget)] = max(best.get(str(line.budget), 0.0), top.mean)
     labels: dict[str, dict[str, Line]] = {}
     for line in rows:
         labels.setdefault(line.label, {})[str(line.budget)] = line

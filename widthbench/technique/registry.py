@@ -1,5 +1,5 @@
-"""Finds techniques: every distribution that declares an entry point in the group
-``widthbench.techniques``.
+"""Finds techniques: those that distributions declare as entry points in the group
+``widthbench.techniques``, and those in plug-in files (``widthbench.plugins``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib.metadata import EntryPoint, distributions
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from widthbench import plugins
 from widthbench.children import Child, ChildDied, Say
 from widthbench.errors import UsageError, did_you_mean
 
@@ -49,8 +50,7 @@ def load(name: str) -> type[Technique]:
     if len(points) > 1:
         owners = " and ".join(sorted(f"{_owner(p)} ({p.value})" for p in points))
         raise UsageError(
-            f"technique '{name}' is registered by {owners}: uninstall one, or rename its entry"
-            " point"
+            f"technique '{name}' is registered by {owners}: uninstall one, or give one another name"
         )
     (point,) = points
     try:
@@ -199,7 +199,15 @@ def entry_points(*, group: str) -> list[EntryPoint]:
 
 
 def _declared() -> dict[str, list[EntryPoint]]:
-    return _scanned(entry_points, tuple((path, _changed(path)) for path in sys.path))
+    declared = _scanned(entry_points, tuple((path, _changed(path)) for path in sys.path))
+    if not plugins.files():
+        return declared
+    plugins.reach()
+    declared = {name: list(points) for name, points in declared.items()}
+    for name, classes in plugins.techniques().items():
+        points = [EntryPoint(name, value, GROUP) for value, _ in classes]
+        declared[name] = [*declared.get(name, []), *points]
+    return declared
 
 
 def _changed(path: str) -> int:
@@ -223,4 +231,7 @@ def _scanned(
 
 
 def _owner(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed distribution"
+    if point.dist:
+        return f"{point.dist.name} {point.dist.version}"
+    own = [str(f) for f in plugins.files() if f.stem == point.module]
+    return own[0] if own else "an unnamed distribution"

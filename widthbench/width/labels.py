@@ -832,9 +832,9 @@ class Tracer(TorchDispatchMode):
         )
 
     def _blocks_of_norms(self, channel: Ids) -> None:
-        """What a GroupNorm normalises together may go together, as heads may: the others' statistics
-        stay what they are. Of norms that divide the same channels, the coarsest decides; nothing
-        where something else divides them.
+        """What a GroupNorm normalises together may go together, as heads may: what it divides the
+        others by stays. Of norms that divide the same channels, the coarsest decides; nothing where
+        something else divides them.
         """
         split = [ids for ids, _, where in self.equal_blocks if where not in self.normed]
         taken = set(_unique(channel, [*split, *self.members.values()]).tolist())
