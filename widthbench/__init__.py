@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widthbench.api import apply
+    from widthbench.saving import load_network, reshape_like, save
     from widthbench.technique.base import Outcome, ScoredTechnique, Technique
     from widthbench.technique.budget import Budget
     from widthbench.technique.task import Task
@@ -38,6 +39,9 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 _HOMES = {
     "apply": "widthbench.api",
+    "load_network": "widthbench.saving",
+    "reshape_like": "widthbench.saving",
+    "save": "widthbench.saving",
     "Budget": "widthbench.technique.budget",
     "Task": "widthbench.technique.task",
     "Outcome": "widthbench.technique.base",
@@ -70,7 +74,10 @@ __all__ = [
     "find_groups",
     "gated",
     "keep",
+    "load_network",
+    "reshape_like",
     "resize",
+    "save",
     "separated",
 ]
 

@@ -258,6 +258,8 @@ def outcome(
     finally:
         for m, mode in modes.items():
             m.training = mode
+    if isinstance(example_input, Tensor):  # what a saved network's groups are found with again
+        resized.widthbench_input = list(example_input.shape)  # type: ignore[assignment]
     return decided
 
 

@@ -99,7 +99,32 @@ def resize(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
                 else "is not certified: call certify() first"
             )
             raise PlanError(f"channel group '{name}' {why}")
-    return resize_uncertified(model, groups, plan)
+    resized: Any = resize_uncertified(model, groups, plan)
+    resized.widthbench_plan = _composed(model, groups, plan)
+    return resized
+
+
+def plan_of(model: nn.Module) -> dict[str, Tensor] | None:
+    """Which channels of the network that it was made of a resized network holds, ``[P]`` by group.
+
+    None if it was not resized, or was in steps whose groups differ.
+    """
+    plan: dict[str, Tensor] | None = getattr(model, "widthbench_plan", None)
+    return plan
+
+
+def _composed(model: Any, groups: Groups, plan: Plan) -> dict[str, Tensor] | None:
+    """A plan in terms of the first network, where the given one has been resized before."""
+    new = {name: change.rows.cpu().clone() for name, change in plan.items()}
+    if not hasattr(model, "widthbench_plan"):
+        return new
+    before: dict[str, Tensor] | None = model.widthbench_plan
+    if before is None or any(
+        name in groups.everything and groups.everything[name].channels != len(rows)
+        for name, rows in before.items()
+    ):
+        return None
+    return before | {n: before[n][rows] if n in before else rows for n, rows in new.items()}
 
 
 def resize_uncertified(

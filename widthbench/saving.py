@@ -1,0 +1,185 @@
+"""Resized networks in files: safetensors, with the plan that gives a network built anew their
+shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from widthbench.errors import PlanError, UsageError
+from widthbench.networks import models
+from widthbench.width.attention import SeparateAttention, separated
+from widthbench.width.certify import find_groups
+from widthbench.width.inputs import Example, Inputs
+from widthbench.width.resize import keep, plan_of, resize
+
+FORMAT = "widthbench 1"
+Factory = str | nn.Module | Callable[[], nn.Module]
+
+
+def save(model: nn.Module, path: str | Path, *, example_input: Example | None = None) -> Path:
+    """Write a resized network's weights and shape to a safetensors file.
+
+    Args:
+        model: What ``apply`` or ``resize`` gave, trained further or not.
+        path: The file; written anew if it is there.
+        example_input: What the network takes, where it is not one tensor that ``apply`` was given.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: If the network was not resized by widthbench, or in steps that do not make one
+            plan.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        raise UsageError(
+            f"save: how this {type(model).__name__} got its shape is not known: give it what"
+            " widthbench.apply() or resize() returned, or save its state_dict"
+        )
+    shape = _shape(example_input) or getattr(model, "widthbench_input", None)
+    facts = {
+        "format": FORMAT,
+        "widthbench": version("widthbench"),
+        "network": type(model).__name__,
+        "plan": json.dumps({n: rows.tolist() for n, rows in plan.items()}),
+        "widths": json.dumps({n: len(rows) for n, rows in plan.items()}),
+        "input": json.dumps(shape),
+        "separated": str(any(isinstance(m, SeparateAttention) for m in model.modules())).lower(),
+    }
+    path = Path(path)
+    modes = {m: m.training for m in model.modules()}
+    try:
+        save_model(model, str(path), metadata=facts)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"save: cannot write {path}: {error}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return path
+
+
+def load_network(
+    factory: Factory, path: str | Path, *, example_input: Example | None = None
+) -> nn.Module:
+    """A resized network from a file that ``save`` wrote.
+
+    Args:
+        factory: What builds the network at its original widths: a class or function without
+            arguments, a network, a timm model name, or ``"mynets.py:MyNet"``. Its weights do not
+            matter; it is left as it is.
+        path: The file.
+        example_input: What the network takes, where the file does not say.
+
+    Returns:
+        The network, in eval mode, on the CPU.
+
+    Raises:
+        UsageError: If the file is none of ``save``'s, or does not fit the network.
+    """
+    facts = _facts(path)
+    model = _built(factory)
+    plan = {n: torch.tensor(rows) for n, rows in json.loads(facts["plan"]).items()}
+    shape = json.loads(facts["input"])
+    if example_input is None:
+        if shape is None:
+            raise UsageError(
+                f"load_network: {path} does not say what the network takes: pass example_input"
+            )
+        example_input = torch.zeros(shape)
+    shaped = _shaped(model, plan, example_input, separate=facts["separated"] == "true")
+    try:
+        load_model(shaped, str(path))
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"load_network: {path} was saved from a {facts['network']} that this"
+            f" {type(model).__name__} is not: {first}"
+        ) from error
+    return shaped.eval()
+
+
+def reshape_like(
+    model: nn.Module, resized: nn.Module, *, example_input: Example | None = None
+) -> nn.Module:
+    """A network in the shape of a resized one.
+
+    Args:
+        model: Built as the resized network's original was; it is left as it is.
+        resized: What ``apply`` or ``resize`` gave.
+        example_input: What they take, where ``apply`` was not given one tensor.
+
+    Returns:
+        A copy of ``model`` that keeps the channels that ``resized`` kept, with its own weights.
+
+    Raises:
+        UsageError: If the two do not fit, or nothing is known of the second's shape.
+    """
+    plan = plan_of(resized)
+    if plan is None:
+        raise UsageError(
+            f"reshape_like: how this {type(resized).__name__} got its shape is not known: give it"
+            " what widthbench.apply() or resize() returned"
+        )
+    if example_input is None:
+        shape = getattr(resized, "widthbench_input", None)
+        if shape is None:
+            raise UsageError("reshape_like: pass example_input, what the networks take")
+        example_input = torch.zeros(shape, device=next(model.parameters()).device)
+    separate = any(isinstance(m, SeparateAttention) for m in resized.modules())
+    return _shaped(model, plan, example_input, separate=separate)
+
+
+def _shaped(
+    model: nn.Module, plan: Mapping[str, Tensor], example_input: Example, *, separate: bool
+) -> nn.Module:
+    model = separated(model) if separate else model
+    groups = find_groups(model, example_input)
+    try:
+        return resize(model, groups, {name: keep(rows) for name, rows in plan.items()})
+    except PlanError as error:
+        raise UsageError(
+            f"the plan is of another network than this {type(model).__name__}: {error}"
+        ) from error
+
+
+def _built(factory: Factory) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        return factory
+    if isinstance(factory, str):
+        name = models.named(factory)
+        channels, height, _, classes = models.native(name)
+        return models.create(name, classes=classes, channels=channels, size=height)
+    made = factory()
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"load_network: factory() gave a {type(made).__name__}, not a network")
+    return made
+
+
+def _facts(path: str | Path) -> dict[str, str]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts: dict[str, Any] = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"load_network: cannot read {path}: {error}") from error
+    if facts.get("format") != FORMAT:
+        raise UsageError(f"load_network: {path} was not written by widthbench.save()")
+    return facts
+
+
+def _shape(example: Example | None) -> list[int] | None:
+    """The shape of an input that is one tensor."""
+    if example is None:
+        return None
+    tensors = Inputs.of(example).tensors
+    return list(tensors[0].shape) if isinstance(example, Tensor) else None
