@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widthbench.api import apply
+    from widthbench.data.own import add_data
+    from widthbench.running import Results, load, run
     from widthbench.saving import load_network, reshape_like, save
     from widthbench.technique.base import Outcome, ScoredTechnique, Technique
     from widthbench.technique.budget import Budget
@@ -38,7 +40,11 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 _HOMES = {
+    "add_data": "widthbench.data.own",
     "apply": "widthbench.api",
+    "Results": "widthbench.running",
+    "load": "widthbench.running",
+    "run": "widthbench.running",
     "load_network": "widthbench.saving",
     "reshape_like": "widthbench.saving",
     "save": "widthbench.saving",
@@ -67,16 +73,20 @@ __all__ = [
     "Outcome",
     "Plan",
     "Resize",
+    "Results",
     "ScoredTechnique",
     "Task",
     "Technique",
+    "add_data",
     "apply",
     "find_groups",
     "gated",
     "keep",
+    "load",
     "load_network",
     "reshape_like",
     "resize",
+    "run",
     "save",
     "separated",
 ]
@@ -115,4 +125,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*__all__, "__version__"])

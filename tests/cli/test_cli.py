@@ -223,4 +223,4 @@ def test_run_can_be_held_to_some_cells(here, fresh_cache, in_process, capsys):
     out = capsys.readouterr()
     assert "suite tiny: 1 of 3 cells done" in out.out
     assert main(["run", "tiny.toml", "--only", "nothing"]) == 2
-    assert "suite tiny has no cell whose name holds 'nothing'" in capsys.readouterr().err
+    assert "suite tiny has no cell whose name is like 'nothing'" in capsys.readouterr().err

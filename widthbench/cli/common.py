@@ -183,11 +183,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{rest} s"
 
 
-def matches(name: str, only: Sequence[str]) -> bool:
-    """Whether a name holds one of some texts; all do where there are none."""
-    return not only or any(text in name for text in only)
-
-
 def folder_of(args: argparse.Namespace, suite: str) -> Path:
     """Where a suite's records are read: in the folder that was named, else the published ones, else
     those of a run here.

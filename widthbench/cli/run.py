@@ -11,7 +11,6 @@ from widthbench.cli.common import (
     Told,
     as_json,
     data_folder,
-    matches,
     own_files,
     positive,
     results_folder,
@@ -49,8 +48,11 @@ def add(verbs: Any) -> None:
         "--only",
         nargs="+",
         default=[],
-        metavar="TEXT",
-        help="only cells whose name holds one of these (as in the log)",
+        metavar="PATTERN",
+        help=(
+            "only cells whose name (as in the log) is like one of these, as in '*-l1-norm-*-s0', or"
+            " holds one"
+        ),
     )
     verb.add_argument(
         "--engine",
@@ -135,14 +137,15 @@ def run(args: argparse.Namespace) -> int:
             "a cluster has the cores that it has: leave --jobs out where --address is given"
         )
     chosen = [
-        (s, [c for c in s.cells() if matches(c.id, args.only)]) for s in suites.load_all(args.suite)
+        (s, [c for c in s.cells() if suites.matches(c.id, args.only)])
+        for s in suites.load_all(args.suite)
     ]
     require_writable(args.results)
     cache.check_store()
     for suite, cells in chosen:
         if not cells:
             raise UsageError(
-                f"suite {suite.name} has no cell whose name holds"
+                f"suite {suite.name} has no cell whose name is like"
                 f" {' or '.join(map(repr, args.only))}"
             )
         suites.check(suite, cells)

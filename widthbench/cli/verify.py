@@ -11,7 +11,6 @@ from widthbench.cli.common import (
     count,
     data_folder,
     folder_of,
-    matches,
     own_files,
     positive,
     show,
@@ -47,8 +46,10 @@ def add(verbs: Any) -> None:
         "--only",
         nargs="+",
         default=[],
-        metavar="TEXT",
-        help="draw only from cells whose name holds one of these",
+        metavar="PATTERN",
+        help=(
+            "draw only from cells whose name is like one of these, as in '*-l1-norm-*', or holds one"
+        ),
     )
     verb.add_argument(
         "--jobs", type=positive, default=1, metavar="N", help="worker processes (default: 1)"
@@ -72,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
         folder = folder_of(args, suite.name)
         of_files = verify.check_files(suite, folder)
         records = [line.record for line in read_lines(folder / "records.jsonl") if line.record]
-        wanted = [r for r in records if matches(r.cell.id, args.only)]
+        wanted = [r for r in records if suites.matches(r.cell.id, args.only)]
         if records and not wanted:
             raise UsageError(
-                f"suite {suite.name} has no record whose name holds"
+                f"suite {suite.name} has no record whose name is like"
                 f" {' or '.join(map(repr, args.only))}"
             )
         drawn = [] if args.sample == 0 else verify.sample(wanted, args.sample, args.seed)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from sklearn.datasets import load_digits
@@ -53,7 +54,9 @@ TORCHVISION: dict[str, Any] = {
     "cifar100": datasets.CIFAR100,
 }
 KNOWN = ("digits", *TORCHVISION, "imagenet")
+PARTS = ("train", "test")
 ARCHIVES = ("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val")
+ARRAYS = "arrays.safetensors"  # of a data set that ``add_data`` has written
 SAFE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{,199}\Z")
 
 
@@ -517,7 +520,10 @@ def names() -> list[str]:
         )
     except OSError:
         known = []
-    return [*KNOWN, *(n for n in known if _parts(root / n) is not None)]
+    return [
+        *KNOWN,
+        *(n for n in known if _parts(root / n) is not None or (root / n / ARRAYS).is_file()),
+    ]
 
 
 def locate(name: str) -> tuple[str, str] | None:
@@ -527,6 +533,8 @@ def locate(name: str) -> tuple[str, str] | None:
     root = data_dir()
     if parts := _parts(_folder(name, root)):
         return str(parts[0].parent), "tars" if parts[0].is_file() else "folders"
+    if (root / name / ARRAYS).is_file():
+        return str(root / name), "arrays"
     if name not in TORCHVISION:
         return None
     cls, folder = TORCHVISION[name], _torchvision_folder(name, root)
@@ -591,6 +599,8 @@ def _load(name: str, root: Path) -> Source:
         )
     if parts := _parts(_folder(name, root)):
         return _images(name, *parts)
+    if (path := root / name / ARRAYS).is_file():
+        return _added(name, path)
     if name in TORCHVISION:
         return _torchvision(name, root)
     if name == "imagenet":
@@ -601,6 +611,20 @@ def _load(name: str, root: Path) -> Source:
         f"unknown dataset '{name}'{did_you_mean(name, names())}; for one of your own put"
         f" {wanted(name)}"
     )
+
+
+def forget() -> None:
+    """Read data sets anew: one has been written."""
+    _load.cache_clear()
+
+
+def _added(name: str, path: Path) -> Source:
+    try:
+        tensors = load_tensors(path.read_bytes())
+        train, test = (Arrays(tensors[f"{p}_images"], tensors[f"{p}_labels"]) for p in PARTS)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UsageError(f"damaged file {path}: {error}; write it anew (add_data)") from error
+    return in_memory(name, str(path.parent), "arrays", train, test)
 
 
 def verify(source: Source) -> None:

@@ -4,6 +4,7 @@ alone.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -371,6 +372,15 @@ class Suite(_Strict):
                     row |= {"of": source, "params": entry.params, "trials": entry.trials}
                 rows.append(row)
         return rows
+
+
+def matches(name: str, only: Sequence[str]) -> bool:
+    """Whether a cell's name is like one of some patterns (``*`` and ``?``), or holds one of some
+    texts; all are where there are none.
+    """
+    return not only or any(
+        fnmatch.fnmatchcase(name, p) if set("*?") & set(p) else p in name for p in only
+    )
 
 
 def limits(chosen: Iterable[Suite]) -> dict[str, Limits]:

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from widthbench.errors import UsageError
 from widthbench.experiment.records import Record
 from widthbench.paths import write_atomic
 from widthbench.report.lines import Line, blocks, lines, over_bases, short_names
@@ -43,10 +44,25 @@ def write(records: Sequence[Record], folder: Path, title: str) -> list[Path]:
         The files written; none if no record is finished.
     """
     panels = _panels(lines(records))
-    drawn = [_sizes(panels, axis, folder / f"error-{axis}.png", title) for axis in AXES if panels]
+    made = [
+        save(_sizes(panels, axis, title), folder / f"error-{axis}.png") for axis in AXES if panels
+    ]
     if len(away := distances(panels)) > 1:
-        drawn.append(_distances(away, folder / "distance.png", title))
-    return drawn
+        made.append(_distances(away, folder / "distance.png", title))
+    return made
+
+
+def drawn(records: Sequence[Record], axis: str, title: str) -> Figure:
+    """Error against "macs" or "params", a panel per network.
+
+    Raises:
+        UsageError: If the axis is another, or no record is finished.
+    """
+    if axis not in AXES:
+        raise UsageError(f"figures have an axis of {' or '.join(AXES)}, not '{axis}'")
+    if not (panels := _panels(lines(records))):
+        raise UsageError("there is nothing to draw: no technique has a finished record")
+    return _sizes(panels, axis, title)
 
 
 def _panels(rows: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
@@ -71,15 +87,18 @@ def linked(rows: Sequence[Line]) -> list[str]:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, png(figure))
     return path
 
 
-def _sizes(
-    panels: Mapping[tuple[str, str], Sequence[Line]], axis: str, path: Path, title: str
-) -> Path:
+def png(figure: Figure) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _sizes(panels: Mapping[tuple[str, str], Sequence[Line]], axis: str, title: str) -> Figure:
     columns = min(2, len(panels))
     height = -(-len(panels) // columns)
     figure = Figure(figsize=(6.6 * columns, 4.6 * height + 0.6), layout="constrained")
@@ -97,7 +116,7 @@ def _sizes(
     spread = f"means over {most} base networks, single ones as dots" if most > 1 else "one base"
     heading = textwrap.fill(f"{title}: {spread}; controls grey", 60 * columns)
     figure.suptitle(heading, fontsize=12)
-    return save(figure, path)
+    return figure
 
 
 def _panel(place: Axes, block: Sequence[Line], axis: str, known: Mapping[str, Style]) -> None:
