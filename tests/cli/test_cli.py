@@ -150,7 +150,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(here, capsys, arg
 
 
 def test_wrong_arguments_exit_with_2(capsys):
-    for arguments in (["run"], ["run", "digits", "--jobs", "0"], ["lst"], []):
+    for arguments in (["run"], ["run", "digits", "--jobs", "0"], ["lst"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2

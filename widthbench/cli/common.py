@@ -91,6 +91,17 @@ def seconds(text: str) -> float:
     return value
 
 
+def points(text: str) -> float:
+    """Points of accuracy, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"must be a number of points from 0 to 100, not '{text}'")
+    return value
+
+
 def share(text: str) -> float:
     """GPUs of a task."""
     try:

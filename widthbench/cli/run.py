@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from widthbench.cli import report
@@ -11,11 +12,13 @@ from widthbench.cli.common import (
     Told,
     as_json,
     data_folder,
+    duration,
     own_files,
     positive,
     results_folder,
     seconds,
     share,
+    show,
     suite_names,
 )
 from widthbench.errors import UsageError
@@ -95,6 +98,11 @@ def add(verbs: Any) -> None:
         ),
     )
     verb.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what there is to do, and for about how long, by the times of published records",
+    )
+    verb.add_argument(
         "--order",
         choices=["network", "seed"],
         default="network",
@@ -150,6 +158,9 @@ def run(args: argparse.Namespace) -> int:
             )
         suites.check(suite, cells)
     cells = list({c.identity: c for _, some in chosen for c in some}.values())
+    if args.dry_run:
+        _plan(cells, args.jobs or 1, args.json)
+        return 0
     if args.order == "seed":
         cells.sort(key=lambda c: c.seed)
     limits = suites.limits(s for s, _ in chosen)
@@ -180,3 +191,40 @@ def run(args: argparse.Namespace) -> int:
         return report.run(args, told.records) if parallel.is_main() else 0
     finally:
         parallel.stop()
+
+
+def _plan(cells: Sequence[Any], jobs: int, as_json: bool) -> None:
+    """Say what there is to do, and for about how long."""
+    from widthbench.experiment import keys
+    from widthbench.experiment.forecast import Forecast
+    from widthbench.experiment.store import Store
+
+    store, forecast = Store(), Forecast()
+    left = [c for c in cells if store.get(keys.cell_key(c)) is None]
+    groups: dict[str, list[Any]] = {}
+    for cell in left:
+        groups.setdefault(cell.group, []).append(cell)
+    seconds = {name: forecast.seconds(some) for name, some in groups.items()}
+    rows = [
+        {
+            "network, data set, seed": name,
+            "cells to run": len(groups[name]),
+            "about": duration(s),
+            "nothing known of": unknown,
+        }
+        for name, (s, unknown) in seconds.items()
+    ]
+    show(rows, as_json)
+    if as_json:
+        return
+    print(f"{len(cells) - len(left)} of {len(cells)} cells are finished, {len(left)} are to be run")
+    if left:
+        times = [s for s, _ in seconds.values()]
+        # one base network's cells run one after another
+        longest = max(max(times), sum(times) / min(jobs, len(groups)))
+        unknown = sum(n for _, n in seconds.values())
+        more = f", and what {unknown} cells take of which nothing is known" if unknown else ""
+        print(
+            f"about {duration(longest)} with {jobs} job(s) on a machine like those of the published"
+            f" records{more}"
+        )

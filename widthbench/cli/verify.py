@@ -47,9 +47,7 @@ def add(verbs: Any) -> None:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help=(
-            "draw only from cells whose name is like one of these, as in '*-l1-norm-*', or holds one"
-        ),
+        help=("draw only from cells whose name is like one of these ('*-l1-norm-*'), or holds one"),
     )
     verb.add_argument(
         "--jobs", type=positive, default=1, metavar="N", help="worker processes (default: 1)"

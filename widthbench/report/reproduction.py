@@ -17,7 +17,7 @@ from widthbench.experiment.suites import Suite
 from widthbench.report import tables
 from widthbench.report.lines import Line, lines
 from widthbench.report.markdown import escaped
-from widthbench.statistics import Summary
+from widthbench.statistics import Summary, interval
 
 NAME = "reproduction.md"
 KEPT = (
@@ -88,6 +88,8 @@ class Pair:
         both: Cells that both have, finished in either.
         largest: The largest difference of test top-1 of a cell, in points; 0 where none is finished
             in both.
+        gaps: The differences of all cells that are finished in both.
+        slower: Seconds of decision and adaptation here over those there, likewise.
     """
 
     old: Line
@@ -96,6 +98,8 @@ class Pair:
     scored: int
     both: int
     largest: float
+    gaps: tuple[float, ...] = ()
+    slower: tuple[float, ...] = ()
 
     @property
     def difference(self) -> float | None:
@@ -114,8 +118,20 @@ class Pair:
         return math.sqrt(statistics.fmean(d**2 for d in deviations)) if deviations else None
 
 
-def pairs(published: Sequence[Record], records: Sequence[Record]) -> list[Pair]:
-    """The rows that both have, in leaderboard order."""
+def pairs(
+    published: Sequence[Record], records: Sequence[Record], *, by_seed: bool = False
+) -> list[Pair]:
+    """The rows that both have, in leaderboard order.
+
+    Args:
+        published: The one side.
+        records: The other.
+        by_seed: Pair cells of a row by their seeds, whatever their settings.
+    """
+
+    def known_by(record: Record) -> object:
+        return record.cell.seed if by_seed else record.cell.identity
+
     places = [
         {(ln.dataset, ln.model, ln.label, ln.budget): ln for ln in lines(some)}
         for some in (published, records)
@@ -124,21 +140,98 @@ def pairs(published: Sequence[Record], records: Sequence[Record]) -> list[Pair]:
     for place, new in places[1].items():
         if (old := places[0].get(place)) is None:
             continue
-        before = {r.cell.identity: r for r in old.records.values()}
-        both = [
-            (before[r.cell.identity], r) for r in new.records.values() if r.cell.identity in before
-        ]
+        before = {known_by(r): r for r in old.records.values()}
+        both = [(before[known_by(r)], r) for r in new.records.values() if known_by(r) in before]
         both = [
             (a, b) for a, b in both if "done" in (a.status, b.status)
         ]  # of skipped ones there is nothing to compare
-        gaps = [
-            b.rows[-1].top1 - a.rows[-1].top1 for a, b in both if a.status == b.status == "done"
-        ]
-        largest = max(gaps, key=abs, default=0.0)
+        finished = [(a, b) for a, b in both if a.status == b.status == "done"]
+        gaps = tuple(b.rows[-1].top1 - a.rows[-1].top1 for a, b in finished)
+        times = [(_seconds(a), _seconds(b)) for a, b in finished]
         paired.append(
-            Pair(old, new, sum(equal(a, b) for a, b in both), gaps.count(0.0), len(both), largest)
+            Pair(
+                old,
+                new,
+                same=sum(equal(a, b) for a, b in both),
+                scored=gaps.count(0.0),
+                both=len(both),
+                largest=max(gaps, key=abs, default=0.0),
+                gaps=gaps,
+                slower=tuple(b / a for a, b in times if a > 0),
+            )
         )
     return paired
+
+
+def _seconds(record: Record) -> float:
+    return sum(record.spent[p].seconds for p in ("decision", "adaptation") if p in record.spent)
+
+
+BETWEEN = """\
+Test top-1 at the last stage in %, mean ± sample standard deviation over base networks.
+*Difference*: the second minus the first, in points, with its 95 % t-interval over the seeds that
+both have (none below three). *Equal*: cells whose record is the same bit by bit, but for times,
+host, commit and code. *Time*: seconds of decision and adaptation, the second over the first, median
+over seeds; of two machines it says little."""
+
+
+def between(
+    names: tuple[str, str], first: Sequence[Record], second: Sequence[Record]
+) -> tuple[str, list[Pair]]:
+    """A page of markdown that compares any two sets of records, and the rows that both have.
+
+    Args:
+        names: What they are called.
+        first: The one side.
+        second: The other; differences are this side's less the other's.
+    """
+    paired = pairs(first, second, by_seed=True)
+    same, both = (sum(getattr(p, n) for p in paired) for n in ("same", "both"))
+    parts = [
+        f"# {escaped(names[1])} against {escaped(names[0])}",
+        f"{same} of {both} cells are equal bit by bit.",
+        _origins(first, second, names),
+        BETWEEN,
+    ]
+    networks: dict[tuple[str, str], list[Pair]] = {}
+    for pair in paired:
+        networks.setdefault((pair.new.dataset, pair.new.model), []).append(pair)
+    headers = ["technique", "budget", *names, "difference", "equal", "time"]
+    align = ("left", "left", *("right",) * 5)
+    for (dataset, model), some in networks.items():
+        rows = [
+            [
+                escaped(p.new.label),
+                p.new.budget or "–",
+                _text(p.old),
+                _text(p.new),
+                _interval(p),
+                f"{p.same} of {p.both}",
+                f"{statistics.median(p.slower):.2f}x" if p.slower else "–",
+            ]
+            for p in some
+        ]
+        table = tabulate(
+            rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True
+        )
+        parts += [f"## {escaped(model)} on {escaped(dataset)}", table]
+    one, other = ({r.cell.id for r in some} for some in (first, second))
+    for name, alone in ((names[0], sorted(one - other)), (names[1], sorted(other - one))):
+        if alone:
+            more = f" and {len(alone) - 5} more" if len(alone) > 5 else ""
+            listed = ", ".join(map(escaped, alone[:5]))
+            parts.append(f"In {escaped(name)} only: {len(alone)} cells ({listed}{more}).")
+    return "\n\n".join(parts) + "\n", paired
+
+
+def _interval(pair: Pair) -> str:
+    if not pair.gaps:
+        return "–"
+    mean = statistics.fmean(pair.gaps)
+    if len(pair.gaps) < 3:
+        return f"{mean:+.2f}"
+    low, high = interval(pair.gaps)
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def summary(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -> str:
@@ -247,10 +340,14 @@ def _machine(records: Sequence[Record]) -> str:
     return "; ".join(tables.origins(records).get("hardware", ["unknown machine"]))
 
 
-def _origins(published: Sequence[Record], records: Sequence[Record]) -> str:
+def _origins(
+    published: Sequence[Record],
+    records: Sequence[Record],
+    names: tuple[str, str] = ("published", "here"),
+) -> str:
     before, after = tables.origins(published), tables.origins(records)
     rows = [
         [name, *(escaped("; ".join(o.get(name, ["–"]))) for o in (before, after))]
         for name in {**before, **after}
     ]
-    return tabulate(rows, headers=["", "published", "here"], tablefmt="pipe", disable_numparse=True)
+    return tabulate(rows, headers=["", *names], tablefmt="pipe", disable_numparse=True)

@@ -1,0 +1,119 @@
+"""Two sets of results beside each other, and what there is to do."""
+
+import json
+
+import pytest
+from made import record
+
+from widthbench.cli import EXAMPLES, VERBS, main
+from widthbench.experiment import keys, suites
+from widthbench.experiment.forecast import Forecast
+from widthbench.experiment.records import write_records
+
+SUITE = """
+name = "plan"
+datasets = ["digits"]
+seeds = [0]
+budgets = ["macs:0.5"]
+techniques = ["l1-norm"]
+base = { epochs = 1, lr = 0.05 }
+finetune = { epochs = 0, lr = 0.01 }
+[[models]]
+name = "lenet_300_100"
+size = 28
+"""
+
+
+def written(folder, tops, technique="l1-norm", **more):
+    folder.mkdir()
+    records = [record(technique, seed, top, **more) for seed, top in enumerate(tops)]
+    write_records(folder / "records.jsonl", records)
+    return str(folder)
+
+
+def test_rows_differences_intervals_and_equal_cells(tmp_path, capsys):
+    one = written(tmp_path / "a", [90.0, 91.0, 92.0, 93.0])
+    other = written(tmp_path / "b", [91.0, 92.5, 92.0, 94.5])
+    assert main(["compare", one, other, "--write", str(tmp_path / "page.md")]) == 0
+    page = capsys.readouterr().out
+    assert "+1.00 (-0.13 to +2.13)" in page  # t(3) 3.182 * 0.7071 / 2
+    assert "|  1 of 4 |" in page
+    assert (tmp_path / "page.md").read_text() == page[:-1]
+    assert main(["compare", one, other, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["differences"] == [1.0, 1.5, 0.0, 1.5]
+    assert (row["equal"], row["both"]) == (1, 4)
+
+
+def test_cells_that_one_side_alone_has_are_named(tmp_path, capsys):
+    one = written(tmp_path / "a", [90.0, 91.0])
+    other = written(tmp_path / "b", [90.0])
+    main(["compare", one, other])
+    out = capsys.readouterr().out
+    assert f"In {one} only: 1 cells" in out
+    assert f"In {other} only" not in out
+
+
+@pytest.mark.parametrize(("worse", "code"), [("1.5", 0), ("0.5", 1)])
+def test_a_technique_that_got_worse_is_an_exit_code(tmp_path, capsys, worse, code):
+    one, other = written(tmp_path / "a", [90.0, 91.0]), written(tmp_path / "b", [89.0, 90.0])
+    assert main(["compare", one, other, "--worse", worse]) == code
+    assert ("worse: l1-norm at macs:0.5" in capsys.readouterr().err) == bool(code)
+
+
+def test_a_row_that_no_longer_finishes_is_worse_and_one_that_is_new_is_not(tmp_path):
+    one = written(tmp_path / "a", [90.0])
+    (tmp_path / "b").mkdir()
+    failed = record("l1-norm", 0, status="failed")
+    write_records(tmp_path / "b" / "records.jsonl", [failed])
+    assert main(["compare", one, str(tmp_path / "b"), "--worse", "50"]) == 1
+    assert main(["compare", str(tmp_path / "b"), one, "--worse", "0"]) == 0
+
+
+def test_nothing_in_common_is_said(tmp_path, capsys):
+    one, other = written(tmp_path / "a", [90.0]), written(tmp_path / "b", [90.0], technique="nmf")
+    assert main(["compare", one, other]) == 2
+    assert "have no row in common" in capsys.readouterr().err
+    assert main(["compare", one, "nowhere"]) == 2
+    assert "no results at nowhere" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_is_left_and_runs_nothing(tmp_path, capsys, fresh_cache):
+    (tmp_path / "plan.toml").write_text(SUITE)
+    arguments = ["run", str(tmp_path / "plan.toml"), "--results", str(tmp_path / "out")]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "0 of 2 cells are finished, 2 are to be run" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "plan").exists()
+    assert main([*arguments, "--no-timing"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "2 of 2 cells are finished, 0 are to be run" in capsys.readouterr().out
+
+
+def test_a_forecast_is_the_median_of_such_cells():
+    cells = [c for c in suites.load("digits").cells() if c.group.startswith("digits-lenet5-")]
+    mine = [c for c in cells if c.seed == 0]
+    seconds, unknown = Forecast().seconds(mine)
+    assert unknown == 0
+    assert 1 < seconds < 3600
+    assert Forecast().seconds([mine[0].model_copy(update={"model": "nobody"})]) == (0, 2)
+    assert keys.cell_key(mine[0])
+
+
+def test_the_command_alone_shows_its_verbs_in_groups(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {verb}" in out for verb in VERBS)
+    assert out.index("compare techniques:") < out.index("trust:")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_in_help_are_accepted(verb, capsys):
+    from widthbench.cli import _parser
+
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert "examples:" in capsys.readouterr().out
+    for line in EXAMPLES[verb].splitlines():
+        words = line.split("  ")[1].replace("'", "").split()
+        assert _parser().parse_args(words[1:]).verb == verb

@@ -1,0 +1,85 @@
+"""Two sets of results beside each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from widthbench.cli.common import as_json, points
+from widthbench.errors import UsageError
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the command line."""
+    verb = verbs.add_parser(
+        "compare",
+        help="two sets of results: rows, differences, cells that are equal",
+        description=(
+            "Compare two sets of results, row by row: means, paired differences over the seeds that"
+            " both have, cells that are equal bit by bit, times. Prints markdown."
+        ),
+    )
+    for side in ("first", "second"):
+        verb.add_argument(
+            side,
+            metavar=side.upper(),
+            help="a folder with records.jsonl, such a file, or the name of a published suite",
+        )
+    verb.add_argument(
+        "--worse",
+        type=points,
+        metavar="POINTS",
+        help=(
+            "exit code 1 if the mean of a technique's row is more than so many points lower in"
+            " SECOND, or a row that was finished is not"
+        ),
+    )
+    verb.add_argument("--write", type=Path, metavar="FILE", help="also write the page to a file")
+    as_json(verb)
+    verb.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; gives the exit code."""
+    from widthbench.paths import write_atomic
+    from widthbench.report.reproduction import between
+    from widthbench.running import load
+
+    sides = [load(args.first), load(args.second)]
+    names = (args.first, args.second)
+    text, paired = between(names, *(side.records for side in sides))
+    if not paired:
+        raise UsageError(f"{args.first} and {args.second} have no row in common")
+    if args.write:
+        write_atomic(args.write, text)
+    if args.json:
+        rows = [
+            {
+                "dataset": p.new.dataset,
+                "network": p.new.model,
+                "technique": p.new.label,
+                "budget": p.new.budget,
+                "first": s.mean if (s := p.old.summary(None)) else None,
+                "second": s.mean if (s := p.new.summary(None)) else None,
+                "differences": list(p.gaps),
+                "equal": p.same,
+                "both": p.both,
+            }
+            for p in paired
+        ]
+        print(json.dumps(rows, indent=1))
+    else:
+        print(text)
+    if args.worse is None:
+        return 0
+    worse = [
+        f"{p.new.label} at {p.new.budget or 'full width'} on {p.new.model}"
+        for p in paired
+        if not p.new.control and p.old.done and (p.difference is None or p.difference < -args.worse)
+    ]
+    for row in worse:
+        print(f"widthbench: worse: {row}", file=sys.stderr)
+    return 1 if worse else 0
