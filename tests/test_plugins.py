@@ -118,6 +118,15 @@ def test_what_a_record_depends_on_is_in_its_key(folder):
     assert all(keys.cell_key(c) != before[t] for t, c in cells.items())
 
 
+@pytest.mark.parametrize(
+    "line", ['id = "own-x"', 'id: str = "own-x"', 'id, access = "own-x", "none"']
+)
+def test_an_id_is_found_however_it_is_written(folder, line):
+    (folder / "own_ways.py").write_text(f"class Way:\n    {line}\n\n\nclass Other:\n    id = 7\n")
+    plugins.use([folder / "own_ways.py"])
+    assert plugins.techniques() == {"own-x": [("own_ways:Way", folder / "own_ways.py")]}
+
+
 def test_a_class_can_be_applied(folder):
     plugins.use([folder / "own_technique.py"])
     cls = registry.load("own-max-norm")

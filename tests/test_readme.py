@@ -5,12 +5,14 @@ import importlib
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
 
+from widthbench.cli import main
 from widthbench.experiment import suites
 from widthbench.experiment.cell import CONTROLS
 from widthbench.experiment.records import read_records
@@ -115,13 +117,57 @@ def test_it_is_short():
     assert len(re.findall(r"\S*\w\S*", README)) <= 900  # words, without the rules of tables
 
 
-def test_the_tutorial_runs():
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """All of its code, and what it shows is what it gives."""
+    pytest.importorskip("pandas")
+    cells = json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]
+    scope = {"__name__": "notebook"}
+    monkeypatch.chdir(tmp_path)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+            assert cell["outputs"] or "published" in scope
+    shown = "".join(cells[1]["outputs"][0]["data"]["text/markdown"])
+    assert [line.split("|")[1] for line in shown.splitlines() if line.startswith("|")] == [
+        line.split("|")[1] for line in scope["board"].to_markdown().splitlines() if "|" in line
+    ]
+    assert torch.equal(scope["small"](scope["x"]), scope["again"](scope["x"]))
+
+
+def test_the_tutorials_suite_runs(tmp_path, monkeypatch, capsys):
+    """Its files as it describes them: a technique, a network, a suite."""
+    text = (ROOT / "docs/tutorial.md").read_text()
+    (suite,) = re.findall(r"```toml\n(.*?)```", text, flags=re.S)
+    (technique,) = [
+        b for b in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "MaxNorm" in b
+    ]
+    monkeypatch.setenv("WIDTHBENCH_PLUGINS", "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    Path("mytechnique.py").write_text(technique.partition("small =")[0])
+    Path("mynets.py").write_text(
+        "from torch import nn\n\n\ndef MyNet(num_classes, in_chans):\n"
+        "    return nn.Sequential(nn.Conv2d(in_chans, 8, 5, 4), nn.ReLU(), nn.Flatten(),"
+        " nn.Linear(288, num_classes))\n"
+    )
+    Path("mine.toml").write_text(suite)
+    try:
+        assert main(["run", "mine.toml", "--no-timing", "--only", "*MyNet*-s0"]) == 0
+    finally:
+        for name in ("mytechnique", "mynets"):
+            sys.modules.pop(name, None)
+    assert "max-norm" in capsys.readouterr().out
+
+
+def test_the_tutorial_runs(tmp_path, monkeypatch):
     """All of its code, from top to bottom."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tutorial.md").read_text(), flags=re.S)
     scope = {"__name__": "tutorial"}
+    monkeypatch.chdir(tmp_path)
     for block in code:
         exec(block, scope)
-    assert len(code) == 4
+    assert len(code) == 5
+    assert scope["again"](scope["x"]).shape == (8, 10)
     assert scope["small"](scope["x"]).shape == (8, 10)
 
 

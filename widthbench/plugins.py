@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,14 +78,28 @@ def techniques() -> dict[str, list[tuple[str, Path]]]:
         for node in _parsed(path).body:
             if not isinstance(node, ast.ClassDef):
                 continue
-            for line in node.body:
-                targets = line.targets if isinstance(line, ast.Assign) else []
-                targets = [line.target] if isinstance(line, ast.AnnAssign) else targets
-                named = any(isinstance(t, ast.Name) and t.id == "id" for t in targets)
-                value = getattr(line, "value", None)
-                if named and isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    found.setdefault(value.value, []).append((f"{path.stem}:{node.name}", path))
+            for name in _ids(node):
+                found.setdefault(name, []).append((f"{path.stem}:{node.name}", path))
     return found
+
+
+def _ids(node: ast.ClassDef) -> Iterator[str]:
+    """What a class assigns to ``id``: ``id = "a"``, ``id: str = "a"``, ``id, access = "a", "b"``."""
+    for line in node.body:
+        pairs: list[tuple[ast.expr, ast.expr | None]] = []
+        if isinstance(line, ast.AnnAssign):
+            pairs = [(line.target, line.value)]
+        elif isinstance(line, ast.Assign):
+            for target in line.targets:
+                both = (target, line.value)
+                if all(isinstance(side, ast.Tuple) for side in both):
+                    pairs += zip(*(side.elts for side in both), strict=False)  # type: ignore[attr-defined]
+                else:
+                    pairs.append(both)
+        for target, value in pairs:
+            named = isinstance(target, ast.Name) and target.id == "id"
+            if named and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value.value
 
 
 def sources(path: Path) -> list[Path]:
