@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from speed.measuring import MODELS, milliseconds
 from tabulate import tabulate
 
@@ -115,7 +116,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)
 
 
-def draw(rows: list[dict[str, Any]]) -> bytes:
+def draw(rows: list[dict[str, Any]], on: str) -> bytes:
     """Latency against MACs, a panel for each batch size; the grey lines are latency proportional to
     MACs.
     """
@@ -151,6 +152,9 @@ def draw(rows: list[dict[str, Any]]) -> bytes:
             )
         place.set_xscale("log")
         place.set_yscale("log")
+        place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        place.yaxis.set_minor_formatter(NullFormatter())
         place.set_xlabel("FLOPs (as MACs) of the batch")
         place.set_ylabel("latency of the batch, ms")
         place.set_title(f"batch of {batch}", fontsize=11)
@@ -158,8 +162,7 @@ def draw(rows: list[dict[str, Any]]) -> bytes:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(
-        f"Latency against MACs on {rows[0]['device']}: median and range (grey: as fast as MACs"
-        " fall)",
+        f"Latency against MACs on {on}: median and range (grey: as fast as MACs fall)",
         fontsize=12,
     )
     buffer = io.BytesIO()
@@ -193,8 +196,11 @@ def main() -> None:
         for batch in BATCHES[options.device]:
             rows += measure(name, options.device, batch, 0.2)
             print(table(rows[-len(BUDGETS) :]), flush=True)
-    if not options.write:
-        return
+        if options.write:  # what is measured stays, if the rest is cut off
+            write(rows, options)
+
+
+def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     gpu = torch.cuda.get_device_name(0) if options.device == "cuda" else "a CPU, one thread"
     text = f"""# Latency of resized networks
 
@@ -208,7 +214,7 @@ weights, input and what lives between operations.
 
 Written by `python bench/studies/latency.py --device {options.device} --write {options.write}`.
 {where()} """
-    write_atomic(options.write.with_suffix(".png"), draw(rows))
+    write_atomic(options.write.with_suffix(".png"), draw(rows, gpu))
     write_atomic(options.write.with_suffix(".jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
     write_atomic(options.write.with_suffix(".md"), text)
 
