@@ -99,7 +99,12 @@ def test_include_limits_what_is_resized():
             UsageError,
             "parameter 'allocation': .*'uniform' or 'global' .found 'best'",
         ),
-        (None, {}, UsageError, "technique must be a registered name, a class or an instance, not None"),
+        (
+            None,
+            {},
+            UsageError,
+            "technique must be a registered name, a class or an instance, not None",
+        ),
         ("l1-norm", {"model": "lenet5"}, UsageError, "must be a torch.nn.Module, not str"),
         ("l1-norm", {"example_input": "image"}, UsageError, "must be a tensor .B, ...., a tuple"),
         ("l1-norm", {"example_input": torch.zeros(0, 2, 8, 8)}, UsageError, "B of at least 1"),

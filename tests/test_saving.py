@@ -55,7 +55,7 @@ def test_the_file_says_what_is_in_it(tmp_path):
     widths, plan = json.loads(facts["widths"]), json.loads(facts["plan"])
     assert {n: len(rows) for n, rows in plan.items()} == widths
     assert widths["layer1.0.conv1"] == small.layer1[0].conv1.out_channels
-    assert json.loads(facts["input"]) == [2, 3, 160, 160]
+    assert json.loads(facts["input"]) == {"shape": [2, 3, 160, 160], "dtype": "torch.float32"}
 
 
 def test_trained_further_cut_twice_and_attention_made_separate(tmp_path):
@@ -121,6 +121,35 @@ def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
         widthbench.load_network("test_resnet", other)
     with pytest.raises(UsageError, match="gave a int"):
         widthbench.load_network(lambda: 7, path)
+
+
+def test_numbers_keep_their_kind(tmp_path):
+    net, x = timm.create_model("test_resnet").double().eval(), torch.randn(2, 3, 64, 64).double()
+    small = widthbench.apply("l1-norm", net, budget="macs:0.5", example_input=x)
+    again = widthbench.load_network("test_resnet", widthbench.save(small, tmp_path / "d"))
+    assert torch.equal(again(x), small(x))
+
+
+class Words(nn.Module):
+    """Token ids in; what is added is no parameter."""
+
+    def __init__(self, shift=1.0):
+        super().__init__()
+        self.table, self.a = nn.Embedding(20, 8), nn.Linear(8, 16)
+        self.b, self.shift = nn.Linear(16, 3), shift
+
+    def forward(self, ids):
+        return self.b((self.a(self.table(ids)) + self.shift).relu()).mean(1)
+
+
+def test_a_network_that_fits_but_computes_something_else_is_refused(tmp_path):
+    ids = torch.randint(20, (2, 5))
+    torch.manual_seed(0)
+    small = widthbench.apply("l1-norm", Words().eval(), budget="macs:0.5", example_input=ids)
+    path = widthbench.save(small, tmp_path / "w")
+    assert torch.equal(widthbench.load_network(Words, path)(ids), small(ids))
+    with pytest.raises(UsageError, match="computes something else"):
+        widthbench.load_network(lambda: Words(shift=0.5), path)
 
 
 @pytest.mark.parametrize("name", NETWORKS[:2])

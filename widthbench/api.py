@@ -259,7 +259,8 @@ def outcome(
         for m, mode in modes.items():
             m.training = mode
     if isinstance(example_input, Tensor):  # what a saved network's groups are found with again
-        resized.widthbench_input = list(example_input.shape)  # type: ignore[assignment]
+        known = {"shape": list(example_input.shape), "dtype": str(example_input.dtype)}
+        resized.widthbench_input = known  # type: ignore[assignment]
     return decided
 
 

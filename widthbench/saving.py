@@ -10,16 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from widthbench.errors import PlanError, UsageError
 from widthbench.networks import models
 from widthbench.width.attention import SeparateAttention, separated
 from widthbench.width.certify import find_groups
-from widthbench.width.inputs import Example, Inputs
+from widthbench.width.inputs import Example
+from widthbench.width.labels import evaluating
 from widthbench.width.resize import keep, plan_of, resize
 
 FORMAT = "widthbench 1"
@@ -47,25 +49,22 @@ def save(model: nn.Module, path: str | Path, *, example_input: Example | None = 
             f"save: how this {type(model).__name__} got its shape is not known: give it what"
             " widthbench.apply() or resize() returned, or save its state_dict"
         )
-    shape = _shape(example_input) or getattr(model, "widthbench_input", None)
+    known = _known(example_input) or getattr(model, "widthbench_input", None)
     facts = {
         "format": FORMAT,
         "widthbench": version("widthbench"),
         "network": type(model).__name__,
         "plan": json.dumps({n: rows.tolist() for n, rows in plan.items()}),
         "widths": json.dumps({n: len(rows) for n, rows in plan.items()}),
-        "input": json.dumps(shape),
+        "input": json.dumps(known),
+        "output": json.dumps(_output(model, known)),
         "separated": str(any(isinstance(m, SeparateAttention) for m in model.modules())).lower(),
     }
     path = Path(path)
-    modes = {m: m.training for m in model.modules()}
     try:
         save_model(model, str(path), metadata=facts)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"save: cannot write {path}: {error}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return path
 
 
@@ -82,22 +81,26 @@ def load_network(
         example_input: What the network takes, where the file does not say.
 
     Returns:
-        The network, in eval mode, on the CPU.
+        The network, in eval mode, of the saved numbers' type, on the factory's device.
 
     Raises:
-        UsageError: If the file is none of ``save``'s, or does not fit the network.
+        UsageError: If the file is none of ``save``'s, does not fit the network, or the network then
+            computes something else than the saved one did.
     """
     facts = _facts(path)
     model = _built(factory)
     plan = {n: torch.tensor(rows) for n, rows in json.loads(facts["plan"]).items()}
-    shape = json.loads(facts["input"])
+    known = json.loads(facts["input"])
     if example_input is None:
-        if shape is None:
+        if known is None:
             raise UsageError(
                 f"load_network: {path} does not say what the network takes: pass example_input"
             )
-        example_input = torch.zeros(shape)
+        example_input = _example(known, model)
     shaped = _shaped(model, plan, example_input, separate=facts["separated"] == "true")
+    kinds = {t.dtype for t in load_file(path).values() if t.is_floating_point()}
+    if len(kinds) == 1:
+        shaped.to(kinds.pop())
     try:
         load_model(shaped, str(path))
     except RuntimeError as error:
@@ -106,7 +109,18 @@ def load_network(
             f"load_network: {path} was saved from a {facts['network']} that this"
             f" {type(model).__name__} is not: {first}"
         ) from error
-    return shaped.eval()
+    shaped.eval()
+    before, now = json.loads(facts["output"]), _output(shaped, known)
+    if (
+        before
+        and now
+        and not np.allclose(before, now, rtol=0.01, atol=0.01 * max(map(abs, before)))
+    ):
+        raise UsageError(
+            f"load_network: the weights of {path} fit this {type(model).__name__}, but it computes"
+            " something else than the network that was saved: build it with the same arguments"
+        )
+    return shaped
 
 
 def reshape_like(
@@ -132,10 +146,10 @@ def reshape_like(
             " what widthbench.apply() or resize() returned"
         )
     if example_input is None:
-        shape = getattr(resized, "widthbench_input", None)
-        if shape is None:
+        known = getattr(resized, "widthbench_input", None)
+        if known is None:
             raise UsageError("reshape_like: pass example_input, what the networks take")
-        example_input = torch.zeros(shape, device=next(model.parameters()).device)
+        example_input = _example(known, model)
     separate = any(isinstance(m, SeparateAttention) for m in resized.modules())
     return _shaped(model, plan, example_input, separate=separate)
 
@@ -177,9 +191,32 @@ def _facts(path: str | Path) -> dict[str, str]:
     return facts
 
 
-def _shape(example: Example | None) -> list[int] | None:
-    """The shape of an input that is one tensor."""
-    if example is None:
+def _known(example: Example | None) -> dict[str, Any] | None:
+    """What an input is, if it is one tensor."""
+    if not isinstance(example, Tensor):
         return None
-    tensors = Inputs.of(example).tensors
-    return list(tensors[0].shape) if isinstance(example, Tensor) else None
+    return {"shape": list(example.shape), "dtype": str(example.dtype)}
+
+
+def _example(known: Mapping[str, Any], model: nn.Module) -> Tensor:
+    """An input of that kind, the same wherever it is drawn; indices are 0."""
+    first = next(model.parameters(), torch.empty(0))
+    dtype = getattr(torch, known["dtype"].removeprefix("torch."))
+    if not dtype.is_floating_point:
+        return torch.zeros(known["shape"], dtype=dtype, device=first.device)
+    drawn = torch.randn(known["shape"], generator=torch.Generator().manual_seed(0))
+    return drawn.to(first.device, first.dtype)
+
+
+def _output(model: nn.Module, known: Mapping[str, Any] | None) -> list[float]:
+    """Some numbers of what a network gives, by which another one is told apart; none where its
+    input is not known, or its output no tensor.
+    """
+    if known is None:
+        return []
+    with evaluating(model), torch.no_grad():
+        output = model(_example(known, model))
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return []
+    flat = output.double().flatten().cpu()
+    return [*flat[:8].tolist(), float(flat.mean()), float(flat.std()) if len(flat) > 1 else 0.0]

@@ -106,6 +106,22 @@ def test_what_one_run_leaves_when_it_is_killed_two_workers_complete(bench, tmp_p
     assert re.search(r"^\[6/6\] digits-lenet_300_100-\S+: \d+\.\d\d %", again, flags=re.M)
 
 
+def test_a_technique_in_a_file_is_known_to_all_workers(bench, tmp_path):
+    (tmp_path / "own_widest.py").write_text(
+        "import torch\nimport widthbench\n\n\n"
+        "class First(widthbench.ScoredTechnique):\n"
+        '    """Keeps the first channels."""\n\n'
+        '    id, access = "own-first", "none"\n\n'
+        "    def score(self, task):\n"
+        "        return {n: -torch.arange(g.channels).float() for n, g in task.groups.items()}\n"
+    )
+    suite = SUITE.replace('["l1-norm"]', '["own-first"]').replace(', "scratch:l1-norm"', "")
+    (tmp_path / "own.toml").write_text(suite.replace("tiny", "own"))
+    options = ["--suite", str(tmp_path / "own.toml"), "--plugin", str(tmp_path / "own_widest.py")]
+    done = bench(*options, "--results", str(tmp_path), "-n", "2", what="bench/test_comparisons.py")
+    assert "suite own: 4 of 4 cells done" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_a_run_of_which_nothing_is_missing_gives_the_same_page(bench, tmp_path):
     options = (
