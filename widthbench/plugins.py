@@ -93,7 +93,8 @@ def _ids(node: ast.ClassDef) -> Iterator[str]:
             for target in line.targets:
                 both = (target, line.value)
                 if all(isinstance(side, ast.Tuple) for side in both):
-                    pairs += zip(*(side.elts for side in both), strict=False)  # type: ignore[attr-defined]
+                    names, values = (getattr(side, "elts", []) for side in both)
+                    pairs += zip(names, values, strict=False)
                 else:
                     pairs.append(both)
         for target, value in pairs:
