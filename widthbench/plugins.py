@@ -84,7 +84,7 @@ def techniques() -> dict[str, list[tuple[str, Path]]]:
 
 
 def _ids(node: ast.ClassDef) -> Iterator[str]:
-    """What a class assigns to ``id``: ``id = "a"``, ``id: str = "a"``, ``id, access = "a", "b"``."""
+    """What a class assigns to ``id``: alone or in a tuple."""
     for line in node.body:
         pairs: list[tuple[ast.expr, ast.expr | None]] = []
         if isinstance(line, ast.AnnAssign):
