@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 
 import pytest
 import timm
@@ -11,8 +12,9 @@ import widthbench
 from widthbench import plugins
 from widthbench.cli import main
 from widthbench.errors import UsageError
-from widthbench.experiment import keys, suites
+from widthbench.experiment import keys, protocol, suites
 from widthbench.experiment.records import read_records
+from widthbench.experiment.store import Store
 from widthbench.networks import models
 from widthbench.technique import registry
 
@@ -160,15 +162,85 @@ def test_bad_files_and_factories_are_named_with_the_remedy(folder):
     with pytest.raises(UsageError, match="'two-words' is no name of a module"):
         plugins.use([folder / "two-words.py"])
     (folder / "own_broken.py").write_text("class (")
-    plugins.use([folder / "own_broken.py"])
     with pytest.raises(UsageError, match=r"own_broken\.py cannot be read"):
-        registry.names()
+        plugins.use([folder / "own_technique.py", folder / "own_broken.py"])
+    assert plugins.files() == []  # none of them, and nothing else suffers
+    plugins.use([folder / "own_technique.py"])
+    (folder / "own_technique.py").write_text("class (")
+    with pytest.warns(UserWarning, match=r"own_technique\.py cannot be read"):
+        assert "l1-norm" in registry.names()
 
 
 def test_a_file_must_not_be_called_as_a_module_that_is_there(folder):
     (folder / "tabulate.py").touch()
     with pytest.raises(UsageError, match="another module is called 'tabulate'"):
         plugins.use([folder / "tabulate.py"])
+
+
+def test_what_is_beside_one_file_does_not_hide_what_is_beside_another(folder):
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        (folder / name / f"own_{name}.py").write_text("import own_shared\n")
+        (folder / name / "own_shared.py").write_text(f"NAME = {name!r}\n")
+    plugins.use([folder / "one" / "own_one.py"])
+    with pytest.raises(UsageError, match=r"another module is called 'own_shared'"):
+        plugins.use([folder / "two" / "own_two.py"])
+    assert [f.stem for f in plugins.files()] == ["own_one"]
+
+
+def test_packages_other_files_and_what_is_only_passed_on_are_digested(folder):
+    (folder / "own_package").mkdir()  # without an __init__.py
+    (folder / "own_package" / "part.py").write_text("SIGN = 1\n")
+    (folder / "own_layers.py").write_text("WIDTH = 4\n")
+    (folder / "own_blocks.py").write_text(
+        "from torch import nn\nfrom own_layers import WIDTH\n\n\n"
+        "def Net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH),"
+        " nn.ReLU(), nn.Linear(WIDTH, num_classes))\n"
+    )
+    (folder / "own_nets.py").write_text("from own_blocks import Net as OwnNet\n")
+    (folder / "own_helpers.py").write_text("from own_package.part import SIGN\n" + HELPERS)
+    (folder / "own.toml").write_text(SUITE.replace("args = { width = 4 }", ""))
+    cells = {c.technique: c for c in suites.load(str(folder / "own.toml")).cells()}
+    before = {t: keys.cell_key(c) for t, c in cells.items()}
+    (folder / "own_package" / "part.py").write_text("SIGN = -1\n")
+    after = {t: keys.cell_key(c) for t, c in cells.items()}
+    assert {t for t in cells if after[t] != before[t]} == {"own-max-norm"}
+    (folder / "own_layers.py").write_text("WIDTH = 40\n")
+    assert all(keys.cell_key(c) != after[t] for t, c in cells.items())
+    assert models.create("own_nets:OwnNet", classes=10, channels=1, size=8)[1].out_features == 40
+
+
+def test_a_file_that_changes_while_its_cell_runs_leaves_no_result(folder, monkeypatch):
+    (cell,) = [c for c in suites.load(str(folder / "own.toml")).cells() if c.technique == "base"]
+    real = protocol.RUNNERS["base"].run
+
+    def edited(call):
+        record = real(call)
+        (folder / "own_nets.py").write_text(NETWORK.replace("width, 3", "width, 5"))
+        return record
+
+    monkeypatch.setattr(protocol.RUNNERS["base"], "run", edited)
+    record = protocol.run_cell(cell, Store())
+    assert record.status == "failed"
+    assert "its code was changed while it ran" in record.reason
+
+
+def test_one_process_sees_what_a_file_says_now(folder):
+    plugins.use([folder / "own_technique.py"])
+    net, x = timm.create_model("test_resnet"), torch.randn(1, 3, 64, 64)
+    one = widthbench.apply("own-max-norm", net, budget="channels:0.5", example_input=x)
+    (folder / "own_helpers.py").write_text(HELPERS.replace("amax(1)", "amax(1).neg()"))
+    other = widthbench.apply("own-max-norm", net, budget="channels:0.5", example_input=x)
+    assert not torch.equal(one(x), other(x))
+
+
+def test_a_class_stands_in_a_suite_from_python(folder):
+    plugins.use([folder / "own_technique.py"])
+    cls = registry.load("own-max-norm")
+    content = tomllib.loads(SUITE) | {"techniques": [cls, "l1-norm"], "plugins": []}
+    content["models"] = [{"name": "lenet_300_100", "size": 8}]
+    board = widthbench.run(content, only="*own-max-norm*", progress=False)
+    assert [r.status for r in board] == ["done"]
 
 
 def test_one_name_for_two_techniques_is_refused(folder):

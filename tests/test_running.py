@@ -122,9 +122,21 @@ def test_data_sets_of_torch_and_of_pictures_are_taken(data):
     assert source.train.images[3].unique().tolist() == [3]
 
 
+def test_a_shuffled_source_keeps_its_labels(data):
+    x = torch.arange(30, dtype=torch.uint8)[:, None, None, None].expand(30, 1, 4, 4)
+    pairs = torch.utils.data.TensorDataset(x, torch.arange(30) % 3)
+    loader = torch.utils.data.DataLoader(pairs, batch_size=None, shuffle=True)
+    widthbench.add_data("shuffled", loader, pairs)
+    train = sources.load("shuffled").train
+    assert torch.equal(train.images[:, 0, 0, 0].long() % 3, train.labels)
+
+
 @pytest.mark.parametrize(
     ("train", "message"),
     [
+        ((torch.zeros(4, 12, 12, 3), torch.zeros(4).long()), "look like .N, H, W, C."),
+        ((torch.zeros(4, 1, 8, 8), torch.tensor([1, 2, 3, 1])), "labels of train must be 0 to K"),
+        ((torch.zeros(4, 1, 0, 8), torch.zeros(4).long()), "images without pixels"),
         ((torch.randn(4, 1, 8, 8), torch.zeros(4)), "must lie between 0 and 1"),
         ((torch.zeros(4, 1, 8, 8), torch.zeros(3).long()), "not .N, C, H, W."),
         ((torch.zeros(4, 8, 8).int(), torch.zeros(4).long()), "make them uint8"),

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -114,8 +115,6 @@ def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
         widthbench.load_network("test_resnet", tmp_path / "nowhere")
     other = tmp_path / "other.safetensors"
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(1)}, other)
     with pytest.raises(UsageError, match=r"was not written by widthbench\.save"):
         widthbench.load_network("test_resnet", other)
@@ -128,6 +127,27 @@ def test_numbers_keep_their_kind(tmp_path):
     small = widthbench.apply("l1-norm", net, budget="macs:0.5", example_input=x)
     again = widthbench.load_network("test_resnet", widthbench.save(small, tmp_path / "d"))
     assert torch.equal(again(x), small(x))
+
+
+def test_steps_that_make_no_one_plan_are_not_saved(tmp_path):
+    net, x = timm.create_model("test_vit").eval(), torch.randn(1, 3, 160, 160)
+    heads = widthbench.apply(
+        "l1-norm", net, budget="channels:0.5", example_input=x, include="*.heads"
+    )
+    widthbench.save(heads, tmp_path / "heads")
+    both = widthbench.apply("l1-norm", heads, budget="channels:0.5", example_input=x)
+    with pytest.raises(UsageError, match="two do not make one plan"):
+        widthbench.save(both, tmp_path / "both")
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "null"])
+def test_damaged_facts_are_named(tmp_path, damage):
+    small, _ = small_of()
+    save_model(small, str(tmp_path / "d"), metadata={"format": "widthbench 1", "plan": damage})
+    with pytest.raises(UsageError, match="is damaged: save it anew"):
+        widthbench.load_network("test_resnet", tmp_path / "d")
+    with pytest.raises(UsageError, match="the factory raises ZeroDivisionError"):
+        widthbench.load_network(lambda: 1 / 0, widthbench.save(small, tmp_path / "s"))
 
 
 class Words(nn.Module):

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import warnings
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -151,27 +152,33 @@ def source_digest(cls: Any) -> str:
     """SHA-256 over what the sources do that a technique, or a network's factory, consists of
     (``meaning``).
 
-    For one of ours that is its own file (the rest of the package is digested apart); for a plug-in,
+    For one of ours that is its own file (the rest of the package is digested apart); for others
     every Python file of the top-level package, or the single module, that it is defined in; for a
-    plug-in file, also what it imports from beside it.
+    module, also what it imports from beside it.
 
     Raises:
         UsageError: If they cannot be found.
     """
+    cls = getattr(cls, "func", cls)  # of a functools.partial
     try:
-        own = Path(inspect.getfile(cls))
+        own = Path(inspect.getfile(cls)).absolute()
     except (TypeError, OSError) as error:
         raise UsageError(
-            f"{cls.__module__}.{cls.__qualname__}: its source cannot be found ({error}): define it"
-            " in a file"
+            f"{cls.__module__}.{getattr(cls, '__qualname__', cls)}: its source cannot be found"
+            f" ({error}): define it in a file"
         ) from error
     top = cls.__module__.partition(".")[0]
     files = [own]
     if top != "widthbench" and ("." in cls.__module__ or own.name == "__init__.py"):
         package = next((folder for folder in own.parents if folder.name == top), own.parent)
         files = sorted(package.glob("**/*.py"))
-    elif own in plugins.files():
+    elif top != "widthbench":
         files = plugins.sources(own)
+    return files_digest(files)
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """SHA-256 over what some files do (``meaning``)."""
     return _files_digest(tuple((file, *_state(file)) for file in files))
 
 

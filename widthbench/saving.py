@@ -47,7 +47,8 @@ def save(model: nn.Module, path: str | Path, *, example_input: Example | None = 
     if plan is None:
         raise UsageError(
             f"save: how this {type(model).__name__} got its shape is not known: give it what"
-            " widthbench.apply() or resize() returned, or save its state_dict"
+            " widthbench.apply() or resize() returned (in one step, where heads or blocks of norms"
+            " go: two do not make one plan), or save its state_dict"
         )
     known = _known(example_input) or getattr(model, "widthbench_input", None)
     facts = {
@@ -174,7 +175,13 @@ def _built(factory: Factory) -> nn.Module:
         name = models.named(factory)
         channels, height, _, classes = models.native(name)
         return models.create(name, classes=classes, channels=channels, size=height)
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:  # anybody's code
+        raise UsageError(
+            f"load_network: the factory raises {type(error).__name__}: {error}; it is called"
+            " without arguments"
+        ) from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"load_network: factory() gave a {type(made).__name__}, not a network")
     return made
@@ -188,6 +195,14 @@ def _facts(path: str | Path) -> dict[str, str]:
         raise UsageError(f"load_network: cannot read {path}: {error}") from error
     if facts.get("format") != FORMAT:
         raise UsageError(f"load_network: {path} was not written by widthbench.save()")
+    try:
+        plan, known, output = (json.loads(facts[k]) for k in ("plan", "input", "output"))
+        sound = isinstance(plan, dict) and isinstance(output, list) and "separated" in facts
+        sound = sound and (known is None or {*known} == {"shape", "dtype"})
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UsageError(f"load_network: what {path} says of itself is damaged: save it anew")
     return facts
 
 

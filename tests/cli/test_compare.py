@@ -70,6 +70,20 @@ def test_a_row_that_no_longer_finishes_is_worse_and_one_that_is_new_is_not(tmp_p
     assert main(["compare", str(tmp_path / "b"), one, "--worse", "0"]) == 0
 
 
+def test_other_seeds_do_not_count_and_failed_or_missing_rows_do(tmp_path, capsys):
+    one = written(tmp_path / "a", [90.0, 98.0])
+    assert main(["compare", one, written(tmp_path / "b", [90.0]), "--worse", "0.5"]) == 0
+    (tmp_path / "c").mkdir()
+    better = [record("l1-norm", 0, status="failed"), record("l1-norm", 1, 98.0)]
+    write_records(tmp_path / "c" / "records.jsonl", better)
+    assert main(["compare", one, str(tmp_path / "c"), "--worse", "5"]) == 1
+    both = [record(t, 0, 90.0) for t in ("l1-norm", "nmf")]
+    (tmp_path / "d").mkdir()
+    write_records(tmp_path / "d" / "records.jsonl", both)
+    assert main(["compare", str(tmp_path / "d"), one, "--worse", "5"]) == 1
+    assert "nmf at macs:0.5 on lenet5: not there" in capsys.readouterr().err
+
+
 def test_nothing_in_common_is_said(tmp_path, capsys):
     one, other = written(tmp_path / "a", [90.0]), written(tmp_path / "b", [90.0], technique="nmf")
     assert main(["compare", one, other]) == 2

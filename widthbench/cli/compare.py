@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from widthbench.cli.common import as_json, points
@@ -33,8 +34,8 @@ def add(verbs: Any) -> None:
         type=points,
         metavar="POINTS",
         help=(
-            "exit code 1 if the mean of a technique's row is more than so many points lower in"
-            " SECOND, or a row that was finished is not"
+            "exit code 1 if a technique's row is on average more than so many points lower in"
+            " SECOND, over the seeds that both have, or it has failed cells there, or is missing"
         ),
     )
     verb.add_argument("--write", type=Path, metavar="FILE", help="also write the page to a file")
@@ -45,6 +46,7 @@ def add(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it; gives the exit code."""
     from widthbench.paths import write_atomic
+    from widthbench.report.lines import lines
     from widthbench.report.reproduction import between
     from widthbench.running import load
 
@@ -78,8 +80,20 @@ def run(args: argparse.Namespace) -> int:
     worse = [
         f"{p.new.label} at {p.new.budget or 'full width'} on {p.new.model}"
         for p in paired
-        if not p.new.control and p.old.done and (p.difference is None or p.difference < -args.worse)
+        if not p.new.control and p.old.done and _worse(p, args.worse)
     ]
+    there = {(p.new.dataset, p.new.model, p.new.label, p.new.budget) for p in paired}
+    for line in lines(sides[0].records):
+        place = (line.dataset, line.model, line.label, line.budget)
+        if line.done and not line.control and place not in there:
+            worse.append(f"{line.label} at {line.budget} on {line.model}: not there")
     for row in worse:
         print(f"widthbench: worse: {row}", file=sys.stderr)
     return 1 if worse else 0
+
+
+def _worse(pair: Any, points: float) -> bool:
+    """Whether a row fell by more than so many points, over the seeds that both have, or has more
+    failed cells.
+    """
+    return pair.new.failed > pair.old.failed or not pair.gaps or fmean(pair.gaps) < -points

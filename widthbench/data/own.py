@@ -39,10 +39,16 @@ def add_data(name: str, train: Any, test: Any) -> None:
     shapes = {tuple(images.shape[1:]) for images, _ in parts.values()}
     if len(shapes) > 1:
         raise UsageError(f"add_data: images of train and test differ in shape: {sorted(shapes)}")
+    seen = {part: set(labels.tolist()) for part, (_, labels) in parts.items()}
+    if seen["train"] != set(range(len(seen["train"]))) or not seen["test"] <= seen["train"]:
+        raise UsageError(
+            "add_data: labels of train must be 0 to K - 1, each there, and those of test among"
+            f" them; there are {sorted(seen['train'])[:12]} and {sorted(seen['test'])[:12]}"
+        )
     path = data_dir() / name / sources.ARRAYS
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{part}_{what}": tensor.contiguous()
+        f"{part}_{what}": tensor.clone().contiguous()  # parts may share memory
         for part, both in parts.items()
         for what, tensor in zip(("images", "labels"), both, strict=True)
     }
@@ -55,8 +61,8 @@ def _arrays(given: Any, part: str) -> tuple[Tensor, Tensor]:
     pair = isinstance(given, tuple | list) and len(given) == 2 and hasattr(given[0], "shape")
     if not pair:
         try:
-            given = [[_image(x) for x, _ in given], [int(y) for _, y in given]]
-            given[0] = torch.stack(given[0])
+            pairs = [(_image(x), int(y)) for x, y in given]  # once: it may be shuffled
+            given = torch.stack([x for x, _ in pairs]), [y for _, y in pairs]
         except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"add_data: {part} must be a pair (images, labels) of tensors, or a data set of"
@@ -69,6 +75,13 @@ def _arrays(given: Any, part: str) -> tuple[Tensor, Tensor]:
             f"add_data: {part} has images {list(images.shape)} and labels {list(labels.shape)}, not"
             " [N, C, H, W] (or [N, H, W]) and [N]"
         )
+    if images.shape[1] > 4 and images.shape[3] in (1, 3):
+        raise UsageError(
+            f"add_data: {part} has images {list(images.shape)}, which look like [N, H, W, C]: give"
+            " [N, C, H, W]"
+        )
+    if not images.numel():
+        raise UsageError(f"add_data: {part} has images without pixels: {list(images.shape)}")
     if images.is_floating_point():
         low, high = float(images.min()), float(images.max())
         if not (low >= 0 and high <= 1):
@@ -88,5 +101,7 @@ def _image(x: Any) -> Tensor:
     """One image ``[C, H, W]``."""
     if isinstance(x, Tensor):
         return x if x.dim() == 3 else x[None]
+    if hasattr(x, "convert") and x.mode not in ("L", "RGB"):
+        x = x.convert("RGB")  # a palette's indices are no pixels
     pixels = torch.from_numpy(np.array(x))
     return pixels[None] if pixels.dim() == 2 else pixels.movedim(2, 0)

@@ -16,7 +16,7 @@ from widthbench.experiment import published
 from widthbench.experiment.cell import CONTROLS, Cell
 from widthbench.experiment.records import digest_of
 from widthbench.networks import models, weights
-from widthbench.provenance import code_digest, source_digest, stamp, versions
+from widthbench.provenance import code_digest, files_digest, source_digest, stamp, versions
 from widthbench.technique import registry
 
 BASE_CODE = (
@@ -88,7 +88,7 @@ def _base_key(cell: Cell, plain: Mapping[str, Any]) -> str:
     used = tuple(sorted(_relevant_versions().items()))
     code = code_digest(*BASE_CODE)
     if own := models.factory(cell.model):
-        code = f"{code} {source_digest(own)}"
+        code = f"{code} {source_digest(own)} {files_digest(models.sources(cell.model))}"
     return _base_digest(text, device_of(cell).type, data_digest, weights_digest, used, code)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
-from widthbench import parallel
+from widthbench import parallel, plugins
 from widthbench.errors import InfeasibleBudgetError, UsageError
 from widthbench.experiment.adaptation import NotApplicableError, adapt, decided, replay, task_of
 from widthbench.experiment.bases import (
@@ -98,6 +98,8 @@ def _compute(cell: Cell, key: str, store: Store, progress: Progress) -> Record:
         run = RUNNERS[cell.technique].run if cell.technique in RUNNERS else _run_technique
         record = run(call)
         record.model_dump_json()  # what a technique put into its series must be plain data
+        if plugins.files() and cell_key(cell) != key:
+            raise UsageError("its code was changed while it ran: run it again")
         return record
     except NotApplicableError as error:
         return Record(key=key, cell=cell, status="skipped", reason=str(error), provenance=where)

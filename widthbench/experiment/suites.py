@@ -5,6 +5,7 @@ alone.
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -31,7 +32,7 @@ from widthbench.networks import models
 from widthbench.paths import cache_dir, require_writable
 from widthbench.recipe import Recipe
 from widthbench.technique import registry
-from widthbench.technique.base import build
+from widthbench.technique.base import Technique, build
 from widthbench.technique.budget import Budget
 from widthbench.width.certify import find_groups
 
@@ -494,6 +495,8 @@ def _own(content: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     ``factory = "mynets.py:MyNet"``.
     """
     content = dict(content)
+    if isinstance(content.get("techniques"), list | tuple):
+        content["techniques"] = [_by_name(t) for t in content["techniques"]]
     given = content.pop("plugins", [])
     if not (isinstance(given, list | tuple) and all(isinstance(p, str) for p in given)):
         raise UsageError(f"plugins must be a list of files, not {given!r:.100}")
@@ -510,6 +513,21 @@ def _own(content: dict[str, Any], folder: Path | None) -> dict[str, Any]:
                 network["name"] = models.named(name, folder)
         mine.append(network)
     return content
+
+
+def _by_name(entry: Any) -> Any:
+    """A technique's class as its id, its file made known."""
+    if not (isinstance(entry, type) and issubclass(entry, Technique)):
+        return entry
+    if not registry.built_in(entry.id):
+        file = inspect.getsourcefile(entry)
+        if file is None or entry.__module__ == "__main__":
+            raise UsageError(
+                f"technique '{entry.id}': workers import it by its file: define it in one, and"
+                " import it from there"
+            )
+        plugins.use([file])
+    return entry.id
 
 
 def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:

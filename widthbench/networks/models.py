@@ -52,6 +52,14 @@ def factory(name: str) -> Callable[..., nn.Module] | None:
     return called
 
 
+def sources(name: str) -> list[Path]:
+    """The files that a network of a user's own is made of; none for the names of timm."""
+    if factory(name) is None:
+        return []
+    at = getattr(import_module(name.partition(":")[0]), "__file__", None)
+    return plugins.sources(Path(at)) if at and "site-packages" not in at else []
+
+
 def named(name: str, folder: Path | None = None) -> str:
     """A network's name as records have it: of ``mynets.py:MyNet`` the file becomes known, and
     ``mynets:MyNet`` is left.

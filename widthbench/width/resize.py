@@ -119,11 +119,12 @@ def _composed(model: Any, groups: Groups, plan: Plan) -> dict[str, Tensor] | Non
     if not hasattr(model, "widthbench_plan"):
         return new
     before: dict[str, Tensor] | None = model.widthbench_plan
+    known = groups.everything or groups.members
     if before is None or any(
-        name in groups.everything and groups.everything[name].channels != len(rows)
+        name not in known or known[name].heads or known[name].channels != len(rows)
         for name, rows in before.items()
     ):
-        return None
+        return None  # heads that are gone have taken dimensions along
     return before | {n: before[n][rows] if n in before else rows for n, rows in new.items()}
 
 
