@@ -29,7 +29,7 @@ project = "widthbench"
 author = "The widthbench authors"
 version = release = widthbench.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-source_suffix = {".md": "markdown", ".ipynb": "myst-nb"}
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 nb_execution_mode = "off"  # as committed: `python docs/notebook.py` runs it
 exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"

@@ -210,7 +210,7 @@ def test_packages_other_files_and_what_is_only_passed_on_are_digested(folder):
     assert models.create("own_nets:OwnNet", classes=10, channels=1, size=8)[1].out_features == 40
 
 
-def test_a_file_that_changes_while_its_cell_runs_leaves_no_result(folder, monkeypatch):
+def test_a_file_that_changes_while_its_cell_runs_leaves_no_result(folder, monkeypatch, fresh_cache):
     (cell,) = [c for c in suites.load(str(folder / "own.toml")).cells() if c.technique == "base"]
     real = protocol.RUNNERS["base"].run
 

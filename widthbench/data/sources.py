@@ -522,7 +522,7 @@ def names() -> list[str]:
         known = []
     return [
         *KNOWN,
-        *(n for n in known if _parts(root / n) is not None or (root / n / ARRAYS).is_file()),
+        *(n for n in known if _parts(root / n) is not None or os.path.isfile(root / n / ARRAYS)),
     ]
 
 
@@ -533,7 +533,7 @@ def locate(name: str) -> tuple[str, str] | None:
     root = data_dir()
     if parts := _parts(_folder(name, root)):
         return str(parts[0].parent), "tars" if parts[0].is_file() else "folders"
-    if (root / name / ARRAYS).is_file():
+    if os.path.isfile(root / name / ARRAYS):
         return str(root / name), "arrays"
     if name not in TORCHVISION:
         return None
@@ -599,7 +599,7 @@ def _load(name: str, root: Path) -> Source:
         )
     if parts := _parts(_folder(name, root)):
         return _images(name, *parts)
-    if (path := root / name / ARRAYS).is_file():
+    if os.path.isfile(path := root / name / ARRAYS):
         return _added(name, path)
     if name in TORCHVISION:
         return _torchvision(name, root)
