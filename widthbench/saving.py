@@ -112,11 +112,8 @@ def load_network(
         ) from error
     shaped.eval()
     before, now = json.loads(facts["output"]), _output(shaped, known)
-    if (
-        before
-        and now
-        and not np.allclose(before, now, rtol=0.01, atol=0.01 * max(map(abs, before)))
-    ):
+    near = 0.01 * max(map(abs, before), default=0.0)
+    if before and now and not np.allclose(before, now, rtol=0.01, atol=near, equal_nan=True):
         raise UsageError(
             f"load_network: the weights of {path} fit this {type(model).__name__}, but it computes"
             " something else than the network that was saved: build it with the same arguments"

@@ -263,14 +263,14 @@ def test_matrices_on_vectors_and_deformable_convolutions_count():
 
 
 def test_operations_that_nobody_knows_the_cost_of_are_refused():
-    @torch.library.custom_op("widthbench_tests::secret", mutates_args=())
+    @torch.library.custom_op("widthbench_tests::unknown", mutates_args=())
     def secret(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return x @ w
 
     net = Apply(lambda x: secret(x, net.w))
     net.w = nn.Parameter(torch.randn(10, 5))
     with pytest.raises(
-        UsageError, match="widthbench_tests::secret takes weights, and has no formula"
+        UsageError, match="widthbench_tests::unknown takes weights, and has no formula"
     ):
         count_macs(net, torch.randn(2, 10))
 

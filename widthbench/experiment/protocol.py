@@ -98,7 +98,7 @@ def _compute(cell: Cell, key: str, store: Store, progress: Progress) -> Record:
         run = RUNNERS[cell.technique].run if cell.technique in RUNNERS else _run_technique
         record = run(call)
         record.model_dump_json()  # what a technique put into its series must be plain data
-        if plugins.files() and cell_key(cell) != key:
+        if (plugins.files() or ":" in cell.model) and cell_key(cell) != key:
             raise UsageError("its code was changed while it ran: run it again")
         return record
     except NotApplicableError as error:
