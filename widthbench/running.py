@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from widthbench.paths import published_dir
 from widthbench.report import figures
 from widthbench.report.build import build
 from widthbench.report.lines import Line, blocks, lines
-from widthbench.report.matrix import base_of, matrix
+from widthbench.report.matrix import Matrix, base_of, matrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,21 +85,16 @@ class Results(Sequence[Record]):
 
     def to_markdown(self) -> str:
         """Techniques by budgets, a table for each network on a data set."""
-        parts = []
-        for (dataset, model), block in blocks(self._lines).items():
-            table = matrix(block)
-            parts += [
-                f"**{model} on {dataset}**",
-                base_of(block),
-                table.markdown() if table else "",
-            ]
-        return "\n\n".join(p for p in parts if p)
+        return self._tables("**{} on {}**", Matrix.markdown)
 
     def __str__(self) -> str:
+        return self._tables("{} on {}", Matrix.plain)
+
+    def _tables(self, heading: str, shown: Callable[[Matrix], str]) -> str:
         parts = []
         for (dataset, model), block in blocks(self._lines).items():
             table = matrix(block)
-            parts += [f"{model} on {dataset}", base_of(block), table.plain() if table else ""]
+            parts += [heading.format(model, dataset), base_of(block), shown(table) if table else ""]
         return "\n\n".join(p for p in parts if p)
 
     def __repr__(self) -> str:

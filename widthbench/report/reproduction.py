@@ -193,12 +193,9 @@ def between(
         _origins(first, second, names),
         BETWEEN,
     ]
-    networks: dict[tuple[str, str], list[Pair]] = {}
-    for pair in paired:
-        networks.setdefault((pair.new.dataset, pair.new.model), []).append(pair)
     headers = ["technique", "budget", *names, "difference", "equal", "time"]
     align = ("left", "left", *("right",) * 5)
-    for (dataset, model), some in networks.items():
+    for (dataset, model), some in _by_network(paired).items():
         rows = [
             [
                 escaped(p.new.label),
@@ -222,6 +219,14 @@ def between(
             listed = ", ".join(map(escaped, alone[:5]))
             parts.append(f"In {escaped(name)} only: {len(alone)} cells ({listed}{more}).")
     return "\n\n".join(parts) + "\n", paired
+
+
+def _by_network(paired: Sequence[Pair]) -> dict[tuple[str, str], list[Pair]]:
+    """Rows by data set and network."""
+    networks: dict[tuple[str, str], list[Pair]] = {}
+    for pair in paired:
+        networks.setdefault((pair.new.dataset, pair.new.model), []).append(pair)
+    return networks
 
 
 def _interval(pair: Pair) -> str:
@@ -280,10 +285,7 @@ def page(suite: Suite, published: Sequence[Record], records: Sequence[Record]) -
         NOTES,
         "",
     ]
-    networks: dict[tuple[str, str], list[Pair]] = {}
-    for pair in paired:
-        networks.setdefault((pair.new.dataset, pair.new.model), []).append(pair)
-    for (dataset, model), some in networks.items():
+    for (dataset, model), some in _by_network(paired).items():
         rows = [
             [
                 escaped(p.new.label),
