@@ -28,6 +28,7 @@ LEAST = 0.01  # per cent of errors, below which a logarithmic axis does not go
 SCRATCH = "best from scratch"
 FRESH = ("scratch", "scratch-budget", "uniform-width")  # controls that train from fresh weights
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 90)
+AWAY = (1, 2, 5, 0.5, 10, 1.5, 3, 20, 50, 0.7, 0.8, 1.2, 0.9, 1.1)  # shares of errors
 FINE = (*TICKS, 0.7, 0.03, 0.3, 3, 7, 12, 15, 25, 30, 35, 40, 60, 70, 80)
 
 
@@ -320,7 +321,11 @@ def _distances(
     place.set_xlim(place.get_xlim()[0], place.get_xlim()[1] * 1.3)
     place.set_ylim(place.get_ylim()[0] / 1.1, place.get_ylim()[1])
     low, high = place.get_ylim()
-    ticks = [t for t in (0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10) if low <= t <= high]
+    ticks = list[float]()
+    for tick in AWAY:  # those that are wanted most come first; the others need room between them
+        room = min((abs(math.log(tick / t)) for t in ticks), default=math.inf)
+        if low <= tick <= high and room > 0.05 * math.log(high / low):
+            ticks.append(tick)
     place.set_yticks(ticks, ["as many" if t == 1 else f"{100 * (t - 1):+.0f} %" for t in ticks])
     costs = [x for x, *_ in ends]
     marks = [
@@ -334,7 +339,8 @@ def _distances(
     place.set_ylabel(
         "more test errors than the best network\nof the same size trained from scratch"
     )
-    place.text(0.01, 0.015, "better: lower and further left", fontsize=8, transform=place.transAxes)
+    hint = "better: lower and further left"
+    place.text(0.01, 0.985, hint, fontsize=8, va="top", transform=place.transAxes)
     many = max(map(len, away.values()))
     heading = textwrap.fill(title, 80)
     place.set_title(
