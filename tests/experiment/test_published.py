@@ -15,6 +15,7 @@ from widthbench.experiment.suites import parse
 from widthbench.paths import cache_dir
 from widthbench.recipe import Recipe
 from widthbench.report import build
+from widthbench.technique import registry
 
 TOML = """
 name = "few"
@@ -112,6 +113,50 @@ def test_a_file_that_was_changed_is_named_and_loses_nothing(folder):
     with pytest.raises(UsageError, match=r"is not the network that was published .* bases = \"tr"):
         bases.obtain_base(cell())
     assert path.is_file()
+
+
+def test_a_control_takes_its_technique_s_published_record(folder, monkeypatch):
+    """So that controls can be run on another machine than their techniques were."""
+    publish(cell())
+    technique = cell(technique="l1-norm", budget="macs:0.5")
+    control = cell(technique="scratch", of="l1-norm", budget="macs:0.5")
+    alone = keys.cell_key(control)
+    known = run_cell(technique, Store())
+    elsewhere = known.model_copy(
+        update={"key": "f" * 40, "provenance": {**known.provenance, "device": "cuda"}}
+    )
+    write_records(folder / "few" / "records.jsonl", [elsewhere])
+    with_source = keys.cell_key(control)
+    monkeypatch.setattr(registry, "create", lambda *_: pytest.fail("its technique ran again"))
+    record = run_cell(control, Store())
+    assert record.status == "done", record.trace
+    assert (record.source, record.widths) == ("f" * 40, known.widths)
+    assert len({alone, with_source}) == 2  # another source is another cell
+    assert keys.cell_key(technique) == known.key  # and what is published of it does not hide it
+
+
+@pytest.mark.parametrize("change", ["another base network", "failed", "damaged", "another setting"])
+def test_what_is_no_record_of_its_technique_is_not_taken(folder, change):
+    publish(cell())
+    one = cell(technique="l1-norm", budget="macs:0.5")
+    known = run_cell(one, Store())
+    path = folder / "few" / "records.jsonl"
+    updates = {
+        "another base network": {"provenance": {**known.provenance, "base_digest": "0" * 64}},
+        "failed": {"status": "failed", "reason": "no memory"},
+        "another setting": {"cell": one.model_copy(update={"budget": "macs:0.25"})},
+    }
+    write_records(path, [known.model_copy(update=updates.get(change, {}))])
+    if change == "damaged":
+        path.write_text(
+            path.read_text().replace(f'"macs":{known.macs}', f'"macs":{known.macs + 1}')
+        )
+    control = cell(technique="scratch", of="l1-norm", budget="macs:0.5")
+    assert keys.source_of(control) is None
+    assert run_cell(control, Store()).source == known.key
+    write_records(path, [known])
+    assert keys.source_of(control) == known
+    assert keys.source_of(control.model_copy(update={"bases": "trained"})) is None
 
 
 def test_publishing_a_suite_publishes_its_base_networks(folder, tmp_path):

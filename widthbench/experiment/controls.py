@@ -26,6 +26,7 @@ from widthbench.experiment.adaptation import (
 )
 from widthbench.experiment.bases import Base, example_input, fresh_model, load_data, obtain_base
 from widthbench.experiment.cell import CONTROLS, Cell
+from widthbench.experiment.keys import source_of, technique_of
 from widthbench.experiment.records import Record, Row
 from widthbench.networks import models
 from widthbench.progress import Progress
@@ -84,8 +85,12 @@ class Call:
         )
 
     def source(self) -> Record:
-        """The finished record of the technique that the control is about."""
-        source = self.obtain(self.cell.model_copy(update={"technique": self.cell.of, "of": None}))
+        """The finished record of the technique that the control is about: the published one where
+        the suite starts from what is published, whatever machine it is of.
+        """
+        if (known := source_of(self.cell)) is not None:
+            return known
+        source = self.obtain(technique_of(self.cell))
         if source.status == "failed":  # the next run tries it again, and with it this control
             raise UsageError(f"its source {source.cell.id} failed: {source.reason}")
         if source.status != "done":

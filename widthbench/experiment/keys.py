@@ -14,7 +14,7 @@ from widthbench.data import sources
 from widthbench.errors import UsageError
 from widthbench.experiment import published
 from widthbench.experiment.cell import CONTROLS, Cell
-from widthbench.experiment.records import digest_of
+from widthbench.experiment.records import Record, digest_of
 from widthbench.networks import models, weights
 from widthbench.provenance import code_digest, files_digest, source_digest, stamp, versions
 from widthbench.technique import registry
@@ -149,8 +149,28 @@ def cell_key(cell: Cell) -> str:
             "base": _base_key(cell, plain),
             "code": code_digest(*CELL_CODE),
             "technique": technique_digest(cell),
+            **(
+                {"source": digest_of(source.model_dump(mode="json"))}
+                if (source := source_of(cell))
+                else {}
+            ),
         }
     )[:40]
+
+
+def technique_of(cell: Cell) -> Cell:
+    """The cell of the technique that a control is about."""
+    return cell.model_copy(update={"technique": cell.of, "of": None})
+
+
+def source_of(cell: Cell) -> Record | None:
+    """The published record that a control takes of its technique, if it is of the published base
+    network that the control starts from; None where it takes none.
+    """
+    base = published_base(cell) if cell.of else None
+    if base is None or (source := published.record(technique_of(cell))) is None:
+        return None
+    return source if source.provenance.get("base_digest") == base[1]["sha256"] else None
 
 
 def technique_digest(cell: Cell) -> str | None:

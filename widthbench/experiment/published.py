@@ -1,7 +1,10 @@
-"""Base networks that are published beside the results, so that nobody needs to train them again."""
+"""What is published with the results and taken from there, so that nobody needs to train it again:
+base networks, and the records of techniques that a control is about.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Collection
@@ -15,7 +18,7 @@ from widthbench import cache
 from widthbench.data import sources
 from widthbench.errors import UsageError
 from widthbench.experiment.cell import Cell
-from widthbench.experiment.records import digest_of
+from widthbench.experiment.records import Record, digest_of, read_lines
 from widthbench.paths import cache_dir, published_dir, write_atomic
 from widthbench.recipe import Spent
 
@@ -68,6 +71,23 @@ def cached(digest: str) -> Path | None:
         if known.get("sha256") == digest and side.with_suffix(".safetensors").is_file():
             return side.with_suffix(".safetensors")
     return None
+
+
+def record(cell: Cell) -> Record | None:
+    """The finished record that is published of a cell which starts from a published network; None
+    where there is none.
+    """
+    if cell.bases != "published":
+        return None
+    paths = sorted(published_dir().glob("*/records.jsonl"))
+    return _records(tuple((p, p.stat().st_mtime_ns) for p in paths)).get(cell.identity)
+
+
+@functools.lru_cache(maxsize=1)
+def _records(paths: tuple[tuple[Path, int], ...]) -> dict[str, Record]:
+    lines = (line for path, _ in paths for line in read_lines(path, '"bases":"published"'))
+    sound = [line.record for line in lines if line.record and not line.problem]
+    return {r.cell.identity: r for r in sound if r.status == "done"}
 
 
 def publish(source: Path, target: Path, provenance: dict[str, Any]) -> list[Path]:

@@ -232,11 +232,12 @@ class Line:
     text: str = ""
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path, holding: str = "") -> list[Line]:
     """Read JSON lines, good and bad.
 
     Args:
         path: The file.
+        holding: Those alone that hold this text.
 
     Raises:
         UsageError: If the file cannot be read.
@@ -245,7 +246,7 @@ def read_lines(path: Path) -> list[Line]:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         raise UsageError(f"no records at {path}: run the suite first (`widthbench run`)") from error
-    return [_line(number, text) for number, text in enumerate(lines, 1)]
+    return [_line(number, text) for number, text in enumerate(lines, 1) if holding in text]
 
 
 def _line(number: int, text: str) -> Line:

@@ -194,7 +194,8 @@ class Suite(_Strict):
             multiple of X's in all: a network of 1/32 of the MACs would otherwise train 32 times as
             long. Its train cost on the leaderboard says what it used.
         bases: "published" starts from the base networks that are published with the results, where
-            there are some of these settings; "trained" trains them.
+            there are some of these settings, and gives a control the published record of its
+            technique, whatever machine that is of; "trained" trains and computes both.
         references: Labels (as in the leaderboard) that every technique is held against.
         scope: "inner" or "all" groups.
         threads: CPU threads per cell.
