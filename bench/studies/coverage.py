@@ -145,12 +145,12 @@ def survey(name: str) -> Row:
     except Exception as error:
         return row | {"problem": f"does not load: {_first(error)}"}
     row["params"] = sum(p.numel() for p in model.parameters())
-    begin = time.perf_counter()
+    begin = time.process_time()
     found = discover(model, x)
-    row["discovery s"] = round(time.perf_counter() - begin, 2)
-    begin = time.perf_counter()
+    row["discovery s"] = round(time.process_time() - begin, 2)
+    begin = time.process_time()
     groups = certify(model, found, x)
-    row["certification s"] = round(time.perf_counter() - begin, 1)
+    row["certification s"] = round(time.process_time() - begin, 1)
     row |= diagnose(model, groups, x, verify=True)
     row["heads"] = sum(g.heads and g.grade == "exact" for g in groups.values())
     row["reasons"] = dict(
@@ -203,6 +203,8 @@ def costs(model: nn.Module, groups: Groups, cost: CostModel) -> Row:
             cost.counted(resize(model, certified, plan), widths)
         except CostError as error:
             row["differences"].append(_first(error))
+        except Exception as error:  # weights of one number cannot be standardised
+            row["differences"].append(f"cannot be counted, as it does not run: {_first(error)}")
     return row
 
 
@@ -475,7 +477,8 @@ or has another shape, in {said["breaks"]}; the pruner raises, or takes too long,
 {said["raises"]}.
 
 "exact" groups may be resized, heads among them; "coupled" ones with scope="all" only; "left" is
-the share of the MACs with one channel per group. Written by `python bench/studies/coverage.py`.
+the share of the MACs with one channel per group; "first call" is in seconds of one core (process
+time), discovery and certification together. Written by `python bench/studies/coverage.py`.
 
 <details><summary>All networks</summary>
 
@@ -487,7 +490,7 @@ Those that do not pass:
 
 {_list(line[2:] for line in failed)}
 
-Costs that differ:
+Costs that differ, or cannot be counted:
 
 {_list(wrong)}
 

@@ -96,3 +96,27 @@ def test_techniques_take_them_without_asking_for_groups_under_norms():
     assert set(groups.select("inner")) == {"0.blocks"}
     small = widthbench.apply("l1-norm", model, budget="macs:0.5", example_input=x[:1])
     assert small[1].num_groups == small[1].num_channels // 2 == 4
+
+
+class Product(nn.Module):
+    """A residual step whose size grows with the square of what enters, less its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.up, self.gate, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(self.up(y) * self.gate(y))
+
+
+def test_a_deep_network_stays_within_what_numbers_can_say_without_its_norms():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), *(Product() for _ in range(16)), nn.Linear(16, 4))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(4 if p.dim() > 1 else 1)
+    groups = find_groups(net, torch.randn(2, 8), cache=False)
+    assert {g.grade for g in groups.values()} == {"exact", "coupled"}
+    assert groups["0"].grade == "coupled"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -506,7 +507,8 @@ class _Assembly:
                     part.reason = part.reason or f"only some of its channels along {where} are keys"
                 run.reads, run.scaled = bool(own.all()), bool(scaled[run.start : run.stop].all())
         for head in outer:
-            inside = [r for r in runs if r.start < head.stop and r.stop > head.start]
+            at = bisect_right(runs, head.start, key=lambda r: r.stop)
+            inside = runs[at : bisect_left(runs, head.stop, lo=at, key=lambda r: r.start)]
             part = self.parts[head.part]
             if all(
                 r.part < 0 or self.parts[r.part].reason for r in inside
@@ -514,7 +516,6 @@ class _Assembly:
                 if inside[0].start < head.start or inside[-1].stop > head.stop:
                     part.reason = part.reason or f"heads do not align with channels along {where}"
                     continue
-                at = runs.index(inside[0])
                 runs[at : at + len(inside)] = [
                     _Run(-1, head.stop - head.start, 1, head.start, head.stop, outer=head.part)
                 ]
@@ -717,16 +718,15 @@ def _runs(owner: Ids, place: Ids, sizes: Sequence[int]) -> list[_Run]:
     runs: list[_Run] = []
     at, length = 0, len(owner)
     changes = np.flatnonzero(np.diff(owner)) + 1
+    moves = np.flatnonzero(np.diff(place)) + 1
     while at < length:
         part = int(owner[at])
         following = np.searchsorted(changes, at, side="right")
         end = int(changes[following]) if following < len(changes) else length
         if part >= 0:
             n = sizes[part]
-            other = np.flatnonzero(place[at:end] != place[at])
-            repeat = int(other[0]) if len(other) else end - at
-            if n == 1:
-                repeat = end - at
+            moved = np.searchsorted(moves, at, side="right")
+            repeat = min(int(moves[moved]), end) - at if moved < len(moves) and n > 1 else end - at
             stop = at + n * repeat
             if stop <= end and np.array_equal(place[at:stop], np.repeat(np.arange(n), repeat)):
                 runs.append(_Run(part, n, repeat, at, stop))

@@ -57,16 +57,37 @@ FURTHER = 16  # networks that are tried by their shapes, at the most
 Grades = dict[str, tuple[Grade, str]]
 
 
+class _Size:
+    """How large a tensor is at the first call, a power of two, which rounds nothing."""
+
+    def __init__(self) -> None:
+        self.first = 0.0
+
+    def __deepcopy__(self, memo: Any) -> _Size:
+        return self
+
+    def of(self, x: Tensor) -> float:
+        if not self.first and x.device.type != "meta":
+            largest = float(x.detach().abs().max())
+            self.first = 2.0 ** math.frexp(largest)[1] if math.isfinite(largest) else 1.0
+        return self.first or 1.0
+
+
 class _Affine(nn.Module):
     """A cross-channel norm reduced to its per-channel affine, which shows the index maps without
     the coupling.
+
+    What enters is divided by the size that it has at the first call, in all copies of the network:
+    without any norm, numbers grow from layer to layer until rounding moves the output.
     """
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.norm = norm  # read at each call, and copied with it
+        self.size = _Size()
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x / self.size.of(x)
         shape = [1] * x.dim()
         # timm's LayerNorm2d, RmsNorm2d, ...Act2d have channels second, as GroupNorm
         named, at = "2d" in type(self.norm).__name__.lower(), getattr(self.norm, "channel_dim", -1)
