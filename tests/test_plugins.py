@@ -272,3 +272,29 @@ def test_settings_that_a_network_refuses_are_named_before_anything_runs(folder, 
     (folder / "own.toml").write_text(SUITE.replace("factory", "factroy"))
     assert main(["run", str(folder / "own.toml")]) == 2
     assert "did you mean 'factory'?" in capsys.readouterr().err
+
+
+def test_a_score_that_is_no_number_is_a_failure_and_not_a_result(folder, tmp_path, capsys):
+    text = TECHNIQUE.replace("strength(task, name) for", 'strength(task, name) * float("nan") for')
+    (folder / "own_technique.py").write_text(text)
+    out = tmp_path / "out"
+    main(["run", str(folder / "own.toml"), "--results", str(out), "--no-timing"])
+    records = {r.cell.technique: r for r in read_records(out / "own" / "records.jsonl")}
+    assert records["own-max-norm"].status == "failed"
+    assert "a score of channel group 'a' is nan" in records["own-max-norm"].reason
+    assert records["l1-norm"].status == "done"
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [("self.head = nn.Linear(8, 3)", "1 x 3"), ("self.head = nn.Conv2d(8, num_classes, 1)", "")],
+)
+def test_a_network_without_a_number_for_each_class_is_named_first(folder, capsys, line, given):
+    text = NETWORK.replace("self.head = nn.Linear(8, num_classes)", line)
+    if not given:  # a map of classes
+        text, given = text.replace(".mean((2, 3))", ""), "1 x 10 x 4 x 4"
+    (folder / "own_nets.py").write_text(text)
+    assert main(["run", str(folder / "own.toml"), "--results", str(folder / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"OwnNet(width=4) gives {given} for one image, but digits has 10 classes" in said
+    assert "num_classes" in said

@@ -54,6 +54,7 @@ def test_the_file_says_what_is_in_it(tmp_path):
     with safe_open(widthbench.save(small, tmp_path / "s.safetensors"), "pt") as file:
         facts = file.metadata()
     widths, plan = json.loads(facts["widths"]), json.loads(facts["plan"])
+    (plan,) = plan
     assert {n: len(rows) for n, rows in plan.items()} == widths
     assert widths["layer1.0.conv1"] == small.layer1[0].conv1.out_channels
     assert json.loads(facts["input"]) == {"shape": [2, 3, 160, 160], "dtype": "torch.float32"}
@@ -97,7 +98,7 @@ def test_a_new_network_takes_the_shape_and_keeps_its_weights():
     fresh = timm.create_model("test_resnet")
     shaped = widthbench.reshape_like(fresh, small)
     assert [p.shape for p in shaped.parameters()] == [p.shape for p in small.parameters()]
-    rows = small.widthbench_plan["layer1.0.conv1"]
+    rows = small.widthbench_plans[0]["layer1.0.conv1"]
     assert torch.equal(shaped.layer1[0].conv1.weight, fresh.layer1[0].conv1.weight[rows])
     shaped.load_state_dict(small.state_dict())
     assert torch.equal(shaped.eval()(x), small(x))
@@ -129,15 +130,47 @@ def test_numbers_keep_their_kind(tmp_path):
     assert torch.equal(again(x), small(x))
 
 
-def test_steps_that_make_no_one_plan_are_not_saved(tmp_path):
+def test_steps_that_make_no_one_plan_are_kept_one_after_another(tmp_path):
     net, x = timm.create_model("test_vit").eval(), torch.randn(1, 3, 160, 160)
     heads = widthbench.apply(
         "l1-norm", net, budget="channels:0.5", example_input=x, include="*.heads"
     )
     widthbench.save(heads, tmp_path / "heads")
     both = widthbench.apply("l1-norm", heads, budget="channels:0.5", example_input=x)
-    with pytest.raises(UsageError, match="two do not make one plan"):
-        widthbench.save(both, tmp_path / "both")
+    thrice = widthbench.apply("l1-norm", both, budget="macs:0.7", example_input=x)
+    for small in (both, thrice):
+        again = widthbench.load_network("test_vit", widthbench.save(small, tmp_path / "s"))
+        assert torch.equal(again(x), small(x))
+        assert again.widthbench_plans[0]["blocks.0.attn.qkv.heads"].numel() == 1
+        shaped = widthbench.reshape_like(timm.create_model("test_vit"), small)
+        assert [p.shape for p in shaped.parameters()] == [p.shape for p in small.parameters()]
+    assert len(both.widthbench_plans) == 2
+
+
+def test_blocks_of_a_norm_go_twice(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 3), nn.GroupNorm(8, 32), nn.ReLU(), nn.Conv2d(32, 4, 3)
+        )
+
+    x = torch.randn(1, 3, 16, 16)
+    once = widthbench.apply("l1-norm", build(), budget="channels:0.5", example_input=x)
+    twice = widthbench.apply("l1-norm", once, budget="channels:0.5", example_input=x)
+    again = widthbench.load_network(build, widthbench.save(twice, tmp_path / "s"))
+    assert again[1].num_groups == 2
+    assert torch.equal(again(x), twice(x))
+
+
+def test_a_file_of_the_first_format_is_read(tmp_path):
+    small, x = small_of()
+    path = widthbench.save(small, tmp_path / "s")
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    (plan,) = json.loads(facts["plan"])
+    old = facts | {"format": "widthbench 1", "plan": json.dumps(plan)}
+    save_model(small, str(path), metadata=old)
+    assert torch.equal(widthbench.load_network("test_resnet", path)(x), small(x))
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "null"])

@@ -5,7 +5,7 @@ shape.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from widthbench.width.attention import SeparateAttention, separated
 from widthbench.width.certify import find_groups
 from widthbench.width.inputs import Example
 from widthbench.width.labels import evaluating
-from widthbench.width.resize import keep, plan_of, resize
+from widthbench.width.resize import keep, plans_of, resize
 
-FORMAT = "widthbench 1"
+FORMATS = ("widthbench 1", "widthbench 2")  # the first has one plan, the second a list
 Factory = str | nn.Module | Callable[[], nn.Module]
 
 
@@ -40,23 +40,21 @@ def save(model: nn.Module, path: str | Path, *, example_input: Example | None = 
         The file.
 
     Raises:
-        UsageError: If the network was not resized by widthbench, or in steps that do not make one
-            plan.
+        UsageError: If the network was not resized by widthbench.
     """
-    plan = plan_of(model)
-    if plan is None:
+    plans = plans_of(model)
+    if not plans:
         raise UsageError(
             f"save: how this {type(model).__name__} got its shape is not known: give it what"
-            " widthbench.apply() or resize() returned (in one step, where heads or blocks of norms"
-            " go: two do not make one plan), or save its state_dict"
+            " widthbench.apply() or resize() returned, or save its state_dict"
         )
     known = _known(example_input) or getattr(model, "widthbench_input", None)
     facts = {
-        "format": FORMAT,
+        "format": FORMATS[-1],
         "widthbench": version("widthbench"),
         "network": type(model).__name__,
-        "plan": json.dumps({n: rows.tolist() for n, rows in plan.items()}),
-        "widths": json.dumps({n: len(rows) for n, rows in plan.items()}),
+        "plan": json.dumps([{n: rows.tolist() for n, rows in p.items()} for p in plans]),
+        "widths": json.dumps({n: len(rows) for p in plans for n, rows in p.items()}),
         "input": json.dumps(known),
         "output": json.dumps(_output(model, known)),
         "separated": str(any(isinstance(m, SeparateAttention) for m in model.modules())).lower(),
@@ -90,7 +88,11 @@ def load_network(
     """
     facts = _facts(path)
     model = _built(factory)
-    plan = {n: torch.tensor(rows) for n, rows in json.loads(facts["plan"]).items()}
+    given = json.loads(facts["plan"])
+    plans = [
+        {n: torch.tensor(rows) for n, rows in plan.items()}
+        for plan in (given if isinstance(given, list) else [given])
+    ]
     known = json.loads(facts["input"])
     if example_input is None:
         if known is None:
@@ -98,7 +100,7 @@ def load_network(
                 f"load_network: {path} does not say what the network takes: pass example_input"
             )
         example_input = _example(known, model)
-    shaped = _shaped(model, plan, example_input, separate=facts["separated"] == "true")
+    shaped = _shaped(model, plans, example_input, separate=facts["separated"] == "true")
     kinds = {t.dtype for t in load_file(path).values() if t.is_floating_point()}
     if len(kinds) == 1:
         shaped.to(kinds.pop())
@@ -137,8 +139,8 @@ def reshape_like(
     Raises:
         UsageError: If the two do not fit, or nothing is known of the second's shape.
     """
-    plan = plan_of(resized)
-    if plan is None:
+    plans = plans_of(resized)
+    if not plans:
         raise UsageError(
             f"reshape_like: how this {type(resized).__name__} got its shape is not known: give it"
             " what widthbench.apply() or resize() returned"
@@ -149,20 +151,26 @@ def reshape_like(
             raise UsageError("reshape_like: pass example_input, what the networks take")
         example_input = _example(known, model)
     separate = any(isinstance(m, SeparateAttention) for m in resized.modules())
-    return _shaped(model, plan, example_input, separate=separate)
+    return _shaped(model, plans, example_input, separate=separate)
 
 
 def _shaped(
-    model: nn.Module, plan: Mapping[str, Tensor], example_input: Example, *, separate: bool
+    model: nn.Module,
+    plans: Iterable[Mapping[str, Tensor]],
+    example_input: Example,
+    *,
+    separate: bool,
 ) -> nn.Module:
     model = separated(model) if separate else model
-    groups = find_groups(model, example_input)
     try:
-        return resize(model, groups, {name: keep(rows) for name, rows in plan.items()})
+        for plan in plans:
+            groups = find_groups(model, example_input)
+            model = resize(model, groups, {name: keep(rows) for name, rows in plan.items()})
     except PlanError as error:
         raise UsageError(
             f"the plan is of another network than this {type(model).__name__}: {error}"
         ) from error
+    return model
 
 
 def _built(factory: Factory) -> nn.Module:
@@ -190,11 +198,13 @@ def _facts(path: str | Path) -> dict[str, str]:
             facts: dict[str, Any] = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"load_network: cannot read {path}: {error}") from error
-    if facts.get("format") != FORMAT:
+    if facts.get("format") not in FORMATS:
         raise UsageError(f"load_network: {path} was not written by widthbench.save()")
     try:
         plan, known, output = (json.loads(facts[k]) for k in ("plan", "input", "output"))
-        sound = isinstance(plan, dict) and isinstance(output, list) and "separated" in facts
+        steps = [plan] if facts["format"] == FORMATS[0] else plan
+        sound = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+        sound = sound and isinstance(output, list) and "separated" in facts
         sound = sound and (known is None or {*known} == {"shape", "dtype"})
     except (ValueError, KeyError, TypeError):
         sound = False

@@ -1,5 +1,7 @@
+import io
 import json
 import re
+import sys
 
 import pytest
 from PIL import Image
@@ -150,7 +152,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(here, capsys, arg
 
 
 def test_wrong_arguments_exit_with_2(capsys):
-    for arguments in (["run"], ["run", "digits", "--jobs", "0"], ["lst"]):
+    for arguments in (["compare"], ["run", "digits", "--jobs", "0"], ["lst"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
@@ -224,3 +226,24 @@ def test_run_can_be_held_to_some_cells(here, fresh_cache, in_process, capsys):
     assert "suite tiny: 1 of 3 cells done" in out.out
     assert main(["run", "tiny.toml", "--only", "nothing"]) == 2
     assert "suite tiny has no cell whose name is like 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables", "colour"),
+    [
+        (True, {}, True),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (False, {}, False),
+    ],
+)
+def test_colour_is_for_terminals_that_want_it(monkeypatch, terminal, variables, colour):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["run", "nothing-of-that-name"]) == 2
+    assert stream.getvalue().startswith("\x1b[31mwidthbench:\x1b[0m " if colour else "widthbench: ")

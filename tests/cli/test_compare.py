@@ -9,6 +9,7 @@ from widthbench.cli import EXAMPLES, VERBS, main
 from widthbench.experiment import keys, suites
 from widthbench.experiment.forecast import Forecast
 from widthbench.experiment.records import write_records
+from widthbench.recipe import Spent
 
 SUITE = """
 name = "plan"
@@ -43,6 +44,8 @@ def test_rows_differences_intervals_and_equal_cells(tmp_path, capsys):
     (row,) = json.loads(capsys.readouterr().out)
     assert row["differences"] == [1.0, 1.5, 0.0, 1.5]
     assert (row["equal"], row["both"]) == (1, 4)
+    assert row["difference"] == 1.0
+    assert row["interval"] == pytest.approx([-0.125, 2.125], abs=0.001)
 
 
 def test_cells_that_one_side_alone_has_are_named(tmp_path, capsys):
@@ -107,11 +110,66 @@ def test_a_dry_run_says_what_is_left_and_runs_nothing(tmp_path, capsys, fresh_ca
 def test_a_forecast_is_the_median_of_such_cells():
     cells = [c for c in suites.load("digits").cells() if c.group.startswith("digits-lenet5-")]
     mine = [c for c in cells if c.seed == 0]
-    seconds, unknown = Forecast().seconds(mine)
-    assert unknown == 0
-    assert 1 < seconds < 3600
-    assert Forecast().seconds([mine[0].model_copy(update={"model": "nobody"})]) == (0, 2)
+    times = Forecast().times(mine)
+    assert len(times) == len(mine) + 1  # the base network's training
+    assert None not in times
+    assert 1 < sum(times) < 3600
+    nobody = mine[0].model_copy(update={"model": "nobody"})
+    assert Forecast().times([nobody]) == [None, None]
     assert keys.cell_key(mine[0])
+
+
+def test_times_of_this_machine_count_before_published_ones(tmp_path):
+    one = next(c for c in suites.load("digits").cells() if c.technique == "l1-norm")
+    here = record("l1-norm", cell=one, spent={"adaptation": Spent(seconds=4321.0)})
+    (tmp_path / "mine").mkdir()
+    write_records(tmp_path / "mine" / "records.jsonl", [here])
+    assert Forecast(tmp_path).times([one])[-1] == 4321.0
+    assert Forecast().times([one])[-1] != 4321.0
+
+
+def test_a_dry_run_of_what_nobody_ran_says_so_and_counts_in_json(tmp_path, capsys, fresh_cache):
+    text = SUITE.replace('name = "lenet_300_100"', 'name = "lenet5"\nargs = { act_layer = "tanh" }')
+    (tmp_path / "plan.toml").write_text(text)
+    arguments = ["run", str(tmp_path / "plan.toml"), "--results", str(tmp_path), "--dry-run"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "unknown" in out
+    assert "0 s" not in out
+    assert main([*arguments, "--json", "--jobs", "2"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["cells"], plan["to run"], plan["unknown"], plan["jobs"]) == (2, 2, 3, 2)
+    assert [len(g["cells"]) for g in plan["groups"]] == [2]
+
+
+def test_only_leaves_the_suite_to_the_suites(tmp_path, capsys, fresh_cache):
+    (tmp_path / "plan.toml").write_text(SUITE)
+    suite, rest = str(tmp_path / "plan.toml"), ["--results", str(tmp_path), "--dry-run"]
+    assert main(["run", *rest, "--only", "*l1-norm*", suite]) == 0
+    assert "0 of 1 cells are finished" in capsys.readouterr().out
+    assert main(["run", *rest, "--only", "smoke"]) == 2
+    assert "--only has no pattern" in capsys.readouterr().err
+    assert main(["run", *rest]) == 2
+    assert "name a suite" in capsys.readouterr().err
+
+
+def test_rows_that_were_measured_otherwise_are_pointed_out(tmp_path, capsys):
+    recipe = record().cell.finetune.model_copy(update={"epochs": 3})
+    other = record().cell.model_copy(update={"finetune": recipe})
+    one = written(tmp_path / "a", [90.0])
+    longer = written(tmp_path / "b", [91.0], cell=other)
+    assert main(["compare", one, longer]) == 0
+    out = capsys.readouterr().out
+    assert "**Rows differ in their settings**: finetune.epochs 10.0 against 3.0 (1 of 1)." in out
+    main(["compare", one, longer, "--json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["settings"] == [{"name": "finetune.epochs", "first": 10.0, "second": 3.0, "rows": 1}]
+    assert (row["difference"], row["interval"]) == (1.0, None)
+    data = written(tmp_path / "c", [90.0], provenance={"dataset_digest": "12345678abc"})
+    main(["compare", one, data])
+    assert "data  against 12345678" in capsys.readouterr().out
+    main(["compare", one, one])
+    assert "differ in their settings" not in capsys.readouterr().out
 
 
 def test_the_command_alone_shows_its_verbs_in_groups(capsys):

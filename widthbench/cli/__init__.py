@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from widthbench import __version__, plugins
+from widthbench.cli.common import RED, paint
 from widthbench.errors import UsageError, visible
 from widthbench.paths import settle
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plugins.use(getattr(args, "plugin", []))
         return int(args.run(args))
     except UsageError as error:
-        print(f"widthbench: {visible(str(error))}", file=sys.stderr)
+        print(f"{paint('widthbench:', RED)} {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a name that no file can have, a folder that may not be read
-        print(f"widthbench: {visible(str(error))[:300]}", file=sys.stderr)
+        print(f"{paint('widthbench:', RED)} {visible(str(error))[:300]}", file=sys.stderr)
         return 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,21 @@ from typing import Any
 from tabulate import tabulate
 
 from widthbench.errors import visible
+
+RED, YELLOW = "31", "33"
+
+
+def paint(text: str, colour: str, stream: Any = None) -> str:
+    """Text in a colour, where it goes to a terminal that shows any (https://no-color.org).
+
+    Args:
+        text: The text.
+        colour: A code of ANSI's.
+        stream: Where it goes; standard error if None.
+    """
+    stream = stream or sys.stderr
+    shows = stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    return f"\033[{colour}m{text}\033[0m" if shows else text
 
 
 def suite_names(verb: argparse.ArgumentParser, nargs: str = "+") -> None:
@@ -150,7 +166,7 @@ class Told:
     def __init__(self, total: int | None, say: Callable[[str], Any] | None = None) -> None:
         self.records: list[Any] = []
         self._total, self._begin, self._computed = total, time.monotonic(), 0
-        self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._say = say or _print
 
     def __call__(self, record: Any, now: Sequence[str] = ()) -> None:
         """Tell of one.
@@ -184,7 +200,13 @@ class Told:
             row = record.row()
             note = f"{row.top1:.2f} %" if row is not None else "done"
         text = f"[{count}] {record.cell.id}: {note}" + (f"  ({', '.join(rest)})" if rest else "")
-        self._say(visible(text))
+        colour = {"failed": RED, "skipped": YELLOW}.get(record.status)
+        text = visible(text)
+        self._say(paint(text, colour) if colour and self._say is _print else text)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from widthbench.cli.common import as_json, points
+from widthbench.cli.common import RED, as_json, paint, points
 from widthbench.errors import UsageError
 
 
@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Do it; gives the exit code."""
     from widthbench.paths import write_atomic
     from widthbench.report.lines import lines
-    from widthbench.report.reproduction import between
+    from widthbench.report.reproduction import between, settings
     from widthbench.running import load
+    from widthbench.statistics import interval
 
     sides = [load(args.first), load(args.second)]
     names = (args.first, args.second)
@@ -66,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
                 "budget": p.new.budget,
                 "first": s.mean if (s := p.old.summary(None)) else None,
                 "second": s.mean if (s := p.new.summary(None)) else None,
+                "difference": fmean(p.gaps) if p.gaps else None,
+                "interval": interval(p.gaps) if len(p.gaps) > 2 else None,
                 "differences": list(p.gaps),
+                "settings": [s._asdict() for s in settings([p])],
                 "equal": p.same,
                 "both": p.both,
             }
@@ -88,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         if line.done and not line.control and place not in there:
             worse.append(f"{line.label} at {line.budget} on {line.model}: not there")
     for row in worse:
-        print(f"widthbench: worse: {row}", file=sys.stderr)
+        print(f"{paint('widthbench: worse:', RED)} {row}", file=sys.stderr)
     return 1 if worse else 0
 
 

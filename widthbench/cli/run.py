@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from widthbench.cli import report
@@ -36,7 +38,7 @@ def add(verbs: Any) -> None:
             " on from there."
         ),
     )
-    suite_names(verb)
+    suite_names(verb, nargs="*")
     verb.add_argument(
         "--jobs",
         type=positive,
@@ -100,7 +102,7 @@ def add(verbs: Any) -> None:
     verb.add_argument(
         "--dry-run",
         action="store_true",
-        help="say what there is to do, and for about how long, by the times of published records",
+        help="say what there is to do, and for about how long, by the times of earlier records",
     )
     verb.add_argument(
         "--order",
@@ -144,6 +146,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "a cluster has the cores that it has: leave --jobs out where --address is given"
         )
+    if not args.suite:  # `--only PATTERN SUITE`: argparse has given it all to --only
+        args.suite = [n for n in args.only if n.endswith(".toml") or n in suites.names()]
+        args.only = [n for n in args.only if n not in args.suite]
+        if not args.suite:
+            raise UsageError("name a suite (`widthbench list suites`), or a TOML file")
+        if not args.only:
+            raise UsageError(f"--only has no pattern, only the suite {args.suite[0]}")
     chosen = [
         (s, [c for c in s.cells() if suites.matches(c.id, args.only)])
         for s in suites.load_all(args.suite)
@@ -159,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         suites.check(suite, cells)
     cells = list({c.identity: c for _, some in chosen for c in some}.values())
     if args.dry_run:
-        _plan(cells, args.jobs or 1, args.json)
+        _plan(cells, args.jobs or 1, args.results, args.json)
         return 0
     if args.order == "seed":
         cells.sort(key=lambda c: c.seed)
@@ -193,38 +202,61 @@ def run(args: argparse.Namespace) -> int:
         parallel.stop()
 
 
-def _plan(cells: Sequence[Any], jobs: int, as_json: bool) -> None:
+def _plan(cells: Sequence[Any], jobs: int, results: Path, as_json: bool) -> None:
     """Say what there is to do, and for about how long."""
     from widthbench.experiment import keys
     from widthbench.experiment.forecast import Forecast
     from widthbench.experiment.store import Store
 
-    store, forecast = Store(), Forecast()
+    store, forecast = Store(), Forecast(results)
     left = [c for c in cells if store.get(keys.cell_key(c)) is None]
     groups: dict[str, list[Any]] = {}
     for cell in left:
         groups.setdefault(cell.group, []).append(cell)
-    seconds = {name: forecast.seconds(some) for name, some in groups.items()}
+    times = {name: forecast.times(some) for name, some in groups.items()}
+    seconds = {name: sum(t for t in known if t is not None) for name, known in times.items()}
+    unknown = {name: known.count(None) for name, known in times.items()}
+    # one base network's cells run one after another
+    least = max([*seconds.values(), sum(seconds.values()) / max(1, min(jobs, len(groups)))])
+    if as_json:
+        plan = {
+            "cells": len(cells),
+            "to run": len(left),
+            "jobs": jobs,
+            "seconds": least,
+            "unknown": sum(unknown.values()),
+            "groups": [
+                {
+                    "group": name,
+                    "cells": [c.id for c in some],
+                    "seconds": seconds[name],
+                    "unknown": unknown[name],
+                }
+                for name, some in groups.items()
+            ],
+        }
+        print(json.dumps(plan, indent=1))
+        return
     rows = [
         {
             "network, data set, seed": name,
-            "cells to run": len(groups[name]),
-            "about": duration(s),
-            "nothing known of": unknown,
+            "cells to run": len(some),
+            "about": _about(seconds[name], unknown[name], len(times[name])),
         }
-        for name, (s, unknown) in seconds.items()
+        for name, some in groups.items()
     ]
     show(rows, as_json)
-    if as_json:
-        return
     print(f"{len(cells) - len(left)} of {len(cells)} cells are finished, {len(left)} are to be run")
     if left:
-        times = [s for s, _ in seconds.values()]
-        # one base network's cells run one after another
-        longest = max(max(times), sum(times) / min(jobs, len(groups)))
-        unknown = sum(n for _, n in seconds.values())
-        more = f", and what {unknown} cells take of which nothing is known" if unknown else ""
+        total = _about(least, sum(unknown.values()), sum(map(len, times.values())))
         print(
-            f"about {duration(longest)} with {jobs} job(s) on a machine like those of the published"
-            f" records{more}"
+            f"{total} with {jobs} job(s), by what such cells took before, here or on the published"
+            " records' machines (a base network's training counts as one)"
         )
+
+
+def _about(seconds: float, unknown: int, of: int) -> str:
+    """A time, if anything is known of it."""
+    if unknown == of:
+        return "unknown"
+    return f"about {duration(seconds)}" + (f" and {unknown} of unknown time" if unknown else "")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,28 +17,38 @@ Like = tuple[str | None, ...]
 
 
 class Forecast:
-    """Times of published records, by what they are of: the same cell, else the same technique on
-    the same network.
+    """Times of earlier records, by what they are of: the same cell, else the same technique on the
+    same network.
+
+    Args:
+        results: Where results of this machine are, which count before the published ones.
     """
+
+    def __init__(self, results: Path | None = None) -> None:
+        self._results = results
 
     @cached_property
     def _known(self) -> dict[Like, list[float]]:
-        known: dict[Like, list[float]] = {}
-        for path in sorted(published_dir().glob("*/records.jsonl")):
-            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):  # a damaged line tells nothing
-                    _note(json.loads(text), known)
-        return known
+        return _times(published_dir()) | (_times(self._results) if self._results else {})
 
-    def seconds(self, cells: Sequence[Cell]) -> tuple[float, int]:
-        """What the cells of one base network take, its training included; and of how many of them,
-        the training counted as one, nothing is known.
+    def times(self, cells: Sequence[Cell]) -> list[float | None]:
+        """Seconds of the training of a base network, where it is trained, and of each of its cells;
+        None where nothing is known.
         """
         times = [self._known.get(k) for k in _training(cells[0])]
         times += [
             next((self._known[k] for k in _alike(cell) if k in self._known), None) for cell in cells
         ]
-        return sum(median(t) for t in times if t), times.count(None)
+        return [median(t) if t else None for t in times]
+
+
+def _times(folder: Path) -> dict[Like, list[float]]:
+    known: dict[Like, list[float]] = {}
+    for path in sorted(folder.glob("*/records.jsonl")):
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a damaged line tells nothing
+                _note(json.loads(text), known)
+    return known
 
 
 def _note(record: dict[str, Any], known: dict[Like, list[float]]) -> None:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from widthbench import plugins, toml
+from widthbench.data import sources
 from widthbench.errors import BudgetError, UsageError, did_you_mean, first_problem, visible
 from widthbench.experiment import bases, recipes
 from widthbench.experiment.cell import CONTROLS, Cell
@@ -575,11 +576,24 @@ def check(suite: Suite, chosen: Sequence[Cell] | None = None) -> None:
                 bases.load_data(cell)
                 groups = find_groups(model, bases.example_input(cell))
                 groups.select(cell.scope, cell.include or None)
+                _require_outputs(cell, groups.output_shapes)
                 for budget in suite.budgets if network.budgets is None else network.budgets:
                     for entry in suite.entries(network):
                         Budget.parse(budget, grows=classes[entry.id].grows)
     except UsageError as error:
         raise type(error)(f"suite {suite.name}: {error}") from error
+
+
+def _require_outputs(cell: Cell, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Refuse a network that does not give a number for each class of its data set."""
+    classes = sources.load(cell.dataset).classes
+    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] < classes:
+        given = " and ".join(" x ".join(map(str, s)) for s in shapes) or "no tensor"
+        raise UsageError(
+            f"network {cell.network} gives {given} for one image, but {cell.dataset} has"
+            f" {classes} classes: it must give 1 x {classes} (a factory is told so by its argument"
+            " num_classes)"
+        )
 
 
 def _field_names(location: tuple[Any, ...]) -> list[str]:

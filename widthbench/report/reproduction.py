@@ -4,11 +4,13 @@ machine.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -175,6 +177,54 @@ host, commit and code. *Time*: seconds of decision and adaptation, the second ov
 over seeds; of two machines it says little."""
 
 
+class Setting(NamedTuple):
+    """What two cells of a row differ in.
+
+    Attributes:
+        name: Of the field, as in "finetune.epochs"; "data" and "base network" by digest.
+        first: Its value on the one side.
+        second: On the other.
+        rows: In how many rows.
+    """
+
+    name: str
+    first: Any
+    second: Any
+    rows: int
+
+
+def settings(paired: Sequence[Pair]) -> list[Setting]:
+    """What cells of one seed differ in, those of most rows first; a device is none of it."""
+    found: Counter[str] = Counter()
+    for pair in paired:
+        before = {r.cell.seed: r for r in pair.old.records.values()}
+        both = [
+            (before[r.cell.seed], r) for r in pair.new.records.values() if r.cell.seed in before
+        ]
+        mine = {json.dumps(d) for one, other in both for d in _differing(one, other)}
+        found.update(mine)
+    by_rows = [(*json.loads(d), n) for d, n in found.most_common()]
+    return [Setting(name, first, second, rows) for name, first, second, rows in by_rows]
+
+
+def _differing(one: Record, other: Record) -> Iterator[tuple[str, Any, Any]]:
+    sides = [_flat(r.cell.model_dump(mode="json", exclude={"device"})) for r in (one, other)]
+    for side, record in zip(sides, (one, other), strict=True):
+        side["data"] = str(record.provenance.get("dataset_digest", ""))[:8]
+    for name in sorted({*sides[0], *sides[1]}):
+        first, second = (side.get(name) for side in sides)
+        if first != second:
+            yield name, first, second
+
+
+def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        inside = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{key}.") if inside else {prefix + key: value}
+    return flat
+
+
 def between(
     names: tuple[str, str], first: Sequence[Record], second: Sequence[Record]
 ) -> tuple[str, list[Pair]]:
@@ -191,6 +241,7 @@ def between(
         f"# {escaped(names[1])} against {escaped(names[0])}",
         f"{same} of {both} cells are equal bit by bit.",
         _origins(first, second, names),
+        *_warned(settings(paired), len(paired)),
         BETWEEN,
     ]
     headers = ["technique", "budget", *names, "difference", "equal", "time"]
@@ -219,6 +270,17 @@ def between(
             listed = ", ".join(map(escaped, alone[:5]))
             parts.append(f"In {escaped(name)} only: {len(alone)} cells ({listed}{more}).")
     return "\n\n".join(parts) + "\n", paired
+
+
+def _warned(differ: Sequence[Setting], rows: int) -> Iterator[str]:
+    """That rows were not measured alike, if they were not."""
+    if differ:
+        shown = [
+            f"{s.name} {escaped(f'{s.first} against {s.second}')} ({s.rows} of {rows})"
+            for s in differ[:6]
+        ]
+        more = f"; and {len(differ) - 6} more" if len(differ) > 6 else ""
+        yield f"**Rows differ in their settings**: {'; '.join(shown)}{more}."
 
 
 def _by_network(paired: Sequence[Pair]) -> dict[tuple[str, str], list[Pair]]:

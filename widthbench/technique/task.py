@@ -220,7 +220,13 @@ class Task:
 
         Returns:
             One pruning resize per group.
+
+        Raises:
+            UsageError: If a score is nan.
         """
+        for name in self.groups:
+            if bool(scores[name].isnan().any()):
+                raise UsageError(f"a score of channel group '{name}' is nan: nothing ranks it")
         widths = self.widths(scores, allocation)
         return {
             n: keep(top_channels(scores[n], widths[n], g.blocks)) for n, g in self.groups.items()

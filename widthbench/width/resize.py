@@ -100,32 +100,36 @@ def resize(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
             )
             raise PlanError(f"channel group '{name}' {why}")
     resized: Any = resize_uncertified(model, groups, plan)
-    resized.widthbench_plan = _composed(model, groups, plan)
+    resized.widthbench_plans = _followed_by(model, groups, plan)
     return resized
 
 
-def plan_of(model: nn.Module) -> dict[str, Tensor] | None:
-    """Which channels of the network that it was made of a resized network holds, ``[P]`` by group.
+def plans_of(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Which channels of the network that it was made of a resized network holds, ``[P]`` by group;
+    one plan after another where groups of a later step are no part of those before.
 
-    None if it was not resized, or was in steps whose groups differ.
+    Empty if it was not resized.
     """
-    plan: dict[str, Tensor] | None = getattr(model, "widthbench_plan", None)
-    return plan
+    plans: list[dict[str, Tensor]] = getattr(model, "widthbench_plans", [])
+    return plans
 
 
-def _composed(model: Any, groups: Groups, plan: Plan) -> dict[str, Tensor] | None:
-    """A plan in terms of the first network, where the given one has been resized before."""
+def _followed_by(model: nn.Module, groups: Groups, plan: Plan) -> list[dict[str, Tensor]]:
+    """A network's plans and one more: in terms of the network before the last of them, if it can
+    be.
+    """
     new = {name: change.rows.cpu().clone() for name, change in plan.items()}
-    if not hasattr(model, "widthbench_plan"):
-        return new
-    before: dict[str, Tensor] | None = model.widthbench_plan
+    if not (plans := plans_of(model)):
+        return [new]
+    *earlier, last = plans
     known = groups.everything or groups.members
-    if before is None or any(
+    if any(
         name not in known or known[name].heads or known[name].channels != len(rows)
-        for name, rows in before.items()
+        for name, rows in last.items()
     ):
-        return None  # heads that are gone have taken dimensions along
-    return before | {n: before[n][rows] if n in before else rows for n, rows in new.items()}
+        return [*plans, new]  # heads that are gone have taken dimensions along
+    joint = {n: last[n][rows] if n in last else rows for n, rows in new.items()}
+    return [*earlier, last | joint]
 
 
 def resize_uncertified(
