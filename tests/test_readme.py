@@ -138,18 +138,15 @@ def test_the_tutorials_suite_runs(tmp_path, monkeypatch, capsys):
     """Its files as it describes them: a technique, a network, a suite."""
     text = (ROOT / "docs/tutorial.md").read_text()
     (suite,) = re.findall(r"```toml\n(.*?)```", text, flags=re.S)
-    (technique,) = [
-        b for b in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "MaxNorm" in b
-    ]
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    technique, network = (
+        next(b for b in code if f"class {name}" in b) for name in ("MaxNorm", "MyNet")
+    )
     monkeypatch.setenv("WIDTHBENCH_PLUGINS", "")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     Path("mytechnique.py").write_text(technique.partition("small =")[0])
-    Path("mynets.py").write_text(
-        "from torch import nn\n\n\ndef MyNet(num_classes, in_chans):\n"
-        "    return nn.Sequential(nn.Conv2d(in_chans, 8, 5, 4), nn.ReLU(), nn.Flatten(),"
-        " nn.Linear(288, num_classes))\n"
-    )
+    Path("mynets.py").write_text(network)
     Path("mine.toml").write_text(suite)
     try:
         assert main(["run", "mine.toml", "--no-timing", "--only", "*MyNet*-s0"]) == 0
@@ -166,7 +163,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in code:
         exec(block, scope)
-    assert len(code) == 5
+    assert len(code) == 7
     assert scope["again"](scope["x"]).shape == (8, 10)
     assert scope["small"](scope["x"]).shape == (8, 10)
 
