@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import html
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,8 +48,12 @@ def main() -> int:
     parser.add_argument("tags", nargs="*", metavar="TAG", help="releases (default: all v* tags)")
     options = parser.parse_args()
     tags = options.tags or git("tag", "--list", "v*", "--sort=-version:refname").split()
+    known = git("tag").split()
+    if missing := [tag for tag in tags if tag not in known]:
+        parser.error(f"there is no tag {missing[0]}: {', '.join(known) or 'none'}")
     for ref, name in (("HEAD", "latest"), *((tag, tag) for tag in tags)):
         build(ref, options.out.resolve() / name)
+    shutil.rmtree(options.out / "jupyter_execute", ignore_errors=True)  # left by myst-nb
     listed = "\n".join(
         f'<li><a href="{html.escape(n)}/index.html">{html.escape(n)}</a></li>'
         for n in ("latest", *tags)
