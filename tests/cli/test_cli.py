@@ -247,3 +247,15 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch, terminal, variables, 
     monkeypatch.setattr(sys, "stderr", stream)
     assert main(["run", "nothing-of-that-name"]) == 2
     assert stream.getvalue().startswith("\x1b[31mwidthbench:\x1b[0m " if colour else "widthbench: ")
+
+
+def test_a_citation_as_json_holds_what_the_text_does(capsys):
+    assert main(["cite", "digits", "smoke"]) == 0
+    text = capsys.readouterr().out
+    assert main(["cite", "digits", "smoke", "--json"]) == 0
+    cited = json.loads(capsys.readouterr().out)
+    assert [c["suite"] for c in cited] == ["digits", "smoke"]
+    assert "\n".join(c["bibtex"] for c in cited) + "\n" == text
+    assert cited[0]["cells"] > 100
+    assert cited[0]["sha256"] in cited[0]["bibtex"].replace("\n", "")
+    assert cited[1]["sha256"] is None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from typing import Any
 
-from widthbench.cli.common import data_folder, folder_of, suite_names, whose_results
+from widthbench.cli.common import as_json, data_folder, folder_of, suite_names, whose_results
 from widthbench.errors import visible
 
 
@@ -22,6 +23,7 @@ def add(verbs: Any) -> None:
     )
     suite_names(verb)
     whose_results(verb)
+    as_json(verb)
     verb.set_defaults(run=run)
     data_folder(verb)
 
@@ -33,16 +35,15 @@ def run(args: argparse.Namespace) -> int:
     from widthbench.report.build import of_suite
     from widthbench.report.exports import citation
 
+    cited = []
     for suite in map(suites.load, args.suite):
         path = folder_of(args, suite.name) / "records.jsonl"
         records = of_suite(suite, path, read_records(path)) if path.is_file() else []
-        there = bool(records)
-        print(
-            visible(
-                citation(
-                    suite, records, hashlib.sha256(path.read_bytes()).hexdigest() if there else None
-                ),
-                "\n",
-            )
-        )
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if records else None
+        text = visible(citation(suite, records, digest), "\n")
+        cited.append({"suite": suite.name, "cells": len(records), "sha256": digest, "bibtex": text})
+    if args.json:
+        print(json.dumps(cited, indent=1))
+    else:
+        print("\n".join(str(c["bibtex"]) for c in cited))
     return 0
