@@ -177,6 +177,12 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
         "                part = _mixed(part, change.mix.to(weight))",
         "                part = part.index_select(1, change.rows.to(weight.device))",
     ),
+    (
+        "without their statistics norms divide by what each network has",
+        PROOFS,
+        'if not self.first and x.device.type != "meta":',
+        'if x.device.type != "meta":',
+    ),
 )
 
 
