@@ -94,6 +94,7 @@ def test_other_settings_are_another_network(folder, changes):
     assert keys.published_base(cell()) is not None
     assert keys.published_base(cell(**changes)) is None
     # what a base network does not depend on changes nothing
+    assert keys.published_base(cell(variant="3 epochs", calibration=8)) is not None
     assert keys.published_base(cell(technique="l1-norm", budget="macs:0.5", threads=1)) is not None
 
 

@@ -36,7 +36,8 @@ def place(cell: Cell, fields: Collection[str]) -> Path:
     """
     settings = cell.model_dump(mode="json", include=set(fields) - {"bases"}, exclude_defaults=True)
     digest = digest_of({"settings": settings, "data": sources.load(cell.dataset).digest})
-    name = f"{cell.dataset}-{cell.network}-s{cell.seed}-{digest[:12]}"
+    network = cell.model_copy(update={"variant": ""}).network  # which no base network depends on
+    name = f"{cell.dataset}-{network}-s{cell.seed}-{digest[:12]}"
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     return published_dir() / FOLDER / f"{safe}.safetensors"
 
