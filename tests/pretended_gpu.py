@@ -39,6 +39,14 @@ class Waits:
 WAITS = Waits()
 
 
+def on_the_host(at):
+    """An index with lists as tensors: torch makes a tensor of the device's of a list, without
+    numbers if that is "meta"."""
+    if isinstance(at, tuple):
+        return tuple(map(on_the_host, at))
+    return torch.tensor(at) if isinstance(at, list) else at
+
+
 class OnDevice(torch.Tensor):
     """A tensor of the device; what it holds lies on the CPU."""
 
@@ -67,6 +75,12 @@ class OnDevice(torch.Tensor):
 
     __array__ = numpy
 
+    def __getitem__(self, at):
+        return super().__getitem__(on_the_host(at))
+
+    def __setitem__(self, at, value):
+        super().__setitem__(on_the_host(at), value)
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return computed(func, args, kwargs or {})
@@ -77,6 +91,8 @@ def computed(func, args, kwargs):
     name = func.overloadpacket.__name__
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     device = any(isinstance(t, OnDevice) for t in tensors)
+    if device and any(t.device == DEVICE and not isinstance(t, OnDevice) for t in tensors):
+        raise RuntimeError(f"{name}: a tensor without numbers, which the pretence did not make")
     host = [t for t in tensors if not isinstance(t, OnDevice)]
     wanted = kwargs.get("device")
     there = wanted is not None and torch.device(wanted).type == DEVICE.type

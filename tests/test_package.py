@@ -179,6 +179,13 @@ class Runner:
         return True
 
 
+def workflow():
+    """Its steps."""
+    page = (ROOT / "docs/in-ci.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
+    return yaml.safe_load(text)["jobs"]["compare"]["steps"]
+
+
 @pytest.mark.parametrize(
     ("change", "fails"),
     [
@@ -190,8 +197,6 @@ class Runner:
     ids=["unchanged", "worse", "broken", "first"],
 )
 def test_the_workflow_tells_worse_from_unchanged(installed, tmp_path, change, fails):
-    page = (ROOT / "docs/in-ci.md").read_text()
-    (workflow,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
     for side in ("main", "pr"):
         folder = tmp_path / side / "bench"
         folder.mkdir(parents=True)
@@ -201,7 +206,7 @@ def test_the_workflow_tells_worse_from_unchanged(installed, tmp_path, change, fa
         text = change(TECHNIQUE) if side == "pr" and change else TECHNIQUE
         (folder / "mytechnique.py").write_text(text)
     runner = Runner(tmp_path, installed)
-    runner.run(yaml.safe_load(workflow)["jobs"]["compare"]["steps"])
+    runner.run(workflow())
     assert runner.failed == fails
     if change is None:
         assert not (tmp_path / "said").exists()
@@ -214,8 +219,20 @@ def test_the_workflow_tells_worse_from_unchanged(installed, tmp_path, change, fa
     assert [line.split()[:3] for line in said] == [["pr", "comment", "7"]] * 2
 
 
-def test_records_of_two_environments_are_compared(installed, tmp_path):
-    """Cells that ran in the wheel's environment are what they are in the checkout's."""
+def test_a_main_branch_that_no_longer_runs_is_no_success(installed, tmp_path):
+    """There is nothing to compare with, and that is said."""
+    for side, text in (("main", MINE.replace("[0, 1]", '"none"')), ("pr", MINE)):
+        folder = tmp_path / side / "bench"
+        folder.mkdir(parents=True)
+        (folder / "mine.toml").write_text(text)
+        (folder / "mytechnique.py").write_text(TECHNIQUE)
+    runner = Runner(tmp_path, installed)
+    runner.run(workflow())
+    assert runner.failed
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_what_was_measured_with_the_wheel_is_compared_with_what_is_published(installed, tmp_path):
     widthbench(installed, tmp_path, "run", "smoke", "--no-timing", "--only", "*l1-norm*-s0")
     said = widthbench(installed, tmp_path, "compare", "digits", "results/smoke", "--json")
     rows = json.loads(said.stdout)

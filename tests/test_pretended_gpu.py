@@ -65,12 +65,7 @@ def halved(name, **params):
 
 
 @pytest.mark.parametrize(("name", "params"), VARIANTS, ids=lambda v: str(v) if v else "")
-def test_a_technique_mixes_no_devices(name, params, monkeypatch):
-    if name.startswith("torch-pruning:"):  # what it computes is not all numbers under the pretence
-        technique = registry.load(name)
-        real = technique.score
-        finite = lambda self, task: {n: s.nan_to_num() for n, s in real(self, task).items()}  # noqa: E731
-        monkeypatch.setattr(technique, "score", finite)
+def test_a_technique_mixes_no_devices(name, params):
     with pretended_gpu.gpu():
         outcome = halved(name, **{**BRIEF.get(name, {}), **params})
         x, _ = images(2)
@@ -168,6 +163,19 @@ def test_a_resumed_technique_mixes_no_devices(monkeypatch, name):
                 halved(name, **params)
             assert any(kept.trainings.values())
         assert {p.device for p in halved(name, **params).resized.parameters()} == {DEVICE}
+
+
+def test_an_index_is_what_it_is_on_a_cpu():
+    foreign = torch.empty(3, device=DEVICE)
+    with pretended_gpu.gpu() as waits:
+        x = OnDevice(torch.arange(6.0).view(2, 3))
+        assert x[:, [2, 0]].held.tolist() == [[2.0, 0.0], [5.0, 3.0]]
+        assert x[[1]].held.tolist() == [[3.0, 4.0, 5.0]]
+        x[[0]] = 7.0
+        assert x.held.tolist() == [[7.0, 7.0, 7.0], [3.0, 4.0, 5.0]]
+        assert sum(waits.values()) == 3  # each index goes there
+        with pytest.raises(RuntimeError, match="a tensor without numbers"):
+            x + foreign
 
 
 def test_it_would_find_a_mistake():

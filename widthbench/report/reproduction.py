@@ -181,7 +181,7 @@ class Setting(NamedTuple):
     """What two cells of a row differ in.
 
     Attributes:
-        name: Of the field, as in "finetune.epochs"; "data" and "base network" by digest.
+        name: Of the field, as in "finetune.epochs"; "data" by the digest of the data set.
         first: Its value on the one side.
         second: On the other.
         rows: In how many rows.
@@ -198,12 +198,10 @@ def settings(paired: Sequence[Pair]) -> list[Setting]:
     found: Counter[str] = Counter()
     for pair in paired:
         before = {r.cell.seed: r for r in pair.old.records.values()}
-        both = [
-            (before[r.cell.seed], r) for r in pair.new.records.values() if r.cell.seed in before
-        ]
-        mine = {json.dumps(d) for one, other in both for d in _differing(one, other)}
-        found.update(mine)
-    by_rows = [(*json.loads(d), n) for d, n in found.most_common()]
+        after = [r for r in pair.new.records.values() if r.cell.seed in before]
+        # as text, since a value may be a list
+        found.update({json.dumps(d) for r in after for d in _differing(before[r.cell.seed], r)})
+    by_rows = [(*json.loads(text), n) for text, n in found.most_common()]
     return [Setting(name, first, second, rows) for name, first, second, rows in by_rows]
 
 
